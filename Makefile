@@ -1,0 +1,39 @@
+# `make train` and `make test` do everything from nothing; README shows the plain commands behind them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-all lint benchmark lock
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## make .venv from the lock file
+
+$(INSTALLED): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+train: install  ## fetch the foundation, write the demonstration sites if there are none, train, evaluate
+	$(BIN)/kedro run --pipeline=federated_training
+
+test: install  ## the quick tests, as CI runs them
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install  ## every test, the slow ones too
+	$(BIN)/python -m pytest
+
+lint: install  ## style, formatting, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+benchmark: install  ## benchmarks/nuclei.py on the nuclei sites (DATA=folder), three seeds
+	$(BIN)/python benchmarks/nuclei.py --data $(or $(DATA),../shared/data/nuclei)
+
+lock: install  ## write requirements.lock anew from what is installed
+	$(BIN)/pip freeze --exclude-editable | sed -E '/^(pip|setuptools|wheel)==/d; s/\+cpu$$//' > requirements.lock

@@ -1,0 +1,1 @@
+"""FEL and LAT's tensor side: adapter modules, their PEFT registration, and which tensors sit in which block."""

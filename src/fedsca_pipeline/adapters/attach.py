@@ -1,0 +1,114 @@
+"""Attach adapters to a foundation by name of the method, and tell which tensors belong to which block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import PeftType
+
+from fedsca_pipeline.adapters import fel
+from fedsca_pipeline.config import AdaptersConfig
+from fedsca_pipeline.errors import ConfigError, WeightsError
+from fedsca_pipeline.federation.messages import TensorLayout
+from fedsca_pipeline.foundation.model import BlockPaths, SegmentationModel
+
+# Widths of DESIGN section 3.1: 32 for embedding widths up to 384, else 64.
+SMALL_EMBEDDING, SMALL_WIDTH, LARGE_WIDTH = 384, 32, 64
+
+
+def attach_adapters(model: SegmentationModel, config: AdaptersConfig) -> SegmentationModel:
+    """Wrap the encoder's transformer blocks with fresh adapters and make them and the decoder trainable, in place.
+
+    The adapters change nothing until they are trained. The random state outside is left as it was.
+
+    Raises:
+        ConfigError: the method is unknown to PEFT, does not attach to linear layers, or refuses an option.
+    """
+    peft_config = _peft_config(model.blocks, config)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model.encoder = get_peft_model(model.encoder, peft_config)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"adapters.method: {config.method!r} cannot be attached to this foundation: {error}"
+        ) from error
+    model.decoder.requires_grad_(True)
+    return model
+
+
+def load_adapters(model: SegmentationModel, folder: Path) -> SegmentationModel:
+    """Wrap the encoder with the adapters that PEFT saved in ``folder``, in place.
+
+    Raises:
+        WeightsError: the folder holds no adapter, or one for another architecture.
+    """
+    fel.register()
+    try:
+        model.encoder = PeftModel.from_pretrained(model.encoder, str(folder), use_safetensors=True)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise WeightsError(
+            f"{folder}: no adapter for this foundation can be read there ({error}). "
+            "Export the site's model again with 'kedro run --pipeline=federated_training'."
+        ) from error
+    return model
+
+
+def tensor_layout(model: SegmentationModel) -> TensorLayout:
+    """Group the names of a model's trainable tensors by block, numbered from the input, and decoder."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    encoder = [name for name in shapes if name.startswith("encoder.")]
+    return TensorLayout(
+        blocks=tuple(tuple(name for name in encoder if f".{block.block}." in name) for block in model.blocks),
+        decoder=tuple(name for name in shapes if name.startswith("decoder.")),
+        shapes=shapes,
+    )
+
+
+def _peft_config(blocks: tuple[BlockPaths, ...], config: AdaptersConfig) -> PeftConfig:
+    fel.register()
+    method = config.method.upper()
+    if method not in PeftType.__members__:
+        known = sorted(name.lower() for name in PeftType.__members__)
+        near = get_close_matches(config.method.lower(), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"adapters.method: {config.method!r} is no PEFT method{hint} Known: {', '.join(known)}")
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)]
+    targets = _TARGETS.get(config.method.lower(), _linear_targets)(blocks, config)
+    allowed = {f.name for f in fields(config_class)}
+    if unknown := sorted(({*config.options, *targets}) - allowed):
+        raise ConfigError(
+            f"adapters.options: {', '.join(unknown)} unknown to PEFT's {config_class.__name__}; "
+            f"it takes {', '.join(sorted(allowed))}"
+        )
+    try:
+        return config_class(**{**targets, **config.options})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"adapters.options: {config_class.__name__} refuses {config.options}: {error}") from error
+
+
+def _fel_targets(blocks: tuple[BlockPaths, ...], config: AdaptersConfig) -> Mapping[str, Any]:
+    small = max(block.width for block in blocks) <= SMALL_EMBEDDING
+    return {
+        "attention_modules": {block.attention: block.width for block in blocks},
+        "mlp_modules": {block.mlp: block.width for block in blocks},
+        "width": config.width or (SMALL_WIDTH if small else LARGE_WIDTH),
+        "scale": config.scale,
+        "seed": config.seed,
+    }
+
+
+def _linear_targets(blocks: tuple[BlockPaths, ...], config: AdaptersConfig) -> Mapping[str, Any]:
+    return {"target_modules": [path for block in blocks for path in block.linears]}
+
+
+_TARGETS: Mapping[str, Callable[[tuple[BlockPaths, ...], AdaptersConfig], Mapping[str, Any]]] = {
+    fel.METHOD: _fel_targets,
+}

@@ -1,0 +1,48 @@
+"""``kedro run`` of this project: Kedro's own, with plain errors, the final table and the next commands to type."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import click
+from kedro import KedroDeprecationWarning
+from kedro.framework.cli.project import run as kedro_run
+from kedro.io import DatasetError
+from kedro.validation.exceptions import ParameterValidationError
+
+from fedsca_pipeline.errors import FedscaError
+from fedsca_pipeline.hooks import RunUpToDate
+from fedsca_pipeline.settings import HOOKS
+from fedsca_pipeline.summary import show_result
+
+_INTERRUPTED = 130
+
+
+@click.group(name="fedsca_pipeline")
+def cli() -> None:
+    """Commands of this project."""
+
+
+def _run(**options: Any) -> Any:
+    # README's commands keep the option users know; Kedro 1.7 warns that it will be renamed.
+    warnings.filterwarnings("ignore", message="Option '--pipeline' is deprecated", category=KedroDeprecationWarning)
+    try:
+        return kedro_run.callback(**options)
+    except RunUpToDate as done:
+        click.echo("Everything is up to date: nothing was run (--params=force=true runs anyway).")
+        show_result(done.table, done.mlflow)
+        return {}
+    except (FedscaError, DatasetError, ParameterValidationError) as error:
+        raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"{error.strerror}: {error.filename}; nothing that was there is lost") from error
+    except KeyboardInterrupt:
+        for hooks in HOOKS:
+            hooks.interrupted()
+        click.echo("\nStopped. The same command goes on from the last finished round.", err=True)
+        raise click.exceptions.Exit(_INTERRUPTED) from None
+
+
+run = click.Command(name="run", params=kedro_run.params, callback=_run, help=kedro_run.help)
+cli.add_command(run)

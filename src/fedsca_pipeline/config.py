@@ -1,0 +1,166 @@
+"""The typed configuration: one model per top-level key of ``conf/*/parameters*.yml``.
+
+Kedro validates each key against the model that a node's signature names, before anything runs, and an error names the
+YAML key. Unknown keys are refused. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunConfig(_Config):
+    """``run``: what every stage shares."""
+
+    seed: int = Field(0, ge=0, description="the one seed; every random stream is derived from it")
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    threads: int | None = Field(None, ge=1, description="torch's threads; null takes every core this process may use")
+
+
+class DemoSitesConfig(_Config):
+    """``demo_sites``: the phantom hospitals written when there is no raw data."""
+
+    images_per_site: int = Field(40, ge=4, le=10_000)
+    image_size: int = Field(256, ge=32, le=2048, description="pixels, both sides")
+    seed: int = Field(2503, ge=0)
+
+
+class NormaliseConfig(_Config):
+    """``preprocessing.normalise``: how raw intensities become 0..255."""
+
+    method: Literal["percentile", "minmax", "window", "none"] = "percentile"
+    lower: float = Field(1.0, ge=0.0, le=100.0, description="percentile")
+    upper: float = Field(99.5, ge=0.0, le=100.0, description="percentile")
+    window_centre: float | None = Field(None, description="raw units, for method: window")
+    window_width: Positive | None = Field(None, description="raw units, for method: window")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> NormaliseConfig:
+        if self.method == "percentile" and self.lower >= self.upper:
+            raise ValueError(f"lower ({self.lower}) must be below upper ({self.upper})")
+        if self.method == "window" and (self.window_centre is None or self.window_width is None):
+            raise ValueError("method: window needs window_centre and window_width")
+        return self
+
+
+class SplitConfig(_Config):
+    """``preprocessing.split``: by subject, drawn once. Each count is a share of the site, or a whole number of images."""
+
+    validation: float = Field(0.15, ge=0.0, description="below 1 a share of the site's images, else a number of them")
+    test: float = Field(0.25, ge=0.0, description="below 1 a share of the site's images, else a number of them")
+    max_train: int | None = Field(None, ge=1, description="keep at most this many training images; null keeps all")
+    overrides: dict[str, dict[str, float]] = Field(
+        default_factory=dict, description="site: {validation: .., test: ..} where a site differs"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SplitConfig:
+        for site, counts in {"": {"validation": self.validation, "test": self.test}, **self.overrides}.items():
+            where = f"overrides.{site}" if site else "split"
+            if unknown := set(counts) - {"validation", "test"}:
+                raise ValueError(f"{where}: unknown {sorted(unknown)}; only validation and test may be named")
+            if any(value < 0 for value in counts.values()):
+                raise ValueError(f"{where}: negative counts make no sense")
+            if any(value >= 1 and not float(value).is_integer() for value in counts.values()):
+                raise ValueError(f"{where}: from 1 on a count is a whole number of images")
+            shares = [value for value in counts.values() if value < 1]
+            if sum(shares) >= 1:
+                raise ValueError(f"{where}: validation and test together take {sum(shares):.2f} of the images")
+        return self
+
+
+class PreprocessingConfig(_Config):
+    """``preprocessing``: from raw site folders to cached arrays."""
+
+    image_size: int = Field(256, ge=16, le=4096, multiple_of=16, description="pixels; images are padded to a square")
+    classes: int = Field(1, ge=1, le=254, description="K, the number of foreground classes")
+    normalise: NormaliseConfig = NormaliseConfig()
+    split: SplitConfig = SplitConfig()
+    on_bad_sample: Literal["fail", "quarantine"] = "fail"
+    allow_empty_masks: bool = True
+    min_images: int = Field(4, ge=3, description="a site with fewer usable images is broken")
+
+
+class FoundationConfig(_Config):
+    """``foundation``: the frozen pretrained model."""
+
+    name: Literal["mobile_sam", "sam", "random"] = "mobile_sam"
+    source: str | None = Field(None, description="for sam: a local folder or a Hugging Face id")
+    architecture: Literal["tiny_vit", "sam_vit"] = Field("tiny_vit", description="for random: which architecture")
+    seed: int = Field(0, ge=0, description="for random: of its weights")
+    head: Literal["sigmoid", "softmax"] = Field(
+        "sigmoid", description="K independent foreground channels, or softmax over background and K classes"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FoundationConfig:
+        if self.name == "sam" and not self.source:
+            raise ValueError("name: sam needs source, a local folder or a Hugging Face id")
+        return self
+
+
+class AdaptersConfig(_Config):
+    """``adapters``: FEL, the parameter-efficient part."""
+
+    method: str = Field("fel", description="fel, lora, or any PEFT method that attaches to linear layers")
+    width: int | None = Field(
+        None, ge=1, le=1024, description="fel: bottleneck width; null takes 32 or 64 by embedding"
+    )
+    scale: Positive = Field(0.5, description="fel: of the adapter beside the MLP (DESIGN section 3.1)")
+    seed: int = Field(0, ge=0, description="of the down projections, shared by all sites")
+    options: dict[str, Any] = Field(default_factory=dict, description="further fields of the PEFT config, e.g. {r: 4}")
+
+
+class AugmentConfig(_Config):
+    """``training.augment``: probabilities and strengths, per image."""
+
+    flip: Fraction = 0.5
+    rotate90: Fraction = 0.75
+    intensity: Fraction = 0.5
+    brightness: float = Field(0.1, ge=0.0, le=1.0, description="largest relative change of brightness")
+    contrast: float = Field(0.25, ge=0.0, lt=1.0, description="largest relative change of gamma")
+
+
+class TrainingConfig(_Config):
+    """``training``: one site's local work in one round."""
+
+    local_epochs: int = Field(1, ge=1, le=100)
+    batch_size: int = Field(4, ge=1, le=1024)
+    learning_rate: Positive = Field(1e-3, le=1.0, description="AdamW, adapters")
+    decoder_factor: float = Field(0.3, ge=0.0, le=10.0, description="decoder learning rate / adapter learning rate")
+    weight_decay: float = Field(1e-4, ge=0.0, le=1.0)
+    clip_norm: Positive = 1.0
+    dice_weight: Fraction = Field(0.5, description="loss = w Dice + (1 - w) cross-entropy")
+    keep_optimizer: bool = Field(False, description="keep the private tensors' AdamW moments over rounds")
+    augment: AugmentConfig = AugmentConfig()
+
+
+class FederationConfig(_Config):
+    """``federation``: the rounds."""
+
+    strategy: str = "fedsca"
+    rounds: int = Field(8, ge=1, le=100_000)
+    participation: float = Field(1.0, gt=0.0, le=1.0, description="share of the sites drawn each round")
+    quorum: int = Field(1, ge=1, description="fewest valid replies that make a round")
+    wire_dtype: Literal["fp32", "fp16", "int8"] = "fp16"
+    max_norm_ratio: float = Field(10.0, gt=1.0, description="an update this many times the median norm is rejected")
+    fleet: Literal["in_process"] = "in_process"
+    inject_failures: dict[str, list[int]] = Field(
+        default_factory=dict, description="for tests: site: [rounds] in which it fails"
+    )
+
+
+class EvaluationConfig(_Config):
+    """``evaluation``: test metrics, tables and figures."""
+
+    batch_size: int = Field(8, ge=1, le=1024)
+    threshold: float = Field(0.5, gt=0.0, lt=1.0, description="sigmoid head: probability above which a pixel is in")

@@ -1,0 +1,24 @@
+"""Atomic saving for any file dataset of kedro-datasets."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fedsca_pipeline.files import atomic_path
+
+
+class AtomicSave:
+    """Mixin before a kedro-datasets class: a save that fails (full disk, Ctrl-C) leaves the earlier file as it was."""
+
+    _filepath: PurePosixPath
+
+    def save(self, data: Any) -> None:
+        """Save to a temporary file and rename it over the old one."""
+        target = self._filepath
+        with atomic_path(Path(target)) as temporary:
+            self._filepath = PurePosixPath(temporary)
+            try:
+                super().save(data)  # type: ignore[misc]
+            finally:
+                self._filepath = target

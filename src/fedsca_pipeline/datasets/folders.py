@@ -1,0 +1,61 @@
+"""Folders that nodes read or fill themselves, and a site's cached arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kedro.io import AbstractDataset, DatasetError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class FolderDataset(AbstractDataset[Any, Path]):
+    """A folder: loads as its path, made if it is missing. Cannot be saved to; nodes write atomically inside it."""
+
+    def __init__(self, path: str, metadata: dict[str, Any] | None = None) -> None:
+        self._path = Path(path)
+        self.metadata = metadata
+
+    def load(self) -> Path:
+        """Return the folder's path."""
+        self._path.mkdir(parents=True, exist_ok=True)
+        return self._path
+
+    def save(self, data: Any) -> None:
+        """Refuse: a folder is filled by nodes."""
+        raise DatasetError(f"{self._path} is a folder; nodes write into it themselves")
+
+    def _exists(self) -> bool:
+        return self._path.is_dir()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"path": str(self._path)}
+
+
+class SiteArraysDataset(AbstractDataset["Mapping[str, np.ndarray]", Path]):
+    """A site's cached arrays: saved atomically as one safetensors file, loaded as its path for memory-mapped reading."""
+
+    def __init__(self, filepath: str, metadata: dict[str, Any] | None = None) -> None:
+        self._filepath = Path(filepath)
+        self.metadata = metadata
+
+    def load(self) -> Path:
+        """Return the file's path."""
+        if not self._exists():
+            raise DatasetError(f"{self._filepath} is missing; run 'kedro run --pipeline=preprocessing' first")
+        return self._filepath
+
+    def save(self, data: Mapping[str, np.ndarray]) -> None:
+        """Write the arrays."""
+        from fedsca_pipeline.sites.arrays import write_arrays
+
+        write_arrays(self._filepath, data)
+
+    def _exists(self) -> bool:
+        return self._filepath.is_file()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": str(self._filepath)}

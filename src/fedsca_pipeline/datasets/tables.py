@@ -1,0 +1,20 @@
+"""CSV tables."""
+
+from __future__ import annotations
+
+import pandas as pd
+from kedro_datasets.pandas import CSVDataset
+
+from fedsca_pipeline.datasets.atomic import AtomicSave
+
+
+class AtomicCSVDataset(AtomicSave, CSVDataset):
+    """``pandas.CSVDataset``, saved atomically."""
+
+
+class PreviousCSVDataset(CSVDataset):
+    """The table an earlier run left, or None: lets a node build on its own last output."""
+
+    def load(self) -> pd.DataFrame | None:  # type: ignore[override]
+        """Return the table, or None where there is none yet."""
+        return super().load() if self._exists() else None

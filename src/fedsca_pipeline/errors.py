@@ -1,0 +1,38 @@
+"""Errors meant for the user: each names the file, site or parameter at fault and what to do about it."""
+
+from __future__ import annotations
+
+
+class FedscaError(Exception):
+    """Base of every error this project raises on purpose.
+
+    The command line prints its message without a traceback and exits with status 1.
+    """
+
+
+class ConfigError(FedscaError):
+    """A parameter is missing, unknown, out of range or at odds with another one."""
+
+
+class DataError(FedscaError):
+    """A site's raw data, manifest or cached arrays cannot be used."""
+
+
+class WeightsError(FedscaError):
+    """Foundation or site-model weights are missing, corrupt or of another architecture."""
+
+
+class ResumeError(FedscaError):
+    """A checkpoint cannot be continued with the present configuration, data or code."""
+
+
+class MessageError(FedscaError):
+    """A message from the wire breaks its contract: names, shapes, dtype, base hash, round or site."""
+
+
+class SiteError(FedscaError):
+    """A site could not do its local work this round; the federation counts it as absent."""
+
+
+class NoValidSite(FedscaError):  # noqa: N818  (what happened, in the method's own words)
+    """A round got no usable reply from any site (or fewer than its quorum); nothing was overwritten."""

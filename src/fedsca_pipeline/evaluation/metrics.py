@@ -1,0 +1,140 @@
+"""Overlap and surface distances of masks, per image and class; the background is never a class (DESIGN section 6)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from monai.metrics import compute_dice, compute_iou, get_mask_edges, get_surface_distance
+from torch import Tensor
+
+from fedsca_pipeline.errors import ConfigError
+
+
+def predict_masks(logits: Tensor, head: str, threshold: float) -> Tensor:
+    """Turn logits into one boolean mask per foreground class.
+
+    Args:
+        logits: [B, C, H, W], floating.
+        head: ``sigmoid``: C foreground channels, each in where its probability exceeds ``threshold``; classes may
+            overlap. ``softmax``: channel 0 is the background, the largest channel wins (the lowest one at a tie).
+        threshold: probability in (0, 1); the softmax head does not use it.
+
+    Returns:
+        bool [B, K, H, W], K = C for sigmoid and C - 1 for softmax.
+
+    Raises:
+        ConfigError: the head is unknown.
+    """
+    if head not in _HEADS:
+        raise ConfigError(f"foundation.head: {head!r} is unknown; choose one of {', '.join(_HEADS)}")
+    return _HEADS[head](logits, threshold)
+
+
+def truth_masks(masks: Tensor, classes: int) -> Tensor:
+    """Split a label map uint8 [B, H, W] of 0 = background, 1..K into bool [B, K, H, W], class 1 first."""
+    return masks[:, None] == _labels(classes, masks)
+
+
+def dice_per_image(pred: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+    """Dice of each image and class over the valid pixels; 1 where both masks are empty there.
+
+    Args:
+        pred, truth: bool [B, K, H, W].
+        valid: bool [B, H, W], False on padding.
+
+    Returns:
+        float64 [B, K], in 0..1.
+    """
+    pred, truth = pred & valid[:, None], truth & valid[:, None]
+    overlap, total = _area(pred & truth), _area(pred) + _area(truth)
+    return torch.where(total > 0, 2 * overlap / total.clamp(min=1), 1.0)
+
+
+def score_images(
+    pred: Tensor, truth: Tensor, sizes: Tensor, spacing: tuple[float, float] = (1.0, 1.0)
+) -> list[dict[str, int | float | str]]:
+    """Score every image and class on its unpadded area, the top left ``sizes[b]`` of the array.
+
+    HD95 is the larger of the two directed 95th percentiles of surface distances, ASD the mean over the surface pixels
+    of both masks. Surfaces are the pixels that an erosion removes; a mask cut by the image border has one there.
+    Distances run between pixel centres. Both masks empty: Dice and IoU 1, distances 0. One empty: Dice and IoU 0,
+    distances the diagonal of the image. Nothing is ever NaN or infinite.
+
+    Args:
+        pred, truth: bool [B, K, H, W].
+        sizes: int [B, 2], valid height and width in pixels.
+        spacing: height and width of a pixel, in the unit the distances are wanted in; (1, 1) gives pixels of the
+            working resolution.
+
+    Returns:
+        B * K records, image by image and class by class within: ``class`` (1..K), ``dice``, ``iou``, ``hd95``, ``asd``,
+        and ``empty``, which names the empty mask: ``both``, ``truth``, ``prediction`` or "" for neither.
+    """
+    rows, columns = (torch.arange(side, device=pred.device) for side in pred.shape[-2:])
+    height, width = sizes.to(pred.device)[:, :, None, None].unbind(1)
+    valid = ((rows[:, None] < height) & (columns < width))[:, None]
+    pred, truth = pred & valid, truth & valid
+    dice = compute_dice(pred, truth, include_background=True, ignore_empty=False).tolist()
+    iou = compute_iou(pred, truth, include_background=True, ignore_empty=False).tolist()
+    pred_array, truth_array, extents = pred.cpu().numpy(), truth.cpu().numpy(), sizes.tolist()
+
+    records: list[dict[str, int | float | str]] = []
+    for image, label in product(range(pred.shape[0]), range(pred.shape[1])):
+        h, w = extents[image]
+        a, b = pred_array[image, label, :h, :w], truth_array[image, label, :h, :w]
+        empty = _EMPTY[bool(b.any()), bool(a.any())]
+        if empty:
+            hd95 = asd = _DIAGONALS[empty] * math.hypot(h * spacing[0], w * spacing[1])
+        else:
+            hd95, asd = _surface_distances(a, b, spacing)
+        records.append(
+            {"class": label + 1, "dice": dice[image][label], "iou": iou[image][label]}
+            | {"hd95": hd95, "asd": asd, "empty": empty}
+        )
+    return records
+
+
+def _sigmoid_masks(logits: Tensor, threshold: float) -> Tensor:
+    # The threshold is moved to the logits: exact where a sigmoid in half precision saturates or rounds to 0.5.
+    return logits > torch.logit(torch.tensor(threshold, dtype=torch.float64)).item()
+
+
+def _softmax_masks(logits: Tensor, _threshold: float) -> Tensor:
+    return truth_masks(logits.argmax(dim=1), logits.shape[1] - 1)
+
+
+_HEADS: Mapping[str, Callable[[Tensor, float], Tensor]] = MappingProxyType(
+    {"sigmoid": _sigmoid_masks, "softmax": _softmax_masks}
+)
+
+# By (truth, prediction) not empty.
+_EMPTY: Mapping[tuple[bool, bool], str] = MappingProxyType(
+    {(False, False): "both", (False, True): "truth", (True, False): "prediction", (True, True): ""}
+)
+_DIAGONALS: Mapping[str, float] = MappingProxyType({"both": 0.0, "truth": 1.0, "prediction": 1.0})
+
+
+def _surface_distances(pred: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> tuple[float, float]:
+    """HD95 and ASD of two masks, bool [H, W], neither empty.
+
+    The steps of MONAI's ``compute_hausdorff_distance`` and ``compute_average_surface_distance``, with edges and
+    distances found once for both: a third of the time, and none of the deprecation warnings these two raise in 1.6.
+    """
+    pred_edge, truth_edge = get_mask_edges(pred, truth, crop=False)
+    there = get_surface_distance(pred_edge, truth_edge, spacing=spacing)
+    back = get_surface_distance(truth_edge, pred_edge, spacing=spacing)
+    hd95 = max(np.percentile(there, 95), np.percentile(back, 95))
+    return float(hd95), float(np.concatenate([there, back]).mean(dtype=np.float64))
+
+
+def _labels(classes: int, like: Tensor) -> Tensor:
+    return torch.arange(1, classes + 1, dtype=like.dtype, device=like.device)[:, None, None]
+
+
+def _area(masks: Tensor) -> Tensor:
+    return masks.sum(dim=(-2, -1), dtype=torch.float64)

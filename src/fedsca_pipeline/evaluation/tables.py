@@ -1,0 +1,176 @@
+"""From scores to tables: per image, per site, and the one a run ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+from rich.filesize import decimal
+from rich.table import Table
+
+METRICS = ("dice", "iou", "hd95", "asd")
+MODELS = ("before", "after", "chosen")
+MEAN = "mean over sites"
+WORST = "worst site"
+
+IMAGE_COLUMNS = ("site", "image", "model", "class", *METRICS, "empty")
+SITE_COLUMNS = (
+    "site",
+    "model",
+    *(column for metric in METRICS for column in (metric, f"{metric}_std")),
+    "images",
+    "one_empty",
+    "note",
+)
+
+
+def image_table(site: str, names: Sequence[str], scores: Sequence[Mapping[str, Any]], model: str) -> pd.DataFrame:
+    """One row per image and class.
+
+    Args:
+        site: its name.
+        names: of the B images.
+        scores: the B * K records of ``metrics.score_images``, image by image.
+        model: ``before`` (the foundation, round 0), ``after`` (the last round) or ``chosen`` (by validation).
+
+    Returns:
+        Columns ``IMAGE_COLUMNS``; distances in pixels of the working resolution. No image: no row.
+
+    Raises:
+        ValueError: the scores are not a whole number of classes per image.
+    """
+    classes = len(scores) // max(len(names), 1)
+    if classes * len(names) != len(scores):
+        raise ValueError(f"site {site}: {len(scores)} scores do not divide over {len(names)} images")
+    owners = [name for name in names for _ in range(classes)]
+    rows = [{"site": site, "image": name, "model": model, **score} for name, score in zip(owners, scores, strict=True)]
+    return pd.DataFrame(rows, columns=list(IMAGE_COLUMNS))
+
+
+def site_table(images: pd.DataFrame) -> pd.DataFrame:
+    """One row per model and site, then the mean over sites and the worst site of each model.
+
+    Every metric is averaged over the classes of an image, then over the images of the site; ``<metric>_std`` is the
+    spread of these images (population, so 0 for one image). ``images`` counts images, ``one_empty`` the image-class
+    pairs where exactly one mask was empty. Row ``mean over sites`` is the plain mean of the sites' rows, each site
+    counting once, with the spread over sites and the counts summed. Row ``worst site`` repeats the row of the lowest
+    Dice (the first name at a tie); ``note`` says which site it is.
+
+    Args:
+        images: rows of ``image_table``, any number of sites and models.
+
+    Returns:
+        Columns ``SITE_COLUMNS``, models in the order before, after, chosen. No image: no row.
+    """
+    models = [*MODELS, *sorted(set(images["model"]) - set(MODELS))]
+    blocks = [_site_block(images[images["model"] == model], model) for model in models if model in set(images["model"])]
+    table = pd.concat(blocks, ignore_index=True) if blocks else pd.DataFrame()
+    return table.reindex(columns=list(SITE_COLUMNS))
+
+
+def final_table(sites: pd.DataFrame, traffic: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+    """The table a run ends with: one row per site, sorted by name, and their mean.
+
+    Args:
+        sites: of ``site_table``.
+        traffic: by site: ``bytes_up`` and ``bytes_down``, serialised bytes summed over the rounds, and ``best_round``,
+            the one validation chose. A site that is not named sent nothing and has no best round.
+
+    Returns:
+        Columns site, Dice before, Dice after, Dice chosen, HD95 (of the chosen model, pixels), bytes up, bytes down
+        (int), best round (nullable int; missing in the mean row). Metrics of a model that was not evaluated are
+        missing. The last row is ``mean over sites``, unless there is no site.
+    """
+    real = sites[~sites["site"].isin([MEAN, WORST])]
+    dice = real.pivot_table(index="site", columns="model", values="dice").reindex(columns=list(MODELS))
+    hd95 = real[real["model"] == "chosen"].set_index("site")["hd95"]
+    table = pd.DataFrame({f"Dice {model}": dice[model] for model in MODELS}).sort_index()
+    table["HD95"] = hd95.reindex(table.index)
+    for direction in ("up", "down"):
+        table[f"bytes {direction}"] = [
+            float(traffic.get(site, {}).get(f"bytes_{direction}", 0)) for site in table.index
+        ]
+    if not table.empty:
+        # A mean that left out a site without a value would not be the mean over sites: it is missing too.
+        table.loc[MEAN] = table.mean(skipna=False)
+    table = table.round(dict.fromkeys(_BYTES, 0)).astype(dict.fromkeys(_BYTES, "int64"))
+    table["best round"] = pd.array([traffic.get(site, {}).get("best_round") for site in table.index], dtype="Int64")
+    return table.rename_axis(index="site").reset_index()
+
+
+def render_final_table(table: pd.DataFrame) -> Table:
+    """The table of ``final_table`` for a terminal: three decimals, human byte sizes, the mean set apart, a dash for
+    what is missing; the lowest chosen Dice is named in the caption."""
+    real = table[table["site"] != MEAN]
+    view = Table(title="Test results per site", caption=_caption(real), caption_justify="left", title_justify="left")
+    view.add_column("site", no_wrap=True)
+    for column in table.columns[1:]:
+        view.add_column(_HEADINGS.get(column, column), justify="right", no_wrap=True)
+    for position, row in enumerate(table.itertuples(index=False)):
+        is_mean = row[0] == MEAN
+        cells = [_cell(name, value) for name, value in zip(table.columns, row, strict=True)]
+        last_site = position + 1 < len(table) and table["site"].iloc[position + 1] == MEAN
+        view.add_row(*cells, style="bold" if is_mean else "", end_section=last_site)
+    return view
+
+
+_BYTES = ("bytes up", "bytes down")
+
+_HEADINGS = {
+    "Dice before": "Dice\nbefore",
+    "Dice after": "Dice\nafter",
+    "Dice chosen": "Dice\nchosen",
+    "HD95": "HD95\n(px)",
+    "bytes up": "bytes\nup",
+    "bytes down": "bytes\ndown",
+    "best round": "best\nround",
+}
+
+_FORMATS = {
+    "Dice before": "{:.3f}".format,
+    "Dice after": "{:.3f}".format,
+    "Dice chosen": "{:.3f}".format,
+    "HD95": "{:.1f}".format,
+    "bytes up": decimal,
+    "bytes down": decimal,
+}
+
+
+def _cell(column: str, value: Any) -> str:
+    return "–" if pd.isna(value) else _FORMATS.get(column, str)(value)
+
+
+def _caption(real: pd.DataFrame) -> str | None:
+    if len(real) < 2 or real["Dice chosen"].isna().all():
+        return None
+    worst = real.loc[real["Dice chosen"].idxmin()]
+    return f"Lowest chosen Dice: {worst['site']} ({worst['Dice chosen']:.3f}). Sizes are serialised bytes, all rounds."
+
+
+def _site_block(images: pd.DataFrame, model: str) -> pd.DataFrame:
+    """The rows of one model: its sites by name, their mean, the worst."""
+    per_image = images.groupby(["site", "image"])[list(METRICS)].mean()
+    means, spreads = per_image.groupby("site").mean(), per_image.groupby("site").std(ddof=0)
+    one_empty = images["empty"].isin(["truth", "prediction"]).groupby(images["site"]).sum()
+    rows = means.join(spreads.add_suffix("_std"))
+    rows["images"], rows["one_empty"] = per_image.groupby("site").size(), one_empty
+    rows["note"] = ""
+    sites = rows.reset_index()
+    worst = sites.loc[[sites["dice"].idxmin()]]
+    summary = [
+        _mean_row(means, sites),
+        worst.assign(site=WORST, note=f"lowest Dice: {worst['site'].item()}"),
+    ]
+    return pd.concat([sites, *summary], ignore_index=True).assign(model=model)
+
+
+def _mean_row(means: pd.DataFrame, sites: pd.DataFrame) -> pd.DataFrame:
+    values = {**means.mean(), **means.std(ddof=0).add_suffix("_std")}
+    counts = {"images": sites["images"].sum(), "one_empty": sites["one_empty"].sum()}
+    return pd.DataFrame([{"site": MEAN, **values, **counts, "note": f"unweighted, over {_count(means.index)}"}])
+
+
+def _count(sites: Iterable[str]) -> str:
+    number = len(list(sites))
+    return f"{number} site" if number == 1 else f"{number} sites"

@@ -1,0 +1,131 @@
+"""The server's checkpoint: one safetensors file a round, so that a round is either whole on disk or not there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fedsca_pipeline.errors import ResumeError
+from fedsca_pipeline.federation.strategies.base import ServerState
+from fedsca_pipeline.files import read_tensors, write_tensors
+
+_KEPT_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """What is known of one site after one round. Bytes are those of the serialised messages.
+
+    ``dice_validation`` is of the model the site had *before* this round's training, that is of round - 1 (round 0: the
+    foundation); ``dice_local`` is right after local training. Dice lie in [0, 1]. None: not known (absent, rejected).
+    """
+
+    bytes_down: int = 0
+    bytes_up: int = 0
+    samples: int = 0
+    loss: float | None = None
+    dice_validation: float | None = None
+    dice_local: float | None = None
+    seconds: float | None = None
+    update_norm: float | None = None
+    self_weight: float | None = None
+    spread: float | None = None
+    absent: str | None = None
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One finished round. ``similarity`` and ``weights`` are [groups][receives][from] over ``accepted``."""
+
+    round: int
+    final: bool
+    sites: Mapping[str, SiteRecord]
+    accepted: Sequence[str] = ()
+    similarity: Sequence[Sequence[Sequence[float]]] = ()
+    weights: Sequence[Sequence[Sequence[float]]] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> RoundRecord:
+        """Undo :meth:`as_json`."""
+        return cls(**{**value, "sites": {site: SiteRecord(**record) for site, record in value["sites"].items()}})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything the server needs to go on after ``round`` (0: before the first).
+
+    ``aggregates`` [N,V] fp32 is what each site gets next, ``bases`` [N,V] what each is known to hold, ``has_base`` [N].
+    Random streams are derived from seed, site and round (:func:`~fedsca_pipeline.federation.devices.stream_seed`), so
+    there is no generator state to keep.
+    """
+
+    round: int
+    state: ServerState
+    aggregates: Tensor
+    bases: Tensor
+    has_base: Tensor
+    history: Sequence[RoundRecord] = field(default_factory=tuple)
+
+
+class CheckpointFolder:
+    """The last two rounds of one run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint atomically, then drop all but the last two."""
+        tensors = {f"state/{name}": t for name, t in checkpoint.state.as_tensors().items()} | {
+            "aggregates": checkpoint.aggregates,
+            "bases": checkpoint.bases,
+            "has_base": checkpoint.has_base,
+        }
+        # One entry: safetensors writes several in an order that changes from run to run.
+        header = json.dumps(
+            {"round": checkpoint.round, "history": [record.as_json() for record in checkpoint.history]}
+        )
+        path = self.folder / f"round_{checkpoint.round:05d}.safetensors"
+        write_tensors(path, tensors, {"checkpoint": header})
+        for old in self._files()[:-_KEPT_ROUNDS]:
+            old.unlink()
+
+    def latest(self) -> Checkpoint | None:
+        """Return the newest checkpoint, or None where there is none.
+
+        Raises:
+            ResumeError: the newest file cannot be read.
+        """
+        files = self._files()
+        if not files:
+            return None
+        try:
+            with safe_open(files[-1], framework="pt") as file:
+                header = json.loads(file.metadata()["checkpoint"])
+            tensors = read_tensors(files[-1])
+        except (SafetensorError, OSError) as error:
+            raise ResumeError(
+                f"{files[-1]}: this checkpoint cannot be read ({error}). Delete it to go on from the round before."
+            ) from error
+        state = {name.removeprefix("state/"): t for name, t in tensors.items() if name.startswith("state/")}
+        return Checkpoint(
+            round=header["round"],
+            state=ServerState.from_tensors(state),
+            aggregates=tensors["aggregates"],
+            bases=tensors["bases"],
+            has_base=tensors["has_base"].to(torch.bool),
+            history=tuple(RoundRecord.from_json(record) for record in header["history"]),
+        )
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("round_*.safetensors"))

@@ -1,0 +1,57 @@
+"""The local loss of DESIGN section 3.1: Dice plus cross-entropy, on the unpadded area only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from monai.losses import DiceLoss
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class SegmentationLoss(Protocol):
+    """``(logits [B,C,H,W], masks [B,H,W] integer, valid [B,H,W] bool) -> scalar``."""
+
+    def __call__(self, logits: Tensor, masks: Tensor, valid: Tensor) -> Tensor: ...
+
+
+def build_loss(head: str, dice_weight: float) -> SegmentationLoss:
+    """Return the loss of a head, ``sigmoid`` or ``softmax``.
+
+    ``loss = dice_weight * Dice + (1 - dice_weight) * cross-entropy``; Dice is taken over the batch (an image without
+    foreground then still has a useful gradient) and without the background channel. Pixels outside ``valid`` count
+    for nothing.
+    """
+    parts = _PARTS[head]
+    dice = DiceLoss(include_background=head == "sigmoid", batch=True)
+
+    def loss(logits: Tensor, masks: Tensor, valid: Tensor) -> Tensor:
+        logits = logits.float()
+        area = valid.unsqueeze(1)
+        probabilities, truth, cross_entropy = parts(logits, masks.long(), valid)
+        overlap = dice(probabilities * area, truth * area)
+        return dice_weight * overlap + (1 - dice_weight) * cross_entropy
+
+    return loss
+
+
+def _sigmoid_parts(logits: Tensor, masks: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    classes = torch.arange(1, logits.shape[1] + 1, device=masks.device).view(1, -1, 1, 1)
+    truth = (masks.unsqueeze(1) == classes).to(logits.dtype)
+    area = valid.unsqueeze(1).expand_as(truth)
+    per_pixel = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    return logits.sigmoid(), truth, (per_pixel * area).sum() / area.sum().clamp(min=1)
+
+
+def _softmax_parts(logits: Tensor, masks: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    truth = F.one_hot(masks, logits.shape[1]).movedim(-1, 1).to(logits.dtype)
+    per_pixel = F.cross_entropy(logits, masks, reduction="none")
+    return logits.softmax(dim=1), truth, (per_pixel * valid).sum() / valid.sum().clamp(min=1)
+
+
+_PARTS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
+    "sigmoid": _sigmoid_parts,
+    "softmax": _softmax_parts,
+}

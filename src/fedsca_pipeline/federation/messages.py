@@ -1,0 +1,287 @@
+"""What crosses the wire: one safetensors blob, its manifest, and the names and places of the tensors in it.
+
+DESIGN section 3.2. The manifest is JSON in the safetensors header's metadata; tensor names and shapes are the header's
+own. Nothing here is pickled, and nothing that arrives is trusted: :func:`decode` checks the form, :func:`check` the
+content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
+from torch import Tensor
+
+from fedsca_pipeline.errors import MessageError
+
+WireDtype = Literal["fp32", "fp16", "int8"]
+MessageKind = Literal["aggregate", "update", "final", "report"]
+
+_MANIFEST = "manifest"
+_SCALE = "::scale"  # no module path holds a colon, so a scale never hides a tensor
+_FP16_MAX = 65504.0
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8}
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """Every trainable tensor of a model, by place.
+
+    ``blocks`` holds the adapter tensor names of each adapted block, numbered from the input; ``decoder`` the decoder's
+    names; ``shapes`` the shape of each.
+    """
+
+    blocks: tuple[tuple[str, ...], ...]
+    decoder: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """All adapter tensor names, from the input on."""
+        return tuple(name for block in self.blocks for name in block)
+
+    def size(self, names: Iterable[str]) -> int:
+        """Return the number of values in ``names`` (0 for none); a name that is not in the layout raises KeyError."""
+        return sum(math.prod(self.shapes[name]) for name in names)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a message says of itself.
+
+    An ``aggregate`` is answered by an ``update``; after the last round a ``final`` aggregate is answered by a
+    ``report``, which holds metrics only. ``site`` is the sender of an answer and the receiver of an aggregate.
+    ``relative``: the tensors are a difference from the base whose hash is ``base_hash``. ``metrics`` are small numbers
+    that travel along (loss, dice, seconds).
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    kind: MessageKind
+    run: str
+    round: int
+    site: str
+    base_hash: str
+    samples: int
+    dtype: WireDtype
+    relative: bool
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Message:
+    """A decoded message; its tensors are fp32 on the CPU, whatever the wire dtype."""
+
+    manifest: Manifest
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Codec:
+    """A wire dtype: from one named tensor to the blob's entries, and from all entries back to fp32 tensors."""
+
+    pack: Callable[[str, Tensor], dict[str, Tensor]]
+    unpack: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+def encode(manifest: Manifest, tensors: Mapping[str, Tensor]) -> bytes:
+    """Return ``tensors`` (any shapes and float dtypes; none at all is fine) and ``manifest`` as one safetensors blob.
+
+    The bytes depend on nothing but the arguments. ``int8`` is symmetric with one scale max|x|/127 per tensor, carried
+    as an fp32 entry (0 for a tensor of zeros). Raises MessageError, naming the tensor, where a value does not fit the
+    manifest's dtype: beyond 65504 in fp16, NaN or infinity in int8.
+    """
+    entries = {name: entry.numpy() for name, entry in _pack(tensors, manifest.dtype).items()}
+    metrics = {name: float(value) for name, value in manifest.metrics.items()}
+    return save(entries, metadata={_MANIFEST: json.dumps(vars(manifest) | {"metrics": metrics}, sort_keys=True)})
+
+
+def decode(data: bytes, *, max_bytes: int | None = None) -> Message:
+    """Return the message in ``data``. Raises MessageError on anything malformed or longer than ``max_bytes``."""
+    if max_bytes is not None and len(data) > max_bytes:
+        raise MessageError(f"a message of {len(data)} bytes is larger than the {max_bytes} allowed")
+    try:
+        flat = deserialize(data)
+    except SafetensorError as error:
+        raise MessageError(f"a message of {len(data)} bytes is not safetensors: {error}") from error
+    manifest = _read_manifest(data)
+    entries = {name: _read_entry(name, view) for name, view in flat}
+    return Message(manifest, _CODECS[manifest.dtype].unpack(entries))
+
+
+def check(
+    message: Message,
+    *,
+    kind: MessageKind,
+    run: str,
+    round: int,  # noqa: A002
+    site: str,
+    base_hash: str | None,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Raise a MessageError that names all that differs from what was expected; ``base_hash`` None accepts any base."""
+    manifest = message.manifest
+    expected = {"kind": kind, "run": run, "round": round, "site": site}
+    if base_hash is not None:
+        expected["base_hash"] = base_hash
+    faults = [
+        f"{name.replace('_', ' ')} is {getattr(manifest, name)!r}, expected {value!r}"
+        for name, value in expected.items()
+        if getattr(manifest, name) != value
+    ]
+    if manifest.kind == "update" and manifest.samples < 1:
+        faults.append(f"sample count {manifest.samples} is below 1")
+    if missing := sorted(shapes.keys() - message.tensors.keys()):
+        faults.append(f"missing tensors: {_some(missing)}")
+    if unexpected := sorted(message.tensors.keys() - shapes.keys()):
+        faults.append(f"unexpected tensors: {_some(unexpected)}")
+    faults += [
+        f"shape of {name} is {tuple(message.tensors[name].shape)}, expected {tuple(shapes[name])}"
+        for name in sorted(shapes.keys() & message.tensors.keys())
+        if tuple(message.tensors[name].shape) != tuple(shapes[name])
+    ]
+    if faults:
+        raise MessageError(f"site {site}, round {round}, {kind}: {'; '.join(faults)}")
+
+
+def as_decoded(tensors: Mapping[str, Tensor], dtype: WireDtype) -> dict[str, Tensor]:
+    """Return what the other end holds after :func:`encode` and :func:`decode`, bit for bit; raises like ``encode``."""
+    return _CODECS[dtype].unpack(_pack(tensors, dtype))
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return 16 hex digits over names, shapes and fp32 bytes, whatever the order; defined for no tensors, too."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(json.dumps([name, list(tensors[name].shape)]).encode())
+        digest.update(_wire(tensors[name], torch.float32).numpy())
+    return digest.hexdigest()[:16]
+
+
+def flatten(tensors: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """Return the values of ``names``, in that order, as one fp32 vector [V] of its own memory; no names give [0]."""
+    return torch.cat([torch.empty(0), *(_wire(tensors[name], torch.float32).reshape(-1) for name in names)])
+
+
+def unflatten(vector: Tensor, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Cut a vector [V] into tensors, each of its own memory (safetensors refuses shared); the inverse of ``flatten``.
+
+    Raises MessageError where V is not the number of values of ``names``.
+    """
+    sizes = [math.prod(shapes[name]) for name in names]
+    if sum(sizes) != vector.numel():
+        raise MessageError(f"{vector.numel()} values do not fill {len(sizes)} tensors of {sum(sizes)} values")
+    parts = vector.split(sizes) if sizes else ()
+    return {name: part.reshape(shapes[name]).clone() for name, part in zip(names, parts, strict=True)}
+
+
+def _wire(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+
+
+def _pack(tensors: Mapping[str, Tensor], dtype: WireDtype) -> dict[str, Tensor]:
+    pack = _CODECS[dtype].pack
+    return {key: entry for name, tensor in tensors.items() for key, entry in pack(name, tensor).items()}
+
+
+def _pack_fp32(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    return {name: _wire(tensor, torch.float32)}
+
+
+def _pack_fp16(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    values = _wire(tensor, torch.float32)
+    if (largest := _largest(values)) > _FP16_MAX:
+        raise MessageError(f"{name}: |x| reaches {largest:g}, beyond fp16's {_FP16_MAX:g}; use wire_dtype: fp32")
+    return {name: values.half()}
+
+
+def _pack_int8(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    values = _wire(tensor, torch.float32)
+    largest = _largest(values)
+    if not math.isfinite(largest):
+        raise MessageError(f"{name}: NaN or infinity does not fit int8")
+    scale = torch.tensor(largest) / 127
+    # Below the smallest normal number the scale itself is too coarse to divide by.
+    if scale < torch.finfo(torch.float32).tiny:
+        scale = torch.zeros(())
+        return {name: torch.zeros_like(values, dtype=torch.int8), name + _SCALE: scale}
+    return {name: (values / scale).round().clamp(-127, 127).to(torch.int8), name + _SCALE: scale}
+
+
+def _largest(values: Tensor) -> float:
+    return values.abs().max().item() if values.numel() else 0.0
+
+
+def _unpack_float(dtype: torch.dtype) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    def unpack(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for name, entry in entries.items():
+            _expect(name, entry, dtype)
+        return {name: entry.float() for name, entry in entries.items()}
+
+    return unpack
+
+
+def _unpack_int8(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    values = {name: entry for name, entry in entries.items() if not name.endswith(_SCALE)}
+    if orphans := sorted(entries.keys() - values.keys() - {name + _SCALE for name in values}):
+        raise MessageError(f"scales without a tensor: {_some(orphans)}")
+    return {name: _dequantise(name, entry, entries.get(name + _SCALE)) for name, entry in values.items()}
+
+
+def _dequantise(name: str, values: Tensor, scale: Tensor | None) -> Tensor:
+    _expect(name, values, torch.int8)
+    if scale is None:
+        raise MessageError(f"{name}: its int8 scale is missing")
+    _expect(name + _SCALE, scale, torch.float32)
+    if scale.shape != () or not 0 <= scale.item() < math.inf:
+        raise MessageError(f"{name}: its int8 scale is not one finite number from 0 on")
+    return values.float() * scale
+
+
+_CODECS: Mapping[WireDtype, _Codec] = {
+    "fp32": _Codec(_pack_fp32, _unpack_float(torch.float32)),
+    "fp16": _Codec(_pack_fp16, _unpack_float(torch.float16)),
+    "int8": _Codec(_pack_int8, _unpack_int8),
+}
+
+_MANIFEST_TYPE = TypeAdapter(Manifest)
+
+
+def _read_manifest(data: bytes) -> Manifest:
+    # deserialize() has accepted the header by now, so its length and its JSON are sound.
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    text = header.get("__metadata__", {}).get(_MANIFEST)
+    if text is None:
+        raise MessageError("a message carries no manifest in its safetensors metadata")
+    try:
+        return _MANIFEST_TYPE.validate_json(text)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'JSON'}: {e['msg']}" for e in error.errors())
+        raise MessageError(f"a message's manifest is malformed: {faults}") from error
+
+
+def _read_entry(name: str, view: Mapping) -> Tensor:
+    dtype = _DTYPES.get(view["dtype"])
+    if dtype is None:
+        raise MessageError(f"{name}: dtype {view['dtype']} never travels; only {', '.join(_DTYPES)} do")
+    if not view["data"]:
+        return torch.empty(view["shape"], dtype=dtype)
+    return torch.frombuffer(view["data"], dtype=dtype).reshape(view["shape"])
+
+
+def _expect(name: str, entry: Tensor, dtype: torch.dtype) -> None:
+    if entry.dtype != dtype:
+        raise MessageError(f"{name}: dtype is {entry.dtype}, the manifest's wire dtype means {dtype}")
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

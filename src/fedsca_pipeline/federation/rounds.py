@@ -1,0 +1,270 @@
+"""The round loop: distribute, train locally, collect, aggregate; written once, against the fleet protocol."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsca_pipeline.config import FederationConfig
+from fedsca_pipeline.errors import MessageError, NoValidSite
+from fedsca_pipeline.federation.checkpoint import Checkpoint, CheckpointFolder, RoundRecord, SiteRecord
+from fedsca_pipeline.federation.devices import stream_seed
+from fedsca_pipeline.federation.fleet import Failure, Fleet
+from fedsca_pipeline.federation.messages import (
+    Manifest,
+    Message,
+    TensorLayout,
+    as_decoded,
+    check,
+    decode,
+    encode,
+    flatten,
+    hash_tensors,
+    unflatten,
+)
+from fedsca_pipeline.federation.strategies.base import Aggregation, Replies, ServerState, Strategy
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A message on its way to a site, and the base the site will hold once it has decoded it."""
+
+    payload: bytes
+    base: Tensor
+    base_hash: str
+
+
+class Server:
+    """The coordinator of one run: strategy, state and what each site is known to hold.
+
+    Args:
+        fleet: reaches the sites.
+        strategy: answers DESIGN's four questions.
+        layout: the model's trainable tensors.
+        initial: their start values, by name, fp32.
+        config: the ``federation`` parameters.
+        run: the run's fingerprint, part of every message.
+        seed: of the participation draw.
+        folder: where checkpoints go.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        strategy: Strategy,
+        layout: TensorLayout,
+        initial: Mapping[str, Tensor],
+        config: FederationConfig,
+        *,
+        run: str,
+        seed: int,
+        folder: CheckpointFolder,
+    ) -> None:
+        self.fleet, self.strategy, self.config = fleet, strategy, config
+        self.run, self.seed, self.folder = run, seed, folder
+        self.sites = tuple(fleet.sites())
+        self.names = strategy.shared(layout)
+        self.groups = strategy.groups(layout)
+        self.shapes = {name: layout.shapes[name] for name in self.names}
+        self.initial = flatten(initial, self.names)
+
+    def rounds(self) -> Iterator[RoundRecord]:
+        """Run what is left of the run, yielding every round's record, those of an earlier attempt first.
+
+        A checkpoint is on disk before its record is yielded. After the last round the sites validate once more: the
+        record of round ``rounds + 1`` is ``final`` and holds the Dice of the last round's models.
+
+        Raises:
+            NoValidSite: a round got fewer valid replies than ``federation.quorum``; the checkpoint of the round before
+                stands, and the same command goes on from it.
+        """
+        checkpoint = self.folder.latest() or self._start()
+        yield from checkpoint.history
+        while checkpoint.round < self.config.rounds:
+            checkpoint = self._train_round(checkpoint)
+            self.folder.save(checkpoint)
+            yield checkpoint.history[-1]
+        if checkpoint.round == self.config.rounds:
+            checkpoint = self._final_round(checkpoint)
+            self.folder.save(checkpoint)
+            yield checkpoint.history[-1]
+
+    def participants(self, round_: int) -> tuple[str, ...]:
+        """Draw the sites of a round: the nearest whole number to ``participation``'s share, at least one."""
+        count = max(1, math.floor(self.config.participation * len(self.sites) + 0.5))
+        draw = np.random.default_rng(stream_seed(self.seed, "participation", round_))
+        return tuple(sorted(draw.choice(self.sites, size=count, replace=False).tolist()))
+
+    def _start(self) -> Checkpoint:
+        count, values = len(self.sites), self.initial.numel()
+        return Checkpoint(
+            round=0,
+            state=ServerState.initial(count, values, len(self.groups)),
+            aggregates=self.initial.repeat(count, 1),
+            bases=torch.zeros(count, values),
+            has_base=torch.zeros(count, dtype=torch.bool),
+        )
+
+    def _train_round(self, checkpoint: Checkpoint) -> Checkpoint:
+        round_ = checkpoint.round + 1
+        sent = self._distribute(checkpoint, round_, self.participants(round_), kind="aggregate")
+        replies, records = self._collect(round_, sent, kind="update")
+        bases, has_base = self._bases(checkpoint, sent, replies)
+        if len(replies) < self.config.quorum:
+            raise NoValidSite(_too_few(round_, len(replies), self.config.quorum, records))
+        state, aggregation = self.strategy.aggregate(
+            checkpoint.state,
+            self._stack(round_, sent, replies),
+            sites=self.sites,
+            initial=self.initial,
+            groups=self.groups,
+            max_norm_ratio=self.config.max_norm_ratio,
+        )
+        if len(aggregation.accepted) < self.config.quorum:
+            records = _with_aggregation(records, aggregation)
+            raise NoValidSite(_too_few(round_, len(aggregation.accepted), self.config.quorum, records))
+        for site, reason in aggregation.rejected.items():
+            logger.warning("round %d: the update of %s was rejected: %s", round_, site, reason)
+        record = RoundRecord(
+            round=round_,
+            final=False,
+            sites=_with_aggregation(records, aggregation),
+            accepted=aggregation.accepted,
+            similarity=aggregation.similarity.tolist(),
+            weights=aggregation.weights.tolist(),
+        )
+        return Checkpoint(round_, state, aggregation.aggregates, bases, has_base, (*checkpoint.history, record))
+
+    def _final_round(self, checkpoint: Checkpoint) -> Checkpoint:
+        round_ = checkpoint.round + 1
+        sent = self._distribute(checkpoint, round_, self.sites, kind="final")
+        replies, records = self._collect(round_, sent, kind="report")
+        if not replies:
+            raise NoValidSite(_too_few(round_, 0, 1, records))
+        record = RoundRecord(round=round_, final=True, sites=records)
+        return replace(checkpoint, round=round_, history=(*checkpoint.history, record))
+
+    def _distribute(self, checkpoint: Checkpoint, round_: int, sites: Sequence[str], kind: str) -> dict[str, Sent]:
+        return {site: self._message(checkpoint, round_, site, kind) for site in sites}
+
+    def _message(self, checkpoint: Checkpoint, round_: int, site: str, kind: str) -> Sent:
+        """With int8 a known base makes the aggregate a difference from it; its rounding error is then in the next one."""
+        index = self.sites.index(site)
+        aggregate, known = checkpoint.aggregates[index], checkpoint.bases[index]
+        relative = self.config.wire_dtype == "int8" and bool(checkpoint.has_base[index]) and bool(self.names)
+        dtype = self.config.wire_dtype if relative or self.config.wire_dtype != "int8" else "fp16"
+        tensors = unflatten(aggregate - known if relative else aggregate, self.names, self.shapes)
+        heard = flatten(as_decoded(tensors, dtype), self.names)
+        base = known + heard if relative else heard
+        manifest = Manifest(
+            kind=kind,
+            run=self.run,
+            round=round_,
+            site=site,
+            base_hash=self._hash(known if relative else base),
+            samples=0,
+            dtype=dtype,
+            relative=relative,
+            metrics={},
+        )
+        return Sent(encode(manifest, tensors), base, self._hash(base))
+
+    def _collect(
+        self, round_: int, sent: Mapping[str, Sent], kind: str
+    ) -> tuple[dict[str, Message], dict[str, SiteRecord]]:
+        answers = self.fleet.exchange(
+            round_,
+            {site: message.payload for site, message in sent.items()},
+            deadline=None,
+            quorum=self.config.quorum,
+            grace=0.0,
+        )
+        replies: dict[str, Message] = {}
+        records = {site: SiteRecord(absent="not drawn this round") for site in self.sites if site not in sent}
+        for site, message in sent.items():
+            down = len(message.payload)
+            answer = answers.get(site, Failure("no answer"))
+            if isinstance(answer, Failure):
+                records[site] = SiteRecord(bytes_down=down, absent=answer.reason)
+                continue
+            try:
+                reply = self._checked(answer, round_, site, message, kind)
+            except MessageError as error:
+                logger.warning("round %d: the reply of %s was rejected: %s", round_, site, error)
+                records[site] = SiteRecord(bytes_down=down, bytes_up=len(answer), absent=f"rejected: {error}")
+                continue
+            replies[site] = reply
+            metrics = reply.manifest.metrics
+            records[site] = SiteRecord(
+                bytes_down=down,
+                bytes_up=len(answer),
+                samples=reply.manifest.samples,
+                loss=metrics.get("loss"),
+                dice_validation=metrics.get("dice_validation"),
+                dice_local=metrics.get("dice_local"),
+                seconds=metrics.get("seconds"),
+            )
+        return replies, {site: records[site] for site in self.sites}
+
+    def _checked(self, answer: bytes, round_: int, site: str, sent: Sent, kind: str) -> Message:
+        reply = decode(answer)
+        shapes = self.shapes if kind == "update" else {}
+        check(reply, kind=kind, run=self.run, round=round_, site=site, base_hash=sent.base_hash, shapes=shapes)
+        return reply
+
+    def _bases(
+        self, checkpoint: Checkpoint, sent: Mapping[str, Sent], replies: Mapping[str, Message]
+    ) -> tuple[Tensor, Tensor]:
+        """A site that answered holds what it was sent; of one that did not, nothing is known any more."""
+        bases, has_base = checkpoint.bases.clone(), checkpoint.has_base.clone()
+        for site, message in sent.items():
+            index = self.sites.index(site)
+            has_base[index] = site in replies
+            if site in replies:
+                bases[index] = message.base
+        return bases, has_base
+
+    def _stack(self, round_: int, sent: Mapping[str, Sent], replies: Mapping[str, Message]) -> Replies:
+        sites = tuple(sorted(replies))
+        return Replies(
+            round=round_,
+            sites=sites,
+            bases=torch.stack([sent[site].base for site in sites]),
+            updates=torch.stack([flatten(replies[site].tensors, self.names) for site in sites]),
+            samples=torch.tensor([replies[site].manifest.samples for site in sites], dtype=torch.float64),
+        )
+
+    def _hash(self, vector: Tensor) -> str:
+        return hash_tensors(unflatten(vector, self.names, self.shapes))
+
+
+def _with_aggregation(records: Mapping[str, SiteRecord], aggregation: Aggregation) -> dict[str, SiteRecord]:
+    """Add each accepted site's update norm, mean self weight over groups and spread; say why others were rejected."""
+    self_weights = aggregation.weights.diagonal(dim1=1, dim2=2).mean(dim=0) if len(aggregation.weights) else None
+    found = dict(records)
+    for index, site in enumerate(aggregation.accepted):
+        found[site] = replace(
+            found[site],
+            update_norm=float(aggregation.norms[index]),
+            self_weight=1.0 if self_weights is None else float(self_weights[index]),
+            spread=float(aggregation.spread[index]),
+        )
+    for site, reason in aggregation.rejected.items():
+        found[site] = replace(found[site], absent=f"rejected: {reason}")
+    return found
+
+
+def _too_few(round_: int, valid: int, quorum: int, records: Mapping[str, SiteRecord]) -> str:
+    reasons = "; ".join(f"{site}: {record.absent}" for site, record in records.items() if record.absent)
+    return (
+        f"round {round_}: {valid} valid replies, federation.quorum asks for {quorum} ({reasons}). "
+        "Nothing was overwritten; mend the sites and run the same command to go on from the round before."
+    )

@@ -1,0 +1,98 @@
+"""What a site keeps on its own disk between rounds, and nobody else sees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from fedsca_pipeline.files import read_tensors, write_tensors
+
+_KEPT_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class SiteState:
+    """A site after its local training of one round; tensors by name.
+
+    ``private`` stay at the site; ``base`` are the shared tensors it trained from, as decoded; ``residual`` is what int8
+    rounding has so far kept from the server; ``moments`` are AdamW's, where ``training.keep_optimizer`` asks for them.
+    """
+
+    round: int
+    private: Mapping[str, Tensor]
+    base: Mapping[str, Tensor]
+    residual: Mapping[str, Tensor] = field(default_factory=dict)
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+
+    _PARTS = ("private", "base", "residual", "moments")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A whole site model, shared and private tensors together, with its round and validation Dice in [0, 1]."""
+
+    round: int
+    dice: float
+    tensors: Mapping[str, Tensor]
+
+
+class SiteStore:
+    """One folder a site: the states of the last two rounds it trained in, its best and its last model.
+
+    Every write is atomic, and a state is only read for a *later* round, so that local work which is done twice for the
+    same round (after a crash, or a message that came twice) starts from the same state and ends in the same one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def state_before(self, round_: int) -> SiteState | None:
+        """Return the newest state of a round before ``round_``, or None where the site has not trained yet."""
+        earlier = [path for path in self._states() if _round_of(path) < round_]
+        if not earlier:
+            return None
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in SiteState._PARTS}
+        for name, tensor in read_tensors(earlier[-1]).items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = tensor
+        return SiteState(_round_of(earlier[-1]), **parts)
+
+    def save_state(self, state: SiteState) -> None:
+        """Store a state and drop those of rounds that no resume can ask for."""
+        tensors = {f"{part}/{name}": t for part in SiteState._PARTS for name, t in getattr(state, part).items()}
+        write_tensors(self.folder / f"state_{state.round:05d}.safetensors", tensors)
+        for old in self._states()[:-_KEPT_ROUNDS]:
+            old.unlink()
+
+    def snapshot(self, name: str) -> Snapshot | None:
+        """Return the model kept as ``best`` or ``last``, or None."""
+        path = self.folder / f"{name}.safetensors"
+        return Snapshot(**_header(path), tensors=read_tensors(path)) if path.is_file() else None
+
+    def save_snapshot(self, name: str, snapshot: Snapshot) -> None:
+        """Keep a model as ``best`` or ``last``."""
+        header = {"snapshot": json.dumps({"round": snapshot.round, "dice": snapshot.dice})}
+        write_tensors(self.folder / f"{name}.safetensors", snapshot.tensors, header)
+
+    def best_dice(self, before: int) -> float:
+        """Return the best validation Dice of a round before ``before``; -1 where there is none."""
+        path = self.folder / "best.safetensors"
+        header = _header(path) if path.is_file() else None
+        return header["dice"] if header and header["round"] < before else -1.0
+
+    def _states(self) -> list[Path]:
+        return sorted(self.folder.glob("state_*.safetensors"))
+
+
+def _round_of(path: Path) -> int:
+    return int(path.stem.rpartition("_")[2])
+
+
+def _header(path: Path) -> dict:
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["snapshot"])

@@ -1,0 +1,367 @@
+"""What a strategy is: four questions with default answers, and the server's step from replies to aggregates.
+
+DESIGN sections 3.3 and 5. The step is a template over small pure functions: validate, compare updates, remember, weigh,
+mix. Values [S, V] are fp32 and mixed as matrix products; everything sites x sites is float64. V values fall into B
+groups with weights of their own; S sites replied, A of them were accepted, N are known. All tensors are on the CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from fedsca_pipeline.errors import NoValidSite, ResumeError
+from fedsca_pipeline.federation.messages import TensorLayout
+
+logger = logging.getLogger(__name__)
+
+Prior = Literal["samples", "uniform"]
+Groups = tuple[slice, ...]
+
+ZERO_NORM = 1e-12  # an update shorter than this has no direction (DESIGN 3.3, point 2)
+COLLAPSE = 0.95  # mean self weight beyond which a federation is local training (DESIGN 3.3)
+_CHUNK = 1 << 15  # columns of one fp32 inner product
+
+
+@dataclass(frozen=True)
+class Replies:
+    """What arrived in one round from the sites that answered, sorted by site.
+
+    ``bases`` [S, V] fp32: what each site really trained from. ``updates`` [S, V] fp32. ``samples`` [S] float64:
+    training images.
+    """
+
+    round: int
+    sites: tuple[str, ...]
+    bases: Tensor
+    updates: Tensor
+    samples: Tensor
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that a server remembers between rounds, as plain tensors; rows are the known sites, in order.
+
+    ``masters`` [N, V] fp32: the latest theta = base + update of each site, zeros where it never trained. ``trained``
+    [N] bool. ``samples`` [N] float64: as last reported. ``memory`` [B, N, N] float64: similarities, NaN for a pair
+    never seen together. ``norms`` [M] float64: norms of all accepted updates so far, those of zero updates left out.
+    """
+
+    masters: Tensor
+    trained: Tensor
+    samples: Tensor
+    memory: Tensor
+    norms: Tensor
+
+    @classmethod
+    def initial(cls, n_sites: int, n_values: int, n_groups: int) -> ServerState:
+        """Return the state before the first round."""
+        return cls(
+            masters=torch.zeros(n_sites, n_values),
+            trained=torch.zeros(n_sites, dtype=torch.bool),
+            samples=torch.zeros(n_sites, dtype=torch.float64),
+            memory=torch.full((n_groups, n_sites, n_sites), torch.nan, dtype=torch.float64),
+            norms=torch.zeros(0, dtype=torch.float64),
+        )
+
+    def as_tensors(self) -> dict[str, Tensor]:
+        """Return the state by field name, ready for safetensors."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> ServerState:
+        """Return the state that ``as_tensors`` wrote; ResumeError names what is missing."""
+        names = [field.name for field in fields(cls)]
+        if missing := [name for name in names if name not in tensors]:
+            raise ResumeError(
+                f"the server state lacks {', '.join(missing)}; go on from an older checkpoint or start anew"
+            )
+        return cls(**{name: tensors[name] for name in names})
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """What one round gave.
+
+    ``aggregates`` [N, V] fp32: what each known site receives next. ``accepted``: A sites, sorted as they replied;
+    ``rejected``: site to reason. ``similarity`` and ``weights`` [B, A, A] float64: C as the weights used it, and A,
+    rows receive; where nothing is shared they hold one group, zeros and the identity. ``norms`` [A] float64 of the
+    updates. ``spread`` [A] float64: |theta_i - mean| / |update_i|, 0 for a zero update.
+    """
+
+    aggregates: Tensor
+    accepted: tuple[str, ...]
+    rejected: Mapping[str, str]
+    similarity: Tensor
+    weights: Tensor
+    norms: Tensor
+    spread: Tensor
+
+
+class StrategyOptions(BaseModel):
+    """Base of every strategy's options; a field's description says what is allowed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Strategy:
+    """A federated method. A subclass answers the questions where it differs from the defaults."""
+
+    name: ClassVar[str]
+    Options: ClassVar[type[StrategyOptions]] = StrategyOptions
+    prior: Prior = "samples"
+
+    def __init__(self, options: StrategyOptions) -> None:
+        self.options = options
+
+    def trained(self, layout: TensorLayout) -> tuple[str, ...]:
+        """Question 1: which tensors train. All adapters and the decoder."""
+        return layout.adapters + layout.decoder
+
+    def shared(self, layout: TensorLayout) -> tuple[str, ...]:
+        """Question 2: which tensors cross the wire, in the order of the flat vector [V]. All adapters."""
+        return layout.adapters
+
+    def groups(self, layout: TensorLayout) -> Groups:
+        """Return the column ranges of the flat vector that get weights of their own; they cover it. () where V = 0."""
+        size = layout.size(self.shared(layout))
+        return (slice(0, size),) if size else ()
+
+    def penalty(self, parameters: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> Tensor | None:
+        """Question 3: an extra term of a local step's loss, over trained ``parameters``. None."""
+        return None
+
+    def aggregate(
+        self,
+        state: ServerState,
+        replies: Replies,
+        *,
+        sites: tuple[str, ...],
+        initial: Tensor,
+        groups: Groups,
+        max_norm_ratio: float,
+        layout: TensorLayout | None = None,
+    ) -> tuple[ServerState, Aggregation]:
+        """Question 4: how replies become aggregates (DESIGN 3.3, points 1 to 6). Neither argument is changed.
+
+        Args:
+            state: what the rounds before left, rows in the order of ``sites``.
+            replies: of some of ``sites``; messages have been checked (names, shapes, base hash, round).
+            sites: all known sites.
+            initial: [V] fp32, for a site about which nothing whatever is known.
+            groups: of this strategy, see ``groups``.
+            max_norm_ratio: above 1; a norm beyond this many medians is rejected.
+            layout: only needed by strategies that treat some tensors on their own (``lora_merge: svd``).
+
+        Raises:
+            NoValidSite: no reply is usable.
+        """
+        thetas = replies.bases + replies.updates
+        grams = gram(replies.updates, groups)
+        norms = grams.diagonal(dim1=1, dim2=2).sum(dim=0).sqrt()
+        rejected = self.validate(replies, thetas, norms, state.norms, max_norm_ratio)
+        kept = torch.tensor([i for i, site in enumerate(replies.sites) if site not in rejected], dtype=torch.long)
+        if not len(kept):
+            reasons = "; ".join(f"{site}: {reason}" for site, reason in rejected.items()) or "no site replied"
+            raise NoValidSite(
+                f"round {replies.round}: no site sent a usable update ({reasons}); nothing was overwritten"
+            )
+        if rejected:
+            thetas, grams, norms = thetas[kept], grams[:, kept][:, :, kept], norms[kept]
+        accepted = tuple(replies.sites[i] for i in kept)
+        rows = torch.tensor([sites.index(site) for site in accepted])
+
+        state = replace(
+            state,
+            masters=state.masters.index_copy(0, rows, thetas),
+            trained=state.trained.index_fill(0, rows, True),
+            samples=state.samples.index_copy(0, rows, replies.samples[kept]),
+            memory=self.remember(state.memory, cosines(grams), rows),
+            norms=torch.cat([state.norms, norms[norms >= ZERO_NORM]]),
+        )
+        moved = grams.diagonal(dim1=1, dim2=2).sqrt() >= ZERO_NORM
+        weights = self.site_weights(state, rows, moved)
+        aggregates = self.mix(weights, state.masters, groups, initial, layout)
+
+        similarity, mutual = state.memory[:, rows][:, :, rows], weights[:, rows][:, :, rows]
+        if not groups:
+            similarity, mutual = torch.zeros(1, len(rows), len(rows)).double(), torch.eye(len(rows)).double()[None]
+        elif len(rows) > 1 and (mean := mutual.diagonal(dim1=1, dim2=2).mean().item()) > COLLAPSE:
+            logger.warning(
+                "round %d: the mean self weight of %s is %.2f: the sites train almost alone, either because their "
+                "updates do not agree (see the similarities) or because the weighting keeps each site to itself",
+                replies.round, self.name, mean,
+            )  # fmt: skip
+        return state, Aggregation(aggregates, accepted, rejected, similarity, mutual, norms, spread(thetas, norms))
+
+    def validate(
+        self, replies: Replies, thetas: Tensor, norms: Tensor, earlier: Tensor, max_norm_ratio: float
+    ) -> Mapping[str, str]:
+        """Return the rejected sites and why; see the function :func:`validate`."""
+        return validate(replies, thetas, norms, earlier, max_norm_ratio)
+
+    def remember(self, memory: Tensor, seen: Tensor, rows: Tensor) -> Tensor:
+        """Return the similarities [B, N, N] to weigh by, NaN where none. This round's ``seen`` [B, A, A] alone."""
+        return place(torch.full_like(memory, torch.nan), seen, rows)
+
+    def partners(self, present: Tensor, moved: Tensor, known: Tensor) -> Tensor:
+        """Return whom each site may be mixed from; see the function :func:`partners`."""
+        return partners(present, moved, known)
+
+    def weights(self, similarity: Tensor, mates: Tensor, prior: Tensor) -> Tensor:
+        """Return the weights of one group, [N, N] float64, rows receive. The prior over each row's ``mates``.
+
+        ``similarity`` [N, N] holds 0 where nothing is known; ``mates`` [N, N] bool; ``prior`` [N] sums to 1. Rows
+        without any mate are overwritten by the caller and may hold anything.
+        """
+        return prior_weights(mates, prior)
+
+    def mix(
+        self,
+        weights: Tensor,
+        masters: Tensor,
+        groups: Groups,
+        initial: Tensor,
+        layout: TensorLayout | None,
+    ) -> Tensor:
+        """Return the aggregates [R, V]; see the function :func:`mix`."""
+        return mix(weights, masters, groups, initial)
+
+    def site_weights(self, state: ServerState, rows: Tensor, moved: Tensor) -> Tensor:
+        """Return all weights, [B, N, N] float64: of the sites ``rows`` that took part, and of those that catch up.
+
+        ``moved`` [B, A] says whose update is not zero. A site nobody knows anything of receives the general model.
+        """
+        general = site_prior(state, self.prior)
+        present = torch.zeros_like(state.trained).index_fill(0, rows, True)
+        awake = torch.zeros(len(moved), len(present), dtype=torch.bool).index_copy(1, rows, moved)
+        weights = torch.zeros_like(state.memory)
+        for group, memory in enumerate(state.memory):
+            mates = self.partners(present, awake[group], ~memory.isnan())
+            found = self.weights(memory.nan_to_num(nan=0.0), mates, general)
+            weights[group] = torch.where(mates.any(dim=1, keepdim=True), found, general)
+        return weights
+
+    def general_model(
+        self, state: ServerState, prior: Prior | None = None, layout: TensorLayout | None = None
+    ) -> Tensor:
+        """Return ``sum_j p_j theta_j`` [V] over the latest masters of every site that has ever trained (DESIGN 3.3).
+
+        ``prior`` None takes the strategy's own. Raises NoValidSite where no site has trained yet.
+        """
+        if not state.trained.any():
+            raise NoValidSite("no site has trained yet, so there is no general model")
+        masters = state.masters
+        weights = site_prior(state, prior or self.prior)[None, None]
+        return self.mix(weights, masters, (slice(0, masters.shape[1]),), masters[0], layout)[0]
+
+
+def gram(updates: Tensor, groups: Groups) -> Tensor:
+    """Return the inner products of updates [S, V] in each group, [B, S, S] float64, symmetric.
+
+    Products over runs of columns are fp32 and their sums float64: as exact as need be, at the speed of fp32. A row with
+    a NaN or infinity spoils its own row and column and no other.
+    """
+    grams = torch.zeros(len(groups), len(updates), len(updates), dtype=torch.float64)
+    for total, group in zip(grams, groups, strict=True):
+        for chunk in updates[:, group].split(_CHUNK, dim=1):
+            total += chunk @ chunk.T
+    return (grams + grams.mT) / 2
+
+
+def cosines(grams: Tensor) -> Tensor:
+    """Return cosines [.., S, S] from inner products; all 0 for an update whose norm is below 1e-12."""
+    norms = grams.diagonal(dim1=-2, dim2=-1).sqrt()
+    moved = norms >= ZERO_NORM
+    found = (grams / (norms[..., :, None] * norms[..., None, :])).clamp(-1, 1)
+    return torch.where(moved[..., :, None] & moved[..., None, :], found, 0.0)
+
+
+def validate(replies: Replies, thetas: Tensor, norms: Tensor, earlier: Tensor, max_norm_ratio: float) -> dict[str, str]:
+    """Return the sites whose reply is unusable, with the reason (DESIGN 3.3, point 1, what is left after ``check``).
+
+    In this order: fewer than one sample; a value that is not finite, seen by the sum of base + update, which is nearly
+    free; a norm above ``max_norm_ratio`` times the median of this round's finite norms and the ``earlier`` accepted
+    ones.
+
+    Of an even number of norms the lower middle one is the median, else the larger of two sites in a first round would
+    lift the bar over itself (with the mean of both, 1 and 1000 are each below ten times 500). Norms of zero updates
+    tell no scale and are left out, else a site that did not move would have all others rejected. What no rule can tell:
+    which of two sites in a first round is the odd one; the larger is turned away, since only it can do harm. A lone
+    first site has nothing to be measured against and is taken.
+    """
+    finite = thetas.sum(dim=1).isfinite() & norms.isfinite()
+    known = torch.cat([earlier, norms[finite & (norms >= ZERO_NORM)]])
+    limit = max_norm_ratio * known.median().item() if len(known) else 0.0
+    too_long = f"is above {limit:.3g}, {max_norm_ratio:g} times the median norm so far (federation.max_norm_ratio)"
+    faults = (
+        (~(replies.samples >= 1), [f"sample count {count:g} is below 1" for count in replies.samples.tolist()]),
+        (~finite, ["values are not finite, or too large to be squared in fp32"] * len(norms)),
+        (norms > max(limit, ZERO_NORM), [f"update norm {norm:.3g} {too_long}" for norm in norms.tolist()]),
+    )
+    found: dict[str, str] = {}
+    for at_fault, reasons in faults:
+        for i in at_fault.nonzero().flatten().tolist():
+            found.setdefault(replies.sites[i], reasons[i])
+    return dict(sorted(found.items()))
+
+
+def place(matrices: Tensor, part: Tensor, rows: Tensor) -> Tensor:
+    """Return [B, N, N] ``matrices`` with ``part`` [B, A, A] at the rows and columns ``rows``."""
+    placed = matrices.clone()
+    placed[:, rows[:, None], rows] = part
+    return placed
+
+
+def partners(present: Tensor, moved: Tensor, known: Tensor) -> Tensor:
+    """Return whom each site may be mixed from in one group, [N, N] bool, rows receive (DESIGN 3.3, 2 and 6).
+
+    A site that took part (``present`` [N]): itself, and if its update is not zero the others that ``moved`` [N], too.
+    An absent one: itself and the sites it has a similarity with (``known`` [N, N]); a row without any True where there
+    are none, and the general model is due.
+    """
+    itself = torch.eye(len(present), dtype=torch.bool)
+    others = torch.where(present[:, None], moved[:, None] & moved, known) & ~itself
+    return others | (itself & (present | others.any(dim=1)))
+
+
+def site_prior(state: ServerState, prior: Prior) -> Tensor:
+    """Return ``p`` [N] float64 over the sites that have ever trained, summing to 1; all zero where none has."""
+    shares = PRIORS[prior](state.samples) * state.trained
+    return shares / shares.sum().clamp(min=torch.finfo(torch.float64).tiny)
+
+
+PRIORS: Mapping[Prior, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {"samples": torch.clone, "uniform": torch.ones_like}
+)
+
+
+def prior_weights(mates: Tensor, prior: Tensor) -> Tensor:
+    """Return ``prior`` [N] restricted to each row's ``mates`` [N, N] and summing to 1; NaN in a row without mates."""
+    shares = mates * prior
+    return shares / shares.sum(dim=1, keepdim=True)
+
+
+def mix(weights: Tensor, masters: Tensor, groups: Sequence[slice], initial: Tensor) -> Tensor:
+    """Return ``weights[b] @ masters`` per group, [R, V] fp32; ``initial`` [V] for a row without any weight.
+
+    ``weights`` is [B, R, N] float64, ``masters`` [N, V] fp32. A unit row returns its master bit for bit.
+    """
+    mixed = masters.new_empty(weights.shape[1], masters.shape[1])
+    for matrix, group in zip(weights, groups, strict=True):
+        mixed[:, group] = matrix.to(masters.dtype) @ masters[:, group]
+        mixed[matrix.sum(dim=1) == 0, group] = initial[group]
+    return mixed
+
+
+def spread(thetas: Tensor, norms: Tensor) -> Tensor:
+    """Return ``|theta_i - mean| / |update_i|`` [A] float64; 0, never infinity, for a zero update."""
+    distances = torch.linalg.vector_norm(thetas - thetas.mean(dim=0), dim=1).double()
+    return torch.where(norms >= ZERO_NORM, distances / norms, 0.0)

@@ -1,0 +1,30 @@
+"""FedAvg: every site receives the same average, weighted by training images.
+
+McMahan et al., *Communication-Efficient Learning of Deep Networks from Decentralized Data*, AISTATS 2017.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from fedsca_pipeline.federation.strategies.sharing import SHARE_DECODER_HELP, SharingOptions, SharingStrategy
+
+
+class FedAvgOptions(SharingOptions):
+    """``strategies.fedavg``."""
+
+    share_decoder: bool = Field(True, description=SHARE_DECODER_HELP)
+
+
+class FedAvg(SharingStrategy):
+    """The prior's average of this round's sites, for the sites that were absent, too."""
+
+    name: ClassVar[str] = "fedavg"
+    Options: ClassVar[type[FedAvgOptions]] = FedAvgOptions
+
+    def partners(self, present: Tensor, moved: Tensor, known: Tensor) -> Tensor:
+        """Return the sites that took part, for every row."""
+        return present.repeat(len(present), 1)

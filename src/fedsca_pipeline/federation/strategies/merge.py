@@ -1,0 +1,83 @@
+"""LoRA factors: averaging A and B apart is not averaging B A, so mix the products and cut them back to the rank.
+
+DESIGN section 3.3, ``lora_merge: svd``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_FACTOR = re.compile(r"(^|\.)lora_([AB])(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """Where one pair stands in the flat vector: A [r, in], B [out, r]; a convolution's kernel counts into ``in``."""
+
+    a: slice
+    b: slice
+    rank: int
+
+
+def is_lora_b(name: str) -> bool:
+    """Return whether ``name`` is PEFT's name of a LoRA factor B."""
+    found = _FACTOR.search(name)
+    return found is not None and found[2] == "B"
+
+
+def lora_pairs(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[LoraPair, ...]:
+    """Return the pairs of which both A and B are in ``names``, the order of the flat vector."""
+    ends, total = {}, 0
+    for name in names:
+        start, total = total, total + math.prod(shapes[name])
+        ends[name] = slice(start, total)
+    others = {name: _FACTOR.sub(r"\1lora_A", name) for name in names if is_lora_b(name)}
+    return tuple(LoraPair(ends[a], ends[b], shapes[a][0]) for b, a in others.items() if a in ends)
+
+
+def merge_products(
+    mixed: Tensor, weights: Tensor, masters: Tensor, groups: Sequence[slice], pairs: Sequence[LoraPair]
+) -> Tensor:
+    """Return ``mixed`` [R, V] with each pair replaced by rank-r factors of ``sum_j w_ij B_j A_j``.
+
+    ``weights`` [B, R, N] float64 and ``masters`` [N, V] are those that gave ``mixed``. Rows that receive one master, or
+    nothing, keep what they have.
+    """
+    merged = mixed.clone()
+    for pair in pairs:
+        group = next(i for i, columns in enumerate(groups) if columns.start <= pair.a.start < columns.stop)
+        blended = (weights[group] > 0).sum(dim=1) > 1
+        shares = weights[group, blended].to(mixed.dtype)
+        a = masters[:, pair.a].reshape(len(masters), pair.rank, -1)
+        b = masters[:, pair.b].reshape(len(masters), -1, pair.rank)
+        near = mixed[blended][:, pair.a].reshape(len(shares), *a.shape[1:])
+        new_a, new_b = _refactor(shares, a, b, near)
+        merged[blended, pair.a], merged[blended, pair.b] = new_a.flatten(1), new_b.flatten(1)
+    return merged
+
+
+def _refactor(shares: Tensor, a: Tensor, b: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A [R, r, in] and B [R, out, r] whose products are the best rank-r fit of ``sum_j shares_ij b_j a_j``.
+
+    The products live in the span of all A and B, so the singular values are those of an N r x N r core. Of all factors
+    with the same product, A is the turned orthonormal one nearest to ``near`` [R, r, in], at the length of ``near``:
+    training goes on from familiar coordinates, and a product of zero leaves an A that can still learn.
+    """
+    rank = near.shape[1]
+    columns, core_b = torch.linalg.qr(b.transpose(0, 1).flatten(1))
+    rows, core_a = torch.linalg.qr(a.flatten(0, 1).T)
+    core = (core_b * shares.repeat_interleave(rank, dim=1)[:, None]) @ core_a.T
+    left, values, right = torch.linalg.svd(core, full_matrices=False)
+    basis = right[:, :rank] @ rows.T
+    u, _, v = torch.linalg.svd(near @ basis.mT, full_matrices=False)
+    turn = u @ v
+    length = torch.linalg.matrix_norm(near, keepdim=True) / math.sqrt(rank)
+    length = torch.where(length > 0, length, 1.0)
+    new_b = (columns @ left[:, :, :rank] * values[:, None, :rank]) @ turn.mT / length
+    return turn @ basis * length, new_b

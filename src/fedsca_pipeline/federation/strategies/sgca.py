@@ -1,0 +1,156 @@
+"""FedSCA's server: similarity-guided collaborative aggregation (SGCA) of the low adapters (LAT).
+
+Zhang et al., *FedSCA*, arXiv 2503.15390; the equations are this project's reconstruction (DESIGN sections 3.2 and 3.3).
+Every weighting maps one group's similarities to row-stochastic weights that follow a permutation of the sites and do
+not change with the scale of the updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import accumulate, pairwise
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedsca_pipeline.federation.messages import TensorLayout
+from fedsca_pipeline.federation.strategies.base import Groups, place, prior_weights
+from fedsca_pipeline.federation.strategies.sharing import (
+    LORA_MERGE_HELP,
+    SHARED_BLOCKS_HELP,
+    LoraMerge,
+    SharedBlocks,
+    SharingOptions,
+    SharingStrategy,
+)
+
+Weighting = Literal["gate", "simplex", "softmax", "uniform"]
+Gate = Literal["continuous", "hard"]
+
+
+class FedScaOptions(SharingOptions):
+    """``strategies.fedsca``."""
+
+    shared_blocks: SharedBlocks = Field("low", description=SHARED_BLOCKS_HELP)
+    lora_merge: LoraMerge = Field("a_only", description=LORA_MERGE_HELP)
+    weighting: Weighting = Field("gate", description="gate, simplex, softmax or uniform")
+    granularity: Literal["model", "block"] = Field(
+        "model", description="model (one set of weights) or block (one for each shared block, and for a shared decoder)"
+    )
+    memory: bool = Field(True, description="true or false: average similarities over rounds")
+    gate: Gate = Field("continuous", description="continuous or hard: what the gate does at its threshold")
+    rho: float = Field(
+        0.5, ge=0.0, lt=1.0, description="0 <= rho < 1, the gate's threshold as a share of a site's best similarity"
+    )
+    trust: float = Field(
+        0.3, gt=0.0, le=1.0, description="0 < g0 <= 1, the best similarity from which a site trusts the others fully"
+    )
+    simplex_penalty: float = Field(
+        0.8, ge=1e-3, le=1e6, description="1e-3 <= alpha <= 1e6, simplex: the pull towards the prior"
+    )
+    softmax_self: float = Field(0.3, ge=0.0, le=1.0, description="0 to 1, softmax: the weight of the site itself")
+    softmax_temperature: float = Field(
+        0.1, ge=1e-3, le=1e6, description="1e-3 <= t <= 1e6, softmax: low follows the nearest"
+    )
+
+
+class FedSca(SharingStrategy):
+    """Each site receives its own mix, of the sites whose updates point its way."""
+
+    name: ClassVar[str] = "fedsca"
+    Options: ClassVar[type[FedScaOptions]] = FedScaOptions
+    options: FedScaOptions
+
+    def groups(self, layout: TensorLayout) -> Groups:
+        """Return one slice, or one for each shared block and the decoder where ``granularity`` is block."""
+        if self.options.granularity == "model":
+            return super().groups(layout)
+        ends = accumulate((layout.size(part) for part in self.parts(layout)), initial=0)
+        return tuple(slice(start, end) for start, end in pairwise(ends))
+
+    def remember(self, memory: Tensor, seen: Tensor, rows: Tensor) -> Tensor:
+        """Average similarities over rounds, or with ``memory: false`` keep this round's alone."""
+        return remember(memory, seen, rows) if self.options.memory else super().remember(memory, seen, rows)
+
+    def weights(self, similarity: Tensor, mates: Tensor, prior: Tensor) -> Tensor:
+        """Return one group's weights by the chosen ``weighting``."""
+        return WEIGHTINGS[self.options.weighting](similarity, mates, prior, self.options)
+
+
+def remember(memory: Tensor, seen: Tensor, rows: Tensor) -> Tensor:
+    """Return ``memory`` [B, N, N] after the similarities ``seen`` [B, A, A] of the sites ``rows`` (DESIGN 3.3, 2).
+
+    A pair's first value is taken as it is, then the mean of memory and new value; other pairs stay.
+    """
+    before = memory[:, rows][:, :, rows]
+    return place(memory, torch.where(before.isnan(), seen, (before + seen) / 2), rows)
+
+
+def gate_weights(similarity: Tensor, mates: Tensor, prior: Tensor, options: FedScaOptions) -> Tensor:
+    """Gate, trust and weights (DESIGN 3.3, points 3 to 5): the prior over the sites that are near a site's best one.
+
+    With c_ij / b_i in the place of c_ij, which scales a row of g and leaves A as it is, so that no b_i is too small.
+    """
+    itself = torch.eye(len(mates), dtype=torch.bool)
+    similarity = similarity.masked_fill(~mates | itself, 0.0)
+    best = similarity.amax(dim=1, keepdim=True).clamp(min=0)
+    opened = GATES[options.gate](similarity / best, options.rho) * (mates & ~itself) + itself
+    trust = (best / options.trust).clamp(max=1)
+    return torch.where(best > 0, trust * prior_weights(opened, prior) + (1 - trust) * itself, itself.double())
+
+
+GATES: Mapping[Gate, Callable[[Tensor, float], Tensor]] = MappingProxyType(
+    {
+        "continuous": lambda share, rho: (share - rho).clamp(min=0) / (1 - rho),
+        "hard": lambda share, rho: torch.where(share >= rho, share, 0.0),
+    }
+)
+
+
+def simplex_weights(similarity: Tensor, mates: Tensor, prior: Tensor, options: FedScaOptions) -> Tensor:
+    """Projection of ``p + c_i / (2 alpha)`` on the simplex, the closed form of pFedGraph's objective; c_ii = 1.
+
+    Ye et al., *Personalized Federated Learning with Inferred Collaboration Graphs*, ICML 2023, equation 5.
+    """
+    similarity = similarity.clone().fill_diagonal_(1.0)
+    return project_on_simplex(prior_weights(mates, prior) + similarity / (2 * options.simplex_penalty), mates)
+
+
+def project_on_simplex(points: Tensor, allowed: Tensor) -> Tensor:
+    """Return the nearest point to each row of ``points`` [R, N] on the simplex of its ``allowed`` [R, N] coordinates.
+
+    Duchi et al., *Efficient Projections onto the l1-Ball*, ICML 2008.
+    """
+    lowest = points.masked_fill(~allowed, -torch.inf).amax(dim=1, keepdim=True) - 2
+    # The threshold is at least the largest coordinate less one, so what lies two below never enters the support.
+    points = torch.where(allowed, points, lowest)
+    ordered, _ = points.sort(dim=1, descending=True)
+    counts = torch.arange(1, points.shape[1] + 1, dtype=points.dtype)
+    thresholds = (ordered.cumsum(dim=1) - 1) / counts
+    support = (ordered > thresholds).sum(dim=1, keepdim=True).clamp(min=1)
+    return (points - thresholds.gather(1, support - 1)).clamp(min=0)
+
+
+def softmax_weights(similarity: Tensor, mates: Tensor, prior: Tensor, options: FedScaOptions) -> Tensor:
+    """A fixed weight for the site itself, and a softmax of similarity / temperature over the others (heuristic FedAMP).
+
+    Huang et al., *Personalized Cross-Silo Federated Learning on Non-IID Data*, AAAI 2021. The prior has no part in it.
+    """
+    itself = torch.eye(len(mates), dtype=torch.bool)
+    others = mates & ~itself
+    logits = (similarity / options.softmax_temperature).masked_fill(~others, -torch.inf)
+    rest = (1 - options.softmax_self) * logits.softmax(dim=1) + options.softmax_self * itself
+    return torch.where(others.any(dim=1, keepdim=True), rest, itself.double())
+
+
+def uniform_weights(similarity: Tensor, mates: Tensor, prior: Tensor, options: FedScaOptions) -> Tensor:
+    """The same weight for every mate."""
+    return prior_weights(mates, torch.ones_like(prior))
+
+
+WEIGHTINGS: Mapping[Weighting, Callable[[Tensor, Tensor, Tensor, FedScaOptions], Tensor]] = MappingProxyType(
+    {"gate": gate_weights, "simplex": simplex_weights, "softmax": softmax_weights, "uniform": uniform_weights}
+)

@@ -1,0 +1,201 @@
+"""TinyViT as MobileSAM's image encoder: a convolutional stage, then three stages of windowed attention.
+
+Sources: Wu et al., *TinyViT: Fast Pretraining Distillation for Small Vision Transformers*, arXiv 2207.10666; Zhang et
+al., *Faster Segment Anything: Towards Lightweight SAM for Mobile Applications*, arXiv 2306.14289. BatchNorms are folded
+into their convolutions, since the encoder is only ever frozen. Shapes: B images, C channels, H x W positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.sam.modeling_sam import SamLayerNorm
+
+from fedsca_pipeline.foundation.blocks import BlockPaths, block_paths
+
+
+@dataclass(frozen=True)
+class TinyVitSizes:
+    """Sizes of the four stages (the first is convolutional: its heads and window are unused) and of the output."""
+
+    widths: tuple[int, int, int, int] = (64, 128, 160, 320)
+    depths: tuple[int, int, int, int] = (2, 2, 6, 2)
+    heads: tuple[int, int, int, int] = (2, 4, 5, 10)
+    windows: tuple[int, int, int, int] = (7, 7, 14, 7)
+    output: int = 256
+
+
+MOBILE_SAM_SIZES = TinyVitSizes()
+TEST_SIZES = TinyVitSizes((16, 16, 32, 32), depths=(1, 1, 2, 1), heads=(1, 2, 4, 4), windows=(2, 2, 3, 2), output=32)
+
+
+class ConvBlock(nn.Module):
+    """Inverted bottleneck with a residual, [B, C, H, W] -> same."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = 4 * width
+        self.conv1 = nn.Conv2d(width, hidden, kernel_size=1)
+        self.conv2 = nn.Conv2d(hidden, hidden, kernel_size=3, padding=1, groups=hidden)
+        self.conv3 = nn.Conv2d(hidden, width, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block."""
+        y = F.gelu(self.conv1(x))
+        y = F.gelu(self.conv2(y))
+        return F.gelu(x + self.conv3(y))
+
+
+class Downsample(nn.Module):
+    """To the next stage's width, [B, C, H, W] -> [B, C', H/stride, W/stride]."""
+
+    def __init__(self, width: int, next_width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, next_width, kernel_size=1)
+        self.conv2 = nn.Conv2d(next_width, next_width, kernel_size=3, padding=1, stride=stride, groups=next_width)
+        self.conv3 = nn.Conv2d(next_width, next_width, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the three convolutions."""
+        x = F.gelu(self.conv1(x))
+        x = F.gelu(self.conv2(x))
+        return self.conv3(x)
+
+
+class WindowAttention(nn.Module):
+    """Layer norm, then attention inside windows with a learned bias per distance, [B, H, W, C] -> same.
+
+    Maps that the window does not divide are padded with zeros *before* the norm, and padding is attended to: that is
+    how the weights were trained.
+    """
+
+    def __init__(self, width: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.heads, self.window = heads, window
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.biases = nn.Parameter(torch.empty(heads, window * window).normal_(std=0.02))
+        self.register_buffer("distances", _distances(window), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend."""
+        batch, height, width, channels = x.shape
+        side, heads = self.window, self.heads
+        rows, columns = -(-height // side), -(-width // side)
+        # The norm turns zeros into its bias, so padding becomes one and the same vector everywhere: computed once.
+        padding = self.qkv(self.norm.bias)
+        qkv = self.qkv(self.norm(x)) - padding
+        qkv = F.pad(qkv, (0, 0, 0, -width % side, 0, -height % side)) + padding
+        qkv = qkv.view(batch, rows, side, columns, side, heads, -1)
+        qkv = qkv.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch * rows * columns, heads, side * side, -1)
+        query, key, value = qkv.chunk(3, dim=-1)  # each [B windows, heads, side², C/heads]
+        bias = self.biases[:, self.distances].unsqueeze(0)  # [1, heads, side², side²]
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        y = y.view(batch, rows, columns, heads, side, side, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        y = y.reshape(batch, rows * side, columns * side, channels)[:, :height, :width]
+        return self.proj(y)
+
+
+class Mlp(nn.Module):
+    """Layer norm and two linear layers, [B, H, W, C] -> same."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the norm and both layers."""
+        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+
+class TransformerBlock(nn.Module):
+    """Attention, a depthwise convolution, MLP; [B, C, H, W] -> same."""
+
+    def __init__(self, width: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.attn = WindowAttention(width, heads, window)
+        self.local_conv = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width)
+        self.mlp = Mlp(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block."""
+        x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
+        x = x + self.attn(x)
+        x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x + self.mlp(x)
+        return x.permute(0, 3, 1, 2)
+
+
+class Stage(nn.Module):
+    """Blocks of one width and the way to the next stage."""
+
+    def __init__(self, blocks: list[nn.Module], downsample: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the blocks, then the downsampling."""
+        return self.downsample(self.blocks(x))
+
+
+class TinyViT(nn.Module):
+    """Image encoder, normalised pixels [B, 3, S, S] -> embeddings [B, output, S/16, S/16], S divisible by 16."""
+
+    def __init__(self, sizes: TinyVitSizes = MOBILE_SAM_SIZES) -> None:
+        super().__init__()
+        first, second, third, fourth = sizes.widths
+        self.patch_embed = nn.Sequential(
+            nn.Conv2d(3, first // 2, kernel_size=3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(first // 2, first, kernel_size=3, stride=2, padding=1),
+        )
+        downsamples = (
+            Downsample(first, second, stride=2),
+            Downsample(second, third, stride=2),
+            Downsample(third, fourth, stride=1),
+            nn.Identity(),
+        )
+        convolutional = [ConvBlock(first) for _ in range(sizes.depths[0])]
+        windowed = [
+            [TransformerBlock(width, heads, window) for _ in range(depth)]
+            for width, depth, heads, window in zip(sizes.widths, sizes.depths, sizes.heads, sizes.windows, strict=True)
+        ][1:]
+        self.layers = nn.Sequential(
+            *(Stage(list(blocks), down) for blocks, down in zip([convolutional, *windowed], downsamples, strict=True))
+        )
+        self.neck = nn.Sequential(
+            nn.Conv2d(fourth, sizes.output, kernel_size=1, bias=False),
+            SamLayerNorm(sizes.output, data_format="channels_first"),
+            nn.Conv2d(sizes.output, sizes.output, kernel_size=3, padding=1, bias=False),
+            SamLayerNorm(sizes.output, data_format="channels_first"),
+        )
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Encode."""
+        x = self.patch_embed(pixels)  # [B, 64, S/4, S/4]
+        x = self.layers(x)  # [B, 320, S/16, S/16], by way of [B, 128, S/8, S/8] and [B, 160, S/16, S/16]
+        return self.neck(x)
+
+
+def tiny_vit_blocks(encoder: TinyViT) -> tuple[BlockPaths, ...]:
+    """Name the transformer blocks from the input on; the convolutional ones carry no adapters (DESIGN section 3.1)."""
+    linears = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    return tuple(
+        block_paths(name, linears, module.attn.proj.out_features)
+        for name, module in encoder.named_modules()
+        if isinstance(module, TransformerBlock)
+    )
+
+
+def _distances(window: int) -> Tensor:
+    """Number of the distance (|dy|, |dx|) between any two of a window's positions, int64 [window², window²]."""
+    y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+    y, x = y.flatten(), x.flatten()
+    return (y[:, None] - y[None]).abs() * window + (x[:, None] - x[None]).abs()

@@ -1,0 +1,162 @@
+"""Kedro hooks: find the sites, refuse bad parameters early, skip what is up to date, track the rest."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kedro.framework.context import KedroContext
+from kedro.framework.hooks import hook_impl
+from kedro.io import DataCatalog
+from kedro.pipeline import Pipeline
+
+from fedsca_pipeline.files import read_json, write_json
+from fedsca_pipeline.summary import show_result
+from fedsca_pipeline.tracking import Tracker, TrackingConfig
+
+# Pipelines that end with the table; what a later one needs, an earlier one has not always made.
+_WHOLE_RUNS = ("federated_training", "__default__")
+_SLICES = ("tags", "from_nodes", "to_nodes", "node_names", "from_inputs", "to_outputs", "namespaces", "load_versions")
+_LAST_RUN = "last_run.json"
+
+
+class RunUpToDate(Exception):  # noqa: N818 - it ends a command well
+    """Nothing needs to run: ``table`` and ``mlflow`` are those of the run that made what is there."""
+
+    def __init__(self, table: list[Mapping[str, Any]], mlflow: Mapping[str, str]) -> None:
+        super().__init__("up to date")
+        self.table, self.mlflow = table, mlflow
+
+
+class ProjectHooks:
+    """The project's hooks; state lives from one command's start to its end."""
+
+    def __init__(self) -> None:
+        self._tracker: Tracker | None = None
+        self._catalog: DataCatalog | None = None
+
+    @hook_impl
+    def after_context_created(self, context: KedroContext) -> None:
+        """Tell the registry where the raw sites are, and read ``mlflow.yml``."""
+        from fedsca_pipeline.pipeline_registry import raw_folder
+
+        raw = context.config_loader["catalog"]["raw_sites"]["path"]
+        raw_folder.set(context.project_path / raw)
+        config = TrackingConfig.model_validate(context.config_loader["mlflow"])
+        self._tracker = Tracker(config, context.project_path, command=" ".join(["kedro", *sys.argv[1:]]))
+
+    @hook_impl
+    def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """Check what Kedro's typed parameters cannot, and stop here if the run is up to date."""
+        self._catalog = catalog
+        names = run_params.get("pipeline_names") or ["__default__"]
+        whole = [name for name in names if name in _WHOLE_RUNS]
+        if whole and not any(run_params.get(key) for key in _SLICES) and not catalog.load("params:force"):
+            _raise_if_up_to_date(whole[-1], catalog)
+        if "params:strategies" in pipeline.inputs():
+            _check_parameters(catalog.load("parameters"))
+
+    @hook_impl
+    def after_dataset_saved(self, dataset_name: str, data: Any) -> None:
+        """Track what was saved; the run's description opens the MLflow run."""
+        if self._tracker is None or self._catalog is None or _is_memory(dataset_name):
+            return
+        if self._tracker.run_id is None and dataset_name in _OPENERS:
+            self._tracker.open(data if dataset_name == "run_description" else self._catalog.load("run_description"))
+        if self._tracker.run_id is None:
+            return
+        self._tracker.saved(dataset_name, data, self._filepath(dataset_name))
+        if dataset_name == "site_models":
+            self._tracker.log_models(self._catalog.load("models"))
+
+    @hook_impl
+    def after_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """End the MLflow run and remember what was run, for the next command to find it up to date."""
+        if self._tracker is None:
+            return
+        mlflow = {"run_id": self._tracker.run_id or "", "uri": self._tracker.uri}
+        self._tracker.close("FINISHED")
+        whole = [name for name in run_params.get("pipeline_names") or ["__default__"] if name in _WHOLE_RUNS]
+        if whole and not any(run_params.get(key) for key in _SLICES):
+            last = {"pipelines": _covered(whole[-1]), "description": catalog.load("run_description"), "mlflow": mlflow}
+            write_json(catalog.load("reporting") / _LAST_RUN, last)
+            show_result(catalog.load("final_metrics"), mlflow)
+
+    @hook_impl
+    def on_pipeline_error(self, error: Exception) -> None:
+        """Mark the MLflow run as failed; it goes on when the command is given again."""
+        if self._tracker is not None:
+            self._tracker.close("FAILED")
+
+    def interrupted(self) -> None:
+        """Mark the MLflow run as killed: Kedro calls no hook on Ctrl-C."""
+        if self._tracker is not None:
+            self._tracker.close("KILLED")
+
+    def _filepath(self, dataset_name: str) -> Path | None:
+        dataset = self._catalog.get(dataset_name) if self._catalog is not None else None
+        filepath = getattr(dataset, "_filepath", None)
+        return Path(filepath) if filepath is not None else None
+
+
+# Saving one of these needs an MLflow run; they are what a pipeline that logs saves first.
+_OPENERS = frozenset({"run_description", "round_metrics", "site_models", "final_metrics", "learning_curves"})
+
+
+def _is_memory(dataset_name: str) -> bool:
+    return dataset_name.startswith("params:") or dataset_name == "parameters"
+
+
+def _covered(pipeline: str) -> list[str]:
+    return list(_WHOLE_RUNS[: _WHOLE_RUNS.index(pipeline) + 1])
+
+
+def _check_parameters(parameters: Mapping[str, Any]) -> None:
+    """Build the strategy once, so that a bad option fails before any work.
+
+    Raises:
+        ConfigError: naming the YAML key.
+    """
+    from fedsca_pipeline.errors import ConfigError
+    from fedsca_pipeline.federation.strategies import build_strategy
+
+    federation = parameters["federation"]
+    build_strategy(federation.strategy, parameters["strategies"].get(federation.strategy, {}))
+    unknown = sorted(set(federation.inject_failures) - set(_sites()))
+    if unknown:
+        raise ConfigError(f"federation.inject_failures: no such site: {', '.join(unknown)}; there are {_sites()}")
+
+
+def _sites() -> tuple[str, ...]:
+    from fedsca_pipeline.pipeline_registry import raw_folder
+    from fedsca_pipeline.sites.discovery import DEMO_SITES, discover_sites
+
+    raw = raw_folder.get()
+    return (discover_sites(raw) if raw else ()) or DEMO_SITES
+
+
+def _raise_if_up_to_date(pipeline: str, catalog: DataCatalog) -> None:
+    last_run = catalog.load("reporting") / _LAST_RUN
+    if not last_run.is_file() or not catalog.exists("final_metrics") or not catalog.exists("foundation_provenance"):
+        return
+    last = read_json(last_run)
+    models: Path = catalog.load("models")
+    sites = list(last["description"]["data"])
+    if pipeline not in last["pipelines"] or not all((models / s / "site_model.json").is_file() for s in sites):
+        return
+    from fedsca_pipeline.pipelines.federated_training.nodes import configuration_of
+    from fedsca_pipeline.runs import describe_run, resolve_threads
+    from fedsca_pipeline.sites.discovery import fingerprint_site
+
+    parameters = catalog.load("parameters")
+    raw = catalog.load("raw_sites")
+    now = describe_run(
+        configuration_of(parameters),
+        {site: fingerprint_site(raw, site) for site in _sites()},
+        catalog.load("foundation_provenance")["sha256"],
+        resolve_threads(parameters["run"].threads),
+    )
+    if now["fingerprint"] == last["description"]["fingerprint"]:
+        raise RunUpToDate(catalog.load("final_metrics"), last["mlflow"])

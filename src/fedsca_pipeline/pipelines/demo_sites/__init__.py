@@ -1,0 +1,1 @@
+"""Demonstration sites, written where there is no raw data yet."""

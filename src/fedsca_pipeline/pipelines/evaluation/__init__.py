@@ -1,0 +1,1 @@
+"""Each site's models on its own test split: scores, tables, figures."""

@@ -1,0 +1,209 @@
+"""Nodes of evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsca_pipeline.config import EvaluationConfig, FoundationConfig, PreprocessingConfig, RunConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import nn
+
+    from fedsca_pipeline.sites.arrays import SiteArrays
+
+
+def score_site(
+    run: RunConfig,
+    preprocessing: PreprocessingConfig,
+    foundation: FoundationConfig,
+    evaluation: EvaluationConfig,
+    site_models: dict[str, Any],
+    foundations: Path,
+    models: Path,
+    manifest: Any,
+    arrays: Path,
+) -> Any:
+    """Score one site's test images with the foundation (``before``), its last model (``after``) and the chosen one."""
+    import pandas as pd
+
+    from fedsca_pipeline.evaluation.tables import image_table
+    from fedsca_pipeline.federation.devices import deterministic
+    from fedsca_pipeline.foundation import load_foundation
+    from fedsca_pipeline.runs import resolve_threads
+    from fedsca_pipeline.site_model import load_site_model
+    from fedsca_pipeline.sites.arrays import SiteArrays
+
+    site = str(manifest["site"].iloc[0])
+    data = SiteArrays(arrays, manifest)
+    with deterministic(run, resolve_threads(run.threads)) as device:
+        networks: dict[str, Callable[[], nn.Module]] = {
+            "before": lambda: load_foundation(
+                foundation, foundations, image_size=preprocessing.image_size, classes=preprocessing.classes
+            ),
+            "after": lambda: load_site_model(models / site / "last_round", foundations).network,
+            "chosen": lambda: load_site_model(models / site, foundations).network,
+        }
+        kept = site_models["sites"][site]
+        chosen_is_last = kept["best"]["round"] == kept["last"]["round"]
+        tables: dict[str, pd.DataFrame] = {}
+        for name, load in networks.items():
+            if name == "chosen" and chosen_is_last:
+                tables[name] = tables["after"].assign(model=name)
+                continue
+            scores = _score(load().to(device), data, preprocessing.classes, evaluation)
+            tables[name] = image_table(site, data.names("test"), scores, name)
+    return pd.concat(tables.values(), ignore_index=True)
+
+
+def draw_overlays(
+    preprocessing: PreprocessingConfig,
+    evaluation: EvaluationConfig,
+    scores: Any,
+    foundations: Path,
+    models: Path,
+    manifest: Any,
+    arrays: Path,
+) -> Any:
+    """Draw the best, median and worst test image of one site, as the chosen model segments them."""
+    from fedsca_pipeline.evaluation.figures import choose_examples, overlays
+    from fedsca_pipeline.site_model import load_site_model
+    from fedsca_pipeline.sites.arrays import SiteArrays
+
+    data = SiteArrays(arrays, manifest)
+    network = load_site_model(models / str(manifest["site"].iloc[0]), foundations).network
+    chosen = scores[scores["model"] == "chosen"]
+    return overlays(
+        [
+            _example(label, name, chosen, data, network, preprocessing.classes, evaluation)
+            for label, name in choose_examples(chosen).items()
+        ]
+    )
+
+
+def tabulate(description: dict[str, Any], round_metrics: Mapping[str, Any], *scores: Any) -> tuple[Any, Any, Any, Any]:
+    """Gather the sites' scores: per image, per site, the final table, and that as JSON values."""
+    import pandas as pd
+
+    from fedsca_pipeline.evaluation.tables import final_table, site_table
+
+    images = pd.concat(scores, ignore_index=True)
+    sites = site_table(images)
+    records = records_of(description, round_metrics)
+    traffic = {
+        site: {
+            "bytes_up": sum(r.sites[site].bytes_up for r in records),
+            "bytes_down": sum(r.sites[site].bytes_down for r in records),
+            "best_round": best_round(records, site),
+        }
+        for site in records[0].sites
+    }
+    final = final_table(sites, traffic)
+    return images, sites, final, final.to_dict(orient="records")
+
+
+def draw_curves(description: dict[str, Any], round_metrics: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Draw learning curves, and the weights of every round as an interactive and a still heat map."""
+    import pandas as pd
+
+    from fedsca_pipeline.evaluation.figures import learning_curves, weight_heatmap, weight_heatmap_image
+
+    records = records_of(description, round_metrics)
+    weights = {
+        record.round: pd.DataFrame(_mean_over_groups(record.weights), index=record.accepted, columns=record.accepted)
+        for record in records
+        if record.weights
+    }
+    return learning_curves(history_table(records)), weight_heatmap(weights), weight_heatmap_image(weights)
+
+
+def records_of(description: dict[str, Any], round_metrics: Mapping[str, Any]) -> list[Any]:
+    """Return this run's round records in order; partitions of other runs are left alone."""
+    from fedsca_pipeline.federation.checkpoint import RoundRecord
+
+    mine = sorted(key for key in round_metrics if key.startswith(f"{description['fingerprint']}/"))
+    return [RoundRecord.from_json(round_metrics[key]()) for key in mine]
+
+
+def history_table(records: list[Any]) -> pd.DataFrame:
+    """Return one row a (round, site): loss, Dice and what else was logged; round 0 is the foundation.
+
+    A record's ``dice_validation`` belongs to the model of the round before, so it moves up one row.
+    """
+    import pandas as pd
+
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
+    for record in records:
+        for site, entry in record.sites.items():
+            if entry.absent is not None:
+                continue
+            rows.setdefault((record.round - 1, site), {})["dice_validation"] = entry.dice_validation
+            if not record.final:
+                rows.setdefault((record.round, site), {}).update(
+                    loss=entry.loss, dice_local=entry.dice_local, self_weight=entry.self_weight, seconds=entry.seconds
+                )
+    columns = ["dice_validation", "loss", "dice_local", "self_weight", "seconds"]
+    return pd.DataFrame(
+        [
+            {"round": round_, "site": site, **dict.fromkeys(columns), **row}
+            for (round_, site), row in sorted(rows.items())
+        ]
+    )
+
+
+def best_round(records: list[Any], site: str) -> int | None:
+    """Return the round whose model had the best validation Dice at ``site``; the first of equals."""
+    scored = [
+        (record.sites[site].dice_validation, record.round - 1)
+        for record in records
+        if record.round > 1 and record.sites[site].dice_validation is not None
+    ]
+    return max(scored, key=lambda pair: (pair[0], -pair[1]))[1] if scored else None
+
+
+def _mean_over_groups(weights: list[list[list[float]]]) -> Any:
+    import numpy as np
+
+    return np.asarray(weights).mean(axis=0)
+
+
+def _score(network: Any, data: SiteArrays, classes: int, evaluation: EvaluationConfig) -> list[dict[str, Any]]:
+    import torch
+
+    from fedsca_pipeline.evaluation.metrics import predict_masks, score_images, truth_masks
+    from fedsca_pipeline.federation.batches import plain_batches
+    from fedsca_pipeline.federation.local import predictions
+
+    device = next(network.parameters()).device
+    batches = (batch.to(device) for batch in plain_batches(data, "test", evaluation.batch_size))
+    scores: list[dict[str, Any]] = []
+    for batch, logits in predictions(network, batches):
+        predicted = predict_masks(logits, network.head, evaluation.threshold).cpu()
+        sizes = torch.stack([batch.valid.any(dim=2).sum(dim=1), batch.valid.any(dim=1).sum(dim=1)], dim=1).cpu()
+        scores += score_images(predicted, truth_masks(batch.masks.cpu(), classes), sizes)
+    return scores
+
+
+def _example(
+    label: str, name: str, table: pd.DataFrame, data: SiteArrays, network: Any, classes: int, config: EvaluationConfig
+) -> Any:
+    import torch
+
+    from fedsca_pipeline.evaluation.figures import OverlayExample
+    from fedsca_pipeline.evaluation.metrics import predict_masks, truth_masks
+
+    row = data.rows("test")[data.names("test").index(name)]
+    images, masks, valid = map(torch.from_numpy, data.batch([row]))
+    with torch.inference_mode():
+        logits = network(network.normalise(images, valid.unsqueeze(1)))
+    height, width = int(valid[0].any(1).sum()), int(valid[0].any(0).sum())
+    return OverlayExample(
+        label=label,
+        name=name,
+        dice=float(table.loc[table["image"] == name, "dice"].mean()),
+        image=images[0, :, :height, :width].numpy(),
+        truth=truth_masks(masks, classes)[0, :, :height, :width].numpy(),
+        prediction=predict_masks(logits, network.head, config.threshold)[0, :, :height, :width].numpy(),
+    )

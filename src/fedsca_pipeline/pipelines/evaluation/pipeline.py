@@ -1,0 +1,74 @@
+"""Wiring of evaluation: scores of each site in namespace ``evaluation.<site>``, then tables and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kedro.pipeline import Pipeline, node, pipeline
+
+from fedsca_pipeline.pipelines.evaluation.nodes import draw_curves, draw_overlays, score_site, tabulate
+
+
+def create_scores(sites: Sequence[str]) -> Pipeline:
+    """Test scores of each site and the tables over all sites."""
+    scores = [
+        node(
+            score_site,
+            inputs=[
+                "params:run",
+                "params:preprocessing",
+                "params:foundation",
+                "params:evaluation",
+                "site_models",
+                "foundations",
+                "models",
+                f"{site}.manifest",
+                f"{site}.arrays",
+            ],
+            outputs=f"{site}.test_scores",
+            name="score",
+            namespace=f"evaluation.{site}",
+        )
+        for site in sites
+    ]
+    tables = node(
+        tabulate,
+        inputs=["run_description", "round_metrics", *(f"{site}.test_scores" for site in sites)],
+        outputs=["image_scores", "site_scores", "final_table", "final_metrics"],
+        name="tabulate",
+    )
+    return pipeline([*scores, tables])
+
+
+def create_figures(sites: Sequence[str]) -> Pipeline:
+    """Overlays of each site, learning curves and weight heat maps."""
+    drawings = [
+        node(
+            draw_overlays,
+            inputs=[
+                "params:preprocessing",
+                "params:evaluation",
+                f"{site}.test_scores",
+                "foundations",
+                "models",
+                f"{site}.manifest",
+                f"{site}.arrays",
+            ],
+            outputs=f"{site}.overlays",
+            name="draw_overlays",
+            namespace=f"evaluation.{site}",
+        )
+        for site in sites
+    ]
+    curves = node(
+        draw_curves,
+        inputs=["run_description", "round_metrics"],
+        outputs=["learning_curves", "weight_heatmap", "weight_heatmap_image"],
+        name="draw_curves",
+    )
+    return pipeline([*drawings, curves])
+
+
+def create_pipeline(sites: Sequence[str]) -> Pipeline:
+    """Scores, tables and figures."""
+    return create_scores(sites) + create_figures(sites)

@@ -1,0 +1,1 @@
+"""The federated rounds, checkpointed, and each site's model written out."""

@@ -1,0 +1,168 @@
+"""Nodes of federated training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsca_pipeline.config import (
+    AdaptersConfig,
+    EvaluationConfig,
+    FederationConfig,
+    FoundationConfig,
+    PreprocessingConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from fedsca_pipeline.runs import describe_run, finish_run, open_run, resolve_threads
+
+if TYPE_CHECKING:
+    from fedsca_pipeline.foundation.model import SegmentationModel
+    from fedsca_pipeline.sites.arrays import SiteArrays
+
+# The parameter groups that decide a run's numbers; `strategies` enters with the options of the chosen one only.
+CONFIGURATION = ("run", "preprocessing", "foundation", "adapters", "training", "federation", "evaluation")
+
+
+def describe(parameters: Mapping[str, Any], foundation_provenance: Mapping[str, Any], *reports: dict) -> dict[str, Any]:
+    """Return the run's description with its fingerprint: configuration, data, foundation, code and threads."""
+    return describe_run(
+        configuration_of(parameters),
+        {report["site"]: report["fingerprint"] for report in reports},
+        foundation_provenance["sha256"],
+        resolve_threads(parameters["run"].threads),
+    )
+
+
+def configuration_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON values of every parameter that decides a run's numbers."""
+    values = {key: parameters[key].model_dump(mode="json") for key in CONFIGURATION}
+    strategy = parameters["federation"].strategy
+    return {**values, "strategies": {strategy: parameters.get("strategies", {}).get(strategy, {})}}
+
+
+def train(
+    description: dict[str, Any],
+    force: bool,
+    run: RunConfig,
+    preprocessing: PreprocessingConfig,
+    foundation: FoundationConfig,
+    adapters: AdaptersConfig,
+    training: TrainingConfig,
+    federation: FederationConfig,
+    strategies: dict[str, dict[str, Any]],
+    evaluation: EvaluationConfig,
+    foundations: Path,
+    checkpoints: Path,
+    *site_inputs: Any,
+) -> Iterator[dict[str, Any]]:
+    """Run the federated rounds, or what is left of them, yielding each round's record as it is done.
+
+    ``site_inputs`` alternate manifest and arrays, a pair a site.
+    """
+    from fedsca_pipeline.federation.checkpoint import CheckpointFolder
+    from fedsca_pipeline.federation.devices import deterministic
+    from fedsca_pipeline.federation.fleet import InProcessFleet
+    from fedsca_pipeline.federation.local import LocalSettings, LocalWorker
+    from fedsca_pipeline.federation.rounds import Server
+    from fedsca_pipeline.federation.strategies import build_strategy
+    from fedsca_pipeline.pipelines.federated_training.progress import RoundProgress
+
+    folder = open_run(checkpoints, description, force=force)
+    data = _site_arrays(site_inputs)
+    with deterministic(run, resolve_threads(run.threads)) as device:
+        strategy = build_strategy(federation.strategy, strategies.get(federation.strategy, {}))
+        model, layout = _trainable(foundation, adapters, foundations, preprocessing)
+        settings = LocalSettings(
+            run=folder.fingerprint,
+            seed=run.seed,
+            classes=preprocessing.classes,
+            wire_dtype=federation.wire_dtype,
+            evaluation_batch=evaluation.batch_size,
+            threshold=evaluation.threshold,
+            training=training,
+        )
+        worker = LocalWorker(model.to(device), layout, strategy, settings)
+        with RoundProgress(tuple(data), federation.rounds) as progress:
+            fleet = InProcessFleet(worker, data, folder.sites, federation.inject_failures, progress.step)
+            server = Server(
+                fleet,
+                strategy,
+                layout,
+                worker.initial,
+                federation,
+                run=folder.fingerprint,
+                seed=run.seed,
+                folder=CheckpointFolder(folder.server),
+            )
+            for record in server.rounds():
+                progress.round_done(record)
+                yield {f"{folder.fingerprint}/round_{record.round:05d}": record.as_json()}
+
+
+def export_site_models(
+    description: dict[str, Any],
+    round_metrics: Any,  # noqa: ARG001 - the rounds are done
+    run: RunConfig,
+    preprocessing: PreprocessingConfig,
+    foundation: FoundationConfig,
+    adapters: AdaptersConfig,
+    federation: FederationConfig,
+    evaluation: EvaluationConfig,
+    foundations: Path,
+    checkpoints: Path,
+    models: Path,
+    *manifests: Any,
+) -> dict[str, Any]:
+    """Write every site's model that validation chose, and its last one below it; return what was written, by site."""
+    from fedsca_pipeline.federation.store import SiteStore
+    from fedsca_pipeline.runs import RunFolder
+    from fedsca_pipeline.site_model import save_site_model
+
+    folder = RunFolder(checkpoints, description["fingerprint"])
+    model, _ = _trainable(foundation, adapters, foundations, preprocessing)
+    written = {}
+    for site in (str(manifest["site"].iloc[0]) for manifest in manifests):
+        store = SiteStore(folder.sites / site)
+        kept = {name: store.snapshot(name) for name in ("best", "last")}
+        for name, target in (("best", models / site), ("last", models / site / "last_round")):
+            snapshot = kept[name]
+            if snapshot is None:
+                continue
+            card = {
+                "site": site,
+                "strategy": federation.strategy,
+                "round": snapshot.round,
+                "dice_validation": snapshot.dice,
+                "run": folder.fingerprint,
+                "foundation": foundation,
+                "foundation_sha256": description["foundation"],
+                "foundation_root": foundations,
+                "image_size": preprocessing.image_size,
+                "classes": preprocessing.classes,
+                "normalise": preprocessing.normalise,
+                "threshold": evaluation.threshold,
+            }
+            save_site_model(target, model, snapshot.tensors, card)
+        written[site] = {name: {"round": s.round, "dice_validation": s.dice} for name, s in kept.items() if s}
+    finish_run(checkpoints)
+    return {"fingerprint": folder.fingerprint, "strategy": federation.strategy, "seed": run.seed, "sites": written}
+
+
+def _site_arrays(site_inputs: tuple[Any, ...]) -> dict[str, SiteArrays]:
+    from fedsca_pipeline.sites.arrays import SiteArrays
+
+    pairs = zip(site_inputs[::2], site_inputs[1::2], strict=True)
+    return {str(manifest["site"].iloc[0]): SiteArrays(path, manifest) for manifest, path in pairs}
+
+
+def _trainable(
+    foundation: FoundationConfig, adapters: AdaptersConfig, foundations: Path, preprocessing: PreprocessingConfig
+) -> tuple[SegmentationModel, Any]:
+    from fedsca_pipeline.adapters.attach import attach_adapters, tensor_layout
+    from fedsca_pipeline.foundation import load_foundation
+
+    model = load_foundation(foundation, foundations, image_size=preprocessing.image_size, classes=preprocessing.classes)
+    attach_adapters(model, adapters)
+    return model, tensor_layout(model)

@@ -1,0 +1,1 @@
+"""The frozen foundation: fetched, verified and converted once."""

@@ -1,0 +1,34 @@
+"""Nodes of preprocessing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedsca_pipeline.config import PreprocessingConfig, RunConfig
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_for(site: str) -> Callable[..., tuple[Any, Any, dict[str, Any]]]:
+    """Return the node function that prepares one site."""
+
+    def prepare(
+        raw_sites: Path,
+        demo_sites_summary: dict[str, Any],  # noqa: ARG001 - raw sites exist once the demonstration is decided
+        previous_manifest: Any,
+        preprocessing: PreprocessingConfig,
+        run: RunConfig,
+    ) -> tuple[Any, Any, dict[str, Any]]:
+        from fedsca_pipeline.sites.prepare import prepare_site
+
+        prepared = prepare_site(raw_sites, site, preprocessing, run.seed, previous_manifest)
+        broken = prepared.report["broken"]
+        logger.info("%s: %d images, %d broken", site, len(prepared.manifest), len(broken))
+        for entry in broken:
+            logger.warning("%s: %s: %s (left out; %s)", site, entry["file"], entry["reason"], entry["cure"])
+        return prepared.manifest, prepared.arrays, prepared.report
+
+    return prepare

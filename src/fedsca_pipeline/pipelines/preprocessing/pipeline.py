@@ -1,0 +1,31 @@
+"""Wiring of preprocessing: one node a site, so that one site re-runs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kedro.pipeline import Pipeline, node, pipeline
+
+from fedsca_pipeline.pipelines.preprocessing.nodes import prepare_for
+
+
+def create_pipeline(sites: Sequence[str]) -> Pipeline:
+    """Raw site folders to manifest, arrays and report of each site, in namespace ``preprocessing.<site>``."""
+    return pipeline(
+        [
+            node(
+                prepare_for(site),
+                inputs=[
+                    "raw_sites",
+                    "demo_sites_summary",
+                    f"{site}.previous_manifest",
+                    "params:preprocessing",
+                    "params:run",
+                ],
+                outputs=[f"{site}.manifest", f"{site}.arrays", f"{site}.report"],
+                name="prepare",
+                namespace=f"preprocessing.{site}",
+            )
+            for site in sites
+        ]
+    )

@@ -1,0 +1,137 @@
+"""What a run is: its fingerprint, the folder it lives in, and whether it may go on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fedsca_pipeline.errors import ResumeError
+from fedsca_pipeline.files import fingerprint, read_json, write_json
+
+# Libraries whose version changes the numbers of a run.
+_LIBRARIES = ("torch", "monai", "peft", "transformers", "numpy")
+
+
+def code_version() -> str:
+    """Return 16 hex digits over this package's sources and the versions of the libraries that decide its numbers."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    for library in _LIBRARIES:
+        digest.update(f"{library}={version(library)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def resolve_threads(configured: int | None) -> int:
+    """Return ``run.threads``, or the number of cores this process may use."""
+    if configured:
+        return configured
+    # macOS and Windows have no affinity.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_run(
+    configuration: Mapping[str, Mapping[str, Any]], data: Mapping[str, str], foundation: str, threads: int
+) -> dict[str, Any]:
+    """Return everything that decides a run's numbers, as JSON values, with its fingerprint.
+
+    Args:
+        configuration: top-level parameter key to its JSON values.
+        data: site to the fingerprint of its raw folder.
+        foundation: SHA-256 of the foundation's weights.
+        threads: of torch; sums are ordered by them.
+    """
+    parts = {
+        "configuration": dict(configuration),
+        "data": dict(data),
+        "foundation": foundation,
+        "code": code_version(),
+        "threads": threads,
+    }
+    return {"fingerprint": fingerprint(parts), **parts}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Name what differs between two nested mappings, a line each: ``federation.rounds: 8 -> 10``."""
+    lines = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before} -> {after}")
+    return lines
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run's server checkpoints and site states live, under ``<checkpoints>/<fingerprint>``."""
+
+    checkpoints: Path
+    fingerprint: str
+
+    @property
+    def server(self) -> Path:
+        """Folder of the server's checkpoints."""
+        return self.checkpoints / self.fingerprint / "server"
+
+    @property
+    def sites(self) -> Path:
+        """Folder of the sites' private states, one folder a site."""
+        return self.checkpoints / self.fingerprint / "sites"
+
+    def clear(self) -> None:
+        """Delete the run's checkpoints and states."""
+        for path in _deepest_first(self.checkpoints / self.fingerprint):
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+def open_run(checkpoints: Path, description: Mapping[str, Any], *, force: bool) -> RunFolder:
+    """Return the folder of the described run, to start in it or to go on in it.
+
+    ``force`` deletes what an earlier attempt of the same run left, and lets an unfinished other run lie.
+
+    Raises:
+        ResumeError: an unfinished run of another description lies there; says what changed.
+    """
+    folder = RunFolder(checkpoints, description["fingerprint"])
+    marker = checkpoints / "current.json"
+    current = read_json(marker) if marker.is_file() else None
+    if current and not current["finished"] and not force:
+        changed = differences(_named(current["description"]), _named(description))
+        if changed:
+            raise ResumeError(
+                "an unfinished run lies in the checkpoints, of another configuration, data or code. What changed:\n  "
+                + "\n  ".join(changed)
+                + "\nPut it back to go on with that run, or add --params=force=true to start anew."
+            )
+    if force:
+        folder.clear()
+    write_json(marker, {"finished": False, "description": dict(description)})
+    return folder
+
+
+def finish_run(checkpoints: Path) -> None:
+    """Mark the current run as finished, so that another configuration may start."""
+    marker = checkpoints / "current.json"
+    write_json(marker, {**read_json(marker), "finished": True})
+
+
+def _named(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Lift the configuration to the top, so that differences read like YAML keys."""
+    rest = {key: value for key, value in description.items() if key not in ("configuration", "fingerprint")}
+    return {**description["configuration"], **rest}
+
+
+def _deepest_first(path: Path) -> Iterator[Path]:
+    if path.is_dir():
+        for child in path.iterdir():
+            yield from _deepest_first(child)
+    if path.exists():
+        yield path

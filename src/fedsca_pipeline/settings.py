@@ -1,0 +1,13 @@
+"""Kedro's project settings."""
+
+from fedsca_pipeline.hooks import ProjectHooks
+
+HOOKS = (ProjectHooks(),)
+
+CONFIG_LOADER_ARGS = {
+    "base_env": "base",
+    "default_run_env": "local",
+    # An environment changes single keys of a parameter group, it does not replace the group.
+    "merge_strategy": {"parameters": "soft", "mlflow": "soft"},
+    "config_patterns": {"mlflow": ["mlflow*"]},
+}

@@ -1,0 +1,156 @@
+"""A site's finished model on disk: the adapter in PEFT's format, the decoder as safetensors, and a card."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fedsca_pipeline.adapters.attach import load_adapters
+from fedsca_pipeline.config import FoundationConfig, NormaliseConfig
+from fedsca_pipeline.errors import WeightsError
+from fedsca_pipeline.evaluation.metrics import predict_masks
+from fedsca_pipeline.files import read_json, read_tensors, write_bytes, write_json, write_tensors
+from fedsca_pipeline.foundation import load_foundation, prepare_foundation
+from fedsca_pipeline.foundation.model import SegmentationModel
+from fedsca_pipeline.sites.geometry import fit_image, normalise
+
+CARD, DECODER = "site_model.json", "decoder.safetensors"
+
+
+class SiteModelCard(BaseModel):
+    """What ``site_model.json`` holds: enough to rebuild the model, and where it came from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    site: str
+    strategy: str
+    round: int
+    dice_validation: float
+    run: str
+    foundation: FoundationConfig
+    foundation_sha256: str
+    foundation_root: str
+    image_size: int
+    classes: int
+    normalise: NormaliseConfig
+    threshold: float
+
+
+class SiteModel(nn.Module):
+    """A personalised segmentation model.
+
+    ``model.segment(image)`` takes a raw image as an array, grey [H,W] or colour [H,W,3], of any size and integer or
+    floating dtype, and returns its mask, uint8 [H,W]: 0 background, 1..K classes.
+    """
+
+    def __init__(self, network: SegmentationModel, card: SiteModelCard) -> None:
+        super().__init__()
+        self.network = network
+        self.card = card
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels float32 [B,3,S,S] to logits [B,C,S,S]."""
+        return self.network(pixels)
+
+    @torch.inference_mode()
+    def segment(self, image: np.ndarray) -> np.ndarray:
+        """Segment one raw image; see the class."""
+        levels, _ = normalise(image, self.card.normalise)
+        fitted = torch.from_numpy(fit_image(levels, self.card.image_size).copy())
+        height, width = fitted.shape[-2:]
+        device = next(self.network.parameters()).device
+        pixels = torch.zeros(1, 3, self.card.image_size, self.card.image_size, dtype=torch.uint8, device=device)
+        pixels[..., :height, :width] = fitted
+        valid = torch.zeros(1, 1, *pixels.shape[-2:], dtype=torch.bool, device=device)
+        valid[..., :height, :width] = True
+        logits = self.network(self.network.normalise(pixels, valid))[..., :height, :width]
+        full = nn.functional.interpolate(logits, size=image.shape[:2], mode="bilinear", align_corners=False)
+        masks = predict_masks(full, self.network.head, self.card.threshold)[0]
+        labels = torch.arange(1, masks.shape[0] + 1, device=device, dtype=torch.uint8).view(-1, 1, 1)
+        return (masks * labels).amax(dim=0).cpu().numpy()
+
+
+def save_site_model(
+    folder: Path, network: SegmentationModel, tensors: Mapping[str, Tensor], card: Mapping[str, Any]
+) -> None:
+    """Write a site's model: install ``tensors`` in ``network``, then adapter, decoder and, last, the card.
+
+    A folder without its card is not a model, so an interrupted write is never mistaken for one.
+
+    Raises:
+        WeightsError: the tensors are not the network's.
+    """
+    (folder / CARD).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    install(network, tensors)
+    _save_adapter(network, folder)
+    write_tensors(folder / DECODER, {n: t for n, t in tensors.items() if n.startswith("decoder.")})
+    card = SiteModelCard(**{**card, "foundation_root": os.path.relpath(card["foundation_root"], folder)})
+    write_json(folder / CARD, card.model_dump(mode="json"))
+
+
+def install(network: SegmentationModel, tensors: Mapping[str, Tensor]) -> None:
+    """Copy named tensors into the network's parameters.
+
+    Raises:
+        WeightsError: a name or shape is not the network's.
+    """
+    parameters = dict(network.named_parameters())
+    wrong = [n for n, t in tensors.items() if n not in parameters or parameters[n].shape != t.shape]
+    if wrong:
+        raise WeightsError(
+            f"these tensors do not belong to this model: {', '.join(wrong[:5])}; was it made by another version?"
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
+
+def load_site_model(path: str | Path, foundation_root: str | Path | None = None, device: str = "cpu") -> SiteModel:
+    """Load the model of one site, ready to segment.
+
+    Args:
+        path: the site's folder, ``data/06_models/<site>``.
+        foundation_root: where the foundations are; by default where they were when the model was saved, relative to it.
+        device: torch device to put the model on.
+
+    Raises:
+        WeightsError: the folder holds no model, or the foundation is missing or not the one it was trained on.
+    """
+    folder = Path(path)
+    if not (folder / CARD).is_file():
+        raise WeightsError(f"{folder}: no {CARD}; give the folder of one site, such as data/06_models/<site>")
+    card = SiteModelCard.model_validate(read_json(folder / CARD))
+    root = Path(foundation_root) if foundation_root else (folder / card.foundation_root).resolve()
+    provenance = prepare_foundation(card.foundation, root)
+    if provenance.sha256 != card.foundation_sha256:
+        raise WeightsError(
+            f"{root}: this {card.foundation.name} has SHA-256 {provenance.sha256[:16]}, the model was trained on "
+            f"{card.foundation_sha256[:16]}; pass foundation_root= with that one"
+        )
+    network = load_foundation(card.foundation, root, image_size=card.image_size, classes=card.classes)
+    load_adapters(network, folder)
+    try:
+        install(network, read_tensors(folder / DECODER))
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{folder / DECODER}: cannot be read ({error}); export the site's model again") from error
+    return SiteModel(network, card).eval().to(device)
+
+
+def _save_adapter(network: SegmentationModel, folder: Path) -> None:
+    import tempfile
+
+    # PEFT writes in place; writing beside and moving keeps the earlier adapter whole if the disk is full.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        network.encoder.save_pretrained(scratch, safe_serialization=True)
+        for file in sorted(Path(scratch).iterdir()):
+            if file.is_file():
+                write_bytes(folder / file.name, file.read_bytes())

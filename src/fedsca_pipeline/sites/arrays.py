@@ -1,0 +1,103 @@
+"""A site's cached arrays: one safetensors file, read row by row through a memory map."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from fedsca_pipeline.errors import DataError
+from fedsca_pipeline.files import atomic_path
+from fedsca_pipeline.sites.readers import split_name
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class SiteArrays:
+    """Images, masks and valid sizes of one site, in manifest order.
+
+    The file holds ``images`` uint8 [N, 3, S, S], ``masks`` uint8 [N, S, S] (0 background, 1..K) and ``sizes`` int32
+    [N, 2] (valid height and width; the rest is padding).
+
+    Raises:
+        DataError: the file is missing, damaged, or not the one that this manifest describes.
+    """
+
+    def __init__(self, path: Path, manifest: pd.DataFrame) -> None:
+        self._path = path
+        self._splits = manifest["split"].to_numpy(dtype=object)
+        self._rows = manifest["row"].to_numpy(dtype=np.int64)
+        self._subjects = [str(subject) for subject in manifest["subject"]]
+        self._names = [split_name(PurePosixPath(image).name)[0] for image in manifest["image"]]
+        try:
+            self._file = safe_open(path, framework="numpy")
+            self._images = self._file.get_slice("images")
+            self._masks = self._file.get_slice("masks")
+            self._sizes = self._file.get_tensor("sizes")
+        except (OSError, SafetensorError) as error:
+            raise self._unusable(str(error)) from error
+        count, channels, side, width = self._images.get_shape()
+        if channels != 3 or side != width or [count, side, side] != self._masks.get_shape():
+            raise self._unusable("its shapes are not [N, 3, S, S] and [N, S, S]")
+        if len(manifest) != count or sorted(self._rows) != list(range(count)):
+            raise self._unusable(f"it holds {count} images, the manifest lists {len(manifest)}")
+        self._side = int(side)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def image_size(self) -> int:
+        """S, the side of the padded square in pixels."""
+        return self._side
+
+    def rows(self, split: str) -> np.ndarray:
+        """Return the rows of a split, int64, in manifest order; empty for a split that has none."""
+        return self._rows[self._splits == split]
+
+    def subjects(self, split: str) -> list[str]:
+        """Return the subject of each of ``rows(split)``."""
+        return [subject for subject, own in zip(self._subjects, self._splits, strict=True) if own == split]
+
+    def names(self, split: str) -> list[str]:
+        """Return the image stem of each of ``rows(split)``."""
+        return [name for name, own in zip(self._names, self._splits, strict=True) if own == split]
+
+    def batch(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Read these rows and no others, in this order; repeats are allowed.
+
+        Returns:
+            Images uint8 [B, 3, S, S], masks uint8 [B, S, S], and bool [B, S, S] that is True off the padding.
+
+        Raises:
+            IndexError: a row is not in 0..N-1.
+        """
+        side = self._side
+        images = np.empty((len(rows), 3, side, side), np.uint8)
+        masks = np.empty((len(rows), side, side), np.uint8)
+        valid = np.zeros((len(rows), side, side), bool)
+        for index, row in enumerate(int(row) for row in rows):
+            if not 0 <= row < len(self):
+                raise IndexError(f"{self._path}: row {row} is not in 0..{len(self) - 1}")
+            images[index] = self._images[row : row + 1][0]
+            masks[index] = self._masks[row : row + 1][0]
+            height, width = self._sizes[row]
+            valid[index, :height, :width] = True
+        return images, masks, valid
+
+    def _unusable(self, why: str) -> DataError:
+        return DataError(
+            f"{self._path}: cached arrays cannot be used ({why}); run the preprocessing of this site again"
+        )
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write named arrays to ``path`` as safetensors, atomically."""
+    from safetensors.numpy import save_file
+
+    with atomic_path(path) as temporary:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)

@@ -1,0 +1,65 @@
+"""Which sites there are, and what their raw content is. Standard library only: it runs at every start-up."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedsca_pipeline.errors import DataError
+
+DEMO_SITES: tuple[str, ...] = ("harbour_ct", "meadow_mri", "summit_ultrasound", "valley_endoscopy")
+
+_SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+def discover_sites(raw: Path) -> tuple[str, ...]:
+    """Return the sorted names of the folders under ``raw`` that hold ``images/`` or ``masks/``.
+
+    Hidden folders and those that start with an underscore are passed over. A missing or empty ``raw`` gives ().
+
+    Raises:
+        DataError: a site folder's name is not letters, digits, ``_`` and ``-`` (it names data sets, nodes and files).
+    """
+    if not raw.is_dir():
+        return ()
+    folders = (entry for entry in raw.iterdir() if not entry.name.startswith((".", "_")))
+    sites = sorted(folder.name for folder in folders if (folder / "images").is_dir() or (folder / "masks").is_dir())
+    for site in sites:
+        if not _SITE_NAME.fullmatch(site):
+            cure = re.sub(r"[^A-Za-z0-9_-]+", "_", site).strip("_-") or "site_1"
+            raise DataError(
+                f"{raw / site}: a site's folder name is made of letters, digits, '_' and '-', and starts with a letter "
+                f"or digit; rename the folder, for instance to {cure!r}"
+            )
+    return tuple(sites)
+
+
+def fingerprint_site(raw: Path, site: str) -> str:
+    """Return 16 hex digits of the SHA-256 over every file's relative name and content, in name order.
+
+    Hidden files are passed over. A file that cannot be read counts by its name: what is wrong with it is for the
+    data report to say. A missing or empty site folder has a fingerprint too.
+    """
+    folder = raw / site
+    digest = hashlib.sha256()
+    for path in sorted(_files(folder)):
+        # A digest per file keeps name and content apart, so no two folders share one stream of bytes.
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{_content(path)}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+def _content(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError:
+        return "unreadable"

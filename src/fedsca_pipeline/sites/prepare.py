@@ -1,0 +1,387 @@
+"""One site from raw folder to manifest, arrays and data report (DESIGN section 6). Nothing raw is modified."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fedsca_pipeline.config import PreprocessingConfig
+from fedsca_pipeline.errors import DataError
+from fedsca_pipeline.files import fingerprint, sha256_file
+from fedsca_pipeline.sites.discovery import fingerprint_site
+from fedsca_pipeline.sites.geometry import fit_image, fit_mask, normalise
+from fedsca_pipeline.sites.pairing import Broken, Pair, pair_files
+from fedsca_pipeline.sites.readers import BrokenSampleError, read_image, read_mask
+from fedsca_pipeline.sites.site_file import SiteFile, read_site_file
+from fedsca_pipeline.sites.split import SPLITS, draw_split, split_targets
+
+MANIFEST_DTYPES: Mapping[str, str] = MappingProxyType(
+    {
+        "site": "str",
+        "subject": "str",
+        "image": "str",
+        "mask": "str",
+        "split": "str",
+        "label_map": "str",
+        "sha256": "str",
+        "mask_sha256": "str",
+        "height": "int64",
+        "width": "int64",
+        "original_height": "int64",
+        "original_width": "int64",
+        "row": "int64",
+        "split_settings": "str",
+    }
+)
+"""The manifest's columns. Read a stored one with these, or a subject ``007`` comes back as 7."""
+
+_LISTED = 20
+
+
+@dataclass(frozen=True)
+class PreparedSite:
+    """What the later stages need of one site.
+
+    ``manifest`` has one row an image, in stem order, with the columns of ``MANIFEST_DTYPES``: ``split`` is train,
+    validation, test or unused; ``height`` and ``width`` are the valid area in the arrays; paths are relative to the
+    site folder. ``arrays`` holds ``images`` uint8 [N, 3, S, S], ``masks`` uint8 [N, S, S] (0 background, 1..K,
+    padding 0) and ``sizes`` int32 [N, 2]. ``report`` is JSON-able.
+    """
+
+    manifest: pd.DataFrame
+    arrays: dict[str, np.ndarray]
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    pair: Pair
+    subject: str
+    label_map: dict[int, int]
+    sha256: str
+    mask_sha256: str
+    pixels: bytes
+    """Digest of the decoded image: a copy saved in another format is a copy too."""
+    original: tuple[int, int]
+    intensity: tuple[float, float]
+    kind: str
+    class_pixels: np.ndarray
+    warnings: list[str]
+
+
+def prepare_site(
+    raw: Path,
+    site: str,
+    config: PreprocessingConfig,
+    seed: int,
+    previous_manifest: pd.DataFrame | None = None,
+) -> PreparedSite:
+    """Read, check, split and resize one site's images.
+
+    Subjects in ``previous_manifest`` keep their split while seed, split settings and group rule are the same; under
+    other settings all are drawn anew, which the report's warnings say.
+
+    Raises:
+        DataError: broken files with ``on_bad_sample: fail``, too few usable images, only empty masks, no images or
+            masks folder, a wrong ``site.yml``, or a split without images. The message names them and the cure.
+    """
+    folder = raw / site
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such site folder; make it with images/ and masks/ in it, or drop the site")
+    site_file = read_site_file(folder)
+    pairs, broken = pair_files(folder)
+    found = len(pairs) + sum(entry.file.startswith("images/") for entry in broken)
+
+    settings = fingerprint(_split_settings(site, config, seed, site_file))
+    previous, drawn, warnings = _previous(previous_manifest, settings)
+
+    side = config.image_size
+    arrays = {
+        "images": np.zeros((len(pairs), 3, side, side), np.uint8),
+        "masks": np.zeros((len(pairs), side, side), np.uint8),
+        "sizes": np.zeros((len(pairs), 2), np.int32),
+    }
+    samples: list[_Sample] = []
+    for row, (sample, image, mask) in enumerate(_read(folder, pairs, site_file, config, broken)):
+        height, width = mask.shape
+        arrays["images"][row, :, :height, :width] = image
+        arrays["masks"][row, :height, :width] = mask
+        arrays["sizes"][row] = height, width
+        samples.append(sample)
+        warnings.extend(f"{sample.pair.image}: {warning}" for warning in sample.warnings)
+
+    keep, copies = _settle_duplicates(samples, set(previous["image"]), broken)
+    warnings.extend(copies)
+    whole = len(keep) == len(samples)
+    arrays = {name: array[: len(keep)] if whole else array[keep] for name, array in arrays.items()}
+    samples = [samples[row] for row in keep]
+    warnings.extend(_unused_subjects(site_file, samples, broken))
+    _refuse(site, config, samples, broken)
+
+    splits = _draw(site, samples, config, seed, previous)
+    manifest = _manifest(site, samples, arrays["sizes"], splits, settings)
+    report = {
+        "site": site,
+        "fingerprint": fingerprint_site(raw, site),
+        "counts": {
+            "found": found,
+            "used": len(samples),
+            "broken": len(broken),
+            "subjects": len({sample.subject for sample in samples}),
+            **{split: list(splits.values()).count(split) for split in (*SPLITS, "unused")},
+        },
+        "empty_masks": sum(_is_empty(sample) for sample in samples),
+        **_summary(samples, config.classes),
+        "split": {**_split_settings(site, config, seed, site_file), "settings": settings, "drawn": drawn},
+        "spacing": list(site_file.spacing) if site_file.spacing else None,
+        "notes": site_file.notes,
+        "broken": [entry.as_dict() for entry in broken],
+        "warnings": warnings + _shortfalls(site, config, splits),
+    }
+    return PreparedSite(manifest, arrays, report)
+
+
+def _read(
+    folder: Path, pairs: Sequence[Pair], site_file: SiteFile, config: PreprocessingConfig, broken: list[Broken]
+) -> Iterator[tuple[_Sample, np.ndarray, np.ndarray]]:
+    """Yield the usable samples with their fitted image and mask, one at a time; list the others in ``broken``."""
+    for pair in pairs:
+        file = pair.image
+        try:
+            subject = site_file.subject(pair.stem)
+            image = read_image(folder / pair.image)
+            file = pair.mask
+            mask = read_mask(folder / pair.mask)
+            if image.shape[:2] != mask.shape:
+                raise BrokenSampleError(
+                    f"is {mask.shape[0]} x {mask.shape[1]} pixels (rows x columns), its image upright is "
+                    f"{image.shape[0]} x {image.shape[1]}",
+                    "export both at one size and orientation",
+                )
+            mask, label_map = _classes(mask, site_file.label_map, config.classes)
+            if not config.allow_empty_masks and not mask.any():
+                raise BrokenSampleError("empty mask", "label it, or set preprocessing.allow_empty_masks: true")
+            yield _sample(folder, pair, subject, image, mask, label_map, config)
+        except BrokenSampleError as error:
+            broken.append(Broken.of(file, error))
+
+
+def _sample(
+    folder: Path,
+    pair: Pair,
+    subject: str,
+    image: np.ndarray,
+    mask: np.ndarray,
+    label_map: dict[int, int],
+    config: PreprocessingConfig,
+) -> tuple[_Sample, np.ndarray, np.ndarray]:
+    levels, warnings = normalise(image, config.normalise)
+    small = fit_mask(mask, config.image_size)
+    counts = np.bincount(mask.ravel(), minlength=config.classes + 1)
+    lost = sorted(set(np.flatnonzero(counts)) - set(np.unique(small)))
+    if lost:
+        warnings.append(f"its mask loses class {', '.join(map(str, lost))} at {config.image_size} pixels")
+    pixels = hashlib.sha256(f"{image.shape}{image.dtype}".encode())
+    pixels.update(np.ascontiguousarray(image).data)
+    sample = _Sample(
+        pair=pair,
+        subject=subject,
+        label_map=label_map,
+        sha256=sha256_file(folder / pair.image),
+        mask_sha256=sha256_file(folder / pair.mask),
+        pixels=pixels.digest(),
+        original=(int(mask.shape[0]), int(mask.shape[1])),
+        intensity=(float(image.min()), float(image.max())),
+        kind=f"{image.dtype} {'grey' if image.ndim == 2 else 'RGB'}",
+        class_pixels=counts,
+        warnings=warnings,
+    )
+    return sample, fit_image(levels, config.image_size), small
+
+
+def _classes(mask: np.ndarray, label_map: Mapping[int, int], classes: int) -> tuple[np.ndarray, dict[int, int]]:
+    """Map raw values to 0..K, uint8; also returns the map that was applied."""
+    values, inverse = np.unique(mask, return_inverse=True)
+    present = [int(value) for value in values]
+    applied = dict(label_map)
+    if not applied and set(present) <= {0, 255}:
+        applied = {255: 1} if 255 in present else {}
+    mapped = [applied.get(value, value) for value in present]
+    unknown = [raw for raw, value in zip(present, mapped, strict=True) if not 0 <= value <= classes]
+    if unknown:
+        shown = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
+        raise BrokenSampleError(
+            f"unknown label value {shown} (classes are 0..{classes})",
+            "name it under label_map in the site's site.yml, or raise preprocessing.classes",
+        )
+    return np.array(mapped, np.uint8)[inverse].reshape(mask.shape), applied
+
+
+def _is_empty(sample: _Sample) -> bool:
+    return not sample.class_pixels[1:].any()
+
+
+def _settle_duplicates(
+    samples: Sequence[_Sample], known: set[str], broken: list[Broken]
+) -> tuple[list[int], list[str]]:
+    """Keep identical images within one subject only: no image may stand in two splits.
+
+    Returns the rows to keep, in order, and warnings. Among subjects the one that had its split already is kept.
+    """
+    copies = defaultdict(list)
+    for row, sample in enumerate(samples):
+        copies[sample.pixels].append(row)
+    dropped: set[int] = set()
+    warnings = []
+    for rows in copies.values():
+        first = min(rows, key=lambda row: (samples[row].pair.image not in known, row))
+        kept = [row for row in rows if samples[row].subject == samples[first].subject]
+        for row in set(rows) - set(kept):
+            dropped.add(row)
+            broken.append(
+                Broken(
+                    samples[row].pair.image,
+                    f"the same picture as {samples[first].pair.image}, of another subject",
+                    "delete one of them, or give both one subject in site.yml",
+                )
+            )
+        if len(kept) > 1:
+            names = ", ".join(samples[row].pair.image for row in kept)
+            warnings.append(f"identical images of subject {samples[first].subject}: {names}")
+    return [row for row in range(len(samples)) if row not in dropped], warnings
+
+
+def _unused_subjects(site_file: SiteFile, samples: Sequence[_Sample], broken: Sequence[Broken]) -> list[str]:
+    there = {sample.pair.stem for sample in samples} | {Path(entry.file).stem for entry in broken}
+    absent = sorted(set(site_file.subjects or {}) - there)
+    return [f"site.yml: subjects names {len(absent)} stems without an image: {', '.join(absent[:8])}"] if absent else []
+
+
+def _refuse(site: str, config: PreprocessingConfig, samples: Sequence[_Sample], broken: Sequence[Broken]) -> None:
+    listing = "".join(f"\n  {site}/{entry}" for entry in broken[:_LISTED])
+    if len(broken) > _LISTED:
+        listing += f"\n  ... and {len(broken) - _LISTED} more"
+    if broken and config.on_bad_sample == "fail":
+        raise DataError(
+            f"site {site}: {len(broken)} file{'s' * (len(broken) > 1)} cannot be used:{listing}\n"
+            "Mend them, or set preprocessing.on_bad_sample: quarantine to go on without them."
+        )
+    if len(samples) < config.min_images:
+        raise DataError(
+            f"site {site}: {len(samples)} usable images, preprocessing.min_images is {config.min_images}; "
+            f"add images, or take the folder out of the raw data{listing}"
+        )
+    if all(map(_is_empty, samples)):
+        raise DataError(
+            f"site {site}: all {len(samples)} masks are empty, so there is nothing to learn; add labelled images, "
+            "or check label_map in site.yml"
+        )
+
+
+def _split_settings(site: str, config: PreprocessingConfig, seed: int, site_file: SiteFile) -> dict[str, Any]:
+    override = config.split.overrides.get(site, {})
+    return {
+        "seed": seed,
+        "validation": float(override.get("validation", config.split.validation)),
+        "test": float(override.get("test", config.split.test)),
+        "max_train": config.split.max_train,
+        "group": "subjects of site.yml" if site_file.subjects is not None else site_file.group,
+    }
+
+
+def _previous(manifest: pd.DataFrame | None, settings: str) -> tuple[pd.DataFrame, str, list[str]]:
+    """Return the part of a previous manifest that binds this split, how the split comes about, and warnings."""
+    nothing = pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in MANIFEST_DTYPES.items()})
+    if manifest is None or manifest.empty:
+        return nothing, "new", []
+    if "split_settings" in manifest and (manifest["split_settings"] == settings).all():
+        return manifest, "kept", []
+    return nothing, "anew", ["the seed, split settings or group rule changed: validation and test were drawn anew"]
+
+
+def _draw(
+    site: str, samples: Sequence[_Sample], config: PreprocessingConfig, seed: int, previous: pd.DataFrame
+) -> dict[str, str]:
+    """Split by image path; an earlier image is known by its subject, its path or its content."""
+    subjects = {sample.pair.image: sample.subject for sample in samples}
+    images = dict(zip(previous["image"], previous["split"], strict=True))
+    sides: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for column in ("subject", "image", "sha256"):
+        for value, split in zip(previous[column], previous["split"], strict=True):
+            sides[column, str(value)].add("train" if split == "unused" else split)
+    known: dict[str, str] = {}
+    for sample in samples:
+        keys = (("subject", sample.subject), ("image", sample.pair.image), ("sha256", sample.sha256))
+        earlier = {known[sample.subject]} if sample.subject in known else set()
+        earlier.update(*(sides.get(key, set()) for key in keys))
+        if len(earlier) > 1:
+            raise DataError(
+                f"site {site}: subject {sample.subject} ({sample.pair.image}) was in {' and '.join(sorted(earlier))} "
+                "before its images were regrouped; undo that, or delete the site's stored manifest to draw anew"
+            )
+        if earlier:
+            known[sample.subject] = earlier.pop()
+    return draw_split(
+        site,
+        subjects,
+        split_targets(site, len(samples), config.split),
+        seed=seed,
+        max_train=config.split.max_train,
+        known=known,
+        known_images=images,
+    )
+
+
+def _shortfalls(site: str, config: PreprocessingConfig, splits: Mapping[str, str]) -> list[str]:
+    counts = Counter(splits.values())
+    wanted = {"validation": config.split.validation, "test": config.split.test, **config.split.overrides.get(site, {})}
+    return [
+        f"split: {value:g} {split} images were asked for, {counts[split]} could be had"
+        for split, value in wanted.items()
+        if value >= 1 and counts[split] != value
+    ]
+
+
+def _manifest(
+    site: str, samples: Sequence[_Sample], sizes: np.ndarray, splits: Mapping[str, str], settings: str
+) -> pd.DataFrame:
+    rows = [
+        {
+            "site": site,
+            "subject": sample.subject,
+            "image": sample.pair.image,
+            "mask": sample.pair.mask,
+            "split": splits[sample.pair.image],
+            "label_map": json.dumps(sample.label_map),
+            "sha256": sample.sha256,
+            "mask_sha256": sample.mask_sha256,
+            "height": int(sizes[row, 0]),
+            "width": int(sizes[row, 1]),
+            "original_height": sample.original[0],
+            "original_width": sample.original[1],
+            "row": row,
+            "split_settings": settings,
+        }
+        for row, sample in enumerate(samples)
+    ]
+    return pd.DataFrame(rows).astype(dict(MANIFEST_DTYPES))
+
+
+def _summary(samples: Sequence[_Sample], classes: int) -> dict[str, Any]:
+    heights, widths = zip(*(sample.original for sample in samples), strict=True)
+    lows, highs = zip(*(sample.intensity for sample in samples), strict=True)
+    pixels = np.sum([sample.class_pixels for sample in samples], axis=0)
+    return {
+        "sizes": {"height": [min(heights), max(heights)], "width": [min(widths), max(widths)]},
+        "intensity": {"range": [min(lows), max(highs)], "kinds": dict(Counter(sample.kind for sample in samples))},
+        "class_shares": {str(label): float(pixels[label] / pixels.sum()) for label in range(classes + 1)},
+    }

@@ -1,0 +1,220 @@
+"""Image and mask files to arrays. A further format is one more entry of ``READERS``."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from fedsca_pipeline.errors import DataError
+
+MAX_PIXELS = 178_956_970
+"""Pixels above which a file is taken for a decompression bomb (Pillow's limit)."""
+
+
+class BrokenSampleError(DataError):
+    """One file cannot be used: ``reason`` says why, ``cure`` what to do about it."""
+
+    def __init__(self, reason: str, cure: str) -> None:
+        super().__init__(f"{reason}; {cure}")
+        self.reason = reason
+        self.cure = cure
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Read an image as [H, W] (grey) or [H, W, 3] (RGB), in the file's own number type.
+
+    Alpha is dropped, palettes become colours, and the EXIF orientation of a photograph is applied, so a mask has to be
+    drawn on the upright image.
+
+    Raises:
+        BrokenSampleError: unreadable, of no known format, without pixels, or with NaN or infinite values.
+    """
+    pixels = _read(path, labels=False)
+    if pixels.ndim == 3:
+        pixels = _drop_alpha(pixels)
+    if pixels.dtype == bool:
+        return pixels.astype(np.uint8) * np.uint8(255)
+    if np.issubdtype(pixels.dtype, np.floating) and not np.isfinite(pixels).all():
+        raise BrokenSampleError("holds NaN or infinite values", "replace them in the source and export the image again")
+    return pixels
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Read a mask as integers [H, W]: grey values or palette indices, as stored, before any label map.
+
+    Raises:
+        BrokenSampleError: unreadable, JPEG (its compression alters labels), coloured, or not of whole numbers.
+    """
+    if path.suffix.lower() in _LOSSY:
+        raise BrokenSampleError("a JPEG mask: its compression alters labels", "export the mask as PNG or TIFF")
+    pixels = _read(path, labels=True)
+    if pixels.ndim == 3:
+        pixels = _drop_alpha(pixels)
+    if pixels.ndim == 3:
+        if (pixels != pixels[..., :1]).any():
+            raise BrokenSampleError(
+                "a coloured mask: labels must be one number a pixel", "save it as grey or palette image, 0 = background"
+            )
+        pixels = pixels[..., 0]
+    if pixels.dtype == bool:
+        return pixels.astype(np.uint8)
+    if np.issubdtype(pixels.dtype, np.floating):
+        if not np.isfinite(pixels).all() or (pixels != np.rint(pixels)).any():
+            raise BrokenSampleError("mask values are not whole numbers", "save the mask as 8 or 16 bit integers")
+        return pixels.astype(np.int64)
+    return pixels
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Split a file name into stem and lower-case suffix; a registered double suffix (``.nii.gz``) stays whole."""
+    lower = name.lower()
+    matches = [suffix for suffix in READERS if lower.endswith(suffix)]
+    suffix = max(matches, key=len, default=Path(lower).suffix)
+    return name[: len(name) - len(suffix)], suffix
+
+
+def no_reader(suffix: str) -> BrokenSampleError:
+    """Return the error for a file format that ``READERS`` does not have."""
+    return BrokenSampleError(
+        f"no reader for {suffix or 'a file without suffix'}", f"convert it to one of {', '.join(READERS)}"
+    )
+
+
+def _read(path: Path, *, labels: bool) -> np.ndarray:
+    suffix = split_name(path.name)[1]
+    if suffix not in READERS:
+        raise no_reader(suffix)
+    try:
+        if path.stat().st_size == 0:
+            raise BrokenSampleError("the file is empty", _COPY_AGAIN)
+        pixels = READERS[suffix](path, labels)
+    except Image.DecompressionBombError as error:
+        raise _bomb() from error
+    except _UNREADABLE as error:
+        detail = " ".join(str(error).split()) or type(error).__name__
+        raise BrokenSampleError(f"cannot be read ({detail[:200]})", _COPY_AGAIN) from error
+    if 0 in pixels.shape:
+        raise BrokenSampleError("has no pixels", _COPY_AGAIN)
+    return pixels
+
+
+def _read_pillow(path: Path, labels: bool) -> np.ndarray:
+    with Image.open(path) as image:
+        if image.mode in ("RGB", "RGBA") and len(image.tile) == 1 and "16B" in str(image.tile[0].args):
+            return _read_png_16bit_colour(path)
+        # Pillow stretches 2 and 4 bit grey to 0..255; labels need the stored number.
+        stretched = {"L;2": 85, "L;4": 17}.get(str(image.tile[0].args), 1) if labels and image.tile else 1
+        pixels = np.array(_plain(ImageOps.exif_transpose(image), labels))
+        return pixels // np.uint8(stretched) if stretched > 1 else pixels
+
+
+def _plain(image: Image.Image, labels: bool) -> Image.Image:
+    if image.mode in _ARRAY_MODES or (labels and image.mode == "P"):
+        return image
+    if labels and image.mode == "PA":
+        return image.getchannel(0)
+    return image.convert("RGB")
+
+
+def _read_png_16bit_colour(path: Path) -> np.ndarray:
+    """Read a 16 bit colour PNG exactly; Pillow alone would keep its upper eight bits.
+
+    Each pass decodes one byte of every sample: ``RGB;16B`` is the upper one, ``RGB;16L`` the lower. Grey with alpha
+    is four bytes a pixel, which is what an RGBA pixel is too.
+    """
+
+    def decode(rawmode: Callable[[str], str]) -> np.ndarray:
+        with Image.open(path) as image:
+            tile = image.tile[0]
+            image.tile = [tile._replace(args=rawmode(str(tile.args)))]
+            return np.array(image).astype(np.uint16)
+
+    with Image.open(path) as image:
+        grey = image.tile[0].args == "LA;16B"
+    if grey:
+        values = decode(lambda _: "RGBA")
+        return values[..., 0] << 8 | values[..., 1]
+    return decode(lambda mode: mode) << 8 | decode(lambda mode: mode.replace("16B", "16L"))
+
+
+def _read_tiff(path: Path, labels: bool) -> np.ndarray:
+    """Read a TIFF of one page. Its Orientation tag is not applied; white-is-zero files are inverted as viewers do."""
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        if len(file.pages) != 1:
+            raise BrokenSampleError(
+                f"a TIFF of {len(file.pages)} pages", "save each page as an image of its own, with a mask of its own"
+            )
+        page = file.pages.first
+        if np.prod(page.shape, dtype=np.int64) > 4 * MAX_PIXELS:
+            raise _bomb()
+        if page.axes not in ("YX", "YXS", "SYX"):
+            raise BrokenSampleError(f"a TIFF with axes {page.axes}", "save a two-dimensional grey or RGB image")
+        if page.compression not in _TIFF_OWN:
+            if page.samplesperpixel > 1 and page.bitspersample > 8:
+                raise BrokenSampleError(
+                    f"a {page.bitspersample} bit colour TIFF compressed with {page.compression.name}",
+                    "save it uncompressed or with deflate",
+                )
+            return _read_pillow(path, labels)
+        pixels = page.asarray()
+        if page.axes == "SYX":
+            pixels = np.moveaxis(pixels, 0, -1)
+        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+            return ~pixels if pixels.dtype == bool else (2**page.bitspersample - 1) - pixels
+        if page.photometric == tifffile.PHOTOMETRIC.PALETTE and not labels:
+            return np.moveaxis((page.colormap >> 8).astype(np.uint8)[:, pixels], 0, -1)
+        return pixels
+
+
+def _drop_alpha(pixels: np.ndarray) -> np.ndarray:
+    channels = pixels.shape[2]
+    if channels > 4:
+        raise BrokenSampleError(f"has {channels} channels", "save a grey or RGB image")
+    return pixels[..., 0] if channels < 3 else pixels[..., :3]
+
+
+def _bomb() -> BrokenSampleError:
+    return BrokenSampleError(
+        f"has more than {MAX_PIXELS:,} pixels, as a decompression bomb has", "cut the image into tiles"
+    )
+
+
+_COPY_AGAIN = "copy or export the file again"
+_LOSSY = (".jpg", ".jpeg")
+_ARRAY_MODES = ("1", "L", "RGB", "RGBA", "LA", "I", "F", "I;16", "I;16L", "I;16B")
+# What Pillow, tifffile and numpy raise on damaged input: the parsers reach these from any byte of a file.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
+# TIFF compressions that tifffile decodes by itself (none, deflate twice, PackBits); Pillow reads the others.
+_TIFF_OWN = (1, 8, 32946, 32773)
+
+READERS: Mapping[str, Callable[[Path, bool], np.ndarray]] = MappingProxyType(
+    {
+        ".png": _read_pillow,
+        ".jpg": _read_pillow,
+        ".jpeg": _read_pillow,
+        ".bmp": _read_pillow,
+        ".tif": _read_tiff,
+        ".tiff": _read_tiff,
+    }
+)
+"""Suffix to a function of (path, labels) that gives [H, W] or [H, W, C]; ``labels`` asks for stored numbers."""

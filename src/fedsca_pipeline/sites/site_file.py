@@ -1,0 +1,93 @@
+"""``site.yml``: what a site says about its own files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fedsca_pipeline.errors import DataError
+from fedsca_pipeline.sites.readers import BrokenSampleError
+
+
+class SiteFile(BaseModel):
+    """The optional keys of ``site.yml``; without the file, every image is a subject of its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    label_map: dict[int, Annotated[int, Field(ge=0, le=254)]] = Field(
+        default_factory=dict, description="raw mask value: class; values not named stay as they are"
+    )
+    group: str | None = Field(None, description="regular expression; its one group over the stem is the subject")
+    subjects: dict[str, str] | None = Field(None, description="stem: subject, for every image")
+    spacing: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="mm a pixel: [row, column]"
+    )
+    notes: str = ""
+
+    @field_validator("group")
+    @classmethod
+    def _one_group(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            groups = re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        if groups != 1:
+            raise ValueError(f"needs exactly one capturing group, has {groups}; for instance '^(p[0-9]+)_'")
+        return value
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> SiteFile:
+        if self.group is not None and self.subjects is not None:
+            raise ValueError("give group or subjects, not both")
+        return self
+
+    def subject(self, stem: str) -> str:
+        """Return the subject of an image.
+
+        Raises:
+            BrokenSampleError: there is a rule, and it does not cover this stem (guessing could leak a patient from
+                training into test).
+        """
+        if self.subjects is not None:
+            if stem not in self.subjects:
+                raise BrokenSampleError("site.yml's subjects do not name it", "add its stem there")
+            return self.subjects[stem]
+        if self.group is None:
+            return stem
+        match = re.search(self.group, stem)
+        if match is None or not match.group(1):
+            raise BrokenSampleError(
+                f"site.yml's group rule {self.group!r} finds no subject in {stem!r}", "mend the rule or the file name"
+            )
+        return match.group(1)
+
+
+def read_site_file(folder: Path) -> SiteFile:
+    """Read ``site.yml`` of a site folder; the defaults if there is none.
+
+    Raises:
+        DataError: it is not YAML, or a key is unknown or wrong; the message names the file and the key.
+    """
+    path = folder / "site.yml"
+    if (folder / "site.yaml").exists():
+        raise DataError(f"{folder / 'site.yaml'}: this file is called site.yml; rename it")
+    if not path.exists():
+        return SiteFile()
+    try:
+        # BaseLoader makes nothing but strings, lists and dicts: it is safe, and a stem such as 0012 stays 0012.
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # noqa: S506
+        return SiteFile.model_validate(content or {})
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in detail['loc']) or 'site.yml'}: {detail['msg']}"
+            for detail in error.errors()
+        )
+        raise DataError(f"{path}: {problems}. Known keys: {', '.join(SiteFile.model_fields)}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: not readable YAML ({' '.join(str(error).split())}); mend or delete it") from error

@@ -1,0 +1,126 @@
+"""Training, validation and test by subject, drawn once from a seed (DESIGN section 6)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedsca_pipeline.config import SplitConfig
+from fedsca_pipeline.errors import DataError
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class SplitTargets:
+    """How many images validation and test should hold."""
+
+    validation: int
+    test: int
+
+
+def split_targets(site: str, images: int, config: SplitConfig) -> SplitTargets:
+    """Turn shares or numbers into images, leaving at least one for each of the splits drawn later.
+
+    A number that exceeds what is there takes what is there.
+
+    Raises:
+        DataError: validation or test is set to nothing.
+    """
+    wanted = {"validation": config.validation, "test": config.test, **config.overrides.get(site, {})}
+    for split, value in wanted.items():
+        if value == 0:
+            raise DataError(f"site {site}: no {split} image; set preprocessing.split.{split} (or its override) above 0")
+    counts = {split: max(1, round(value * images)) if value < 1 else int(value) for split, value in wanted.items()}
+    validation = min(counts["validation"], max(images - 2, 0))
+    return SplitTargets(validation, min(counts["test"], max(images - validation - 1, 0)))
+
+
+def draw_split(
+    site: str,
+    subjects: Mapping[str, str],
+    targets: SplitTargets,
+    *,
+    seed: int,
+    max_train: int | None = None,
+    known: Mapping[str, str] | None = None,
+    known_images: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Give each image ``train``, ``validation``, ``test`` or ``unused`` (training images above ``max_train``).
+
+    Subjects stand in one order, by a hash of seed, site and subject, whatever else the site holds. Along it validation
+    is filled, then test; the rest trains. Each takes a subject if that brings it nearer to its target, so counts are
+    exact where each image is its own subject.
+
+    Args:
+        site: the site's name.
+        subjects: image to subject.
+        targets: of :func:`split_targets`.
+        seed: the run's seed.
+        max_train: keep the first so many training images in that order.
+        known: subject to the split that it has already and keeps.
+        known_images: image to the split that it has already (tells ``train`` from ``unused``).
+
+    Raises:
+        DataError: a split would be empty.
+    """
+    sizes = Counter(subjects.values())
+    order = sorted(sizes, key=lambda subject: _rank(seed, site, subject))
+    side = {subject: split for subject, split in (known or {}).items() if subject in sizes}
+    pool = [subject for subject in order if subject not in side]
+    for split, target in (("validation", targets.validation), ("test", targets.test)):
+        later = SPLITS[:1] if split == "test" else ("train", "test")
+        reserve = sum(name not in side.values() for name in later)
+        taken = _fill(pool, sizes, target, filled=sum(sizes[s] for s in side if side[s] == split), reserve=reserve)
+        side.update(dict.fromkeys(taken, split))
+        pool = [subject for subject in pool if subject not in side]
+    side.update(dict.fromkeys(pool, "train"))
+    if missing := [split for split in SPLITS if split not in side.values()]:
+        raise DataError(
+            f"site {site}: no subject is left for {' and '.join(missing)} ({len(subjects)} images of {len(sizes)} "
+            "subjects); add subjects, check the group rule in site.yml, or lower preprocessing.split"
+        )
+    return _cap_training(subjects, order, side, max_train, known_images or {})
+
+
+def _fill(pool: Sequence[str], sizes: Mapping[str, int], target: int, *, filled: int, reserve: int) -> list[str]:
+    room = len(pool) - reserve
+    taken: list[str] = []
+    start = filled
+    for subject in pool:
+        if len(taken) < room and abs(filled + sizes[subject] - target) < abs(filled - target):
+            taken.append(subject)
+            filled += sizes[subject]
+    if not taken and start == 0 and room > 0:
+        taken = [min(pool, key=lambda subject: sizes[subject])]
+    return taken
+
+
+def _cap_training(
+    subjects: Mapping[str, str],
+    order: Sequence[str],
+    side: Mapping[str, str],
+    max_train: int | None,
+    known_images: Mapping[str, str],
+) -> dict[str, str]:
+    images = defaultdict(list)
+    for image in sorted(subjects):
+        images[subjects[image]].append(image)
+    settled = {image: split for image, split in known_images.items() if split in ("train", "unused")}
+    free = float("inf") if max_train is None else max_train
+    free -= sum(settled.get(image) == "train" for image in subjects if side[subjects[image]] == "train")
+    result = {}
+    for subject in order:
+        for image in images[subject]:
+            split = side[subject]
+            if split == "train":
+                split = settled.get(image) or ("train" if free > 0 else "unused")
+                free -= split == "train" and image not in settled
+            result[image] = split
+    return result
+
+
+def _rank(seed: int, site: str, subject: str) -> bytes:
+    return hashlib.sha256(f"{seed}\0{site}\0{subject}".encode()).digest()

@@ -1,0 +1,280 @@
+"""MLflow: one parent run for a federated run, one nested run a site, whatever number of commands made it.
+
+A run is found again by its fingerprint: training that was killed and resumed, and an evaluation that comes as a command
+of its own, write into the same MLflow run. mlflow is imported when the first thing is logged, not before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+FINGERPRINT_TAG, SITE_TAG, FINISHED = "fedsca.fingerprint", "fedsca.site", "FINISHED"
+# MLflow refuses parameter values that are longer.
+_LONGEST_PARAMETER = 6000
+
+
+class TrackingConfig(BaseModel):
+    """``mlflow.yml``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enabled: bool = True
+    tracking_uri: str = "sqlite:///mlflow.db"
+    experiment: str = "fedsca"
+    log_models: bool = True
+
+
+class Tracker:
+    """Writes one federated run to MLflow as its datasets are saved.
+
+    Args:
+        config: ``mlflow.yml``; ``MLFLOW_TRACKING_URI`` in the environment wins over its URI.
+        project: root of the project, to which a relative SQLite path refers.
+        command: what the user typed, kept as a tag.
+    """
+
+    def __init__(self, config: TrackingConfig, project: Path, command: str) -> None:
+        self._config, self._project, self._command = config, project, command
+        self._client: MlflowClient | None = None
+        self._runs: dict[str, str] = {}
+        self._logged: dict[str, int] = {}
+        self._handlers: dict[str, Callable[[Any], None]] = {
+            "round_metrics": self._log_round,
+            "site_models": self._log_models,
+            "final_metrics": self._log_final,
+        }
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the parent run, or None while nothing is tracked."""
+        return self._runs.get("")
+
+    @property
+    def uri(self) -> str:
+        """The tracking URI in force, absolute."""
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or self._config.tracking_uri
+        path = uri.removeprefix("sqlite:///")
+        if path == uri or Path(path).is_absolute():
+            return uri
+        return f"sqlite:///{self._project / path}"
+
+    def open(self, description: Mapping[str, Any]) -> None:
+        """Go on with the newest run of this fingerprint, or start one."""
+        if not self._config.enabled or self._runs:
+            return
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(tracking_uri=self.uri)
+        experiment = self._experiment(self._client)
+        found = self._client.search_runs(
+            [experiment],
+            f"tags.`{FINGERPRINT_TAG}` = '{description['fingerprint']}'",
+            order_by=["attributes.start_time DESC"],
+        )
+        parents = [run for run in found if SITE_TAG not in run.data.tags]
+        if parents:
+            parent = parents[0]
+            self._client.update_run(parent.info.run_id, status="RUNNING")
+        else:
+            parent = self._start(experiment, description)
+        self._runs = {"": parent.info.run_id}
+        self._sites(experiment, description)
+
+    def saved(self, dataset: str, data: Any, filepath: Path | None) -> None:
+        """Log what a node has just saved, if it is of a kind that belongs to the run."""
+        if self._client is None:
+            return
+        if handler := self._handlers.get(dataset):
+            handler(data)
+        if filepath is not None:
+            self._log_file(dataset, filepath)
+
+    def close(self, status: str) -> None:
+        """End the run and its nested runs with ``FINISHED``, ``FAILED`` or ``KILLED``."""
+        if self._client is None:
+            return
+        for run_id in reversed(self._runs.values()):
+            self._client.set_terminated(run_id, status)
+        self._client, self._runs = None, {}
+
+    def log_models(self, models: Path) -> None:
+        """Log every site's folder of models to its nested run."""
+        if self._client is None or not self._config.log_models:
+            return
+        for site, run_id in self._runs.items():
+            if site and (models / site).is_dir():
+                self._client.log_artifacts(run_id, str(models / site), "model")
+
+    def _experiment(self, client: MlflowClient) -> str:
+        found = client.get_experiment_by_name(self._config.experiment)
+        if found is not None:
+            return str(found.experiment_id)
+        # Beside a SQLite database, not wherever the command happened to be typed.
+        path = self.uri.removeprefix("sqlite:///")
+        location = (Path(path).parent / "mlartifacts").as_uri() if path != self.uri else None
+        return str(client.create_experiment(self._config.experiment, artifact_location=location))
+
+    def _start(self, experiment: str, description: Mapping[str, Any]) -> Any:
+        client = self._require()
+        configuration = description["configuration"]
+        federation, foundation = configuration["federation"], configuration["foundation"]
+        name = f"{federation['strategy']}-{foundation['name']}-{description['fingerprint'][:6]}"
+        tags = {
+            FINGERPRINT_TAG: description["fingerprint"],
+            "fedsca.strategy": federation["strategy"],
+            "fedsca.foundation": foundation["name"],
+            "fedsca.foundation_sha256": description["foundation"],
+            "fedsca.data_fingerprint": json.dumps(description["data"], sort_keys=True),
+            "fedsca.code": description["code"],
+            "fedsca.threads": str(description["threads"]),
+            "fedsca.seed": str(configuration["run"]["seed"]),
+            "fedsca.command": self._command,
+            "mlflow.source.git.commit": _git_commit(self._project),
+        }
+        parent = client.create_run(experiment, run_name=name, tags=tags)
+        from mlflow.entities import Param
+
+        parameters = [Param(key, value[:_LONGEST_PARAMETER]) for key, value in flat(configuration).items()]
+        client.log_batch(parent.info.run_id, params=parameters)
+        return parent
+
+    def _sites(self, experiment: str, description: Mapping[str, Any]) -> None:
+        client = self._require()
+        children = {
+            run.data.tags[SITE_TAG]: run
+            for run in client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{self._runs['']}'")
+        }
+        for site, data in description["data"].items():
+            if site in children:
+                self._runs[site] = children[site].info.run_id
+                client.update_run(self._runs[site], status="RUNNING")
+            else:
+                tags = {
+                    "mlflow.parentRunId": self._runs[""],
+                    FINGERPRINT_TAG: description["fingerprint"],
+                    SITE_TAG: site,
+                    "fedsca.data_fingerprint": data,
+                }
+                self._runs[site] = client.create_run(experiment, run_name=site, tags=tags).info.run_id
+            steps = children[site].data.tags.get("fedsca.logged_round", "0") if site in children else "0"
+            self._logged[site] = int(steps)
+
+    def _log_round(self, chunk: Any) -> None:
+        """Log one round; a round that an earlier command logged already is left alone."""
+        if not isinstance(chunk, Mapping):
+            return
+        from mlflow.entities import Metric, RunTag
+
+        client = self._require()
+        for record in chunk.values():
+            step, now = record["round"], int(time.time() * 1000)
+            if step <= min(self._logged.values(), default=0):
+                continue
+            present = {site: entry for site, entry in record["sites"].items() if entry["absent"] is None}
+            for site, entry in record["sites"].items():
+                metrics = {key: value for key, value in entry.items() if isinstance(value, int | float)}
+                validation = metrics.pop("dice_validation", None)
+                batch = [] if record["final"] else [Metric(key, value, now, step) for key, value in metrics.items()]
+                if validation is not None:
+                    # The model a site had when the round began is that of the round before.
+                    batch.append(Metric("dice_validation", validation, now, step - 1))
+                client.log_batch(self._runs[site], metrics=batch, tags=[RunTag("fedsca.logged_round", str(step))])
+                self._logged[site] = step
+            totals = [
+                Metric(f"{key}_{name}", value, now, step - 1 if key == "dice_validation" else step)
+                for key, name, reduce in _OVER_SITES
+                if (values := [e[key] for e in present.values() if e[key] is not None])
+                for value in [reduce(values)]
+            ]
+            client.log_batch(self._runs[""], metrics=totals)
+            if record["weights"]:
+                client.log_dict(self._runs[""], record, f"rounds/round_{step:05d}.json")
+
+    def _log_models(self, index: Mapping[str, Any]) -> None:
+        client = self._require()
+        for site, kept in index["sites"].items():
+            for name, entry in kept.items():
+                client.set_tag(self._runs[site], f"fedsca.{name}_round", str(entry["round"]))
+
+    def _log_final(self, rows: list[Mapping[str, Any]]) -> None:
+        client = self._require()
+        for row in rows:
+            run_id = self._runs.get(str(row["site"]), self._runs[""])
+            prefix = "test_" if str(row["site"]) in self._runs else f"test_{str(row['site']).replace(' ', '_')}_"
+            for key, value in row.items():
+                if isinstance(value, int | float) and value == value:
+                    client.log_metric(run_id, _metric_name(prefix + key), value)
+
+    def _log_file(self, dataset: str, filepath: Path) -> None:
+        site, _, name = dataset.rpartition(".")
+        if name in _FILES and filepath.is_file():
+            self._require().log_artifact(self._runs.get(site, self._runs[""]), str(filepath), _FILES[name])
+
+    def _require(self) -> MlflowClient:
+        if self._client is None:
+            raise RuntimeError("the tracker was used before open()")
+        return self._client
+
+
+_OVER_SITES: tuple[tuple[str, str, Callable[[list[float]], float]], ...] = (
+    ("loss", "mean", lambda values: sum(values) / len(values)),
+    ("dice_validation", "mean", lambda values: sum(values) / len(values)),
+    ("dice_validation", "worst", min),
+    ("self_weight", "mean", lambda values: sum(values) / len(values)),
+    ("bytes_up", "total", sum),
+    ("bytes_down", "total", sum),
+)
+
+# Data sets (by the last part of their name) whose files are artifacts, and the folder they go to.
+_FILES = {
+    "report": "data",
+    "manifest": "data",
+    "test_scores": "tables",
+    "image_scores": "tables",
+    "site_scores": "tables",
+    "final_table": "tables",
+    "final_metrics": "tables",
+    "overlays": "figures",
+    "learning_curves": "figures",
+    "weight_heatmap": "figures",
+    "weight_heatmap_image": "figures",
+    "run_description": "",
+}
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Flatten nested mappings to dotted keys and text values; an empty mapping stays as ``{}``."""
+    found: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = str(value)
+    return found
+
+
+def _metric_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "_-./ " else "_" for c in name)
+
+
+def _git_commit(project: Path) -> str:
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"],  # noqa: S607
+        cwd=project,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or "unknown"

@@ -1,0 +1,383 @@
+"""The server's step: validation, Gram matrix, state, mixing, catching up, the general model."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from fedsca_pipeline.errors import NoValidSite, ResumeError
+from fedsca_pipeline.federation.messages import TensorLayout
+from fedsca_pipeline.federation.strategies import build_strategy
+from fedsca_pipeline.federation.strategies.base import (
+    Replies,
+    ServerState,
+    cosines,
+    gram,
+    mix,
+    partners,
+    site_prior,
+    spread,
+)
+
+SITES = ("a", "b", "c", "d")
+
+
+def double(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def replies_of(updates, bases=None, samples=None, round_=1):
+    """Replies from {site: update}; bases default to zeros, samples to ten each."""
+    sites = tuple(sorted(updates))
+    stacked = torch.tensor([updates[site] for site in sites], dtype=torch.float32)
+    return Replies(
+        round=round_,
+        sites=sites,
+        bases=torch.zeros_like(stacked) if bases is None else torch.tensor([bases[site] for site in sites]),
+        updates=stacked,
+        samples=double(*((samples or {}).get(site, 10) for site in sites)),
+    )
+
+
+def step(strategy, state, replies, sites=SITES, groups=None, **more):
+    values = replies.updates.shape[1]
+    groups = ((slice(0, values),) if values else ()) if groups is None else groups
+    state = state or ServerState.initial(len(sites), values, len(groups))
+    settings = {"initial": torch.full((values,), -7.0), "max_norm_ratio": 10.0, **more}
+    return strategy.aggregate(state, replies, sites=sites, groups=groups, **settings)
+
+
+class TestValidation:
+    fedsca = build_strategy("fedsca", {})
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+    def test_a_value_that_is_not_finite_rejects_its_site_alone(self, bad):
+        _, found = step(self.fedsca, None, replies_of({"a": [1.0, 0.0], "b": [bad, 0.0], "c": [1.0, 0.1]}))
+
+        assert found.accepted == ("a", "c")
+        assert "not finite" in found.rejected["b"]
+        assert found.aggregates.isfinite().all()
+
+    def test_infinities_that_cancel_are_still_seen(self):
+        _, found = step(self.fedsca, None, replies_of({"a": [1.0, 1.0], "b": [torch.inf, -torch.inf]}))
+
+        assert "not finite" in found.rejected["b"]
+
+    def test_a_base_that_is_not_finite_rejects_its_site(self):
+        replies = replies_of({"a": [1.0], "b": [1.0]}, bases={"a": [0.0], "b": [torch.nan]})
+
+        assert step(self.fedsca, None, replies)[1].accepted == ("a",)
+
+    def test_a_norm_whose_square_leaves_fp32_is_rejected(self):
+        _, found = step(self.fedsca, None, replies_of({"a": [1.0], "b": [1e30]}))
+
+        assert found.accepted == ("a",)
+
+    @pytest.mark.parametrize("samples", [0, -3, torch.nan])
+    def test_a_sample_count_below_one_rejects_its_site(self, samples):
+        _, found = step(self.fedsca, None, replies_of({"a": [1.0], "b": [1.0]}, samples={"b": samples}))
+
+        assert "sample count" in found.rejected["b"]
+
+    def test_of_several_faults_the_values_come_before_the_norm(self):
+        _, found = step(self.fedsca, None, replies_of({"a": [1.0, 0], "b": [1e5, torch.nan]}))
+
+        assert "not finite" in found.rejected["b"]
+
+    @pytest.mark.parametrize(("norm", "accepted"), [(10.0, ("a", "b", "c")), (10.1, ("a", "b"))])
+    def test_a_norm_may_be_ten_medians_long_and_no_longer(self, norm, accepted):
+        _, found = step(self.fedsca, None, replies_of({"a": [1.0], "b": [1.0], "c": [norm]}))
+
+        assert found.accepted == accepted
+
+    def test_of_two_sites_in_the_first_round_the_huge_one_does_not_protect_itself(self):
+        _, found = step(self.fedsca, None, replies_of({"a": [1.0], "b": [1000.0]}))
+
+        assert found.accepted == ("a",)
+        assert "1e+03 is above 10" in found.rejected["b"]
+
+    def test_half_of_four_sites_do_not_lift_the_bar_either(self):
+        _, found = step(self.fedsca, None, replies_of({"a": [1.0], "b": [1.0], "c": [1000.0], "d": [1000.0]}))
+
+        assert found.accepted == ("a", "b")
+
+    def test_a_zero_update_does_not_have_the_others_rejected(self):
+        state, found = step(self.fedsca, None, replies_of({"a": [1.0], "b": [0.0], "c": [0.0]}))
+
+        assert found.accepted == ("a", "b", "c")
+        assert state.norms.tolist() == [1.0]
+
+    def test_a_lone_first_site_is_taken(self):
+        assert step(self.fedsca, None, replies_of({"a": [1000.0]}))[1].accepted == ("a",)
+
+    def test_earlier_rounds_count_and_rejected_norms_do_not(self):
+        state, _ = step(self.fedsca, None, replies_of({"a": [1.0], "b": [1.0], "c": [50.0]}))
+
+        assert state.norms.tolist() == [1.0, 1.0]
+        with pytest.raises(NoValidSite, match="c: update norm 50 is above 10"):
+            step(self.fedsca, state, replies_of({"c": [50.0]}, round_=2))
+
+    def test_no_valid_site_raises_and_leaves_the_state_as_it_was(self):
+        state, _ = step(self.fedsca, None, replies_of({"a": [1.0], "b": [1.0]}))
+        before = {name: tensor.clone() for name, tensor in state.as_tensors().items()}
+
+        with pytest.raises(NoValidSite, match=r"round 2.*a: values are not finite"):
+            step(self.fedsca, state, replies_of({"a": [torch.nan]}, round_=2))
+
+        for name, tensor in state.as_tensors().items():
+            assert torch.equal(tensor.nan_to_num(-9), before[name].nan_to_num(-9))
+
+    def test_a_rejected_site_keeps_its_master_and_catches_up_like_an_absent_one(self):
+        state, _ = step(self.fedsca, None, replies_of({"a": [1.0, 0.0], "b": [1.0, 0.0]}))
+
+        after, found = step(self.fedsca, state, replies_of({"a": [3.0, 0.0], "b": [torch.nan, 0.0]}, round_=2))
+
+        assert after.masters[1].tolist() == [1.0, 0.0]
+        assert found.aggregates[1].tolist() == [2.0, 0.0]
+
+
+class TestState:
+    def test_a_round_does_not_change_the_state_it_was_given(self):
+        state = ServerState.initial(4, 2, 1)
+
+        step(build_strategy("fedsca", {}), state, replies_of({"a": [1.0, 2.0], "b": [2.0, 1.0]}))
+
+        assert not state.trained.any()
+        assert not state.masters.any()
+        assert state.memory.isnan().all()
+
+    def test_masters_are_base_plus_update_and_stay_for_sites_that_are_absent(self):
+        fedsca = build_strategy("fedsca", {})
+        state, _ = step(fedsca, None, replies_of({"a": [1.0], "b": [2.0]}, bases={"a": [10.0], "b": [20.0]}))
+        state, _ = step(fedsca, state, replies_of({"a": [3.0]}, samples={"a": 4}, round_=2))
+
+        assert state.masters.tolist() == [[3.0], [22.0], [0.0], [0.0]]
+        assert state.trained.tolist() == [True, True, False, False]
+        assert state.samples.tolist() == [4, 10, 0, 0]
+        assert state.norms.tolist() == [1.0, 2.0, 3.0]
+
+    @pytest.mark.parametrize("values", [0, 3])
+    def test_it_survives_safetensors(self, values):
+        updates = {"a": [1.0] * values, "b": [0.5] * values}
+        state, _ = step(build_strategy("fedsca", {}), None, replies_of(updates))
+
+        again = ServerState.from_tensors(load(save(state.as_tensors())))
+
+        for name, tensor in state.as_tensors().items():
+            stored = getattr(again, name)
+            assert stored.dtype == tensor.dtype
+            assert stored.numpy().tobytes() == tensor.numpy().tobytes()
+
+    def test_a_missing_tensor_is_named(self):
+        tensors = ServerState.initial(2, 3, 1).as_tensors()
+        del tensors["memory"]
+
+        with pytest.raises(ResumeError, match="memory"):
+            ServerState.from_tensors(tensors)
+
+
+class TestGramAndCosines:
+    def test_it_agrees_with_float64_over_several_chunks_and_groups(self):
+        updates = torch.randn(5, 70_001, generator=torch.Generator().manual_seed(0))
+        groups = (slice(0, 40_000), slice(40_000, 70_001))
+
+        found = gram(updates, groups)
+
+        for matrix, group in zip(found, groups, strict=True):
+            exact = updates[:, group].double() @ updates[:, group].double().T
+            torch.testing.assert_close(cosines(matrix), cosines(exact), atol=1e-6, rtol=0)
+            torch.testing.assert_close(matrix.diagonal(), exact.diagonal(), atol=0, rtol=1e-6)
+        assert torch.equal(found, found.mT)
+
+    def test_closed_form(self):
+        updates = torch.tensor([[3.0, 4.0], [4.0, 3.0], [-3.0, -4.0], [0.0, 0.0]])
+
+        found = cosines(gram(updates, (slice(0, 2),)))[0]
+
+        expected = [[1, 0.96, -1, 0], [0.96, 1, -0.96, 0], [-1, -0.96, 1, 0], [0, 0, 0, 0]]
+        torch.testing.assert_close(found, double(*expected))
+
+    @pytest.mark.parametrize(("length", "cosine"), [(2e-12, 1.0), (5e-13, 0.0)])
+    def test_an_update_shorter_than_1e_12_has_no_direction(self, length, cosine):
+        found = cosines(gram(torch.tensor([[length], [1.0]]), (slice(0, 1),)))
+
+        assert found[0, 0, 1] == pytest.approx(cosine)
+
+    def test_nan_spoils_its_own_row_and_column_only(self):
+        found = gram(torch.tensor([[1.0, 2.0], [torch.nan, 1.0], [2.0, 1.0]]), (slice(0, 2),))[0]
+
+        assert found[[0, 2]][:, [0, 2]].tolist() == [[5, 4], [4, 5]]
+
+
+class TestPartners:
+    def test_the_present_mix_with_the_moved_and_the_absent_with_those_they_know(self):
+        present = torch.tensor([True, True, True, False, False])
+        moved = torch.tensor([True, True, False, False, False])
+        known = torch.zeros(5, 5, dtype=torch.bool)
+        known[3, 0] = known[0, 3] = known[3, 3] = known[4, 4] = True
+
+        found = partners(present, moved, known)
+
+        assert found.int().tolist() == [
+            [1, 1, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [0, 0, 1, 0, 0],
+            [1, 0, 0, 1, 0],
+            [0, 0, 0, 0, 0],
+        ]
+
+
+class TestMix:
+    masters = torch.tensor([[1.0, 2.0, 3.0], [5.0, 6.0, 7.0]])
+    groups = (slice(0, 2), slice(2, 3))
+
+    def test_each_group_has_its_own_weights(self):
+        weights = double([[0.5, 0.5], [0.0, 1.0]], [[1.0, 0.0], [0.25, 0.75]])
+
+        mixed = mix(weights, self.masters, self.groups, torch.zeros(3))
+
+        assert mixed.tolist() == [[3, 4, 3], [5, 6, 6]]
+
+    def test_a_unit_row_returns_its_master_bit_for_bit(self):
+        masters = torch.randn(3, 1000, generator=torch.Generator().manual_seed(1))
+
+        assert torch.equal(mix(torch.eye(3).double()[None], masters, (slice(0, 1000),), torch.zeros(1000)), masters)
+
+    def test_a_row_without_any_weight_gets_the_initial_values_never_zeros(self):
+        weights = double([[1.0, 0.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 0.0]])
+
+        mixed = mix(weights, self.masters, self.groups, double(-1, -2, -3).float())
+
+        assert mixed[1].tolist() == [-1, -2, -3]
+
+
+class TestSpread:
+    def test_it_is_the_distance_from_the_mean_in_updates_and_0_for_a_zero_update(self):
+        thetas = torch.tensor([[0.0, 0.0], [6.0, 8.0], [3.0, 4.0]])
+
+        assert spread(thetas, double(2.0, 0.0, 1.0)).tolist() == [2.5, 0.0, 0.0]
+
+
+class TestCatchUp:
+    def test_an_absent_site_receives_the_latest_masters_by_its_remembered_similarities(self):
+        fedsca = build_strategy("fedsca", {"prior": "uniform"})
+        state, _ = step(fedsca, None, replies_of({"a": [1.0, 0.0], "b": [1.0, 0.0], "c": [0.0, 1.0]}))
+
+        _, found = step(fedsca, state, replies_of({"b": [2.0, 4.0], "c": [0.0, 9.0]}, round_=2))
+
+        # a knows b (similarity 1, the best) and c (0): half its own master, half b's latest.
+        assert found.aggregates[0].tolist() == [1.5, 2.0]
+
+    def test_a_site_that_resembled_nobody_goes_on_from_its_own_master(self):
+        fedsca = build_strategy("fedsca", {})
+        state, _ = step(fedsca, None, replies_of({"a": [1.0], "b": [-1.0]}))
+
+        _, found = step(fedsca, state, replies_of({"b": [-1.0]}, round_=2))
+
+        assert found.aggregates[0].tolist() == [1.0]
+
+    def test_a_site_nobody_has_met_receives_the_general_model(self):
+        fedsca = build_strategy("fedsca", {})
+        samples = {"a": 10, "b": 30}
+
+        state, found = step(fedsca, None, replies_of({"a": [4.0], "b": [8.0]}, samples=samples))
+
+        assert found.aggregates[2].tolist() == [7.0]
+        assert found.aggregates[2:].equal(fedsca.general_model(state).expand(2, 1))
+
+    def test_without_memory_every_absent_site_receives_the_general_model(self):
+        fedsca = build_strategy("fedsca", {"memory": False, "prior": "uniform"})
+        state, _ = step(fedsca, None, replies_of({"a": [1.0], "b": [1.0]}))
+
+        _, found = step(fedsca, state, replies_of({"b": [5.0]}, round_=2))
+
+        assert found.aggregates[0].tolist() == [3.0]
+
+    def test_the_absent_are_not_mixed_in(self):
+        fedsca = build_strategy("fedsca", {})
+        state, _ = step(fedsca, None, replies_of({"a": [1.0], "b": [1.0], "c": [5.0]}))
+
+        _, found = step(fedsca, state, replies_of({"a": [2.0], "b": [2.0]}, round_=2))
+
+        assert found.aggregates[:2].tolist() == [[2.0], [2.0]]
+
+    @pytest.mark.parametrize("weighting", ["gate", "simplex", "softmax", "uniform"])
+    def test_every_row_is_finite_and_a_mix_whoever_is_absent(self, weighting):
+        fedsca = build_strategy("fedsca", {"weighting": weighting})
+        draw = torch.Generator().manual_seed(2)
+        state = None
+        for present in ("ab", "cd", "a", "bcd"):
+            updates = {site: torch.randn(5, generator=draw).tolist() for site in present}
+            state, found = step(fedsca, state, replies_of(updates))
+
+            low, high = state.masters[state.trained].amin(dim=0), state.masters[state.trained].amax(dim=0)
+            assert (found.aggregates >= low - 1e-5).all()
+            assert (found.aggregates <= high + 1e-5).all()
+
+
+class TestGeneralModel:
+    state, _ = step(build_strategy("fedsca", {}), None, replies_of({"a": [4.0], "c": [8.0]}, samples={"c": 30}))
+
+    def test_it_is_the_priors_mean_of_all_that_ever_trained(self):
+        fedsca = build_strategy("fedsca", {})
+
+        assert fedsca.general_model(self.state).tolist() == [7.0]
+        assert fedsca.general_model(self.state, "uniform").tolist() == [6.0]
+        assert build_strategy("fedsca", {"prior": "uniform"}).general_model(self.state).tolist() == [6.0]
+
+    def test_the_prior_leaves_out_who_never_trained(self):
+        assert site_prior(self.state, "uniform").tolist() == [0.5, 0.0, 0.5, 0.0]
+        assert site_prior(ServerState.initial(2, 1, 1), "uniform").tolist() == [0.0, 0.0]
+
+    def test_before_any_training_there_is_none(self):
+        with pytest.raises(NoValidSite, match="no general model"):
+            build_strategy("local", {}).general_model(ServerState.initial(2, 3, 1))
+
+
+class TestDefaults:
+    layout = TensorLayout((("x",), ("y",)), ("d",), {"x": (2,), "y": (3,), "d": (4,)})
+
+    def test_all_train_and_local_shares_nothing(self):
+        local = build_strategy("local", {})
+
+        assert local.trained(self.layout) == ("x", "y", "d")
+        assert local.shared(self.layout) == ()
+        assert local.groups(self.layout) == ()
+        assert local.penalty({}, {}) is None
+
+    @pytest.mark.parametrize("strategy", ["local", "fedsca", "fedavg"])
+    def test_where_nothing_is_shared_the_weights_are_the_identity(self, strategy, caplog):
+        built = build_strategy(strategy, {})
+
+        with caplog.at_level(logging.WARNING):
+            state, found = step(built, None, replies_of({"a": [], "b": []}))
+            _, again = step(built, state, replies_of({"b": [], "c": []}, round_=2))
+
+        assert found.accepted == ("a", "b")
+        assert found.aggregates.shape == (4, 0)
+        assert found.weights.tolist() == [[[1, 0], [0, 1]]]
+        assert found.similarity.shape == (1, 2, 2)
+        assert found.spread.tolist() == [0, 0]
+        assert again.accepted == ("b", "c")
+        assert not caplog.records
+        assert built.general_model(state).shape == (0,)
+
+
+class TestWarning:
+    def test_sites_that_train_almost_alone_are_warned_of(self, caplog):
+        sharp = build_strategy("fedsca", {"weighting": "softmax", "softmax_self": 0.97})
+
+        with caplog.at_level(logging.WARNING):
+            step(sharp, None, replies_of({"a": [1.0], "b": [1.0]}))
+
+        assert "mean self weight of fedsca is 0.97" in caplog.text
+
+    @pytest.mark.parametrize("updates", [{"a": [1.0], "b": [1.0]}, {"a": [1.0]}])
+    def test_a_mix_or_a_lone_site_is_no_reason_to_warn(self, updates, caplog):
+        with caplog.at_level(logging.WARNING):
+            step(build_strategy("fedsca", {}), None, replies_of(updates))
+
+        assert not caplog.records

@@ -1,0 +1,54 @@
+"""FedAvg: one average for everybody."""
+
+from __future__ import annotations
+
+import torch
+
+from fedsca_pipeline.federation.messages import TensorLayout
+from fedsca_pipeline.federation.strategies import build_strategy
+from fedsca_pipeline.federation.strategies.base import Replies, ServerState
+
+SITES = ("a", "b", "c")
+
+
+def aggregate(strategy, state, sites, updates, samples):
+    updates = torch.tensor(updates)
+    replies = Replies(1, sites, torch.ones_like(updates), updates, torch.tensor(samples, dtype=torch.float64))
+    return strategy.aggregate(
+        state, replies, sites=SITES, initial=torch.zeros(2), groups=(slice(0, 2),), max_norm_ratio=10.0
+    )
+
+
+def test_every_site_receives_the_average_weighted_by_training_images():
+    fedavg = build_strategy("fedavg", {})
+
+    _, found = aggregate(fedavg, ServerState.initial(3, 2, 1), ("a", "b"), [[1.0, 0.0], [-3.0, 4.0]], [30, 10])
+
+    assert found.aggregates.tolist() == [[1.0, 2.0]] * 3
+    assert found.weights.tolist() == [[[0.75, 0.25], [0.75, 0.25]]]
+
+
+def test_absent_sites_receive_this_rounds_average_and_are_not_in_it():
+    fedavg = build_strategy("fedavg", {"prior": "uniform"})
+    state, _ = aggregate(fedavg, ServerState.initial(3, 2, 1), SITES, [[1.0, 1.0]] * 3, [1, 1, 1])
+
+    state, found = aggregate(fedavg, state, ("b", "c"), [[2.0, 2.0], [4.0, 4.0]], [1, 9])
+
+    assert found.aggregates.tolist() == [[4.0, 4.0]] * 3
+    torch.testing.assert_close(fedavg.general_model(state), state.masters.mean(dim=0))
+
+
+def test_a_site_that_did_not_move_counts_as_any_other():
+    _, found = aggregate(
+        build_strategy("fedavg", {}), ServerState.initial(3, 2, 1), ("a", "b"), [[0.0, 0.0], [2.0, 4.0]], [1, 1]
+    )
+
+    assert found.aggregates.tolist() == [[2.0, 3.0]] * 3
+
+
+def test_it_shares_all_adapters_and_the_decoder_unless_told_otherwise():
+    layout = TensorLayout((("x",), ("y",)), ("d",), {"x": (2,), "y": (3,), "d": (4,)})
+
+    assert build_strategy("fedavg", {}).shared(layout) == ("x", "y", "d")
+    assert build_strategy("fedavg", {}).groups(layout) == (slice(0, 9),)
+    assert build_strategy("fedavg", {"shared_blocks": "low", "share_decoder": False}).shared(layout) == ("x",)

@@ -1,0 +1,96 @@
+"""The registry: names, options and what it says of wrong ones."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from fedsca_pipeline.errors import ConfigError
+from fedsca_pipeline.federation.strategies import STRATEGIES, build_strategy
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_is_built_by_its_name_with_described_defaults(name):
+    strategy = build_strategy(name, {})
+
+    assert strategy.name == name
+    assert all(field.description for field in type(strategy).Options.model_fields.values())
+
+
+def test_the_defaults_are_the_designs():
+    options = build_strategy("fedsca", {}).options
+
+    assert options.model_dump() == {
+        "shared_blocks": "low",
+        "share_decoder": False,
+        "prior": "samples",
+        "lora_merge": "a_only",
+        "weighting": "gate",
+        "granularity": "model",
+        "memory": True,
+        "gate": "continuous",
+        "rho": 0.5,
+        "trust": 0.3,
+        "simplex_penalty": 0.8,
+        "softmax_self": 0.3,
+        "softmax_temperature": 0.1,
+    }
+
+
+def test_an_unknown_name_gets_the_nearest_and_all_known():
+    with pytest.raises(
+        ConfigError, match=r"federation\.strategy is 'fedsac'.*'fedsca'\? allowed: fedsca, fedavg, local"
+    ):
+        build_strategy("fedsac", {})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("rho", 1.0, "0 <= rho < 1"),
+        ("rho", float("nan"), "0 <= rho < 1"),
+        ("trust", 0, "0 < g0 <= 1"),
+        ("weighting", "gates", "gate, simplex, softmax or uniform"),
+        ("gate", "soft", "continuous or hard"),
+        ("granularity", "layer", "model .* or block"),
+        ("prior", "size", "samples .* or uniform"),
+        ("memory", "often", "true or false"),
+        ("simplex_penalty", 0, "1e-3 <= alpha"),
+        ("softmax_self", 1.1, "0 to 1"),
+        ("softmax_temperature", -1, "1e-3 <= t"),
+        ("lora_merge", "both", "a_only"),
+        ("shared_blocks", "lowest", "low .*high .*all, none, or a list"),
+        ("shared_blocks", [-1], "block numbers from 0"),
+        ("shared_blocks", [0, 0], "block numbers from 0"),
+        ("shared_blocks", ["1"], "block numbers from 0"),
+        ("shared_blocks", None, "block numbers from 0"),
+    ],
+)
+def test_a_wrong_option_is_named_with_its_key_its_value_and_what_is_allowed(key, value, allowed):
+    with pytest.raises(ConfigError, match=rf"strategies\.fedsca\.{key} is .*Allowed: .*{allowed}") as caught:
+        build_strategy("fedsca", {key: value})
+
+    assert repr(value) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_option_gets_the_nearest_one():
+    with pytest.raises(
+        ConfigError, match=r"strategies\.fedsca\.share_block is no option, did you mean 'shared_blocks'"
+    ):
+        build_strategy("fedsca", {"share_block": "all"})
+    with pytest.raises(ConfigError, match=r"strategies\.local\.rho is no option, allowed: none"):
+        build_strategy("local", {"rho": 0.5})
+
+
+def test_all_wrong_options_are_said_at_once():
+    with pytest.raises(ConfigError, match=r"(?s)rho.*trust"):
+        build_strategy("fedsca", {"rho": 2, "trust": 2})
+
+
+def test_the_registry_imports_no_torch():
+    code = "import sys, fedsca_pipeline.federation.strategies; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,85 @@
+"""Every file is in a pair or in the list of broken ones, with a reason and a cure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedsca_pipeline.errors import DataError
+from fedsca_pipeline.sites.pairing import pair_files
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for kind in ("images", "masks"):
+        (tmp_path / "north" / kind).mkdir(parents=True)
+        for stem in ("b", "a"):
+            (tmp_path / "north" / kind / f"{stem}.png").touch()
+    return tmp_path / "north"
+
+
+def reasons(folder: Path) -> dict[str, str]:
+    return {entry.file: f"{entry.reason}; {entry.cure}" for entry in pair_files(folder)[1]}
+
+
+def test_pairs_come_by_stem_whatever_the_suffixes(folder: Path) -> None:
+    (folder / "masks" / "a.png").rename(folder / "masks" / "a.TIF")
+    (folder / "images" / ".DS_Store").touch()
+
+    pairs, broken = pair_files(folder)
+
+    assert [(pair.stem, pair.image, pair.mask) for pair in pairs] == [
+        ("a", "images/a.png", "masks/a.TIF"),
+        ("b", "images/b.png", "masks/b.png"),
+    ]
+    assert broken == []
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("masks", "image without a mask"), ("images", "mask without an image")])
+def test_a_file_without_its_other_half_is_broken(folder: Path, kind: str, reason: str) -> None:
+    (folder / kind / "a.png").unlink()
+    other = "images" if kind == "masks" else "masks"
+
+    assert reason in reasons(folder)[f"{other}/a.png"]
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_two_files_of_one_stem_are_both_broken(folder: Path, kind: str) -> None:
+    (folder / kind / "a.tif").touch()
+
+    assert set(reasons(folder)) == {f"{kind}/a.png", f"{kind}/a.tif"}
+    assert [pair.stem for pair in pair_files(folder)[0]] == ["b"]
+
+
+def test_formats_without_a_reader_and_inner_folders_are_not_passed_over(folder: Path) -> None:
+    (folder / "images" / "c.xyz").touch()
+    (folder / "masks" / "more").mkdir()
+
+    broken = reasons(folder)
+
+    assert "convert it to one of .png" in broken["images/c.xyz"]
+    assert "move its files up" in broken["masks/more"]
+
+
+def test_links_out_of_the_site_are_broken_and_links_within_are_not(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.png").touch()
+    (folder / "images" / "b.png").unlink()
+    (folder / "images" / "b.png").symlink_to(tmp_path / "secret.png")
+    (folder / "images" / "a.png").rename(folder / "a.png")
+    (folder / "images" / "a.png").symlink_to(folder / "a.png")
+
+    assert "leads out of the site folder" in reasons(folder)["images/b.png"]
+    assert [pair.stem for pair in pair_files(folder)[0]] == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_a_missing_or_empty_folder_names_it_and_the_cure(folder: Path, kind: str) -> None:
+    for file in (folder / kind).iterdir():
+        file.unlink()
+    with pytest.raises(DataError, match=f"{kind}: no files; put"):
+        pair_files(folder)
+
+    (folder / kind).rmdir()
+    with pytest.raises(DataError, match=f"no {kind} folder; put"):
+        pair_files(folder)

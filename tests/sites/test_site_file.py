@@ -1,0 +1,86 @@
+"""``site.yml`` says what it may say, and a mistake in it is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedsca_pipeline.errors import DataError
+from fedsca_pipeline.sites.readers import BrokenSampleError
+from fedsca_pipeline.sites.site_file import SiteFile, read_site_file
+
+
+def test_without_a_file_each_image_is_its_own_subject(tmp_path: Path) -> None:
+    assert read_site_file(tmp_path) == SiteFile()
+    assert SiteFile().subject("scan_7") == "scan_7"
+
+
+def test_an_empty_file_is_the_same_as_none(tmp_path: Path) -> None:
+    (tmp_path / "site.yml").write_text("# nothing to say\n")
+
+    assert read_site_file(tmp_path) == SiteFile()
+
+
+def test_all_keys_are_read(tmp_path: Path) -> None:
+    (tmp_path / "site.yml").write_text(
+        'label_map: {255: 1, 128: 2}\ngroup: "^(p[0-9]+)_"\nspacing: [0.5, 0.7]\nnotes: 3 T\n'
+    )
+
+    site_file = read_site_file(tmp_path)
+
+    assert site_file.label_map == {255: 1, 128: 2}
+    assert site_file.spacing == (0.5, 0.7)
+    assert site_file.notes == "3 T"
+    assert site_file.subject("p12_3") == "p12"
+
+
+def test_stems_and_subjects_of_digits_stay_text(tmp_path: Path) -> None:
+    (tmp_path / "site.yml").write_text("subjects: {0012: 007, 1e3: 8}\n")
+
+    assert read_site_file(tmp_path).subjects == {"0012": "007", "1e3": "8"}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("labels: {1: 1}", "labels"),
+        ("label_map: {a: 1}", "label_map"),
+        ("label_map: {1: 300}", "label_map"),
+        ("group: 'p[0-9]+'", "group"),
+        ("group: '(a)(b)'", "group"),
+        ("group: '('", "group"),
+        ("spacing: [1]", "spacing"),
+        ("spacing: [0, 1]", "spacing"),
+        ("group: '(a)'\nsubjects: {a: b}", "not both"),
+        ("group: [", "YAML"),
+        ("- a list", "site.yml"),
+    ],
+)
+def test_a_mistake_names_the_file_and_the_key(tmp_path: Path, text: str, named: str) -> None:
+    (tmp_path / "site.yml").write_text(text)
+
+    with pytest.raises(DataError, match=named) as mistake:
+        read_site_file(tmp_path)
+
+    assert str(tmp_path / "site.yml") in str(mistake.value)
+
+
+def test_bytes_that_are_not_text_are_named(tmp_path: Path) -> None:
+    (tmp_path / "site.yml").write_bytes(b"notes: \xff\xfe")
+
+    with pytest.raises(DataError, match=r"site\.yml"):
+        read_site_file(tmp_path)
+
+
+def test_the_other_spelling_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("notes: x")
+
+    with pytest.raises(DataError, match=r"called site\.yml"):
+        read_site_file(tmp_path)
+
+
+@pytest.mark.parametrize("rule", [SiteFile(group="^(p[0-9]+)_"), SiteFile(subjects={"a": "p1"})])
+def test_a_stem_that_no_rule_covers_is_broken_rather_than_guessed(rule: SiteFile) -> None:
+    with pytest.raises(BrokenSampleError, match=r"site\.yml"):
+        rule.subject("unknown")
