@@ -76,6 +76,16 @@ def test_an_interrupted_write_leaves_no_site(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_run_left_behind_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / ".demo_sites.partial" / DEMO_SITES[0] / "images").mkdir(parents=True)
+    (tmp_path / ".demo_sites.partial" / DEMO_SITES[0] / "images" / "stale.png").touch()
+
+    summary = write_demo_sites(tmp_path, DemoSitesConfig(images_per_site=4, image_size=32))
+
+    assert {entry.name for entry in tmp_path.iterdir()} == set(DEMO_SITES)
+    assert len(load(tmp_path, DEMO_SITES[0], "images")) == summary[DEMO_SITES[0]]["images"] == 4
+
+
 def test_masks_are_binary_mostly_filled_and_sometimes_empty(demo: Path) -> None:
     for site in DEMO_SITES:
         masks = load(demo, site, "masks")

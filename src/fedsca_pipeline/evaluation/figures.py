@@ -110,13 +110,14 @@ def learning_curves(history: pd.DataFrame) -> go.Figure:
         zeroline=False,
         **_AXIS,
     )
-    figure.update_yaxes(title="Dice (0 to 1)", range=[_floor(history), 1.0], row=1, col=1, **_AXIS)
+    figure.update_yaxes(title="Dice (0 to 1)", range=[_floor(history), 1.02], row=1, col=1, **_AXIS)
     figure.update_yaxes(title="loss", rangemode="tozero", row=1, col=2, **_AXIS)
     figure.update_layout(
         **_LAYOUT,
         title="Learning curves per site",
         height=520,
         hovermode="x unified",
+        showlegend=True,
         legend={"orientation": "h", "y": -0.18, "x": 0, "yanchor": "top"},
         updatemenus=_local_dice_buttons(figure),
     )

@@ -53,12 +53,13 @@ class RoundRecord:
 
     def as_json(self) -> dict[str, Any]:
         """Return the record as plain JSON values."""
-        return asdict(self)
+        return {**asdict(self), "accepted": list(self.accepted)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RoundRecord:
         """Undo :meth:`as_json`."""
-        return cls(**{**value, "sites": {site: SiteRecord(**record) for site, record in value["sites"].items()}})
+        sites = {site: SiteRecord(**record) for site, record in value["sites"].items()}
+        return cls(**{**value, "sites": sites, "accepted": tuple(value["accepted"])})
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,7 @@ class CheckpointFolder:
             "has_base": checkpoint.has_base,
         }
         # One entry: safetensors writes several in an order that changes from run to run.
-        header = json.dumps(
-            {"round": checkpoint.round, "history": [record.as_json() for record in checkpoint.history]}
-        )
+        header = json.dumps({"round": checkpoint.round, "history": [record.as_json() for record in checkpoint.history]})
         path = self.folder / f"round_{checkpoint.round:05d}.safetensors"
         write_tensors(path, tensors, {"checkpoint": header})
         for old in self._files()[:-_KEPT_ROUNDS]:

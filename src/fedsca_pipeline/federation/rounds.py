@@ -70,6 +70,7 @@ class Server:
     ) -> None:
         self.fleet, self.strategy, self.config = fleet, strategy, config
         self.run, self.seed, self.folder = run, seed, folder
+        self.layout = layout
         self.sites = tuple(fleet.sites())
         self.names = strategy.shared(layout)
         self.groups = strategy.groups(layout)
@@ -127,6 +128,7 @@ class Server:
             initial=self.initial,
             groups=self.groups,
             max_norm_ratio=self.config.max_norm_ratio,
+            layout=self.layout,
         )
         if len(aggregation.accepted) < self.config.quorum:
             records = _with_aggregation(records, aggregation)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,15 +54,16 @@ def write_demo_sites(raw: Path, config: DemoSitesConfig) -> dict[str, dict[str, 
     """
     if present := discover_sites(raw):
         return {site: {"images": _count(raw / site / "images"), "shift": "already there"} for site in present}
-    raw.mkdir(parents=True, exist_ok=True)
-    workshop = Path(tempfile.mkdtemp(dir=raw, prefix=".demo_sites."))
+    workshop = raw / ".demo_sites.partial"
     try:
+        # A killed run may have left its workshop behind.
+        shutil.rmtree(workshop, ignore_errors=True)
         for index, site in enumerate(DEMO_SITES):
             _write_site(workshop / site, index, _SCANNERS[site], config)
         for site in DEMO_SITES:
             (workshop / site).rename(raw / site)
     finally:
-        shutil.rmtree(workshop)
+        shutil.rmtree(workshop, ignore_errors=True)
     return {site: {"images": config.images_per_site, "shift": _SCANNERS[site].shift} for site in DEMO_SITES}
 
 
@@ -124,7 +124,7 @@ def _ultrasound(phantom: Phantom, seed: int) -> tuple[np.ndarray, np.ndarray]:
     size = phantom.tissue.shape[0]
     depth = np.linspace(0.0, 1.0, size)[:, None]
     echo = phantom.tissue * np.exp(-0.6 * depth)
-    speckled = util.random_noise(echo, "speckle", rng=seed, var=0.55, clip=False)
+    speckled = util.random_noise(echo, "speckle", rng=seed, var=0.3, clip=False)
     # The beam is wider than the pulse is long.
     spread = np.abs(filters.gaussian(speckled, (0.6, 1.6)))
     image = exposure.adjust_log(np.clip(1.5 * spread, 0.0, 1.0), 1.0)
@@ -170,9 +170,9 @@ _MUCOSA = ((0.12, 0.02, 0.03), (0.45, 0.12, 0.10), (0.78, 0.38, 0.30), (0.93, 0.
 
 _SCANNERS: Mapping[str, _Scanner] = MappingProxyType(
     {
-        "harbour_ct": _Scanner("low-dose noise, wide field of view, small lesions", (1, 3), (0.10, 0.17), 1.0, _ct),
-        "meadow_mri": _Scanner("inverted contrast, bias field, Rician noise", (1, 2), (0.14, 0.24), 0.95, _mri),
-        "summit_ultrasound": _Scanner("speckle, attenuation, sector", (1, 2), (0.18, 0.30), 0.75, _ultrasound),
+        "harbour_ct": _Scanner("low-dose noise, wide field of view, small lesions", (1, 3), (0.12, 0.20), 1.0, _ct),
+        "meadow_mri": _Scanner("inverted contrast, bias field, Rician noise", (1, 2), (0.16, 0.26), 0.95, _mri),
+        "summit_ultrasound": _Scanner("speckle, attenuation, sector", (1, 2), (0.20, 0.32), 0.75, _ultrasound),
         "valley_endoscopy": _Scanner(
             "colour, blur, close view, one large lesion", (1, 1), (0.28, 0.44), 0.6, _endoscopy
         ),

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.interpolate import splev, splprep
 
-_BACKGROUND, _PARENCHYMA, _RIM, _CYST, _VESSEL, _LESION = 0.02, 0.42, 0.60, 0.16, 0.80, 0.74
+_BACKGROUND, _PARENCHYMA, _RIM, _CYST, _VESSEL, _LESION = 0.02, 0.40, 0.54, 0.15, 0.68, 0.80
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def make_phantom(
     tissue = np.full((size, size), _PARENCHYMA) + 0.05 * canvas.noise(anatomy, 0.20)
     for _ in range(4):
         organ = canvas.blob(anatomy, _somewhere(anatomy, 0.55), anatomy.uniform(0.18, 0.34), wobble=0.10)
-        tissue = _paint(tissue, canvas.cover(organ, 0.03), _PARENCHYMA + anatomy.choice([-0.12, -0.07, 0.07, 0.11]))
-    for _ in range(4):
+        tissue = _paint(tissue, canvas.cover(organ, 0.03), _PARENCHYMA + anatomy.choice([-0.10, -0.06, 0.06, 0.10]))
+    for _ in range(3):
         tissue = _paint(tissue, canvas.vessel(anatomy, anatomy.uniform(0.008, 0.022) * extent), _VESSEL)
 
     taken: list[tuple[float, float, float]] = []
@@ -58,17 +58,17 @@ def make_phantom(
         reach = view.uniform(*radius) * extent
         centre = _free_place(view, taken, reach, min(0.62, 0.8 * extent))
         shape = canvas.blob(view, centre, reach, wobble=0.13)
-        faint = view.uniform(0.65, 1.1)
+        faint = view.uniform(0.7, 1.1)
         level = _PARENCHYMA + faint * (_LESION - _PARENCHYMA) + 0.07 * grain
         tissue = _paint(tissue, canvas.cover(shape, 0.012 * extent), level)
         truth |= shape < 1.0
-    for _ in range(int(view.integers(2, 5))):
+    for _ in range(int(view.integers(1, 4))):
         reach = view.uniform(0.6, 1.0) * float(np.mean(radius)) * extent
         centre = _free_place(view, taken, reach, min(0.66, 0.85 * extent))
         shape = canvas.blob(view, centre, reach, wobble=0.05)
         free = ~truth
-        # A cyst is dark and smooth; half of them have a wall as bright as a lesion.
-        wall = view.choice([_PARENCHYMA, _LESION])
+        # A cyst is dark and smooth; half of them have a bright wall.
+        wall = view.choice([_PARENCHYMA, _VESSEL])
         tissue = _paint(tissue, canvas.cover(shape, 0.01 * extent) * free, wall)
         tissue = _paint(tissue, canvas.cover(shape * 1.28, 0.01 * extent) * free, _CYST)
 

@@ -113,7 +113,7 @@ GATES: Mapping[Gate, Callable[[Tensor, float], Tensor]] = MappingProxyType(
 def simplex_weights(similarity: Tensor, mates: Tensor, prior: Tensor, options: FedScaOptions) -> Tensor:
     """Projection of ``p + c_i / (2 alpha)`` on the simplex, the closed form of pFedGraph's objective; c_ii = 1.
 
-    Ye et al., *Personalized Federated Learning with Inferred Collaboration Graphs*, ICML 2023, equation 5.
+    Ye et al., *Personalized Federated Learning with Inferred Collaboration Graphs*, ICML 2023.
     """
     similarity = similarity.clone().fill_diagonal_(1.0)
     return project_on_simplex(prior_weights(mates, prior) + similarity / (2 * options.simplex_penalty), mates)

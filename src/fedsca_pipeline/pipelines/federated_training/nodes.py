@@ -103,7 +103,7 @@ def train(
 
 def export_site_models(
     description: dict[str, Any],
-    round_metrics: Any,  # noqa: ARG001 - the rounds are done
+    round_metrics: Any,
     run: RunConfig,
     preprocessing: PreprocessingConfig,
     foundation: FoundationConfig,

@@ -17,7 +17,7 @@ def prepare_for(site: str) -> Callable[..., tuple[Any, Any, dict[str, Any]]]:
 
     def prepare(
         raw_sites: Path,
-        demo_sites_summary: dict[str, Any],  # noqa: ARG001 - raw sites exist once the demonstration is decided
+        demo_sites_summary: dict[str, Any],
         previous_manifest: Any,
         preprocessing: PreprocessingConfig,
         run: RunConfig,

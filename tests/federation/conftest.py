@@ -1,0 +1,76 @@
+"""A tiny federation: random foundation, tiny sites on disk, one worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fedsca_pipeline.adapters.attach import attach_adapters, tensor_layout
+from fedsca_pipeline.config import AdaptersConfig, FoundationConfig, TrainingConfig
+from fedsca_pipeline.federation.local import LocalSettings, LocalWorker
+from fedsca_pipeline.federation.strategies import build_strategy
+from fedsca_pipeline.foundation import load_foundation
+from fedsca_pipeline.sites.arrays import SiteArrays, write_arrays
+
+SIDE = 32
+
+
+@pytest.fixture
+def make_site(tmp_path: Path) -> Callable[..., SiteArrays]:
+    """Write one site of bright squares on noise: 5 training, 2 validation, 1 test image."""
+
+    def make(name: str, seed: int = 0) -> SiteArrays:
+        draw = np.random.default_rng(seed)
+        count = 8
+        images = draw.integers(0, 100, (count, 3, SIDE, SIDE), dtype=np.uint8)
+        masks = np.zeros((count, SIDE, SIDE), np.uint8)
+        for index in range(count):
+            top, left = draw.integers(0, SIDE // 2, 2)
+            masks[index, top : top + 10, left : left + 10] = 1
+            images[index, :, masks[index] == 1] += 120
+        sizes = np.full((count, 2), SIDE, np.int32)
+        path = tmp_path / f"{name}.safetensors"
+        write_arrays(path, {"images": images, "masks": masks, "sizes": sizes})
+        splits = ["train"] * 5 + ["validation"] * 2 + ["test"]
+        stems = [f"{index:03d}" for index in range(count)]
+        manifest = pd.DataFrame(
+            {
+                "site": name,
+                "subject": stems,
+                "image": [f"images/{stem}.png" for stem in stems],
+                "split": splits,
+                "height": SIDE,
+                "width": SIDE,
+                "row": range(count),
+            }
+        )
+        return SiteArrays(path, manifest)
+
+    return make
+
+
+@pytest.fixture
+def make_worker() -> Callable[..., LocalWorker]:
+    """Build a worker on a fresh random foundation; keyword arguments go to the training parameters."""
+
+    def make(strategy: str = "fedsca", wire_dtype: str = "fp32", **training: Any) -> LocalWorker:
+        foundation = FoundationConfig(name="random")
+        model = load_foundation(foundation, Path("unused"), image_size=SIDE, classes=1)
+        attach_adapters(model, AdaptersConfig(width=4))
+        settings = LocalSettings(
+            run="run",
+            seed=0,
+            classes=1,
+            wire_dtype=wire_dtype,
+            evaluation_batch=4,
+            threshold=0.5,
+            training=TrainingConfig(**training),
+        )
+        return LocalWorker(model, tensor_layout(model), build_strategy(strategy, {}), settings)
+
+    return make

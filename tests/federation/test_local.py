@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedsca_pipeline.errors import MessageError, SiteError
+from fedsca_pipeline.federation.local import LocalWorker, ignore_step
+from fedsca_pipeline.federation.messages import Manifest, decode, encode, hash_tensors
+from fedsca_pipeline.federation.store import SiteStore
+
+
+def payload(worker: LocalWorker, round_: int = 1, *, kind: str = "aggregate", site: str = "a", tensors=None) -> bytes:
+    tensors = tensors or {name: worker.initial[name] for name in worker.shared}
+    manifest = Manifest(
+        kind=kind,
+        run="run",
+        round=round_,
+        site=site,
+        base_hash=hash_tensors(tensors),
+        samples=0,
+        dtype="fp32",
+        relative=False,
+        metrics={},
+    )
+    return encode(manifest, tensors)
+
+
+def test_an_update_is_what_training_added_to_the_shared_tensors(make_worker, make_site, tmp_path: Path) -> None:
+    worker, data, store = make_worker(), make_site("a"), SiteStore(tmp_path / "a")
+
+    reply = decode(worker.work(payload(worker), 1, "a", data, store, ignore_step))
+
+    assert reply.manifest.kind == "update"
+    assert reply.manifest.samples == 5
+    assert set(reply.tensors) == set(worker.shared)
+    assert sum(t.abs().sum() for t in reply.tensors.values()) > 0
+    for name, update in reply.tensors.items():
+        torch.testing.assert_close(update, worker.parameters[name].detach() - worker.initial[name])
+
+
+def test_the_same_payload_twice_gets_the_same_answer(make_worker, make_site, tmp_path: Path) -> None:
+    worker, data, store = make_worker(), make_site("a"), SiteStore(tmp_path / "a")
+    worker.work(payload(worker), 1, "a", data, store, ignore_step)
+
+    first, second = (decode(worker.work(payload(worker, 2), 2, "a", data, store, ignore_step)) for _ in range(2))
+
+    assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in first.tensors)
+    assert first.manifest.metrics["loss"] == second.manifest.metrics["loss"]
+
+
+def test_a_site_is_not_touched_by_another_one_on_the_same_model(make_worker, make_site, tmp_path: Path) -> None:
+    worker, first, other = make_worker(), make_site("a", seed=1), make_site("b", seed=2)
+    alone = decode(worker.work(payload(worker), 1, "a", first, SiteStore(tmp_path / "alone"), ignore_step))
+
+    worker.work(payload(worker, site="b"), 1, "b", other, SiteStore(tmp_path / "b"), ignore_step)
+    after = decode(worker.work(payload(worker), 1, "a", first, SiteStore(tmp_path / "a"), ignore_step))
+
+    assert all(torch.equal(alone.tensors[name], after.tensors[name]) for name in alone.tensors)
+
+
+def test_the_foundation_stays_frozen(make_worker, make_site, tmp_path: Path) -> None:
+    worker, data = make_worker(), make_site("a")
+    frozen = {n: p.clone() for n, p in worker.model.named_parameters() if n not in worker.parameters}
+
+    worker.work(payload(worker), 1, "a", data, SiteStore(tmp_path / "a"), ignore_step)
+
+    assert frozen
+    assert all(torch.equal(p, frozen[n]) for n, p in worker.model.named_parameters() if n in frozen)
+
+
+def test_private_tensors_go_on_from_the_last_round_and_shared_ones_from_the_aggregate(
+    make_worker, make_site, tmp_path: Path
+) -> None:
+    worker, data, store = make_worker(learning_rate=1e-12), make_site("a"), SiteStore(tmp_path / "a")
+    worker.work(payload(worker), 1, "a", data, store, ignore_step)
+    private = store.state_before(2).private
+    aggregate = {name: worker.initial[name] + 1 for name in worker.shared}
+
+    worker.work(payload(worker, 2, kind="final", tensors=aggregate), 2, "a", data, store, ignore_step)
+
+    last = store.snapshot("last").tensors
+    assert all(torch.equal(last[name], tensor) for name, tensor in private.items())
+    assert all(torch.equal(last[name], tensor) for name, tensor in aggregate.items())
+
+
+def test_a_final_payload_trains_nothing_and_sends_no_tensor(make_worker, make_site, tmp_path: Path) -> None:
+    worker, data, store = make_worker(), make_site("a"), SiteStore(tmp_path / "a")
+    worker.work(payload(worker), 1, "a", data, store, ignore_step)
+
+    reply = decode(worker.work(payload(worker, 2, kind="final"), 2, "a", data, store, ignore_step))
+
+    assert reply.manifest.kind == "report"
+    assert reply.tensors == {}
+    assert store.state_before(9).round == 1
+    assert store.snapshot("best").round == 1
+
+
+def test_the_best_model_is_kept_and_a_worse_one_does_not_replace_it(make_worker, make_site, tmp_path: Path) -> None:
+    worker, data, store = make_worker(), make_site("a"), SiteStore(tmp_path / "a")
+    for round_ in (1, 2, 3):
+        worker.work(payload(worker, round_), round_, "a", data, store, ignore_step)
+    best = store.snapshot("best")
+    ruined = {name: worker.initial[name] + 1e4 for name in worker.shared}
+
+    worker.work(payload(worker, 4, kind="final", tensors=ruined), 4, "a", data, store, ignore_step)
+
+    assert store.snapshot("best").round == best.round
+    assert store.snapshot("last").round == 3
+
+
+def test_kept_moments_change_the_next_round_and_only_private_tensors_keep_them(
+    make_worker, make_site, tmp_path: Path
+) -> None:
+    data, replies = make_site("a"), []
+    for keep in (False, True):
+        worker, store = make_worker(keep_optimizer=keep), SiteStore(tmp_path / str(keep))
+        for round_ in (1, 2):
+            replies.append(decode(worker.work(payload(worker, round_), round_, "a", data, store, ignore_step)))
+
+    moments = store.state_before(9).moments
+    assert moments
+    assert not any(name.rpartition("/")[0] in worker.shared for name in moments)
+    assert all(torch.equal(replies[0].tensors[n], replies[2].tensors[n]) for n in replies[0].tensors)
+    assert not all(torch.equal(replies[1].tensors[n], replies[3].tensors[n]) for n in replies[1].tensors)
+
+
+def test_int8_keeps_what_rounding_took_for_the_next_update(make_worker, make_site, tmp_path: Path) -> None:
+    worker, data, store = make_worker(wire_dtype="int8"), make_site("a"), SiteStore(tmp_path / "a")
+
+    reply = decode(worker.work(payload(worker), 1, "a", data, store, ignore_step))
+
+    residual = store.state_before(2).residual
+    for name in worker.shared:
+        exact = worker.parameters[name].detach() - worker.initial[name]
+        torch.testing.assert_close(reply.tensors[name] + residual[name], exact, rtol=0, atol=1e-6)
+
+
+def test_a_difference_is_refused_by_a_site_that_holds_nothing(make_worker, make_site, tmp_path: Path) -> None:
+    worker, data = make_worker(), make_site("a")
+    tensors = {name: worker.initial[name] for name in worker.shared}
+    manifest = Manifest(
+        kind="aggregate", run="run", round=1, site="a", base_hash="0" * 16, samples=0, dtype="fp32", relative=True,
+        metrics={},
+    )  # fmt: skip
+
+    with pytest.raises(SiteError, match="nothing to add it to"):
+        worker.work(encode(manifest, tensors), 1, "a", data, SiteStore(tmp_path / "a"), ignore_step)
+
+
+def test_a_payload_for_another_site_is_refused(make_worker, make_site, tmp_path: Path) -> None:
+    worker, data = make_worker(), make_site("a")
+
+    with pytest.raises(MessageError, match="site"):
+        worker.work(payload(worker, site="b"), 1, "a", data, SiteStore(tmp_path / "a"), ignore_step)
+
+
+def test_a_loss_that_is_not_finite_fails_the_site_and_leaves_its_state(make_worker, make_site, tmp_path: Path) -> None:
+    worker, data, store = make_worker(), make_site("a"), SiteStore(tmp_path / "a")
+    ruined = {name: torch.full_like(worker.initial[name], 1e38) for name in worker.shared}
+
+    with pytest.raises(SiteError, match="not finite in round 1"):
+        worker.work(payload(worker, tensors=ruined), 1, "a", data, store, ignore_step)
+
+    assert store.state_before(2) is None
+
+
+def test_training_lowers_the_loss(make_worker, make_site, tmp_path: Path) -> None:
+    worker, data, store = make_worker(learning_rate=1e-2), make_site("a"), SiteStore(tmp_path / "a")
+    losses = []
+    tensors = {name: worker.initial[name] for name in worker.shared}
+
+    for round_ in range(1, 13):
+        reply = decode(worker.work(payload(worker, round_, tensors=tensors), round_, "a", data, store, ignore_step))
+        tensors = {name: tensors[name] + reply.tensors[name] for name in tensors}
+        losses.append(reply.manifest.metrics["loss"])
+
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_round_runs_on_an_accelerator(device: str, make_worker, make_site, tmp_path: Path) -> None:
+    from fedsca_pipeline.config import RunConfig
+    from fedsca_pipeline.errors import ConfigError
+    from fedsca_pipeline.federation.devices import resolve_device
+
+    try:
+        resolve_device(RunConfig(device=device).device)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    worker = make_worker()
+    moved = LocalWorker(worker.model.to(device), _layout(worker), worker.strategy, worker.settings)
+
+    reply = decode(moved.work(payload(moved), 1, "a", make_site("a"), SiteStore(tmp_path / "a"), ignore_step))
+
+    assert reply.manifest.metrics["loss"] > 0
+
+
+def _layout(worker: LocalWorker):
+    from fedsca_pipeline.adapters.attach import tensor_layout
+
+    return tensor_layout(worker.model)
