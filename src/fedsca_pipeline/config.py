@@ -53,7 +53,7 @@ class NormaliseConfig(_Config):
 
 
 class SplitConfig(_Config):
-    """``preprocessing.split``: by subject, drawn once. Each count is a share of the site, or a whole number of images."""
+    """``preprocessing.split``: by subject, drawn once. A count is a share of the site, or a number of images."""
 
     validation: float = Field(0.15, ge=0.0, description="below 1 a share of the site's images, else a number of them")
     test: float = Field(0.25, ge=0.0, description="below 1 a share of the site's images, else a number of them")
@@ -112,9 +112,7 @@ class AdaptersConfig(_Config):
     """``adapters``: FEL, the parameter-efficient part."""
 
     method: str = Field("fel", description="fel, lora, or any PEFT method that attaches to linear layers")
-    width: int | None = Field(
-        None, ge=1, le=1024, description="fel: bottleneck width; null takes 32 or 64 by embedding"
-    )
+    width: int | None = Field(None, ge=1, le=1024, description="fel: bottleneck width; null: 32 or 64 by embedding")
     scale: Positive = Field(0.5, description="fel: of the adapter beside the MLP (DESIGN section 3.1)")
     seed: int = Field(0, ge=0, description="of the down projections, shared by all sites")
     options: dict[str, Any] = Field(default_factory=dict, description="further fields of the PEFT config, e.g. {r: 4}")
@@ -134,9 +132,12 @@ class TrainingConfig(_Config):
     """``training``: one site's local work in one round."""
 
     local_epochs: int = Field(1, ge=1, le=100)
-    batch_size: int = Field(4, ge=1, le=1024)
+    batch_size: int = Field(2, ge=1, le=1024)
     learning_rate: Positive = Field(1e-3, le=1.0, description="AdamW, adapters")
     decoder_factor: float = Field(0.3, ge=0.0, le=10.0, description="decoder learning rate / adapter learning rate")
+    warmup_steps: int = Field(
+        4, ge=0, le=10_000, description="the rate rises over the first steps of each round, in which AdamW starts anew"
+    )
     weight_decay: float = Field(1e-4, ge=0.0, le=1.0)
     clip_norm: Positive = 1.0
     dice_weight: Fraction = Field(0.5, description="loss = w Dice + (1 - w) cross-entropy")

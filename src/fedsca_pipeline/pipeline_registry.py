@@ -21,8 +21,8 @@ raw_folder: ContextVar[Path | None] = ContextVar("raw_folder", default=None)
 
 
 def register_pipelines() -> dict[str, Pipeline]:
-    """Return every pipeline; the per-site parts follow the folders under ``data/01_raw`` (the demonstration if none)."""
-    # Kedro would rather have dots for namespaces only; <site>.<what> is how one site's data sets are found and grouped.
+    """Return every pipeline; per-site parts follow the folders under ``data/01_raw`` (the demonstration if none)."""
+    # Kedro would rather have dots for namespaces only; <site>.<what> is how a site's data sets are found.
     warnings.filterwarnings("ignore", message="One or more dataset names contain '.'", category=UserWarning)
     raw = raw_folder.get() or (find_kedro_project(Path.cwd()) or Path.cwd()) / "data" / "01_raw"
     sites = discover_sites(raw) or DEMO_SITES

@@ -15,8 +15,10 @@ def test_the_same_place_gives_the_same_batches_and_another_round_gives_others(ma
     first, again = (list(training_batches(data, 2, augmentation, **PLACE)) for _ in range(2))
     other = list(training_batches(data, 2, augmentation, **{**PLACE, "round_": 2}))
 
-    assert all(torch.equal(a.images, b.images) and torch.equal(a.masks, b.masks) for a, b in zip(first, again))
-    assert not all(torch.equal(a.images, b.images) for a, b in zip(first, other))
+    assert all(
+        torch.equal(a.images, b.images) and torch.equal(a.masks, b.masks) for a, b in zip(first, again, strict=True)
+    )
+    assert not all(torch.equal(a.images, b.images) for a, b in zip(first, other, strict=True))
 
 
 def test_an_epoch_is_every_training_image_once(make_site) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedsca_pipeline.errors import MessageError, SiteError
-from fedsca_pipeline.federation.local import LocalWorker, ignore_step
+from fedsca_pipeline.federation.local import LocalWorker, ignore_step, warm_up
 from fedsca_pipeline.federation.messages import Manifest, decode, encode, hash_tensors
 from fedsca_pipeline.federation.store import SiteStore
 
@@ -116,8 +116,7 @@ def test_kept_moments_change_the_next_round_and_only_private_tensors_keep_them(
     data, replies = make_site("a"), []
     for keep in (False, True):
         worker, store = make_worker(keep_optimizer=keep), SiteStore(tmp_path / str(keep))
-        for round_ in (1, 2):
-            replies.append(decode(worker.work(payload(worker, round_), round_, "a", data, store, ignore_step)))
+        replies += [decode(worker.work(payload(worker, r), r, "a", data, store, ignore_step)) for r in (1, 2)]
 
     moments = store.state_before(9).moments
     assert moments
@@ -177,6 +176,22 @@ def test_training_lowers_the_loss(make_worker, make_site, tmp_path: Path) -> Non
         losses.append(reply.manifest.metrics["loss"])
 
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
+@pytest.mark.parametrize(
+    ("steps", "rates"), [(0, [1, 1, 1]), (1, [1, 1, 1]), (4, [0.25, 0.5, 0.75, 1, 1]), (2, [0.5, 1, 1])]
+)
+def test_the_rate_rises_over_the_warm_up_and_then_stays(steps: int, rates: list[float]) -> None:
+    optimiser = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = warm_up(optimiser, steps)
+    found = []
+
+    for _ in rates:
+        found.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        schedule.step()
+
+    assert found == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])

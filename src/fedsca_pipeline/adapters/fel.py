@@ -144,7 +144,7 @@ class FelModel(BaseTuner):
 
 
 def register() -> None:
-    """Make ``fel`` known to PEFT, so that its own ``get_peft_model`` and ``from_pretrained`` work. May be called again."""
+    """Make ``fel`` known to PEFT: ``get_peft_model`` and ``from_pretrained`` then work. May be called again."""
     if METHOD.upper() not in PeftType.__members__:
         extend_enum(PeftType, METHOD.upper(), METHOD.upper())
     if PeftType(METHOD.upper()) not in PEFT_TYPE_TO_CONFIG_MAPPING:

@@ -36,7 +36,7 @@ class FolderDataset(AbstractDataset[Any, Path]):
 
 
 class SiteArraysDataset(AbstractDataset["Mapping[str, np.ndarray]", Path]):
-    """A site's cached arrays: saved atomically as one safetensors file, loaded as its path for memory-mapped reading."""
+    """A site's cached arrays: saved atomically as one safetensors file, loaded as its path for memory-mapping."""
 
     def __init__(self, filepath: str, metadata: dict[str, Any] | None = None) -> None:
         self._filepath = Path(filepath)

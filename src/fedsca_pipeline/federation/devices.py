@@ -34,7 +34,7 @@ def resolve_device(name: str) -> torch.device:
 
 @contextmanager
 def deterministic(config: RunConfig, threads: int) -> Iterator[torch.device]:
-    """Run a block with ``threads`` torch threads and deterministic kernels on the configured device; then put both back."""
+    """Run a block with ``threads`` torch threads and deterministic kernels on the configured device, then undo both."""
     device = resolve_device(config.device)
     # cuBLAS reads this when its first handle is made; without it deterministic matrix products raise.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -59,6 +59,7 @@ class InProcessFleet:
     on_step: StepCallback = ignore_step
 
     def sites(self) -> Sequence[str]:
+        """Every site there is data of, sorted."""
         return tuple(sorted(self.data))
 
     def store(self, site: str) -> SiteStore:
@@ -68,6 +69,7 @@ class InProcessFleet:
     def exchange(
         self, round_: int, payloads: Mapping[str, bytes], *, deadline: float | None, quorum: int, grace: float
     ) -> Mapping[str, bytes | Failure]:
+        """Visit the sites one after the other, in order of their names."""
         return {site: self._visit(round_, site, payload) for site, payload in sorted(payloads.items())}
 
     def _visit(self, round_: int, site: str, payload: bytes) -> bytes | Failure:

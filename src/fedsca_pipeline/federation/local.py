@@ -168,6 +168,7 @@ class LocalWorker:
     ) -> tuple[float, dict[str, Tensor]]:
         training = self.settings.training
         optimiser = self._optimiser(state)
+        schedule = warm_up(optimiser, training.warmup_steps)
         received = {name: tensor.to(self.device) for name, tensor in base.items()}
         trained = {name: self.parameters[name] for name in self.trained}
         steps = training.local_epochs * -(-len(data.rows("train")) // training.batch_size)
@@ -180,12 +181,13 @@ class LocalWorker:
             ):  # fmt: skip
                 loss = local_step(self.model, batch.to(self.device), self.loss, optimiser, training.clip_norm,
                                   lambda: self.strategy.penalty(trained, received))  # fmt: skip
+                schedule.step()
                 losses.append(loss)
                 on_step(site, len(losses), steps, float(loss))
         mean = float(torch.stack(losses).double().mean())
         if not torch.isfinite(torch.stack(losses)).all():
             raise SiteError(
-                f"{site}: the loss was not finite in round {round_}; lower training.learning_rate, or look at its images"
+                f"{site}: the loss was not finite in round {round_}; lower training.learning_rate or look at its images"
             )
         return mean, self._moments(optimiser)
 
@@ -248,6 +250,17 @@ def local_step(
     torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
     optimiser.step()
     return loss.detach()
+
+
+def warm_up(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """Raise the learning rate linearly over the first ``steps`` steps: step s of them runs at s / steps of it.
+
+    A fresh AdamW moves every value by its whole rate in its first step, however small the gradient; with a few steps a
+    round that jolt would be a good part of the training (docs/method.md has the measurement).
+    """
+    if steps < 2:
+        return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0)
+    return torch.optim.lr_scheduler.LinearLR(optimiser, start_factor=1 / steps, total_iters=steps - 1)
 
 
 def mean_dice(model: SegmentationModel, batches: Iterable[Batch], classes: int, threshold: float) -> float:

@@ -14,7 +14,9 @@ from torch.nn import functional as F
 class SegmentationLoss(Protocol):
     """``(logits [B,C,H,W], masks [B,H,W] integer, valid [B,H,W] bool) -> scalar``."""
 
-    def __call__(self, logits: Tensor, masks: Tensor, valid: Tensor) -> Tensor: ...
+    def __call__(self, logits: Tensor, masks: Tensor, valid: Tensor) -> Tensor:
+        """Return the scalar loss."""
+        ...
 
 
 def build_loss(head: str, dice_weight: float) -> SegmentationLoss:

@@ -158,7 +158,7 @@ class Server:
         return {site: self._message(checkpoint, round_, site, kind) for site in sites}
 
     def _message(self, checkpoint: Checkpoint, round_: int, site: str, kind: str) -> Sent:
-        """With int8 a known base makes the aggregate a difference from it; its rounding error is then in the next one."""
+        """With int8 a known base makes the aggregate a difference from it; its rounding error is in the next one."""
         index = self.sites.index(site)
         aggregate, known = checkpoint.aggregates[index], checkpoint.bases[index]
         relative = self.config.wire_dtype == "int8" and bool(checkpoint.has_base[index]) and bool(self.names)

@@ -51,11 +51,12 @@ class RoundProgress:
         dice = _mean([r.dice_validation for r in present.values()])
         loss = _mean([r.loss for r in present.values()])
         self._bars.update(self._total, completed=min(record.round, self._rounds), note=f"Dice {dice}")
+        traffic = sum(entry.bytes_up for entry in present.values()) / 1e6
         self._bars.console.print(
             f"round {record.round - 1}/{self._rounds}: validation Dice {dice}"
             if record.final
-            else f"round {record.round}/{self._rounds}: loss {loss}, validation Dice of round {record.round - 1} {dice}, "
-            f"{len(present)} of {len(record.sites)} sites, {sum(r.bytes_up for r in present.values()) / 1e6:.2f} MB up",
+            else f"round {record.round}/{self._rounds}: loss {loss}, Dice of round {record.round - 1} {dice}, "
+            f"{len(present)} of {len(record.sites)} sites, {traffic:.2f} MB up",
             highlight=False,
         )
         for site, entry in record.sites.items():
