@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from fedsca_pipeline.files import read_json, write_json
 from fedsca_pipeline.summary import show_result
 from fedsca_pipeline.tracking import Tracker, TrackingConfig
 
+logger = logging.getLogger(__name__)
+
 # Pipelines that end with the table; what a later one needs, an earlier one has not always made.
 _WHOLE_RUNS = ("federated_training", "__default__")
 _SLICES = ("tags", "from_nodes", "to_nodes", "node_names", "from_inputs", "to_outputs", "namespaces", "load_versions")
@@ -25,7 +28,7 @@ _LAST_RUN = "last_run.json"
 class RunUpToDate(Exception):  # noqa: N818 - it ends a command well
     """Nothing needs to run: ``table`` and ``mlflow`` are those of the run that made what is there."""
 
-    def __init__(self, table: list[Mapping[str, Any]], mlflow: Mapping[str, str]) -> None:
+    def __init__(self, table: Mapping[str, Mapping[str, Any]], mlflow: Mapping[str, str]) -> None:
         super().__init__("up to date")
         self.table, self.mlflow = table, mlflow
 
@@ -122,11 +125,19 @@ def _check_parameters(parameters: Mapping[str, Any]) -> None:
     from fedsca_pipeline.errors import ConfigError
     from fedsca_pipeline.federation.strategies import build_strategy
 
-    federation = parameters["federation"]
+    federation, sites = parameters["federation"], _sites()
     build_strategy(federation.strategy, parameters["strategies"].get(federation.strategy, {}))
-    unknown = sorted(set(federation.inject_failures) - set(_sites()))
-    if unknown:
-        raise ConfigError(f"federation.inject_failures: no such site: {', '.join(unknown)}; there are {_sites()}")
+    named = {
+        "federation.inject_failures": federation.inject_failures,
+        "preprocessing.split.overrides": parameters["preprocessing"].split.overrides,
+    }
+    for key, value in named.items():
+        if unknown := sorted(set(value) - set(sites)):
+            raise ConfigError(f"{key}: no such site: {', '.join(unknown)}; there are {', '.join(sites)}")
+    if federation.quorum > len(sites):
+        raise ConfigError(f"federation.quorum: {federation.quorum}, but there are {len(sites)} sites")
+    if len(sites) == 1:
+        logger.warning("only one site, %s: this is local training, nothing is federated", sites[0])
 
 
 def _sites() -> tuple[str, ...]:

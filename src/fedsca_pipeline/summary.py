@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def show_result(table: list[Mapping[str, Any]], mlflow: Mapping[str, str]) -> None:
-    """Print the final table (rows as JSON values), the MLflow run and the next commands."""
+def show_result(table: Mapping[str, Mapping[str, Any]], mlflow: Mapping[str, str]) -> None:
+    """Print the final table (``{site: {column: value}}``), the MLflow run and the next commands."""
     import pandas as pd
     from rich.console import Console
 
     from fedsca_pipeline.evaluation.tables import render_final_table
 
     console = Console()
-    console.print(render_final_table(pd.DataFrame(table)))
+    console.print(render_final_table(pd.DataFrame.from_dict(table, orient="index").rename_axis("site").reset_index()))
     if mlflow["run_id"]:
         console.print(f"MLflow run: {mlflow['run_id']}", highlight=False)
     console.print("Next: kedro viz", highlight=False)

@@ -208,14 +208,13 @@ class Tracker:
             for name, entry in kept.items():
                 client.set_tag(self._runs[site], f"fedsca.{name}_round", str(entry["round"]))
 
-    def _log_final(self, rows: list[Mapping[str, Any]]) -> None:
+    def _log_final(self, table: Mapping[str, Mapping[str, Any]]) -> None:
         client = self._require()
-        for row in rows:
-            run_id = self._runs.get(str(row["site"]), self._runs[""])
-            prefix = "test_" if str(row["site"]) in self._runs else f"test_{str(row['site']).replace(' ', '_')}_"
-            for key, value in row.items():
-                if isinstance(value, int | float) and value == value:
-                    client.log_metric(run_id, _metric_name(prefix + key), value)
+        for row, columns in table.items():
+            run_id = self._runs.get(row, self._runs[""])
+            for key, value in columns.items():
+                if value is not None:
+                    client.log_metric(run_id, f"test {key}" if row in self._runs else f"test {key} {row}", value)
 
     def _log_file(self, dataset: str, filepath: Path) -> None:
         site, _, name = dataset.rpartition(".")
@@ -263,10 +262,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             found[f"{prefix}{key}"] = str(value)
     return found
-
-
-def _metric_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "_-./ " else "_" for c in name)
 
 
 def _git_commit(project: Path) -> str:

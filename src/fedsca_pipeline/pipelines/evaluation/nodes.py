@@ -84,7 +84,9 @@ def draw_overlays(
 
 
 def tabulate(description: dict[str, Any], round_metrics: Mapping[str, Any], *scores: Any) -> tuple[Any, Any, Any, Any]:
-    """Gather the sites' scores: per image, per site, the final table, and that as JSON values."""
+    """Gather the sites' scores: per image, per site, the final table, and that as ``{site: {column: value}}``."""
+    import json
+
     import pandas as pd
 
     from fedsca_pipeline.evaluation.tables import final_table, site_table
@@ -101,7 +103,7 @@ def tabulate(description: dict[str, Any], round_metrics: Mapping[str, Any], *sco
         for site in records[0].sites
     }
     final = final_table(sites, traffic)
-    return images, sites, final, final.to_dict(orient="records")
+    return images, sites, final, json.loads(final.set_index("site").to_json(orient="index"))
 
 
 def draw_curves(description: dict[str, Any], round_metrics: Mapping[str, Any]) -> tuple[Any, Any, Any]:

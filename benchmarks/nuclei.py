@@ -1,0 +1,267 @@
+"""FedSCA against training alone on the nuclei sites, over seeds, and the project's round against a bare PyTorch loop.
+
+    python benchmarks/nuclei.py --data DIR            # three seeds, fedsca and local; results to JSON and a table
+
+Every training run is the real command, ``kedro run --pipeline=federated_training --env=nuclei``, in a data root of its
+own; ``--jobs`` of them run at once, with one thread each. The timing comes after them, alone, project and bare loop
+interleaved. docs/nuclei.md says where the data comes from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fedsca_pipeline.adapters.attach import attach_adapters, tensor_layout
+from fedsca_pipeline.config import AdaptersConfig, FederationConfig, FoundationConfig, RunConfig, TrainingConfig
+from fedsca_pipeline.federation.batches import Batch, build_augmentation, plain_batches, training_batches
+from fedsca_pipeline.federation.checkpoint import CheckpointFolder
+from fedsca_pipeline.federation.devices import deterministic
+from fedsca_pipeline.federation.fleet import InProcessFleet
+from fedsca_pipeline.federation.local import LocalSettings, LocalWorker
+from fedsca_pipeline.federation.losses import build_loss
+from fedsca_pipeline.federation.rounds import Server
+from fedsca_pipeline.federation.strategies import build_strategy
+from fedsca_pipeline.foundation import load_foundation
+from fedsca_pipeline.runs import resolve_threads
+from fedsca_pipeline.sites.arrays import SiteArrays
+
+PROJECT = Path(__file__).resolve().parents[1]
+TRAINING_SITES = ("fluo_256", "fluo_360", "fluo_696", "tissue_violet_320", "tissue_white_320")
+MEAN = "mean over sites"
+IMAGE_SIZE, BYTES_FP32 = 256, 4
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    options = _options()
+    options.work.mkdir(parents=True, exist_ok=True)
+    cells = list(product(options.strategies, range(options.seeds)))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        runs = list(pool.map(lambda cell: _train(options, *cell), cells))
+    first = options.work / f"{options.strategies[0]}-0"
+    results = {
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__},
+        "settings": {"rounds": options.rounds, "seeds": options.seeds, "threads_a_run": 1, "params": options.params},
+        "runs": runs,
+        "sizes": _sizes(options),
+        "timing": _timing(options, first) if options.repetitions else None,
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(results, indent=2) + "\n")
+    _show(results, Console())
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the nuclei sites, one folder each")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default 3)")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--strategies", nargs="+", default=["fedsca", "local"])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="training runs at once, one thread each")
+    parser.add_argument("--repetitions", type=int, default=3, help="of the timing; 0 leaves it out")
+    parser.add_argument("--params", default="", help="further --params for every run, e.g. training.warmup_steps=0")
+    parser.add_argument("--output", type=Path, default=PROJECT / "benchmarks" / "results" / "nuclei.json")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fedsca_nuclei", help="data roots")
+    options = parser.parse_args()
+    if missing := [site for site in TRAINING_SITES if not (options.data / site).is_dir()]:
+        parser.error(f"--data {options.data}: no folder {', '.join(missing)}; docs/nuclei.md says where to get them")
+    options.work, options.data = options.work.absolute(), options.data.absolute()
+    return options
+
+
+def _train(options: argparse.Namespace, strategy: str, seed: int) -> dict[str, Any]:
+    """Run one strategy with one seed through the command line; a run that is up to date is not run again."""
+    root = options.work / f"{strategy}-{seed}"
+    for site in TRAINING_SITES:
+        if not (root / "01_raw" / site).is_dir():
+            shutil.copytree(options.data / site, root / "01_raw" / site)
+    parameters = {
+        "data_root": root,
+        "foundation_root": options.work / "foundations",
+        "run.seed": seed,
+        "run.threads": 1,
+        "federation.strategy": strategy,
+        "federation.rounds": options.rounds,
+    }
+    given = ",".join([f"{key}={value}" for key, value in parameters.items()] + [options.params][: bool(options.params)])
+    command = [sys.executable, "-m", "kedro", "run", "--pipeline=federated_training", "--env=nuclei", "--params", given]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{root / 'mlflow.db'}", "OMP_WAIT_POLICY": "passive"}
+    with (root / "log.txt").open("w") as log:
+        subprocess.run(command, cwd=PROJECT, env=environment, stdout=log, stderr=log, check=True)
+    table = json.loads((root / "08_reporting" / "final_table.json").read_text())
+    rounds = sorted((root / "07_model_output" / "rounds").glob("*/round_*.json"))
+    records = [json.loads(path.read_text()) for path in rounds]
+    return {
+        "strategy": strategy,
+        "seed": seed,
+        "table": table,
+        "traffic": _traffic(records),
+        "weights": _weights(records),
+    }
+
+
+def _traffic(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean serialised bytes of a training round, each way, by site."""
+    training = [record["sites"] for record in records if not record["final"]]
+    return {
+        site: {key: statistics.mean(sites[site][key] for sites in training) for key in ("bytes_up", "bytes_down")}
+        for site in training[0]
+    }
+
+
+def _weights(records: list[dict[str, Any]]) -> list[float]:
+    """Mean self weight of each training round."""
+    return [
+        statistics.mean(entry["self_weight"] for entry in record["sites"].values() if entry["self_weight"] is not None)
+        for record in records
+        if not record["final"]
+    ]
+
+
+def _sizes(options: argparse.Namespace) -> dict[str, int]:
+    """Bytes of what one could send instead, fp32."""
+    model = _model(options)
+    layout = tensor_layout(model)
+    return {
+        "whole_model_fp32": BYTES_FP32 * sum(p.numel() for p in model.parameters()),
+        "adapters_and_decoder_fp32": BYTES_FP32 * layout.size((*layout.adapters, *layout.decoder)),
+        "low_adapters_fp32": BYTES_FP32 * layout.size(build_strategy("fedsca", {}).shared(layout)),
+    }
+
+
+def _model(options: argparse.Namespace) -> Any:
+    root = options.work / "foundations"
+    return attach_adapters(
+        load_foundation(FoundationConfig(), root, image_size=IMAGE_SIZE, classes=1), AdaptersConfig()
+    )
+
+
+def _timing(options: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """Time one whole federated round over all sites against a bare loop over the same batches, in turn."""
+    data = {
+        site: SiteArrays(
+            root / "05_model_input" / f"{site}.safetensors", pd.read_csv(root / "03_primary" / site / "manifest.csv")
+        )
+        for site in TRAINING_SITES
+    }
+    threads = resolve_threads(None)
+    with deterministic(RunConfig(device="cpu"), threads):
+        batches = {site: list(_batches(arrays, site)) for site, arrays in data.items()}
+        validation = {site: list(plain_batches(arrays, "validation", 8)) for site, arrays in data.items()}
+        pairs = [
+            {"project": _project_round(options, data), "bare": _bare_round(options, batches, validation)}
+            for _ in range(options.repetitions)
+        ]
+    ratios = [pair["project"] / pair["bare"] for pair in pairs]
+    return {"threads": threads, "seconds": pairs, "ratios": ratios, "median_ratio": statistics.median(ratios)}
+
+
+def _batches(arrays: SiteArrays, site: str) -> Iterator[Batch]:
+    training = TrainingConfig()
+    augmentation = build_augmentation(training.augment)
+    return training_batches(arrays, training.batch_size, augmentation, seed=0, site=site, round_=1, epoch=0)
+
+
+def _project_round(options: argparse.Namespace, data: dict[str, SiteArrays]) -> float:
+    """Seconds of one federated round: messages, augmentation, training, validation, SGCA, checkpoint with fsync."""
+    model = _model(options)
+    layout, strategy = tensor_layout(model), build_strategy("fedsca", {})
+    settings = LocalSettings("benchmark", 0, 1, "fp16", 8, 0.5, TrainingConfig())
+    worker = LocalWorker(model, layout, strategy, settings)
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        server = Server(
+            InProcessFleet(worker, data, Path(folder) / "sites"),
+            strategy,
+            layout,
+            worker.initial,
+            FederationConfig(rounds=1),
+            run="benchmark",
+            seed=0,
+            folder=CheckpointFolder(Path(folder) / "server"),
+        )
+        start = time.perf_counter()
+        next(server.rounds())
+        return time.perf_counter() - start
+
+
+def _bare_round(
+    options: argparse.Namespace, batches: dict[str, list[Batch]], validation: dict[str, list[Batch]]
+) -> float:
+    """Seconds of the same steps as anyone would write them: ready batches, AdamW, loss, and two validation passes."""
+    model, training = _model(options), TrainingConfig()
+    loss_of = build_loss("sigmoid", training.dice_weight)
+    adapters = [p for p in model.encoder.parameters() if p.requires_grad]
+    decoder = list(model.decoder.parameters())
+    start = time.perf_counter()
+    for site, site_batches in batches.items():
+        rates = [
+            {"params": adapters, "lr": training.learning_rate},
+            {"params": decoder, "lr": 0.3 * training.learning_rate},
+        ]
+        optimiser = torch.optim.AdamW(rates, weight_decay=training.weight_decay)
+        _bare_validation(model, validation[site])
+        model.train()
+        for batch in site_batches:
+            loss = loss_of(model(model.normalise(batch.images, batch.valid.unsqueeze(1))), batch.masks, batch.valid)
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([*adapters, *decoder], training.clip_norm)
+            optimiser.step()
+        _bare_validation(model, validation[site])
+    return time.perf_counter() - start
+
+
+def _bare_validation(model: Any, batches: list[Batch]) -> None:
+    model.eval()
+    with torch.inference_mode():
+        for batch in batches:
+            model(model.normalise(batch.images, batch.valid.unsqueeze(1)))
+
+
+def _show(results: dict[str, Any], console: Console) -> None:
+    table = Table(title="nuclei: test Dice, mean over sites")
+    for column in ("strategy", "seed", "before", "last round", "chosen", "worst site", "kB up", "kB down"):
+        table.add_column(column, justify="right" if column != "strategy" else "left")
+    for run in results["runs"]:
+        mean, sites = run["table"][MEAN], [run["table"][site] for site in TRAINING_SITES]
+        traffic = run["traffic"].values()
+        table.add_row(
+            run["strategy"],
+            str(run["seed"]),
+            *(f"{mean[f'Dice {model}']:.3f}" for model in ("before", "after", "chosen")),
+            f"{min(row['Dice chosen'] for row in sites):.3f}",
+            *(f"{statistics.mean(site[key] for site in traffic) / 1e3:.1f}" for key in ("bytes_up", "bytes_down")),
+        )
+    console.print(table)
+    for strategy in dict.fromkeys(run["strategy"] for run in results["runs"]):
+        scores = [run["table"][MEAN]["Dice chosen"] for run in results["runs"] if run["strategy"] == strategy]
+        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        console.print(f"{strategy}: {statistics.mean(scores):.4f} (standard deviation over seeds {spread:.4f})")
+    for name, size in results["sizes"].items():
+        console.print(f"{name}: {size / 1e6:.3f} MB")
+    if timing := results["timing"]:
+        ratios = ", ".join(f"{ratio:.3f}" for ratio in timing["ratios"])
+        console.print(f"a round / the bare loop, {timing['threads']} threads: {timing['median_ratio']:.3f} ({ratios})")
+
+
+if __name__ == "__main__":
+    main()
