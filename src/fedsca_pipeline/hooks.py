@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
+from kedro.framework.project import pipelines
 from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 _WHOLE_RUNS = ("federated_training", "__default__")
 _SLICES = ("tags", "from_nodes", "to_nodes", "node_names", "from_inputs", "to_outputs", "namespaces", "load_versions")
 _LAST_RUN = "last_run.json"
+# Set for one command by --params, read by the catalog.
+_ROOTS = {"data_root", "foundation_root"}
 
 
 class RunUpToDate(Exception):  # noqa: N818 - it ends a command well
@@ -56,10 +60,13 @@ class ProjectHooks:
         self._catalog = catalog
         names = run_params.get("pipeline_names") or ["__default__"]
         whole = [name for name in names if name in _WHOLE_RUNS]
-        if whole and not any(run_params.get(key) for key in _SLICES) and not catalog.load("params:force"):
+        parameters = catalog.load("parameters")
+        _refuse_unknown_keys(parameters)
+        if whole and not any(run_params.get(key) for key in _SLICES) and not parameters["force"]:
             _raise_if_up_to_date(whole[-1], catalog)
         if "params:strategies" in pipeline.inputs():
-            _check_parameters(catalog.load("parameters"))
+            _check_parameters(parameters)
+            _refuse_another_run(parameters, catalog)
 
     @hook_impl
     def after_dataset_saved(self, dataset_name: str, data: Any) -> None:
@@ -116,6 +123,23 @@ def _covered(pipeline: str) -> list[str]:
     return list(_WHOLE_RUNS[: _WHOLE_RUNS.index(pipeline) + 1])
 
 
+def _refuse_unknown_keys(parameters: Mapping[str, Any]) -> None:
+    """Refuse a parameter that no pipeline reads; the keys within a group are the typed configuration's to check.
+
+    Raises:
+        ConfigError: naming the YAML key.
+    """
+    from fedsca_pipeline.errors import ConfigError
+
+    read = {name.removeprefix("params:") for name in pipelines["__default__"].inputs() if _is_memory(name)}
+    known = read | _ROOTS
+    for key in parameters:
+        if key not in known:
+            near = get_close_matches(key, known, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ";"
+            raise ConfigError(f"{key} is no parameter{hint} there are: {', '.join(sorted(known - {'parameters'}))}")
+
+
 def _check_parameters(parameters: Mapping[str, Any]) -> None:
     """Build the strategy once, so that a bad option fails before any work.
 
@@ -148,6 +172,19 @@ def _sites() -> tuple[str, ...]:
     return (discover_sites(raw) if raw else ()) or DEMO_SITES
 
 
+def _refuse_another_run(parameters: Mapping[str, Any], catalog: DataCatalog) -> None:
+    """Refuse to resume under another configuration before anything is written; training checks it again.
+
+    Raises:
+        ResumeError: saying what changed.
+    """
+    if parameters["force"] or not catalog.exists("foundation_provenance"):
+        return
+    from fedsca_pipeline.runs import refuse_another_run
+
+    refuse_another_run(catalog.load("checkpoints"), _described_now(parameters, catalog))
+
+
 def _raise_if_up_to_date(pipeline: str, catalog: DataCatalog) -> None:
     last_run = catalog.load("reporting") / _LAST_RUN
     if not last_run.is_file() or not catalog.exists("final_metrics") or not catalog.exists("foundation_provenance"):
@@ -157,17 +194,19 @@ def _raise_if_up_to_date(pipeline: str, catalog: DataCatalog) -> None:
     sites = list(last["description"]["data"])
     if pipeline not in last["pipelines"] or not all((models / s / "site_model.json").is_file() for s in sites):
         return
+    if _described_now(catalog.load("parameters"), catalog)["fingerprint"] == last["description"]["fingerprint"]:
+        raise RunUpToDate(catalog.load("final_metrics"), last["mlflow"])
+
+
+def _described_now(parameters: Mapping[str, Any], catalog: DataCatalog) -> dict[str, Any]:
     from fedsca_pipeline.pipelines.federated_training.nodes import configuration_of
     from fedsca_pipeline.runs import describe_run, resolve_threads
     from fedsca_pipeline.sites.discovery import fingerprint_site
 
-    parameters = catalog.load("parameters")
     raw = catalog.load("raw_sites")
-    now = describe_run(
+    return describe_run(
         configuration_of(parameters),
         {site: fingerprint_site(raw, site) for site in _sites()},
         catalog.load("foundation_provenance")["sha256"],
         resolve_threads(parameters["run"].threads),
     )
-    if now["fingerprint"] == last["description"]["fingerprint"]:
-        raise RunUpToDate(catalog.load("final_metrics"), last["mlflow"])

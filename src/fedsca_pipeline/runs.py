@@ -15,6 +15,7 @@ from fedsca_pipeline.files import fingerprint, read_json, write_json
 
 # Libraries whose version changes the numbers of a run.
 _LIBRARIES = ("torch", "monai", "peft", "transformers", "numpy")
+_CURRENT = "current.json"
 
 
 def code_version() -> str:
@@ -101,25 +102,35 @@ def open_run(checkpoints: Path, description: Mapping[str, Any], *, force: bool) 
         ResumeError: an unfinished run of another description lies there; says what changed.
     """
     folder = RunFolder(checkpoints, description["fingerprint"])
-    marker = checkpoints / "current.json"
-    current = read_json(marker) if marker.is_file() else None
-    if current and not current["finished"] and not force:
-        changed = differences(_named(current["description"]), _named(description))
-        if changed:
-            raise ResumeError(
-                "an unfinished run lies in the checkpoints, of another configuration, data or code. What changed:\n  "
-                + "\n  ".join(changed)
-                + "\nPut it back to go on with that run, or add --params=force=true to start anew."
-            )
     if force:
         folder.clear()
-    write_json(marker, {"finished": False, "description": dict(description)})
+    else:
+        refuse_another_run(checkpoints, description)
+    write_json(checkpoints / _CURRENT, {"finished": False, "description": dict(description)})
     return folder
+
+
+def refuse_another_run(checkpoints: Path, description: Mapping[str, Any]) -> None:
+    """Do nothing where no run is unfinished, or only the described one.
+
+    Raises:
+        ResumeError: an unfinished run of another description lies there; says what changed.
+    """
+    marker = checkpoints / _CURRENT
+    current = read_json(marker) if marker.is_file() else None
+    if current is None or current["finished"]:
+        return
+    if changed := differences(_named(current["description"]), _named(description)):
+        raise ResumeError(
+            "an unfinished run lies in the checkpoints, of another configuration, data or code. What changed:\n  "
+            + "\n  ".join(changed)
+            + "\nPut it back to go on with that run, or add --params=force=true to start anew."
+        )
 
 
 def finish_run(checkpoints: Path) -> None:
     """Mark the current run as finished, so that another configuration may start."""
-    marker = checkpoints / "current.json"
+    marker = checkpoints / _CURRENT
     write_json(marker, {**read_json(marker), "finished": True})
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
 
 FINGERPRINT_TAG, SITE_TAG, FINISHED = "fedsca.fingerprint", "fedsca.site", "FINISHED"
 # MLflow refuses parameter values that are longer.
@@ -48,7 +49,8 @@ class Tracker:
         self._config, self._project, self._command = config, project, command
         self._client: MlflowClient | None = None
         self._runs: dict[str, str] = {}
-        self._logged: dict[str, int] = {}
+        # (run, metric, step) to value: what a killed command has logged already.
+        self._logged: dict[tuple[str, str, int], float] = {}
         self._handlers: dict[str, Callable[[Any], None]] = {
             "round_metrics": self._log_round,
             "site_models": self._log_models,
@@ -87,6 +89,7 @@ class Tracker:
         if parents:
             parent = parents[0]
             self._client.update_run(parent.info.run_id, status="RUNNING")
+            self._remember(parent)
         else:
             parent = self._start(experiment, description)
         self._runs = {"": parent.info.run_id}
@@ -107,7 +110,7 @@ class Tracker:
             return
         for run_id in reversed(self._runs.values()):
             self._client.set_terminated(run_id, status)
-        self._client, self._runs = None, {}
+        self._client, self._runs, self._logged = None, {}, {}
 
     def log_models(self, models: Path) -> None:
         """Log every site's folder of models to its nested run."""
@@ -160,6 +163,7 @@ class Tracker:
             if site in children:
                 self._runs[site] = children[site].info.run_id
                 client.update_run(self._runs[site], status="RUNNING")
+                self._remember(children[site])
             else:
                 tags = {
                     "mlflow.parentRunId": self._runs[""],
@@ -168,20 +172,28 @@ class Tracker:
                     "fedsca.data_fingerprint": data,
                 }
                 self._runs[site] = client.create_run(experiment, run_name=site, tags=tags).info.run_id
-            steps = children[site].data.tags.get("fedsca.logged_round", "0") if site in children else "0"
-            self._logged[site] = int(steps)
+
+    def _remember(self, run: Run) -> None:
+        for key in run.data.metrics:
+            for metric in self._require().get_metric_history(run.info.run_id, key):
+                self._logged[run.info.run_id, key, metric.step] = metric.value
+
+    def _log_steps(self, run_id: str, metrics: Sequence[Metric]) -> None:
+        """Log what has not been logged; MLflow would keep a step that came twice as two points."""
+        new = [metric for metric in metrics if (run_id, metric.key, metric.step) not in self._logged]
+        if new:
+            self._require().log_batch(run_id, metrics=new)
+        self._logged |= {(run_id, metric.key, metric.step): metric.value for metric in new}
 
     def _log_round(self, chunk: Any) -> None:
-        """Log one round; a round that an earlier command logged already is left alone."""
+        """Log one round; what an earlier command logged of it already is left alone."""
         if not isinstance(chunk, Mapping):
             return
-        from mlflow.entities import Metric, RunTag
+        from mlflow.entities import Metric
 
         client = self._require()
         for record in chunk.values():
             step, now = record["round"], int(time.time() * 1000)
-            if step <= min(self._logged.values(), default=0):
-                continue
             present = {site: entry for site, entry in record["sites"].items() if entry["absent"] is None}
             for site, entry in record["sites"].items():
                 metrics = {key: value for key, value in entry.items() if isinstance(value, int | float)}
@@ -190,15 +202,14 @@ class Tracker:
                 if validation is not None:
                     # The model a site had when the round began is that of the round before.
                     batch.append(Metric("dice_validation", validation, now, step - 1))
-                client.log_batch(self._runs[site], metrics=batch, tags=[RunTag("fedsca.logged_round", str(step))])
-                self._logged[site] = step
+                self._log_steps(self._runs[site], batch)
             totals = [
                 Metric(f"{key}_{name}", value, now, step - 1 if key == "dice_validation" else step)
                 for key, name, reduce in _OVER_SITES
                 if (values := [e[key] for e in present.values() if e[key] is not None])
                 for value in [reduce(values)]
             ]
-            client.log_batch(self._runs[""], metrics=totals)
+            self._log_steps(self._runs[""], totals)
             if record["weights"]:
                 client.log_dict(self._runs[""], record, f"rounds/round_{step:05d}.json")
 
@@ -213,8 +224,10 @@ class Tracker:
         for row, columns in table.items():
             run_id = self._runs.get(row, self._runs[""])
             for key, value in columns.items():
-                if value is not None:
-                    client.log_metric(run_id, f"test {key}" if row in self._runs else f"test {key} {row}", value)
+                name = f"test {key}" if row in self._runs else f"test {key} {row}"
+                if value is not None and self._logged.get((run_id, name, 0)) != value:
+                    client.log_metric(run_id, name, value)
+                    self._logged[run_id, name, 0] = value
 
     def _log_file(self, dataset: str, filepath: Path) -> None:
         site, _, name = dataset.rpartition(".")
