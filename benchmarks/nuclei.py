@@ -51,20 +51,19 @@ IMAGE_SIZE, BYTES_FP32 = 256, 4
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run what the command line asks for; a part that is left out keeps its earlier results in the file."""
     options = _options()
     options.work.mkdir(parents=True, exist_ok=True)
+    results = json.loads(options.output.read_text()) if options.output.is_file() else {}
+    results["machine"] = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     cells = list(product(options.strategies, range(options.seeds)))
-    with ThreadPoolExecutor(options.jobs) as pool:
-        runs = list(pool.map(lambda cell: _train(options, *cell), cells))
-    first = options.work / f"{options.strategies[0]}-0"
-    results = {
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__},
-        "settings": {"rounds": options.rounds, "seeds": options.seeds, "threads_a_run": 1, "params": options.params},
-        "runs": runs,
-        "sizes": _sizes(options),
-        "timing": _timing(options, first) if options.repetitions else None,
-    }
+    if cells:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            results["runs"] = list(pool.map(lambda cell: _train(options, *cell), cells))
+        results["settings"] = {"rounds": options.rounds, "threads_a_run": 1, "params": options.params}
+    if options.repetitions:
+        results["timing"] = _timing(options)
+    results["sizes"] = _sizes(options)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(results, indent=2) + "\n")
     _show(results, Console())
@@ -73,7 +72,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the nuclei sites, one folder each")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default 3); 0 trains nothing")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--strategies", nargs="+", default=["fedsca", "local"])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="training runs at once, one thread each")
@@ -90,23 +89,19 @@ def _options() -> argparse.Namespace:
 
 def _train(options: argparse.Namespace, strategy: str, seed: int) -> dict[str, Any]:
     """Run one strategy with one seed through the command line; a run that is up to date is not run again."""
-    root = options.work / f"{strategy}-{seed}"
-    for site in TRAINING_SITES:
-        if not (root / "01_raw" / site).is_dir():
-            shutil.copytree(options.data / site, root / "01_raw" / site)
     parameters = {
-        "data_root": root,
-        "foundation_root": options.work / "foundations",
         "run.seed": seed,
         "run.threads": 1,
         "federation.strategy": strategy,
         "federation.rounds": options.rounds,
     }
-    given = ",".join([f"{key}={value}" for key, value in parameters.items()] + [options.params][: bool(options.params)])
-    command = [sys.executable, "-m", "kedro", "run", "--pipeline=federated_training", "--env=nuclei", "--params", given]
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{root / 'mlflow.db'}", "OMP_WAIT_POLICY": "passive"}
-    with (root / "log.txt").open("w") as log:
-        subprocess.run(command, cwd=PROJECT, env=environment, stdout=log, stderr=log, check=True)
+    further = [options.params] if options.params else []
+    root = _kedro_run(
+        options,
+        f"{strategy}-{seed}",
+        "federated_training",
+        ",".join([*(f"{key}={value}" for key, value in parameters.items()), *further]),
+    )
     table = json.loads((root / "08_reporting" / "final_table.json").read_text())
     rounds = sorted((root / "07_model_output" / "rounds").glob("*/round_*.json"))
     records = [json.loads(path.read_text()) for path in rounds]
@@ -117,6 +112,20 @@ def _train(options: argparse.Namespace, strategy: str, seed: int) -> dict[str, A
         "traffic": _traffic(records),
         "weights": _weights(records),
     }
+
+
+def _kedro_run(options: argparse.Namespace, name: str, pipeline: str, params: str) -> Path:
+    """Run a pipeline in a data root of its own, made from ``--data`` on first use; return the root."""
+    root = options.work / name
+    for site in TRAINING_SITES:
+        if not (root / "01_raw" / site).is_dir():
+            shutil.copytree(options.data / site, root / "01_raw" / site)
+    given = f"data_root={root},foundation_root={options.work / 'foundations'},{params}"
+    command = [sys.executable, "-m", "kedro", "run", f"--pipeline={pipeline}", "--env=nuclei", "--params", given]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{root / 'mlflow.db'}", "OMP_WAIT_POLICY": "passive"}
+    with (root / "log.txt").open("w") as log:
+        subprocess.run(command, cwd=PROJECT, env=environment, stdout=log, stderr=log, check=True)
+    return root
 
 
 def _traffic(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -155,8 +164,10 @@ def _model(options: argparse.Namespace) -> Any:
     )
 
 
-def _timing(options: argparse.Namespace, root: Path) -> dict[str, Any]:
+def _timing(options: argparse.Namespace) -> dict[str, Any]:
     """Time one whole federated round over all sites against a bare loop over the same batches, in turn."""
+    for pipeline in ("preprocessing", "foundation"):
+        root = _kedro_run(options, "timing", pipeline, "run.seed=0")
     data = {
         site: SiteArrays(
             root / "05_model_input" / f"{site}.safetensors", pd.read_csv(root / "03_primary" / site / "manifest.csv")
@@ -241,7 +252,7 @@ def _show(results: dict[str, Any], console: Console) -> None:
     table = Table(title="nuclei: test Dice, mean over sites")
     for column in ("strategy", "seed", "before", "last round", "chosen", "worst site", "kB up", "kB down"):
         table.add_column(column, justify="right" if column != "strategy" else "left")
-    for run in results["runs"]:
+    for run in results.get("runs", []):
         mean, sites = run["table"][MEAN], [run["table"][site] for site in TRAINING_SITES]
         traffic = run["traffic"].values()
         table.add_row(
@@ -252,13 +263,13 @@ def _show(results: dict[str, Any], console: Console) -> None:
             *(f"{statistics.mean(site[key] for site in traffic) / 1e3:.1f}" for key in ("bytes_up", "bytes_down")),
         )
     console.print(table)
-    for strategy in dict.fromkeys(run["strategy"] for run in results["runs"]):
+    for strategy in dict.fromkeys(run["strategy"] for run in results.get("runs", [])):
         scores = [run["table"][MEAN]["Dice chosen"] for run in results["runs"] if run["strategy"] == strategy]
         spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
         console.print(f"{strategy}: {statistics.mean(scores):.4f} (standard deviation over seeds {spread:.4f})")
     for name, size in results["sizes"].items():
         console.print(f"{name}: {size / 1e6:.3f} MB")
-    if timing := results["timing"]:
+    if timing := results.get("timing"):
         ratios = ", ".join(f"{ratio:.3f}" for ratio in timing["ratios"])
         console.print(f"a round / the bare loop, {timing['threads']} threads: {timing['median_ratio']:.3f} ({ratios})")
 

@@ -34,8 +34,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         _fsync(path.parent)
     except OSError as error:
-        # A failed write (a full disk) does not say of which file.
-        raise type(error)(error.errno, error.strerror, str(path)) from error
+        if error.errno is None or error.filename is not None:
+            raise
+        # A write that fails (a full disk) does not say of which file.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

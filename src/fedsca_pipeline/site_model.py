@@ -88,13 +88,18 @@ def save_site_model(
     Raises:
         WeightsError: the tensors are not the network's.
     """
-    (folder / CARD).unlink(missing_ok=True)
+    discard_site_model(folder)
     folder.mkdir(parents=True, exist_ok=True)
     install(network, tensors)
     _save_adapter(network, folder)
     write_tensors(folder / DECODER, {n: t for n, t in tensors.items() if n.startswith("decoder.")})
     card = SiteModelCard(**{**card, "foundation_root": os.path.relpath(card["foundation_root"], folder)})
     write_json(folder / CARD, card.model_dump(mode="json"))
+
+
+def discard_site_model(folder: Path) -> None:
+    """Make the folder no model any more: remove its card."""
+    (folder / CARD).unlink(missing_ok=True)
 
 
 def install(network: SegmentationModel, tensors: Mapping[str, Tensor]) -> None:

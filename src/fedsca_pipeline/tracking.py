@@ -144,6 +144,8 @@ class Tracker:
             "fedsca.threads": str(description["threads"]),
             "fedsca.seed": str(configuration["run"]["seed"]),
             "fedsca.command": self._command,
+            "mlflow.source.name": self._command,
+            "mlflow.source.type": "PROJECT",
             "mlflow.source.git.commit": _git_commit(self._project),
         }
         parent = client.create_run(experiment, run_name=name, tags=tags)
@@ -206,6 +208,7 @@ class Tracker:
             totals = [
                 Metric(f"{key}_{name}", value, now, step - 1 if key == "dice_validation" else step)
                 for key, name, reduce in _OVER_SITES
+                if key == "dice_validation" or not record["final"]
                 if (values := [e[key] for e in present.values() if e[key] is not None])
                 for value in [reduce(values)]
             ]

@@ -100,7 +100,7 @@ class LocalWorker:
         private = dict(state.private) if state else {n: t for n, t in self.initial.items() if n not in self.shapes}
         self._install({**private, **base})
         metrics = {"dice_validation": self._validate(data)}
-        if state is not None:
+        if state is not None or final:
             self._keep(store, Snapshot(round_ - 1, metrics["dice_validation"], self._tensors()), final=final)
         samples = len(data.rows("train"))
         reply = Manifest(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,8 @@ from fedsca_pipeline.config import EvaluationConfig, FoundationConfig, Preproces
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import nn
 
+    from fedsca_pipeline.foundation.model import SegmentationModel
     from fedsca_pipeline.sites.arrays import SiteArrays
 
 
@@ -26,40 +26,36 @@ def score_site(
     manifest: Any,
     arrays: Path,
 ) -> Any:
-    """Score one site's test images with the foundation (``before``), its last model (``after``) and the chosen one."""
+    """Score one site's test images with the foundation (``before``), its last model (``after``) and the chosen one.
+
+    A site that never answered has no model, and only its ``before``.
+    """
     import pandas as pd
 
     from fedsca_pipeline.evaluation.tables import image_table
     from fedsca_pipeline.federation.devices import deterministic
-    from fedsca_pipeline.foundation import load_foundation
     from fedsca_pipeline.runs import resolve_threads
-    from fedsca_pipeline.site_model import load_site_model
     from fedsca_pipeline.sites.arrays import SiteArrays
 
     site = str(manifest["site"].iloc[0])
-    data = SiteArrays(arrays, manifest)
+    data, kept = SiteArrays(arrays, manifest), site_models["sites"][site]
+    tables: dict[str, pd.DataFrame] = {}
     with deterministic(run, resolve_threads(run.threads)) as device:
-        networks: dict[str, Callable[[], nn.Module]] = {
-            "before": lambda: load_foundation(
-                foundation, foundations, image_size=preprocessing.image_size, classes=preprocessing.classes
-            ),
-            "after": lambda: load_site_model(models / site / "last_round", foundations).network,
-            "chosen": lambda: load_site_model(models / site, foundations).network,
-        }
-        kept = site_models["sites"][site]
-        chosen_is_last = kept["best"]["round"] == kept["last"]["round"]
-        tables: dict[str, pd.DataFrame] = {}
-        for name, load in networks.items():
-            if name == "chosen" and chosen_is_last:
-                tables[name] = tables["after"].assign(model=name)
+        for model, snapshot in _SNAPSHOTS.items():
+            if snapshot not in kept and model != "before":
                 continue
-            scores = _score(load().to(device), data, preprocessing.classes, evaluation)
-            tables[name] = image_table(site, data.names("test"), scores, name)
+            if model == "chosen" and "after" in tables and kept["best"]["round"] == kept["last"]["round"]:
+                tables[model] = tables["after"].assign(model=model)
+                continue
+            network = _network(model, models / site, foundations, foundation, preprocessing).to(device)
+            scores = _score(network, data, preprocessing.classes, evaluation)
+            tables[model] = image_table(site, data.names("test"), scores, model)
     return pd.concat(tables.values(), ignore_index=True)
 
 
 def draw_overlays(
     preprocessing: PreprocessingConfig,
+    foundation: FoundationConfig,
     evaluation: EvaluationConfig,
     scores: Any,
     foundations: Path,
@@ -67,18 +63,19 @@ def draw_overlays(
     manifest: Any,
     arrays: Path,
 ) -> Any:
-    """Draw the best, median and worst test image of one site, as the chosen model segments them."""
+    """Draw the best, median and worst test image of one site, as the chosen model (or the foundation) segments them."""
     from fedsca_pipeline.evaluation.figures import choose_examples, overlays
-    from fedsca_pipeline.site_model import load_site_model
     from fedsca_pipeline.sites.arrays import SiteArrays
 
     data = SiteArrays(arrays, manifest)
-    network = load_site_model(models / str(manifest["site"].iloc[0]), foundations).network
-    chosen = scores[scores["model"] == "chosen"]
+    model = "chosen" if "chosen" in set(scores["model"]) else "before"
+    folder = models / str(manifest["site"].iloc[0])
+    network = _network(model, folder, foundations, foundation, preprocessing)
+    scored = scores[scores["model"] == model]
     return overlays(
         [
-            _example(label, name, chosen, data, network, preprocessing.classes, evaluation)
-            for label, name in choose_examples(chosen).items()
+            _example(label, name, scored, data, network, preprocessing.classes, evaluation)
+            for label, name in choose_examples(scored).items()
         ]
     )
 
@@ -163,6 +160,23 @@ def best_round(records: list[Any], site: str) -> int | None:
         if record.round > 1 and record.sites[site].dice_validation is not None
     ]
     return max(scored, key=lambda pair: (pair[0], -pair[1]))[1] if scored else None
+
+
+# Reported model: the snapshot it is.
+_SNAPSHOTS = {"before": "", "after": "last", "chosen": "best"}
+
+
+def _network(
+    model: str, folder: Path, foundations: Path, foundation: FoundationConfig, preprocessing: PreprocessingConfig
+) -> SegmentationModel:
+    from fedsca_pipeline.foundation import load_foundation
+    from fedsca_pipeline.site_model import load_site_model
+
+    if model == "before":
+        return load_foundation(
+            foundation, foundations, image_size=preprocessing.image_size, classes=preprocessing.classes
+        )
+    return load_site_model(folder / "last_round" if model == "after" else folder, foundations).network
 
 
 def _mean_over_groups(weights: list[list[list[float]]]) -> Any:

@@ -47,6 +47,7 @@ def create_figures(sites: Sequence[str]) -> Pipeline:
             draw_overlays,
             inputs=[
                 "params:preprocessing",
+                "params:foundation",
                 "params:evaluation",
                 f"{site}.test_scores",
                 "foundations",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from fedsca_pipeline.config import (
     TrainingConfig,
 )
 from fedsca_pipeline.runs import describe_run, finish_run, open_run, resolve_threads
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from fedsca_pipeline.foundation.model import SegmentationModel
@@ -118,7 +121,7 @@ def export_site_models(
     """Write every site's model that validation chose, and its last one below it; return what was written, by site."""
     from fedsca_pipeline.federation.store import SiteStore
     from fedsca_pipeline.runs import RunFolder
-    from fedsca_pipeline.site_model import save_site_model
+    from fedsca_pipeline.site_model import discard_site_model, save_site_model
 
     folder = RunFolder(checkpoints, description["fingerprint"])
     model, _ = _trainable(foundation, adapters, foundations, preprocessing)
@@ -129,6 +132,10 @@ def export_site_models(
         for name, target in (("best", models / site), ("last", models / site / "last_round")):
             snapshot = kept[name]
             if snapshot is None:
+                logger.warning(
+                    "%s: no validated model (%s): the site missed the rounds that would have made one", site, name
+                )
+                discard_site_model(target)
                 continue
             card = {
                 "site": site,

@@ -1,0 +1,262 @@
+"""The real command line, in folders of its own: every test here starts ``kedro run`` as a user does."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An ended command: exit status, and what it printed (both streams, line breaks of the log taken out)."""
+
+    code: int
+    stdout: str
+    output: str
+
+    @property
+    def words(self) -> str:
+        """The output with every run of white space as one blank."""
+        return " ".join(self.output.split())
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Data, foundations and MLflow of one user, and the commands typed there."""
+
+    root: Path
+    project: Path
+    conf: Path | None = None
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def raw(self) -> Path:
+        return self.data / "01_raw"
+
+    @property
+    def models(self) -> Path:
+        return self.data / "06_models"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.data / "07_model_output" / "checkpoints"
+
+    @property
+    def reporting(self) -> Path:
+        return self.data / "08_reporting"
+
+    @property
+    def description(self) -> Path:
+        return self.models / "run_description.json"
+
+    def manifest(self, site: str) -> Path:
+        return self.data / "03_primary" / site / "manifest.csv"
+
+    def report(self, site: str) -> Path:
+        return self.data / "02_intermediate" / site / "report.json"
+
+    def test_scores(self, site: str) -> Path:
+        return self.data / "07_model_output" / "test_scores" / f"{site}.csv"
+
+    def overlays(self, site: str) -> Path:
+        return self.reporting / "overlays" / f"{site}.png"
+
+    @property
+    def foundations(self) -> Path:
+        return self.root / "foundations"
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(tracking_uri=self._uri)
+
+    @property
+    def _uri(self) -> str:
+        return f"sqlite:///{self.root / 'mlflow.db'}"
+
+    def start(
+        self,
+        pipeline: str = "__default__",
+        params: str = "",
+        *,
+        env: str = "smoke",
+        environment: Mapping[str, str] | None = None,
+        largest_file: int | None = None,
+    ) -> subprocess.Popen[str]:
+        """Start ``kedro run`` in a process group of its own; no file may outgrow ``largest_file`` bytes."""
+
+        def prepare() -> None:
+            # Started in the background, a test run ignores Ctrl-C and would hand that down.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if largest_file is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
+        roots = f"data_root={self.data},foundation_root={self.foundations}"
+        command = [sys.executable, "-m", "kedro", "run", f"--pipeline={pipeline}", f"--env={env}"]
+        command += [f"--params={roots},{params}" if params else f"--params={roots}"]
+        command += [f"--conf-source={self.conf}"] if self.conf else []
+        return subprocess.Popen(
+            command,
+            cwd=self.project,
+            env={**os.environ, "MLFLOW_TRACKING_URI": self._uri, "OMP_WAIT_POLICY": "passive", **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=prepare,
+        )
+
+    def run(self, pipeline: str = "__default__", params: str = "", **options: Any) -> Finished:
+        """Run ``kedro run`` to its end."""
+        return ended(self.start(pipeline, params, **options))
+
+    def signal_when(
+        self, ready: Callable[[], bool], number: signal.Signals, params: str = "", *, after: float = 0.0, **options: Any
+    ) -> Finished:
+        """Start a run, wait until ``ready``, and ``after`` seconds more, and send its process group a signal."""
+        process = self.start(params=params, **options)
+        while not ready() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(after)
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+        return ended(process)
+
+    def moved(self, root: Path) -> Workplace:
+        """Return a copy of everything at another place."""
+        shutil.copytree(self.root, root)
+        return replace(self, root=root)
+
+    def parents(self) -> list[Run]:
+        """Return the MLflow runs that are not nested."""
+        return [run for run in self._all_runs() if "mlflow.parentRunId" not in run.data.tags]
+
+    def nested(self, parent: Run) -> dict[str, Run]:
+        """Return the nested runs of one, by site."""
+        found = (run for run in self._all_runs() if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id)
+        return {run.data.tags["fedsca.site"]: run for run in found}
+
+    def _all_runs(self) -> list[Run]:
+        client = self.client
+        return client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+
+    def steps(self, run: Run, metric: str) -> list[int]:
+        """Return the steps at which a metric was logged, in order, repeated as often as it was."""
+        return sorted(point.step for point in self.client.get_metric_history(run.info.run_id, metric))
+
+    def contents(self, *folders: str) -> dict[str, str]:
+        """Return the SHA-256 of every file below ``data`` (or some of its folders), by relative path."""
+        roots = [self.data / folder for folder in folders] or [self.data]
+        files = (path for root in roots for path in sorted(root.rglob("*")) if path.is_file())
+        return {path.relative_to(self.data).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    def partial_files(self) -> list[Path]:
+        """Return what an unfinished write would have left."""
+        return [path for path in self.root.rglob("*") if ".partial" in path.name or path.name.startswith(".demo")]
+
+
+def ended(process: subprocess.Popen[str]) -> Finished:
+    """Wait for a command."""
+    try:
+        stdout, stderr = process.communicate(timeout=500)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return Finished(process.returncode, stdout, stdout + stderr)
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs: making one takes seconds, copying it none."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(scope="session")
+def new_workplace(
+    project: Path, empty_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[], Workplace]:
+    """Makes workplaces without data."""
+
+    def make() -> Workplace:
+        root = tmp_path_factory.mktemp("workplace")
+        shutil.copy(empty_database, root / "mlflow.db")
+        return Workplace(root, project)
+
+    return make
+
+
+@pytest.fixture
+def workplace(new_workplace: Callable[[], Workplace]) -> Workplace:
+    """A workplace without data."""
+    return new_workplace()
+
+
+@pytest.fixture(scope="session")
+def finished_run(new_workplace: Callable[[], Workplace]) -> tuple[Workplace, Finished]:
+    """A whole ``__default__`` run of the smoke preset over ``ROUNDS`` rounds, not to be written to, and its output."""
+    place = new_workplace()
+    done = place.run(params=f"federation.rounds={ROUNDS}")
+    assert done.code == 0, done.output
+    return place, done
+
+
+@pytest.fixture(scope="session")
+def finished(finished_run: tuple[Workplace, Finished]) -> Workplace:
+    """The workplace of ``finished_run``."""
+    return finished_run[0]
+
+
+@pytest.fixture
+def used(finished: Workplace, tmp_path: Path) -> Workplace:
+    """A copy of the finished run's workplace."""
+    return finished.moved(tmp_path / "used")
+
+
+@pytest.fixture
+def rounds() -> int:
+    """Rounds of ``finished_run``."""
+    return ROUNDS
+
+
+@pytest.fixture
+def no_mlflow(project: Path, tmp_path: Path) -> Path:
+    """A copy of the project's configuration with tracking switched off."""
+    conf = Path(shutil.copytree(project / "conf", tmp_path / "conf"))
+    (conf / "smoke" / "mlflow.yml").write_text("enabled: false\n")
+    return conf
+
+
+@pytest.fixture
+def fake_npm(tmp_path: Path) -> Callable[[str], dict[str, str]]:
+    """Puts a shell script named ``npm`` first on PATH; its last lines are the argument."""
+    folder, temporary = tmp_path / "bin", tmp_path / "tmp"
+    folder.mkdir()
+    temporary.mkdir()
+
+    def make(lines: str) -> dict[str, str]:
+        script = folder / "npm"
+        script.write_text(f"#!/bin/sh\n{lines}\n")
+        script.chmod(0o755)
+        return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "TMPDIR": str(temporary)}
+
+    return make

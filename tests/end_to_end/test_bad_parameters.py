@@ -1,0 +1,47 @@
+"""A wrong parameter stops a command before it does anything, named by its YAML key."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ("federation.rounds=0", ["federation", "rounds", "greater than or equal to 1"]),
+        ("federation.participation=1.5", ["federation", "participation", "less than or equal to 1"]),
+        ("federation.rouns=3", ["federation", "rouns", "not permitted"]),
+        ("training.augment.flip=3", ["training", "augment.flip", "less than or equal to 1"]),
+        ("preprocessing.image_size=50", ["preprocessing", "image_size", "multiple of 16"]),
+        ("foundation.name=sam", ["foundation", "name: sam needs source"]),
+        ("federation.strategy=fedsda", ["federation.strategy", "did you mean 'fedsca'?"]),
+        ("strategies.fedsca.rhoo=0.4", ["strategies.fedsca.rhoo", "did you mean 'rho'?"]),
+        ("strategies.fedsca.rho=7", ["strategies.fedsca.rho is 7", "0 <= rho < 1"]),
+        ("federations.rounds=3", ["federations is no parameter", "did you mean 'federation'?"]),
+        ("colour=blue", ["colour is no parameter", "federation"]),
+    ],
+)
+def test_a_wrong_parameter_is_named_and_nothing_is_written(workplace, params: str, said: list[str]) -> None:
+    refused = workplace.run(params=params)
+
+    assert refused.code == 1
+    for expected in said:
+        assert expected in refused.words
+    assert "Traceback" not in refused.output
+    assert workplace.contents() == {}
+    assert workplace.parents() == []
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ("federation.inject_failures.nowhere=1", "federation"),
+        ("federation.quorum=5", "federation.quorum: 5, but there are 4 sites"),
+    ],
+)
+def test_a_parameter_at_odds_with_the_sites_is_named(workplace, params: str, said: str) -> None:
+    refused = workplace.run(params=params)
+
+    assert refused.code == 1
+    assert said in refused.words
+    assert workplace.contents() == {}

@@ -1,0 +1,167 @@
+"""Killed, stopped and resumed runs end as unbroken ones do."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable
+
+import pandas as pd
+import pytest
+from safetensors.torch import load_file
+
+
+def same_models(one, other) -> bool:
+    """Whether two workplaces hold the same model tensors, bit for bit."""
+    paths = sorted(path.relative_to(one.models) for path in one.models.rglob("*.safetensors"))
+    assert paths == sorted(path.relative_to(other.models) for path in other.models.rglob("*.safetensors"))
+    for path in paths:
+        old, new = load_file(one.models / path), load_file(other.models / path)
+        if old.keys() != new.keys() or not all(old[name].equal(new[name]) for name in old):
+            return False
+    return bool(paths)
+
+
+def same_scores(one, other) -> bool:
+    tables = [pd.read_csv(place.reporting / "image_scores.csv") for place in (one, other)]
+    return tables[0].equals(tables[1])
+
+
+def steps_logged(place) -> dict[tuple[str, str], list[int]]:
+    """Return the steps of every metric of the one MLflow run and its nested ones."""
+    (parent,) = place.parents()
+    nested = place.nested(parent)
+    return {
+        (site, metric): place.steps(run, metric)
+        for site, run in {"": parent, **nested}.items()
+        for metric in run.data.metrics
+    }
+
+
+def newer(place, pattern: str) -> Callable[[], bool]:
+    """Return a test for files that match and were not there, or not so, when it was made."""
+
+    def seen() -> set[tuple[str, int]]:
+        found = set()
+        for path in place.data.glob(pattern):
+            try:
+                found.add((str(path), path.stat().st_mtime_ns))
+            except FileNotFoundError:
+                continue
+        return found
+
+    before = seen()
+    return lambda: bool(seen() - before)
+
+
+CHECKPOINT = "07_model_output/checkpoints/*/server/round_*.safetensors"
+SITE_STATE = "07_model_output/checkpoints/*/sites/*/state_*.safetensors"
+MOMENTS = (
+    CHECKPOINT,
+    SITE_STATE,
+    "05_model_input/*.safetensors",
+    "06_models/run_description.json",
+    "07_model_output/rounds/*/*.json",
+    "06_models/*/adapter_model.safetensors",
+    "07_model_output/test_scores/*.csv",
+)
+
+
+def kill_at(place, pattern: str, params: str, after: float) -> None:
+    killed = place.signal_when(newer(place, pattern), signal.SIGKILL, params, after=after)
+    assert killed.code == -signal.SIGKILL, killed.output
+
+
+def test_a_run_killed_twice_ends_bit_for_bit_as_an_unbroken_one(workplace, finished, rounds) -> None:
+    params = f"federation.rounds={rounds}"
+    delays = random.Random(1)
+
+    kill_at(workplace, CHECKPOINT, params, delays.uniform(0.0, 0.3))
+    kill_at(workplace, SITE_STATE, params, delays.uniform(0.0, 0.1))
+    resumed = workplace.run(params=params)
+
+    assert resumed.code == 0, resumed.output
+    assert same_models(finished, workplace)
+    assert same_scores(finished, workplace)
+    assert steps_logged(workplace) == steps_logged(finished)
+    assert workplace.parents()[0].info.status == "FINISHED"
+    assert workplace.partial_files() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [11, 12, 13])
+def test_a_run_killed_again_and_again_at_random_moments_ends_as_an_unbroken_one(
+    workplace, finished, rounds, seed: int
+) -> None:
+    params = f"federation.rounds={rounds}"
+    chance = random.Random(seed)
+
+    for pattern in chance.sample(MOMENTS, k=5):
+        workplace.signal_when(newer(workplace, pattern), signal.SIGKILL, params, after=chance.uniform(0.0, 0.5))
+    resumed = workplace.run(params=params)
+
+    assert resumed.code == 0, resumed.output
+    assert same_models(finished, workplace)
+    assert same_scores(finished, workplace)
+    assert steps_logged(workplace) == steps_logged(finished)
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(workplace, finished, rounds) -> None:
+    params = f"federation.rounds={rounds}"
+
+    stopped = workplace.signal_when(newer(workplace, CHECKPOINT), signal.SIGINT, params)
+
+    assert stopped.code == 130
+    assert "The same command goes on" in stopped.words
+    assert "Traceback" not in stopped.output
+    (parent,) = workplace.parents()
+    assert {run.info.status for run in (parent, *workplace.nested(parent).values())} == {"KILLED"}
+
+    resumed = workplace.run("federated_training", params)
+
+    assert resumed.code == 0, resumed.output
+    assert same_models(finished, workplace)
+    assert [run.info.status for run in workplace.parents()] == ["FINISHED"]
+
+
+@pytest.fixture(scope="module")
+def unfinished(new_workplace):
+    """A run of four rounds, killed in its second."""
+    place = new_workplace()
+    kill_at(place, CHECKPOINT, "federation.rounds=4", 0.0)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("federation.rounds=5", "federation.rounds: 4 -> 5"),
+        ("federation.rounds=4,training.learning_rate=0.01", "training.learning_rate: 0.001 -> 0.01"),
+        ("federation.rounds=4,preprocessing.image_size=48", "preprocessing.image_size: 32 -> 48"),
+        ("federation.rounds=4,strategies.fedsca.rho=0.4", "strategies.fedsca.rho: 0.5 -> 0.4"),
+    ],
+)
+def test_resuming_with_another_configuration_is_refused_before_anything_is_written(
+    unfinished, change: str, named: str
+) -> None:
+    before, runs = unfinished.contents(), len(unfinished.parents())
+
+    refused = unfinished.run(params=change)
+
+    assert refused.code == 1
+    assert named in refused.words
+    assert "force=true" in refused.words
+    assert "Traceback" not in refused.output
+    assert unfinished.contents() == before
+    assert len(unfinished.parents()) == runs
+
+
+def test_changed_data_is_named_when_a_run_cannot_be_resumed(unfinished, tmp_path) -> None:
+    place = unfinished.moved(tmp_path / "changed")
+    mask = next((place.raw / "meadow_mri" / "masks").iterdir())
+    mask.write_bytes(next(path for path in mask.parent.iterdir() if path != mask).read_bytes())
+
+    refused = place.run(params="federation.rounds=4")
+
+    assert refused.code == 1
+    assert "data.meadow_mri:" in refused.words

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedsca_pipeline.errors import DataError
+from fedsca_pipeline.pipeline_registry import raw_folder, register_pipelines
+from fedsca_pipeline.sites.discovery import DEMO_SITES
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Iterator[Path]:
+    """The raw folder that the registry looks into."""
+    token = raw_folder.set(tmp_path)
+    yield tmp_path
+    raw_folder.reset(token)
+
+
+def nodes(name: str) -> set[str]:
+    return {node.name for node in register_pipelines()[name].nodes}
+
+
+def test_the_documented_pipelines_are_there(raw: Path) -> None:
+    assert {"demo_sites", "preprocessing", "foundation", "federated_training", "evaluation", "__default__"} <= set(
+        register_pipelines()
+    )
+
+
+def test_without_raw_data_the_sites_are_the_demonstration_s(raw: Path) -> None:
+    assert {f"preprocessing.{site}.prepare" for site in DEMO_SITES} <= nodes("preprocessing")
+
+
+def test_every_site_folder_gets_nodes_of_its_own(raw: Path) -> None:
+    for site in ("north", "south", "_hidden"):
+        (raw / site / "images").mkdir(parents=True)
+
+    assert {name for name in nodes("preprocessing") if name.startswith("preprocessing.")} == {
+        "preprocessing.north.prepare",
+        "preprocessing.south.prepare",
+    }
+    assert {"evaluation.north.score", "evaluation.south.draw_overlays"} <= nodes("evaluation")
+
+
+def test_one_site_can_be_run_alone_by_its_namespace(raw: Path) -> None:
+    for site in ("north", "south"):
+        (raw / site / "images").mkdir(parents=True)
+
+    alone = register_pipelines()["__default__"].only_nodes_with_namespaces(["preprocessing.north"])
+
+    assert {node.name for node in alone.nodes} == {"preprocessing.north.prepare"}
+    assert alone.outputs() == {"north.manifest", "north.arrays", "north.report"}
+
+
+def test_federated_training_is_the_default_without_its_figures(raw: Path) -> None:
+    missing = nodes("__default__") - nodes("federated_training")
+
+    assert nodes("federated_training") < nodes("__default__")
+    assert missing == {"draw_curves", *(f"evaluation.{site}.draw_overlays" for site in DEMO_SITES)}
+
+
+def test_a_whole_run_starts_from_raw_data_and_parameters_alone(raw: Path) -> None:
+    inputs = {name for name in register_pipelines()["__default__"].inputs() if not name.startswith("param")}
+    previous = {f"{site}.previous_manifest" for site in DEMO_SITES}
+
+    assert inputs - previous == {"raw_sites", "foundations", "checkpoints", "models"}
+
+
+def test_a_folder_that_cannot_name_a_site_is_refused(raw: Path) -> None:
+    (raw / "St. Mary's" / "images").mkdir(parents=True)
+
+    with pytest.raises(DataError, match="rename the folder"):
+        register_pipelines()

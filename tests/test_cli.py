@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from kedro.io import DatasetError
+
+from fedsca_pipeline import cli
+from fedsca_pipeline.errors import DataError, WeightsError
+from fedsca_pipeline.hooks import RunUpToDate
+from fedsca_pipeline.settings import HOOKS
+
+
+@pytest.fixture
+def kedro_run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs ``kedro run`` with what Kedro does replaced by raising an error."""
+
+    def run(error: BaseException) -> Any:
+        def raising(**options: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(cli.kedro_run, "callback", raising)
+        return CliRunner().invoke(cli.run, [])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "error", [DataError("site a: broken"), WeightsError("no weights"), DatasetError("cannot be saved")]
+)
+def test_errors_for_the_user_are_one_message_without_a_traceback(kedro_run, error: Exception) -> None:
+    result = kedro_run(error)
+
+    assert result.exit_code == 1
+    assert result.output == f"Error: {error}\n"
+
+
+def test_a_full_disk_names_the_file(kedro_run) -> None:
+    result = kedro_run(OSError(28, "No space left on device", "/data/06_models/x"))
+
+    assert result.exit_code == 1
+    assert "No space left on device: /data/06_models/x" in result.output
+
+
+def test_a_fault_of_the_program_is_not_hidden(kedro_run) -> None:
+    result = kedro_run(ZeroDivisionError("oops"))
+
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_ctrl_c_marks_the_run_as_killed_and_exits_with_130(kedro_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    monkeypatch.setattr(HOOKS[0], "interrupted", lambda: closed.append("KILLED"))
+
+    result = kedro_run(KeyboardInterrupt())
+
+    assert result.exit_code == 130
+    assert closed == ["KILLED"]
+    assert "goes on from the last finished round" in result.output
+
+
+def test_an_up_to_date_run_ends_well_with_its_table(kedro_run) -> None:
+    row = {"Dice before": 0.1, "Dice after": 0.7, "Dice chosen": 0.8, "HD95": 3.0, "bytes up": 5, "bytes down": 6}
+    table = {"north": {**row, "best round": 2}, "mean over sites": {**row, "best round": None}}
+
+    result = kedro_run(RunUpToDate(table, {"run_id": "abc123", "uri": "sqlite:///mlflow.db"}))
+
+    assert result.exit_code == 0
+    for expected in (
+        "up to date",
+        "north",
+        "0.800",
+        "MLflow run: abc123",
+        "mlflow ui --backend-store-uri sqlite:///mlflow.db",
+    ):
+        assert expected in result.output
+
+
+def test_kedro_s_own_options_are_all_there() -> None:
+    assert {option.name for option in cli.run.params} == {option.name for option in cli.kedro_run.params}

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedsca_pipeline.files import (
+    atomic_path,
+    fingerprint,
+    read_json,
+    read_tensors,
+    sha256_file,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda values: st.lists(values, max_size=4) | st.dictionaries(st.text(), values, max_size=4),
+    max_leaves=10,
+)
+
+
+def reordered(value: object) -> object:
+    """Return the same JSON value with the keys of every mapping the other way round."""
+    if isinstance(value, dict):
+        return {key: reordered(value[key]) for key in reversed(value)}
+    return [reordered(item) for item in value] if isinstance(value, list) else value
+
+
+def test_a_write_that_fails_leaves_the_old_content_and_no_partial_file(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text("old")
+
+    with pytest.raises(RuntimeError, match="half-way"), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("half-way")
+
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupted_write_leaves_the_old_content_and_no_partial_file(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text("old")
+
+    with pytest.raises(KeyboardInterrupt), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_reported_with_the_file_it_was_about(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+
+    with pytest.raises(OSError, match="No space left") as caught, atomic_path(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert caught.value.filename == str(path)
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_about_another_file_keeps_its_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, atomic_path(tmp_path / "results.json"):
+        (tmp_path / "source.png").read_bytes()
+
+    assert caught.value.filename == str(tmp_path / "source.png")
+
+
+def test_nobody_sees_the_new_content_before_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text("old")
+
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+
+    assert path.read_text() == "new"
+
+
+def test_missing_folders_are_made_and_files_are_readable_by_others(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "data.bin"
+
+    write_bytes(path, b"data")
+
+    assert path.read_bytes() == b"data"
+    assert path.stat().st_mode & 0o044 == 0o044
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [1.0, float("-inf")]}])
+def test_json_without_numbers_in_it_is_refused(tmp_path: Path, value: object) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "x.json", value)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(value=JSON)
+def test_json_comes_back_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
+    path = tmp_path_factory.getbasetemp() / "value.json"
+
+    write_json(path, value)
+
+    assert read_json(path) == value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8, torch.bool])
+def test_tensors_come_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {"a": torch.arange(6).reshape(2, 3).to(dtype), "strided": torch.arange(6).reshape(2, 3).T.to(dtype)}
+
+    write_tensors(tmp_path / "t.safetensors", tensors, {"made": "here"})
+    found = read_tensors(tmp_path / "t.safetensors")
+
+    assert found.keys() == tensors.keys()
+    assert all(found[name].equal(tensors[name]) and found[name].dtype == dtype for name in tensors)
+
+
+def test_no_tensors_make_a_file_without_tensors(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "t.safetensors", {})
+
+    assert read_tensors(tmp_path / "t.safetensors") == {}
+
+
+def test_the_hash_of_a_file_is_that_of_its_content(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_bytes(b"")
+
+    found = sha256_file(tmp_path / "empty")
+
+    assert found == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+@given(value=JSON)
+def test_a_fingerprint_does_not_depend_on_the_order_of_keys(value: object) -> None:
+    assert fingerprint(reordered(value)) == fingerprint(value)
+    assert len(fingerprint(value)) == 16
+
+
+@given(one=JSON, other=JSON)
+def test_different_values_have_different_fingerprints(one: object, other: object) -> None:
+    same = json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+    assert (fingerprint(one) == fingerprint(other)) == same

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedsca_pipeline import load_site_model
+from fedsca_pipeline.adapters.attach import attach_adapters, tensor_layout
+from fedsca_pipeline.config import AdaptersConfig, FoundationConfig, NormaliseConfig
+from fedsca_pipeline.errors import WeightsError
+from fedsca_pipeline.foundation import load_foundation, prepare_foundation
+from fedsca_pipeline.site_model import save_site_model
+
+SIZE = 32
+GREY, COLOUR = (40, 28), (28, 40, 3)
+
+
+def make_model(folder: Path, root: Path, classes: int = 1, head: str = "sigmoid") -> Path:
+    """Save a tiny random model with trained-looking tensors; return its folder."""
+    config = FoundationConfig(name="random", head=head)
+    network = load_foundation(config, root, image_size=SIZE, classes=classes)
+    attach_adapters(network, AdaptersConfig(width=4))
+    draw = torch.Generator().manual_seed(3)
+    parameters = dict(network.named_parameters())
+    tensors = {
+        name: parameters[name].detach() + 0.3 * torch.randn(shape, generator=draw)
+        for name, shape in tensor_layout(network).shapes.items()
+    }
+    card = {
+        "site": "north",
+        "strategy": "fedsca",
+        "round": 3,
+        "dice_validation": 0.5,
+        "run": "0123456789abcdef",
+        "foundation": config,
+        "foundation_sha256": prepare_foundation(config, root).sha256,
+        "foundation_root": root,
+        "image_size": SIZE,
+        "classes": classes,
+        "normalise": NormaliseConfig(),
+        "threshold": 0.5,
+    }
+    save_site_model(folder, network, tensors, card)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("site_model")
+    return make_model(root / "models" / "north", root / "foundations")
+
+
+def image(shape: tuple[int, ...], dtype: Any, seed: int = 0) -> np.ndarray:
+    top = 1.0 if np.issubdtype(dtype, np.floating) else np.iinfo(dtype).max
+    return (np.random.default_rng(seed).random(shape) * top).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("shape", [GREY, COLOUR, (SIZE, SIZE), (200, 31, 3)])
+def test_any_image_is_segmented_at_its_own_size(folder: Path, shape: tuple[int, ...], dtype: Any) -> None:
+    model = load_site_model(folder)
+
+    mask = model.segment(image(shape, dtype))
+
+    assert mask.shape == shape[:2]
+    assert mask.dtype == np.uint8
+    assert set(np.unique(mask)) <= {0, 1}
+
+
+def test_segmenting_does_not_change_the_image_and_repeats_itself(folder: Path) -> None:
+    model, pixels = load_site_model(folder), image(COLOUR, np.uint8)
+    before = pixels.copy()
+
+    first, second = model.segment(pixels), model.segment(pixels)
+
+    assert np.array_equal(pixels, before)
+    assert np.array_equal(first, second)
+
+
+def test_the_scale_of_intensities_does_not_matter(folder: Path) -> None:
+    model = load_site_model(folder)
+    pixels = image(GREY, np.uint8)
+
+    narrow, wide = model.segment(pixels), model.segment(pixels.astype(np.uint16) * 256)
+
+    assert (narrow == wide).mean() > 0.99
+
+
+@pytest.mark.parametrize("head", ["sigmoid", "softmax"])
+def test_several_classes_are_numbered_from_one(tmp_path: Path, head: str) -> None:
+    model = load_site_model(make_model(tmp_path / "north", tmp_path / "foundations", classes=3, head=head))
+
+    mask = model.segment(image(COLOUR, np.uint8))
+
+    assert mask.shape == COLOUR[:2]
+    assert set(np.unique(mask)) <= {0, 1, 2, 3}
+    assert len(np.unique(mask)) > 1
+
+
+def test_a_loaded_model_computes_what_the_saved_one_did(folder: Path, tmp_path: Path) -> None:
+    pixels = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    again = make_model(tmp_path / "models" / "north", tmp_path / "foundations")
+
+    with torch.inference_mode():
+        one, other = load_site_model(folder)(pixels), load_site_model(again)(pixels)
+
+    assert one.equal(other)
+
+
+def test_a_moved_model_works_with_the_foundation_root_given(folder: Path, tmp_path: Path) -> None:
+    moved = folder.rename(tmp_path / "elsewhere")
+    try:
+        model = load_site_model(moved, foundation_root=tmp_path / "foundations")
+        assert model.card.site == "north"
+    finally:
+        moved.rename(folder)
+
+
+@pytest.mark.parametrize("name", ["missing", ""])
+def test_a_folder_without_a_card_is_no_model(tmp_path: Path, name: str) -> None:
+    with pytest.raises(WeightsError, match=r"no site_model\.json; give the folder of one site"):
+        load_site_model(tmp_path / name)
+
+
+def copied(folder: Path, target: Path) -> Path:
+    target.mkdir()
+    for path in folder.iterdir():
+        if path.is_file():
+            (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def test_another_foundation_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = copied(folder, tmp_path / "copy")
+    card = json.loads((copy / "site_model.json").read_text())
+    (copy / "site_model.json").write_text(json.dumps({**card, "foundation_sha256": "0" * 64}))
+
+    with pytest.raises(WeightsError, match="trained on 0000000000000000; pass foundation_root="):
+        load_site_model(copy)
+
+
+@pytest.mark.parametrize("name", ["decoder.safetensors", "adapter_model.safetensors"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_file_is_named(folder: Path, tmp_path: Path, name: str, damage: str) -> None:
+    copy = copied(folder, tmp_path / "copy")
+    content = (copy / name).read_bytes()
+    (copy / name).unlink() if damage == "missing" else (copy / name).write_bytes(content[: len(content) // 2])
+
+    with pytest.raises(WeightsError, match="copy"):
+        load_site_model(copy)
+
+
+def test_a_card_that_cannot_be_read_is_named(folder: Path, tmp_path: Path) -> None:
+    copy = copied(folder, tmp_path / "copy")
+    (copy / "site_model.json").write_text("{")
+
+    with pytest.raises(WeightsError, match="site_model"):
+        load_site_model(copy)
+
+
+def test_tensors_of_another_model_are_refused(tmp_path: Path) -> None:
+    network = load_foundation(FoundationConfig(name="random"), tmp_path, image_size=SIZE, classes=1)
+    attach_adapters(network, AdaptersConfig(width=4))
+
+    with pytest.raises(WeightsError, match="do not belong to this model"):
+        save_site_model(tmp_path / "north", network, {"decoder.nothing": torch.zeros(1)}, {})
+
+    assert not (tmp_path / "north" / "site_model.json").exists()

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow import MlflowClient
+
+from fedsca_pipeline.tracking import Tracker, TrackingConfig, flat
+
+NESTED = st.recursive(
+    st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=2),
+    lambda values: st.dictionaries(st.sampled_from("abc"), values, max_size=3),
+    max_leaves=8,
+)
+
+
+def leaves(value: Any) -> int:
+    return sum(map(leaves, value.values())) if isinstance(value, dict) and value else 1
+
+
+class TestFlat:
+    def test_keys_are_dotted_and_values_are_text(self) -> None:
+        assert flat({"a": {"b": {"c": 1}, "d": [1, 2]}, "e": None}) == {"a.b.c": "1", "a.d": "[1, 2]", "e": "None"}
+
+    def test_an_empty_mapping_is_kept(self) -> None:
+        assert flat({"a": {}}) == {"a": "{}"}
+        assert flat({}) == {}
+
+    @given(values=st.dictionaries(st.sampled_from("abc"), NESTED, max_size=3))
+    def test_no_value_is_lost(self, values: dict[str, Any]) -> None:
+        assert len(flat(values)) == (leaves(values) if values else 0)
+
+
+DESCRIPTION = {
+    "fingerprint": "0123456789abcdef",
+    "configuration": {"federation": {"strategy": "fedsca"}, "foundation": {"name": "random"}, "run": {"seed": 0}},
+    "data": {"site_a": "d0", "site_b": "d1"},
+    "foundation": "f" * 64,
+    "code": "c0de",
+    "threads": 1,
+}
+
+
+def record(round_: int, *, final: bool = False) -> dict[str, Any]:
+    entry = {"loss": 0.5, "dice_validation": 0.1 * round_, "bytes_up": 10, "seconds": 1.0, "absent": None}
+    entry |= {"self_weight": 0.5, "bytes_down": 10}
+    sites = {site: dict(entry, loss=None if final else 0.5) for site in DESCRIPTION["data"]}
+    return {f"run/round_{round_}": {"round": round_, "final": final, "sites": sites, "weights": []}}
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+
+
+@pytest.fixture
+def config(database: Path, request: pytest.FixtureRequest) -> TrackingConfig:
+    """An experiment a test."""
+    return TrackingConfig(tracking_uri=f"sqlite:///{database}", experiment=request.node.name)
+
+
+@pytest.fixture
+def tracker(config: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracker:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return Tracker(config, tmp_path, "kedro run")
+
+
+def all_steps(client: MlflowClient, run_id: str) -> dict[str, list[int]]:
+    run = client.get_run(run_id)
+    return {key: [point.step for point in client.get_metric_history(run_id, key)] for key in run.data.metrics}
+
+
+class TestTracker:
+    def test_a_command_that_is_repeated_goes_on_with_the_run_and_logs_no_step_twice(
+        self, tracker: Tracker, config: TrackingConfig, tmp_path: Path
+    ) -> None:
+        tracker.open(DESCRIPTION)
+        first = tracker.run_id
+        tracker.saved("round_metrics", record(1), None)
+
+        resumed = Tracker(config, tmp_path, "kedro run")
+        resumed.open(DESCRIPTION)
+        for chunk in (record(1), record(2), record(3, final=True)):
+            resumed.saved("round_metrics", chunk, None)
+        resumed.close("FINISHED")
+
+        client = MlflowClient(tracking_uri=config.tracking_uri)
+        found = client.search_runs([client.get_experiment_by_name(config.experiment).experiment_id])
+        assert first is not None
+        assert len(found) == 3
+        assert {run.info.status for run in found} == {"FINISHED"}
+        for run in found:
+            steps = all_steps(client, run.info.run_id)
+            assert steps["loss" if run.info.run_id != first else "loss_mean"] == [1, 2]
+            assert steps["dice_validation" if run.info.run_id != first else "dice_validation_mean"] == [0, 1, 2]
+
+    def test_a_command_killed_between_two_sites_is_completed(
+        self, tracker: Tracker, config: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tracker.open(DESCRIPTION)
+        logged = MlflowClient.log_batch
+
+        def killed_at_the_second(client: MlflowClient, *args: Any, **kwargs: Any) -> None:
+            logged(client, *args, **kwargs)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(MlflowClient, "log_batch", killed_at_the_second)
+            tracker.saved("round_metrics", record(1), None)
+        resumed = Tracker(config, tmp_path, "kedro run")
+        resumed.open(DESCRIPTION)
+        resumed.saved("round_metrics", record(1), None)
+
+        client = MlflowClient(tracking_uri=config.tracking_uri)
+        found = client.search_runs([client.get_experiment_by_name(config.experiment).experiment_id])
+        assert len(found) == 3
+        for run in found:
+            assert run.data.metrics
+            assert all(len(steps) == 1 for steps in all_steps(client, run.info.run_id).values())
+
+    def test_another_fingerprint_is_another_run(self, tracker: Tracker, config: TrackingConfig, tmp_path: Path) -> None:
+        tracker.open(DESCRIPTION)
+        other = Tracker(config, tmp_path, "kedro run")
+
+        other.open({**DESCRIPTION, "fingerprint": "another"})
+
+        assert None is not other.run_id != tracker.run_id
+
+    def test_switched_off_it_does_nothing(self, tmp_path: Path) -> None:
+        tracker = Tracker(TrackingConfig(enabled=False, tracking_uri=f"sqlite:///{tmp_path}/m.db"), tmp_path, "")
+
+        tracker.open(DESCRIPTION)
+        tracker.saved("round_metrics", record(1), None)
+        tracker.close("FINISHED")
+
+        assert tracker.run_id is None
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_relative_database_is_the_project_s(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+        assert Tracker(TrackingConfig(), tmp_path, "").uri == f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+    def test_the_environment_s_uri_wins(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example")
+
+        assert Tracker(TrackingConfig(), tmp_path, "").uri == "http://mlflow.example"
+
+    def test_a_misspelt_key_of_mlflow_yml_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="enabeld"):
+            TrackingConfig.model_validate({"enabeld": False})
