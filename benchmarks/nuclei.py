@@ -43,6 +43,7 @@ from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.foundation import load_foundation
 from fedsca_pipeline.runs import resolve_threads
 from fedsca_pipeline.sites.arrays import SiteArrays
+from fedsca_pipeline.sites.prepare import MANIFEST_DTYPES
 
 PROJECT = Path(__file__).resolve().parents[1]
 TRAINING_SITES = ("fluo_256", "fluo_360", "fluo_696", "tissue_violet_320", "tissue_white_320")
@@ -170,7 +171,8 @@ def _timing(options: argparse.Namespace) -> dict[str, Any]:
         root = _kedro_run(options, "timing", pipeline, "run.seed=0")
     data = {
         site: SiteArrays(
-            root / "05_model_input" / f"{site}.safetensors", pd.read_csv(root / "03_primary" / site / "manifest.csv")
+            root / "05_model_input" / f"{site}.safetensors",
+            pd.read_csv(root / "03_primary" / site / "manifest.csv", dtype=dict(MANIFEST_DTYPES)),
         )
         for site in TRAINING_SITES
     }

@@ -34,13 +34,18 @@ def reordered(value: object) -> object:
     return [reordered(item) for item in value] if isinstance(value, list) else value
 
 
+def write_half(path: Path, error: BaseException) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise error
+
+
 def test_a_write_that_fails_leaves_the_old_content_and_no_partial_file(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text("old")
 
-    with pytest.raises(RuntimeError, match="half-way"), atomic_path(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("half-way")
+    with pytest.raises(RuntimeError, match="half-way"):
+        write_half(path, RuntimeError("half-way"))
 
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -50,9 +55,8 @@ def test_an_interrupted_write_leaves_the_old_content_and_no_partial_file(tmp_pat
     path = tmp_path / "results.json"
     path.write_text("old")
 
-    with pytest.raises(KeyboardInterrupt), atomic_path(path) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_half(path, KeyboardInterrupt())
 
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -61,8 +65,8 @@ def test_an_interrupted_write_leaves_the_old_content_and_no_partial_file(tmp_pat
 def test_a_full_disk_is_reported_with_the_file_it_was_about(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
 
-    with pytest.raises(OSError, match="No space left") as caught, atomic_path(path):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_half(path, OSError(errno.ENOSPC, "No space left on device"))
 
     assert caught.value.filename == str(path)
     assert caught.value.errno == errno.ENOSPC

@@ -103,13 +103,14 @@ class TestTracker:
         tracker.open(DESCRIPTION)
         logged = MlflowClient.log_batch
 
-        def killed_at_the_second(client: MlflowClient, *args: Any, **kwargs: Any) -> None:
+        def killed_after_the_first(client: MlflowClient, *args: Any, **kwargs: Any) -> None:
             logged(client, *args, **kwargs)
             raise KeyboardInterrupt
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(MlflowClient, "log_batch", killed_at_the_second)
-            tracker.saved("round_metrics", record(1), None)
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, "log_batch", killed_after_the_first)
+            with pytest.raises(KeyboardInterrupt):
+                tracker.saved("round_metrics", record(1), None)
         resumed = Tracker(config, tmp_path, "kedro run")
         resumed.open(DESCRIPTION)
         resumed.saved("round_metrics", record(1), None)

@@ -63,7 +63,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     from safetensors.torch import save
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(contiguous, metadata=dict(metadata or {})))
+    write_bytes(path, save(contiguous, metadata=dict(metadata) if metadata else None))
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -74,7 +74,7 @@ class ProjectHooks:
         if self._tracker is None or self._catalog is None or _is_memory(dataset_name):
             return
         if self._tracker.run_id is None and dataset_name in _OPENERS:
-            self._tracker.open(data if dataset_name == "run_description" else self._catalog.load("run_description"))
+            self._open(data if dataset_name == "run_description" else self._catalog.load("run_description"))
         if self._tracker.run_id is None:
             return
         self._tracker.saved(dataset_name, data, self._filepath(dataset_name))
@@ -99,6 +99,15 @@ class ProjectHooks:
         """Mark the MLflow run as failed; it goes on when the command is given again."""
         if self._tracker is not None:
             self._tracker.close("FAILED")
+
+    def _open(self, description: Mapping[str, Any]) -> None:
+        """Open the MLflow run and give it what preprocessing saved before the fingerprint was known."""
+        if self._tracker is None:
+            return
+        self._tracker.open(description)
+        for site in description["data"]:
+            for name in (f"{site}.report", f"{site}.manifest"):
+                self._tracker.saved(name, None, self._filepath(name))
 
     def interrupted(self) -> None:
         """Mark the MLflow run as killed: Kedro calls no hook on Ctrl-C."""
@@ -178,35 +187,41 @@ def _refuse_another_run(parameters: Mapping[str, Any], catalog: DataCatalog) -> 
     Raises:
         ResumeError: saying what changed.
     """
-    if parameters["force"] or not catalog.exists("foundation_provenance"):
+    description = _described_now(parameters, catalog)
+    if description is None or parameters["force"]:
         return
     from fedsca_pipeline.runs import refuse_another_run
 
-    refuse_another_run(catalog.load("checkpoints"), _described_now(parameters, catalog))
+    refuse_another_run(catalog.load("checkpoints"), description)
 
 
 def _raise_if_up_to_date(pipeline: str, catalog: DataCatalog) -> None:
     last_run = catalog.load("reporting") / _LAST_RUN
-    if not last_run.is_file() or not catalog.exists("final_metrics") or not catalog.exists("foundation_provenance"):
+    if not last_run.is_file() or not catalog.exists("final_metrics") or not catalog.exists("site_models"):
         return
     last = read_json(last_run)
     models: Path = catalog.load("models")
-    sites = list(last["description"]["data"])
-    if pipeline not in last["pipelines"] or not all((models / s / "site_model.json").is_file() for s in sites):
+    trained = [site for site, kept in catalog.load("site_models")["sites"].items() if "best" in kept]
+    if pipeline not in last["pipelines"] or not all((models / s / "site_model.json").is_file() for s in trained):
         return
-    if _described_now(catalog.load("parameters"), catalog)["fingerprint"] == last["description"]["fingerprint"]:
+    description = _described_now(catalog.load("parameters"), catalog)
+    if description is not None and description["fingerprint"] == last["description"]["fingerprint"]:
         raise RunUpToDate(catalog.load("final_metrics"), last["mlflow"])
 
 
-def _described_now(parameters: Mapping[str, Any], catalog: DataCatalog) -> dict[str, Any]:
-    from fedsca_pipeline.pipelines.federated_training.nodes import configuration_of
+def _described_now(parameters: Mapping[str, Any], catalog: DataCatalog) -> dict[str, Any] | None:
+    """Describe the run that would start now; None where what it needs has not been prepared yet."""
+    sites = _sites()
+    if not all(catalog.exists(name) for name in ("foundation_provenance", *(f"{site}.report" for site in sites))):
+        return None
+    from fedsca_pipeline.pipelines.federated_training.nodes import configuration_of, data_version
     from fedsca_pipeline.runs import describe_run, resolve_threads
     from fedsca_pipeline.sites.discovery import fingerprint_site
 
     raw = catalog.load("raw_sites")
     return describe_run(
         configuration_of(parameters),
-        {site: fingerprint_site(raw, site) for site in _sites()},
+        {site: data_version(fingerprint_site(raw, site), catalog.load(f"{site}.report")) for site in sites},
         catalog.load("foundation_provenance")["sha256"],
         resolve_threads(parameters["run"].threads),
     )

@@ -133,7 +133,10 @@ def load_site_model(path: str | Path, foundation_root: str | Path | None = None,
     folder = Path(path)
     if not (folder / CARD).is_file():
         raise WeightsError(f"{folder}: no {CARD}; give the folder of one site, such as data/06_models/<site>")
-    card = SiteModelCard.model_validate(read_json(folder / CARD))
+    try:
+        card = SiteModelCard.model_validate(read_json(folder / CARD))
+    except ValueError as error:
+        raise WeightsError(f"{folder / CARD}: cannot be read ({error}); export the site's model again") from error
     root = Path(foundation_root) if foundation_root else (folder / card.foundation_root).resolve()
     provenance = prepare_foundation(card.foundation, root)
     if provenance.sha256 != card.foundation_sha256:

@@ -14,7 +14,8 @@ def show_result(table: Mapping[str, Mapping[str, Any]], mlflow: Mapping[str, str
     from fedsca_pipeline.evaluation.tables import render_final_table
 
     console = Console()
-    console.print(render_final_table(pd.DataFrame.from_dict(table, orient="index").rename_axis("site").reset_index()))
+    rows = pd.DataFrame.from_dict(table, orient="index").rename_axis("site").reset_index()
+    console.print(render_final_table(rows.astype({"best round": "Int64"})))
     if mlflow["run_id"]:
         console.print(f"MLflow run: {mlflow['run_id']}", highlight=False)
     console.print("Next: kedro viz", highlight=False)

@@ -5,7 +5,7 @@ from functools import partial
 import pandas as pd
 
 from fedsca_pipeline.federation.checkpoint import RoundRecord, SiteRecord
-from fedsca_pipeline.pipelines.evaluation.nodes import best_round, history_table, records_of
+from fedsca_pipeline.pipelines.evaluation.nodes import history_table, records_of
 
 
 def record(round_: int, *, final: bool = False, **dice: float | None) -> RoundRecord:
@@ -51,25 +51,6 @@ class TestHistoryTable:
 
     def test_no_record_gives_no_row(self) -> None:
         assert history_table([]).empty
-
-
-class TestBestRound:
-    def test_it_is_the_round_whose_model_validated_best(self) -> None:
-        assert best_round([record(1, a=0.1), record(2, a=0.7), record(3, a=0.6, final=True)], "a") == 1
-
-    def test_the_foundation_is_never_chosen(self) -> None:
-        assert best_round([record(1, a=0.9), record(2, a=0.2), record(3, a=0.3, final=True)], "a") == 2
-
-    def test_the_first_of_equals_wins(self) -> None:
-        assert best_round([record(1, a=0.1), record(2, a=0.5), record(3, a=0.5, final=True)], "a") == 1
-
-    def test_rounds_without_the_site_do_not_count(self) -> None:
-        records = [record(1, a=0.1), record(2, a=None), record(3, a=0.5, final=True)]
-
-        assert best_round(records, "a") == 2
-
-    def test_a_site_that_never_validated_has_none(self) -> None:
-        assert best_round([record(1, a=0.1), record(2, a=None, final=True)], "a") is None
 
 
 class TestRecordsOf:

@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
+from safetensors import SafetensorError
 
 from fedsca_pipeline.adapters import fel
 from fedsca_pipeline.config import AdaptersConfig
@@ -26,7 +27,7 @@ SMALL_EMBEDDING, SMALL_WIDTH, LARGE_WIDTH = 384, 32, 64
 def attach_adapters(model: SegmentationModel, config: AdaptersConfig) -> SegmentationModel:
     """Wrap the encoder's transformer blocks with fresh adapters and make them and the decoder trainable, in place.
 
-    The adapters change nothing until they are trained. The random state outside is left as it was.
+    FEL and LoRA change nothing until they are trained. The random state outside is left as it was.
 
     Raises:
         ConfigError: the method is unknown to PEFT, does not attach to linear layers, or refuses an option.
@@ -36,7 +37,7 @@ def attach_adapters(model: SegmentationModel, config: AdaptersConfig) -> Segment
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model.encoder = get_peft_model(model.encoder, peft_config)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ConfigError(
             f"adapters.method: {config.method!r} cannot be attached to this foundation: {error}"
         ) from error
@@ -53,7 +54,7 @@ def load_adapters(model: SegmentationModel, folder: Path) -> SegmentationModel:
     fel.register()
     try:
         model.encoder = PeftModel.from_pretrained(model.encoder, str(folder), use_safetensors=True)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise WeightsError(
             f"{folder}: no adapter for this foundation can be read there ({error}). "
             "Export the site's model again with 'kedro run --pipeline=federated_training'."

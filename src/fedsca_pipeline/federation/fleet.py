@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from fedsca_pipeline.errors import SiteError
+from fedsca_pipeline.errors import MessageError, SiteError
 from fedsca_pipeline.federation.local import LocalWorker, StepCallback, ignore_step
 from fedsca_pipeline.federation.store import SiteStore
 from fedsca_pipeline.sites.arrays import SiteArrays
@@ -77,6 +77,6 @@ class InProcessFleet:
             return Failure("injected by federation.inject_failures")
         try:
             return self.worker.work(payload, round_, site, self.data[site], self.store(site), self.on_step)
-        except SiteError as error:
+        except (SiteError, MessageError) as error:
             logger.warning("%s", error)
             return Failure(str(error))

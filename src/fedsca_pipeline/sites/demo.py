@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from fedsca_pipeline.config import DemoSitesConfig
+from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.files import write_bytes
 from fedsca_pipeline.sites.discovery import DEMO_SITES, discover_sites
 from fedsca_pipeline.sites.phantoms import Phantom, make_phantom
@@ -51,9 +52,17 @@ def write_demo_sites(raw: Path, config: DemoSitesConfig) -> dict[str, dict[str, 
 
     Returns:
         Per site ``images``, their number, and ``shift``, what sets the site apart (for sites found: that it was there).
+
+    Raises:
+        DataError: there are folders, but none is a site: the user meant to bring data of their own.
     """
     if present := discover_sites(raw):
         return {site: {"images": _count(raw / site / "images"), "shift": "already there"} for site in present}
+    if folders := sorted(path.name for path in raw.glob("[!._]*") if path.is_dir()):
+        raise DataError(
+            f"{raw}: no site in {', '.join(folders)}; a site is a folder with images/ and masks/ in it. "
+            "Rename what is there, or empty the folder to get the demonstration sites"
+        )
     workshop = raw / ".demo_sites.partial"
     try:
         # A killed run may have left its workshop behind.

@@ -141,7 +141,12 @@ def prepare_site(
         },
         "empty_masks": sum(_is_empty(sample) for sample in samples),
         **_summary(samples, config.classes),
-        "split": {**_split_settings(site, config, seed, site_file), "settings": settings, "drawn": drawn},
+        "split": {
+            **_split_settings(site, config, seed, site_file),
+            "settings": settings,
+            "drawn": drawn,
+            "fingerprint": fingerprint(sorted(splits.items())),
+        },
         "spacing": list(site_file.spacing) if site_file.spacing else None,
         "notes": site_file.notes,
         "broken": [entry.as_dict() for entry in broken],

@@ -80,7 +80,9 @@ def draw_overlays(
     )
 
 
-def tabulate(description: dict[str, Any], round_metrics: Mapping[str, Any], *scores: Any) -> tuple[Any, Any, Any, Any]:
+def tabulate(
+    description: dict[str, Any], round_metrics: Mapping[str, Any], site_models: Mapping[str, Any], *scores: Any
+) -> tuple[Any, Any, Any, Any]:
     """Gather the sites' scores: per image, per site, the final table, and that as ``{site: {column: value}}``."""
     import json
 
@@ -95,7 +97,7 @@ def tabulate(description: dict[str, Any], round_metrics: Mapping[str, Any], *sco
         site: {
             "bytes_up": sum(r.sites[site].bytes_up for r in records),
             "bytes_down": sum(r.sites[site].bytes_down for r in records),
-            "best_round": best_round(records, site),
+            "best_round": site_models["sites"][site].get("best", {}).get("round"),
         }
         for site in records[0].sites
     }
@@ -150,16 +152,6 @@ def history_table(records: list[Any]) -> pd.DataFrame:
             for (round_, site), row in sorted(rows.items())
         ]
     )
-
-
-def best_round(records: list[Any], site: str) -> int | None:
-    """Return the round whose model had the best validation Dice at ``site``; the first of equals."""
-    scored = [
-        (record.sites[site].dice_validation, record.round - 1)
-        for record in records
-        if record.round > 1 and record.sites[site].dice_validation is not None
-    ]
-    return max(scored, key=lambda pair: (pair[0], -pair[1]))[1] if scored else None
 
 
 # Reported model: the snapshot it is.

@@ -33,7 +33,7 @@ def create_scores(sites: Sequence[str]) -> Pipeline:
     ]
     tables = node(
         tabulate,
-        inputs=["run_description", "round_metrics", *(f"{site}.test_scores" for site in sites)],
+        inputs=["run_description", "round_metrics", "site_models", *(f"{site}.test_scores" for site in sites)],
         outputs=["image_scores", "site_scores", "final_table", "final_metrics"],
         name="tabulate",
     )

@@ -32,10 +32,15 @@ def describe(parameters: Mapping[str, Any], foundation_provenance: Mapping[str, 
     """Return the run's description with its fingerprint: configuration, data, foundation, code and threads."""
     return describe_run(
         configuration_of(parameters),
-        {report["site"]: report["fingerprint"] for report in reports},
+        {report["site"]: data_version(report["fingerprint"], report) for report in reports},
         foundation_provenance["sha256"],
         resolve_threads(parameters["run"].threads),
     )
+
+
+def data_version(raw_fingerprint: str, report: Mapping[str, Any]) -> str:
+    """Return what identifies a site's data: its raw folder, and the split drawn of it, which may be older."""
+    return f"{raw_fingerprint}-{report['split']['fingerprint']}"
 
 
 def configuration_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
