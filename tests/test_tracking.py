@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 
+from fedsca_pipeline.errors import TrackingError
 from fedsca_pipeline.tracking import Tracker, TrackingConfig, flat
 
 NESTED = st.recursive(
@@ -139,6 +140,15 @@ class TestTracker:
 
         assert tracker.run_id is None
         assert list(tmp_path.iterdir()) == []
+
+    def test_a_database_that_cannot_be_opened_is_named_with_the_cure(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        (tmp_path / "mlflow.db").write_bytes(b"no database at all, but long enough to be looked at" * 100)
+
+        with pytest.raises(TrackingError, match=r"MLflow at sqlite:///.*mlflow\.db: (.|\n)*enabled: false"):
+            Tracker(TrackingConfig(), tmp_path, "").open(DESCRIPTION)
 
     def test_a_relative_database_is_the_project_s(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -26,6 +26,10 @@ class ResumeError(FedscaError):
     """A checkpoint cannot be continued with the present configuration, data or code."""
 
 
+class TrackingError(FedscaError):
+    """MLflow cannot be reached or written to."""
+
+
 class MessageError(FedscaError):
     """A message from the wire breaks its contract: names, shapes, dtype, base hash, round or site."""
 

@@ -15,6 +15,7 @@ from kedro.framework.project import pipelines
 from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 
+from fedsca_pipeline.errors import TrackingError
 from fedsca_pipeline.files import read_json, write_json
 from fedsca_pipeline.summary import show_result
 from fedsca_pipeline.tracking import Tracker, TrackingConfig
@@ -97,8 +98,7 @@ class ProjectHooks:
     @hook_impl
     def on_pipeline_error(self, error: Exception) -> None:
         """Mark the MLflow run as failed; it goes on when the command is given again."""
-        if self._tracker is not None:
-            self._tracker.close("FAILED")
+        self._close("FAILED")
 
     def _open(self, description: Mapping[str, Any]) -> None:
         """Open the MLflow run and give it what preprocessing saved before the fingerprint was known."""
@@ -111,8 +111,16 @@ class ProjectHooks:
 
     def interrupted(self) -> None:
         """Mark the MLflow run as killed: Kedro calls no hook on Ctrl-C."""
-        if self._tracker is not None:
-            self._tracker.close("KILLED")
+        self._close("KILLED")
+
+    def _close(self, status: str) -> None:
+        """End the MLflow run; what ended the command must not be hidden by MLflow failing too."""
+        if self._tracker is None:
+            return
+        try:
+            self._tracker.close(status)
+        except TrackingError as error:
+            logger.warning("the MLflow run could not be marked as %s: %s", status, error)
 
     def _filepath(self, dataset_name: str) -> Path | None:
         dataset = self._catalog.get(dataset_name) if self._catalog is not None else None

@@ -22,6 +22,7 @@ from fedsca_pipeline.foundation import load_foundation, prepare_foundation
 from fedsca_pipeline.foundation.model import SegmentationModel
 from fedsca_pipeline.sites.geometry import fit_image, normalise
 
+GENERAL_MODEL = "_general_model"
 CARD, DECODER = "site_model.json", "decoder.safetensors"
 
 
@@ -33,7 +34,7 @@ class SiteModelCard(BaseModel):
     site: str
     strategy: str
     round: int
-    dice_validation: float
+    dice_validation: float | None
     run: str
     foundation: FoundationConfig
     foundation_sha256: str
@@ -42,6 +43,7 @@ class SiteModelCard(BaseModel):
     classes: int
     normalise: NormaliseConfig
     threshold: float
+    note: str = ""
 
 
 class SiteModel(nn.Module):

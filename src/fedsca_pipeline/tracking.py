@@ -10,11 +10,14 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
+
+from fedsca_pipeline.errors import TrackingError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -72,10 +75,18 @@ class Tracker:
         return f"sqlite:///{self._project / path}"
 
     def open(self, description: Mapping[str, Any]) -> None:
-        """Go on with the newest run of this fingerprint, or start one."""
+        """Go on with the newest run of this fingerprint, or start one.
+
+        Raises:
+            TrackingError: MLflow cannot be reached or written to (so do the other methods).
+        """
         if not self._config.enabled or self._runs:
             return
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        with self._reported():
+            self._find_or_start(description)
+
+    def _find_or_start(self, description: Mapping[str, Any]) -> None:
         from mlflow import MlflowClient
 
         self._client = MlflowClient(tracking_uri=self.uri)
@@ -99,26 +110,42 @@ class Tracker:
         """Log what a node has just saved, if it is of a kind that belongs to the run."""
         if self._client is None:
             return
-        if handler := self._handlers.get(dataset):
-            handler(data)
-        if filepath is not None:
-            self._log_file(dataset, filepath)
+        with self._reported():
+            if handler := self._handlers.get(dataset):
+                handler(data)
+            if filepath is not None:
+                self._log_file(dataset, filepath)
 
     def close(self, status: str) -> None:
         """End the run and its nested runs with ``FINISHED``, ``FAILED`` or ``KILLED``."""
         if self._client is None:
             return
-        for run_id in reversed(self._runs.values()):
-            self._client.set_terminated(run_id, status)
+        with self._reported():
+            for run_id in reversed(self._runs.values()):
+                self._client.set_terminated(run_id, status)
         self._client, self._runs, self._logged = None, {}, {}
 
     def log_models(self, models: Path) -> None:
         """Log every site's folder of models to its nested run."""
         if self._client is None or not self._config.log_models:
             return
-        for site, run_id in self._runs.items():
-            if site and (models / site).is_dir():
-                self._client.log_artifacts(run_id, str(models / site), "model")
+        with self._reported():
+            for site, run_id in self._runs.items():
+                if site and (models / site).is_dir():
+                    self._client.log_artifacts(run_id, str(models / site), "model")
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            yield
+        except (MlflowException, SQLAlchemyError) as error:
+            raise TrackingError(
+                f"MLflow at {self.uri}: {error}. Correct the address (MLFLOW_TRACKING_URI or conf/base/mlflow.yml) or "
+                "make room there, or set enabled: false in mlflow.yml; then the same command goes on."
+            ) from error
 
     def _experiment(self, client: MlflowClient) -> str:
         found = client.get_experiment_by_name(self._config.experiment)

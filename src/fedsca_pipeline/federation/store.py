@@ -34,10 +34,10 @@ class SiteState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A whole site model, shared and private tensors together, with its round and validation Dice in [0, 1]."""
+    """A whole model, shared and private tensors together, with its round and validation Dice in [0, 1] (None: unknown)."""
 
     round: int
-    dice: float
+    dice: float | None
     tensors: Mapping[str, Tensor]
 
 

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from fedsca_pipeline.foundation.model import SegmentationModel
     from fedsca_pipeline.sites.arrays import SiteArrays
 
+GENERAL_NOTE = (
+    "General model (docs/method.md): the mean of all sites' shared tensors beside the foundation's own decoder and "
+    "high adapters. Alone it is not a usable segmenter; tune its private tensors on labelled images first."
+)
+
 # The parameter groups that decide a run's numbers; `strategies` enters with the options of the chosen one only.
 CONFIGURATION = ("run", "preprocessing", "foundation", "adapters", "training", "federation", "evaluation")
 
@@ -117,19 +122,46 @@ def export_site_models(
     foundation: FoundationConfig,
     adapters: AdaptersConfig,
     federation: FederationConfig,
+    strategies: dict[str, dict[str, Any]],
     evaluation: EvaluationConfig,
     foundations: Path,
     checkpoints: Path,
     models: Path,
     *manifests: Any,
 ) -> dict[str, Any]:
-    """Write every site's model that validation chose, and its last one below it; return what was written, by site."""
-    from fedsca_pipeline.federation.store import SiteStore
+    """Write every site's model that validation chose, its last one below it, and the general model.
+
+    Returns what was written, by site.
+    """
+    from fedsca_pipeline.federation.checkpoint import CheckpointFolder
+    from fedsca_pipeline.federation.messages import unflatten
+    from fedsca_pipeline.federation.store import SiteStore, Snapshot
+    from fedsca_pipeline.federation.strategies import build_strategy
     from fedsca_pipeline.runs import RunFolder
-    from fedsca_pipeline.site_model import discard_site_model, save_site_model
+    from fedsca_pipeline.site_model import GENERAL_MODEL, discard_site_model, save_site_model
 
     folder = RunFolder(checkpoints, description["fingerprint"])
-    model, _ = _trainable(foundation, adapters, foundations, preprocessing)
+    model, layout = _trainable(foundation, adapters, foundations, preprocessing)
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if name in layout.shapes}
+
+    def save(target: Path, site: str, snapshot: Snapshot, note: str = "") -> None:
+        card = {
+            "site": site,
+            "strategy": federation.strategy,
+            "round": snapshot.round,
+            "dice_validation": snapshot.dice,
+            "run": folder.fingerprint,
+            "foundation": foundation,
+            "foundation_sha256": description["foundation"],
+            "foundation_root": foundations,
+            "image_size": preprocessing.image_size,
+            "classes": preprocessing.classes,
+            "normalise": preprocessing.normalise,
+            "threshold": evaluation.threshold,
+            "note": note,
+        }
+        save_site_model(target, model, snapshot.tensors, card)
+
     written = {}
     for site in (str(manifest["site"].iloc[0]) for manifest in manifests):
         store = SiteStore(folder.sites / site)
@@ -142,22 +174,16 @@ def export_site_models(
                 )
                 discard_site_model(target)
                 continue
-            card = {
-                "site": site,
-                "strategy": federation.strategy,
-                "round": snapshot.round,
-                "dice_validation": snapshot.dice,
-                "run": folder.fingerprint,
-                "foundation": foundation,
-                "foundation_sha256": description["foundation"],
-                "foundation_root": foundations,
-                "image_size": preprocessing.image_size,
-                "classes": preprocessing.classes,
-                "normalise": preprocessing.normalise,
-                "threshold": evaluation.threshold,
-            }
-            save_site_model(target, model, snapshot.tensors, card)
+            save(target, site, snapshot)
         written[site] = {name: {"round": s.round, "dice_validation": s.dice} for name, s in kept.items() if s}
+    latest = CheckpointFolder(folder.server).latest()
+    strategy = build_strategy(federation.strategy, strategies.get(federation.strategy, {}))
+    shared = strategy.shared(layout)
+    if latest is not None and shared:
+        general = unflatten(strategy.general_model(latest.state, layout=layout), shared, layout.shapes)
+        save(
+            models / GENERAL_MODEL, GENERAL_MODEL, Snapshot(federation.rounds, None, {**start, **general}), GENERAL_NOTE
+        )
     finish_run(checkpoints)
     return {"fingerprint": folder.fingerprint, "strategy": federation.strategy, "seed": run.seed, "sites": written}
 

@@ -48,6 +48,7 @@ def create_pipeline(sites: Sequence[str]) -> Pipeline:
                     "params:run",
                     *model,
                     "params:federation",
+                    "params:strategies",
                     "params:evaluation",
                     "foundations",
                     "checkpoints",
