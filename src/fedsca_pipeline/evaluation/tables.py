@@ -111,6 +111,7 @@ def render_final_table(table: pd.DataFrame) -> Table:
         caption_justify="left",
         title_justify="left",
         box=box.SIMPLE,
+        pad_edge=False,
     )
     view.add_column("site", no_wrap=True)
     for column in table.columns[1:]:

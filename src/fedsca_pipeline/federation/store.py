@@ -34,7 +34,7 @@ class SiteState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A whole model, shared and private tensors together, with its round and validation Dice in [0, 1] (None: unknown)."""
+    """A whole model, shared and private tensors together, with its round and validation Dice in [0, 1], if known."""
 
     round: int
     dice: float | None

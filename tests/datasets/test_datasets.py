@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from kedro.io import DatasetError
+
+from fedsca_pipeline.datasets.documents import AtomicJSONDataset
+from fedsca_pipeline.datasets.figures import AtomicMatplotlibDataset, AtomicPlotlyDataset
+from fedsca_pipeline.datasets.folders import FolderDataset, SiteArraysDataset
+from fedsca_pipeline.datasets.tables import AtomicCSVDataset, PreviousCSVDataset
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_failed_save_leaves_the_earlier_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    dataset = AtomicJSONDataset(filepath=str(tmp_path / "a.json"))
+    dataset.save({"value": 1})
+
+    with pytest.raises(DatasetError):
+        dataset.save({"value": object()})
+
+    assert dataset.load() == {"value": 1}
+    assert files_in(tmp_path) == ["a.json"]
+
+
+def test_each_kind_saves_and_keeps_its_preview(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+    from plotly import graph_objects as go
+
+    table = AtomicCSVDataset(filepath=str(tmp_path / "t.csv"), save_args={"index": False})
+    plot = AtomicPlotlyDataset(filepath=str(tmp_path / "p.json"))
+    picture = AtomicMatplotlibDataset(filepath=str(tmp_path / "f.png"))
+
+    table.save(pd.DataFrame({"a": [1, 2]}))
+    plot.save(go.Figure())
+    picture.save(Figure())
+
+    assert files_in(tmp_path) == ["f.png", "p.json", "t.csv"]
+    assert table.preview(nrows=1)["data"] == [[1]]
+    assert set(plot.preview()) >= {"data", "layout"}
+    assert picture.preview()
+
+
+def test_a_table_that_is_not_there_yet_was_none_before(tmp_path: Path) -> None:
+    dataset = PreviousCSVDataset(filepath=str(tmp_path / "t.csv"))
+
+    assert dataset.load() is None
+
+    AtomicCSVDataset(filepath=str(tmp_path / "t.csv"), save_args={"index": False}).save(pd.DataFrame({"a": [1]}))
+    assert dataset.load()["a"].tolist() == [1]
+
+
+def test_a_folder_loads_as_its_path_and_takes_no_data(tmp_path: Path) -> None:
+    dataset = FolderDataset(str(tmp_path / "deep" / "folder"))
+
+    assert dataset.load() == tmp_path / "deep" / "folder"
+    assert dataset.load().is_dir()
+    with pytest.raises(DatasetError, match="nodes write into it themselves"):
+        dataset.save({})
+
+
+def test_arrays_load_as_the_path_of_one_file(tmp_path: Path) -> None:
+    dataset = SiteArraysDataset(str(tmp_path / "site.safetensors"))
+    with pytest.raises(DatasetError, match="--pipeline=preprocessing"):
+        dataset.load()
+
+    dataset.save({"images": np.zeros((1, 3, 16, 16), np.uint8), "sizes": np.ones((1, 2), np.int32)})
+
+    assert dataset.load() == tmp_path / "site.safetensors"
+    assert files_in(tmp_path) == ["site.safetensors"]

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from fedsca_pipeline.federation.checkpoint import RoundRecord, SiteRecord
+from fedsca_pipeline.pipelines.federated_training.progress import RoundProgress
+
+
+def shown(*records: RoundRecord) -> str:
+    stream = io.StringIO()
+    with RoundProgress(("a", "b"), 2, Console(file=stream, width=120)) as progress:
+        progress.step("a", 1, 4, 0.25)
+        for record in records:
+            progress.round_done(record)
+    return stream.getvalue()
+
+
+def test_a_round_leaves_one_line_with_loss_dice_sites_and_bytes() -> None:
+    site = SiteRecord(bytes_up=1_500_000, loss=0.5, dice_validation=0.25)
+
+    text = shown(RoundRecord(round=1, final=False, sites={"a": site, "b": site}))
+
+    assert "round 1/2: loss 0.500, Dice of round 0 0.250, 2 of 2 sites, 3.00 MB up" in text
+
+
+def test_an_absent_site_is_named_with_the_reason() -> None:
+    sites = {"a": SiteRecord(loss=0.5, dice_validation=0.25), "b": SiteRecord(absent="power cut")}
+
+    assert "b: absent (power cut)" in shown(RoundRecord(round=1, final=False, sites=sites))
+
+
+def test_the_final_line_is_of_the_last_round() -> None:
+    sites = {"a": SiteRecord(dice_validation=0.75), "b": SiteRecord(dice_validation=0.25)}
+
+    assert "round 2/2: validation Dice 0.500" in shown(RoundRecord(round=3, final=True, sites=sites))
