@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from fedsca_pipeline.config import DemoSitesConfig, PreprocessingConfig
+from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.sites.demo import write_demo_sites
 from fedsca_pipeline.sites.discovery import DEMO_SITES, discover_sites, fingerprint_site
 from fedsca_pipeline.sites.prepare import prepare_site
@@ -127,3 +128,12 @@ def test_few_images_still_fill_three_splits(tmp_path: Path, images: int) -> None
     for site in DEMO_SITES:
         counts = prepare_site(tmp_path, site, PreprocessingConfig(image_size=32), seed=0).report["counts"]
         assert min(counts["train"], counts["validation"], counts["test"]) >= 1
+
+
+def test_folders_that_are_no_sites_are_named_instead_of_adding_phantoms(tmp_path: Path) -> None:
+    (tmp_path / "hospital" / "imgs").mkdir(parents=True)
+
+    with pytest.raises(DataError, match=r"no site in hospital; a site is a folder with images/ and masks/"):
+        write_demo_sites(tmp_path, DemoSitesConfig())
+
+    assert [path.name for path in tmp_path.iterdir()] == ["hospital"]
