@@ -32,8 +32,8 @@ lint: install  ## style, formatting, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-benchmark: install  ## benchmarks/nuclei.py on the nuclei sites (DATA=folder), three seeds
-	$(BIN)/python benchmarks/nuclei.py --data $(or $(DATA),../shared/data/nuclei)
+benchmark: install  ## benchmarks/nuclei.py on the nuclei sites in DATA=folder, three seeds
+	$(BIN)/python benchmarks/nuclei.py --data $(or $(DATA),$(error give the nuclei sites as DATA=folder: docs/nuclei.md))
 
 lock: install  ## write requirements.lock anew from what is installed
 	$(BIN)/pip freeze --exclude-editable | sed -E '/^(pip|setuptools|wheel)==/d; s/\+cpu$$//' > requirements.lock

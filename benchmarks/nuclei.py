@@ -104,7 +104,8 @@ def _train(options: argparse.Namespace, strategy: str, seed: int) -> dict[str, A
         ",".join([*(f"{key}={value}" for key, value in parameters.items()), *further]),
     )
     table = json.loads((root / "08_reporting" / "final_table.json").read_text())
-    rounds = sorted((root / "07_model_output" / "rounds").glob("*/round_*.json"))
+    run = json.loads((root / "06_models" / "run_description.json").read_text())["fingerprint"]
+    rounds = sorted((root / "07_model_output" / "rounds" / run).glob("round_*.json"))
     records = [json.loads(path.read_text()) for path in rounds]
     return {
         "strategy": strategy,

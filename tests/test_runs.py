@@ -145,6 +145,16 @@ class TestOpenRun:
         assert checkpoint.exists()
         assert read_json(tmp_path / "current.json")["description"] == described(rounds=5)
 
+    def test_what_a_killed_command_left_half_written_is_cleared_away(self, tmp_path: Path) -> None:
+        checkpoint = leave_a_checkpoint(tmp_path, described())
+        left = checkpoint.with_name(".round_00002.safetensors.x1y2.partial")
+        left.write_bytes(b"half")
+
+        open_run(tmp_path, described(), force=False)
+
+        assert not left.exists()
+        assert checkpoint.exists()
+
     def test_asking_alone_writes_nothing(self, tmp_path: Path) -> None:
         refuse_another_run(tmp_path, described())
 

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from fedsca_pipeline import load_site_model
+from fedsca_pipeline import load_site_model, site_model
 from fedsca_pipeline.adapters.attach import attach_adapters, tensor_layout
 from fedsca_pipeline.config import AdaptersConfig, FoundationConfig, NormaliseConfig
 from fedsca_pipeline.errors import WeightsError
@@ -160,6 +161,40 @@ def test_a_card_that_cannot_be_read_is_named(folder: Path, tmp_path: Path) -> No
 
     with pytest.raises(WeightsError, match="site_model"):
         load_site_model(copy)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: disk full")])
+@pytest.mark.parametrize("part", ["write_tensors", "write_json", "_save_adapter"])
+def test_a_full_disk_costs_no_earlier_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, error: Exception
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise error
+
+    folder = make_model(tmp_path / "north", tmp_path / "foundations")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(site_model, part, full)
+
+    with pytest.raises(WeightsError, match=r"north: the model cannot be written .*; make room"):
+        make_model(folder, tmp_path / "foundations")
+
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_what_a_killed_command_left_is_cleared_away(tmp_path: Path) -> None:
+    left = tmp_path / "north" / ".site_model.partial" / "adapter_model.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+
+    folder = make_model(tmp_path / "north", tmp_path / "foundations")
+
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "decoder.safetensors",
+        "site_model.json",
+    ]
 
 
 def test_tensors_of_another_model_are_refused(tmp_path: Path) -> None:

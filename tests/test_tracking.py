@@ -123,6 +123,23 @@ class TestTracker:
             assert run.data.metrics
             assert all(len(steps) == 1 for steps in all_steps(client, run.info.run_id).values())
 
+    def test_parameters_that_a_killed_command_did_not_log_are_logged_by_the_next(
+        self, tracker: Tracker, config: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def killed(client: MlflowClient, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, "log_batch", killed)
+            with pytest.raises(KeyboardInterrupt):
+                tracker.open(DESCRIPTION)
+        resumed = Tracker(config, tmp_path, "kedro run")
+        resumed.open(DESCRIPTION)
+
+        assert resumed.run_id is not None
+        run = MlflowClient(tracking_uri=config.tracking_uri).get_run(resumed.run_id)
+        assert run.data.params["federation.strategy"] == "fedsca"
+
     def test_another_fingerprint_is_another_run(self, tracker: Tracker, config: TrackingConfig, tmp_path: Path) -> None:
         tracker.open(DESCRIPTION)
         other = Tracker(config, tmp_path, "kedro run")

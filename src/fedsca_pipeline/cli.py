@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from difflib import get_close_matches
 from typing import Any
 
 import click
 from kedro import KedroDeprecationWarning
+from kedro.config import MissingConfigException
 from kedro.framework.cli.project import run as kedro_run
+from kedro.framework.project import pipelines
 from kedro.io import DatasetError
 from kedro.validation.exceptions import ParameterValidationError
 
@@ -27,16 +30,21 @@ def cli() -> None:
 def _run(**options: Any) -> Any:
     # README's commands keep the option users know; Kedro 1.7 warns that it will be renamed.
     warnings.filterwarnings("ignore", message="Option '--pipeline' is deprecated", category=KedroDeprecationWarning)
+    for name in [options["pipeline"]] if options["pipeline"] else options["pipelines"]:
+        if name not in pipelines:
+            near = get_close_matches(name, pipelines, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise click.BadParameter(f"there is no pipeline {name!r}.{hint} There are: {', '.join(sorted(pipelines))}")
     try:
         return kedro_run.callback(**options)
     except RunUpToDate as done:
         click.echo("Everything is up to date: nothing was run (--params=force=true runs anyway).")
         show_result(done.table, done.mlflow)
         return {}
-    except (FedscaError, DatasetError, ParameterValidationError) as error:
+    except (FedscaError, DatasetError, MissingConfigException, ParameterValidationError) as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
-        raise click.ClickException(f"{error.strerror}: {error.filename}; nothing that was there is lost") from error
+        raise click.ClickException(f"{error.strerror or error}: {error.filename or 'no file named'}") from error
     except KeyboardInterrupt:
         for hooks in HOOKS:
             hooks.interrupted()

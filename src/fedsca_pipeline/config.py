@@ -6,6 +6,7 @@ YAML key. Unknown keys are refused. Nothing heavy is imported here.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -15,7 +16,7 @@ Positive = Annotated[float, Field(gt=0.0)]
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunConfig(_Config):
@@ -113,7 +114,7 @@ class AdaptersConfig(_Config):
 
     method: str = Field("fel", description="fel, lora, or any PEFT method that attaches to linear layers")
     width: int | None = Field(None, ge=1, le=1024, description="fel: bottleneck width; null: 32 or 64 by embedding")
-    scale: Positive = Field(0.5, description="fel: of the adapter beside the MLP (DESIGN section 3.1)")
+    scale: Positive = Field(0.5, description="fel: of the adapter beside the MLP (docs/method.md)")
     seed: int = Field(0, ge=0, description="of the down projections, shared by all sites")
     options: dict[str, Any] = Field(default_factory=dict, description="further fields of the PEFT config, e.g. {r: 4}")
 
@@ -158,6 +159,10 @@ class FederationConfig(_Config):
     inject_failures: dict[str, list[int]] = Field(
         default_factory=dict, description="for tests: site: [rounds] in which it fails"
     )
+
+    def drawn(self, sites: int) -> int:
+        """Return how many of ``sites`` take part in a round: the nearest whole number to the share, at least one."""
+        return max(1, math.floor(self.participation * sites + 0.5))
 
 
 class EvaluationConfig(_Config):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fedsca_pipeline.errors import WeightsError
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +45,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_partial_files(folder: Path) -> None:
+    """Remove what killed commands left half-written below ``folder``, into which nobody else may be writing."""
+    for path in folder.rglob(".*.partial"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file over ``target``, on the same disk, and make that last."""
+    source.replace(target)
+    _fsync(target.parent)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` atomically."""
     with atomic_path(path) as temporary:
@@ -67,10 +82,33 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read every tensor of a safetensors file."""
+    """Read every tensor of a safetensors file.
+
+    Raises:
+        WeightsError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return load_file(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_header(path: Path, key: str) -> Any:
+    """Read the JSON that a safetensors file carries in its metadata under ``key``.
+
+    Raises:
+        WeightsError: the file is missing or damaged, or carries no such entry.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return json.loads((file.metadata() or {})[key])
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise _unreadable(path, error) from error
 
 
 def sha256_file(path: Path) -> str:
@@ -83,6 +121,12 @@ def fingerprint(value: Any) -> str:
     """Return 16 hex digits that identify a JSON-serialisable value whatever the order of its keys."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _unreadable(path: Path, error: Exception) -> WeightsError:
+    return WeightsError(
+        f"{path}: cannot be read as safetensors ({error!r}); run again with --params=force=true to make it anew"
+    )
 
 
 def _fsync(path: Path) -> None:

@@ -14,8 +14,12 @@ from kedro.framework.hooks import hook_impl
 from kedro.framework.project import pipelines
 from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
+from kedro.pipeline.node import Node
+from pydantic import ValidationError
 
+from fedsca_pipeline.config import FoundationConfig
 from fedsca_pipeline.errors import TrackingError
+from fedsca_pipeline.federation.strategies import check_names
 from fedsca_pipeline.files import read_json, write_json
 from fedsca_pipeline.summary import show_result
 from fedsca_pipeline.tracking import Tracker, TrackingConfig
@@ -52,8 +56,9 @@ class ProjectHooks:
 
         raw = context.config_loader["catalog"]["raw_sites"]["path"]
         raw_folder.set(context.project_path / raw)
-        config = TrackingConfig.model_validate(context.config_loader["mlflow"])
-        self._tracker = Tracker(config, context.project_path, command=" ".join(["kedro", *sys.argv[1:]]))
+        self._tracker = Tracker(
+            _tracking_config(context), context.project_path, command=" ".join(["kedro", *sys.argv[1:]])
+        )
 
     @hook_impl
     def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
@@ -63,11 +68,24 @@ class ProjectHooks:
         whole = [name for name in names if name in _WHOLE_RUNS]
         parameters = catalog.load("parameters")
         _refuse_unknown_keys(parameters)
-        if whole and not any(run_params.get(key) for key in _SLICES) and not parameters["force"]:
-            _raise_if_up_to_date(whole[-1], catalog)
+        check_names(parameters["strategies"])
+        description = _described_now(parameters, catalog)
+        if whole and description and not any(run_params.get(key) for key in _SLICES) and not parameters["force"]:
+            _raise_if_up_to_date(whole[-1], description, catalog)
         if "params:strategies" in pipeline.inputs():
             _check_parameters(parameters)
-            _refuse_another_run(parameters, catalog)
+            if description and not parameters["force"]:
+                from fedsca_pipeline.runs import refuse_another_run
+
+                refuse_another_run(catalog.load("checkpoints"), description)
+        elif description and "run_description" in pipeline.inputs():
+            _refuse_other_models(description, catalog)
+
+    @hook_impl
+    def before_node_run(self, node: Node, catalog: DataCatalog) -> None:
+        """Forget the last whole run as soon as something is made that its table would no longer describe."""
+        if _REPORTED.intersection(node.outputs):
+            (catalog.load("reporting") / _LAST_RUN).unlink(missing_ok=True)
 
     @hook_impl
     def after_dataset_saved(self, dataset_name: str, data: Any) -> None:
@@ -88,12 +106,12 @@ class ProjectHooks:
         if self._tracker is None:
             return
         mlflow = {"run_id": self._tracker.run_id or "", "uri": self._tracker.uri}
-        self._tracker.close("FINISHED")
         whole = [name for name in run_params.get("pipeline_names") or ["__default__"] if name in _WHOLE_RUNS]
         if whole and not any(run_params.get(key) for key in _SLICES):
             last = {"pipelines": _covered(whole[-1]), "description": catalog.load("run_description"), "mlflow": mlflow}
             write_json(catalog.load("reporting") / _LAST_RUN, last)
             show_result(catalog.load("final_metrics"), mlflow)
+        self._tracker.close("FINISHED")
 
     @hook_impl
     def on_pipeline_error(self, error: Exception) -> None:
@@ -128,8 +146,19 @@ class ProjectHooks:
         return Path(filepath) if filepath is not None else None
 
 
+# What `last_run.json` vouches for.
+_REPORTED = frozenset({"site_models", "final_metrics"})
 # Saving one of these needs an MLflow run; they are what a pipeline that logs saves first.
 _OPENERS = frozenset({"run_description", "round_metrics", "site_models", "final_metrics", "learning_curves"})
+
+
+def _tracking_config(context: KedroContext) -> TrackingConfig:
+    try:
+        return TrackingConfig.model_validate(context.config_loader["mlflow"])
+    except ValidationError as error:
+        from fedsca_pipeline.errors import ConfigError
+
+        raise ConfigError(f"mlflow.yml: {error}") from error
 
 
 def _is_memory(dataset_name: str) -> bool:
@@ -164,10 +193,11 @@ def _check_parameters(parameters: Mapping[str, Any]) -> None:
         ConfigError: naming the YAML key.
     """
     from fedsca_pipeline.errors import ConfigError
-    from fedsca_pipeline.federation.strategies import build_strategy
+    from fedsca_pipeline.federation.strategies import build_strategy, check_options
 
     federation, sites = parameters["federation"], _sites()
-    build_strategy(federation.strategy, parameters["strategies"].get(federation.strategy, {}))
+    build_strategy(federation.strategy, parameters["strategies"].get(federation.strategy) or {})
+    check_options(parameters["strategies"])
     named = {
         "federation.inject_failures": federation.inject_failures,
         "preprocessing.split.overrides": parameters["preprocessing"].split.overrides,
@@ -175,8 +205,10 @@ def _check_parameters(parameters: Mapping[str, Any]) -> None:
     for key, value in named.items():
         if unknown := sorted(set(value) - set(sites)):
             raise ConfigError(f"{key}: no such site: {', '.join(unknown)}; there are {', '.join(sites)}")
-    if federation.quorum > len(sites):
-        raise ConfigError(f"federation.quorum: {federation.quorum}, but there are {len(sites)} sites")
+    if federation.quorum > (drawn := federation.drawn(len(sites))):
+        raise ConfigError(
+            f"federation.quorum: {federation.quorum}, but only {drawn} of {len(sites)} sites are drawn in a round"
+        )
     if len(sites) == 1:
         logger.warning("only one site, %s: this is local training, nothing is federated", sites[0])
 
@@ -189,31 +221,35 @@ def _sites() -> tuple[str, ...]:
     return (discover_sites(raw) if raw else ()) or DEMO_SITES
 
 
-def _refuse_another_run(parameters: Mapping[str, Any], catalog: DataCatalog) -> None:
-    """Refuse to resume under another configuration before anything is written; training checks it again.
+def _refuse_other_models(description: Mapping[str, Any], catalog: DataCatalog) -> None:
+    """Refuse to score models under parameters, or on data, that are not theirs.
 
     Raises:
         ResumeError: saying what changed.
     """
-    description = _described_now(parameters, catalog)
-    if description is None or parameters["force"]:
-        return
-    from fedsca_pipeline.runs import refuse_another_run
+    from fedsca_pipeline.errors import ResumeError
+    from fedsca_pipeline.runs import changes
 
-    refuse_another_run(catalog.load("checkpoints"), description)
+    if catalog.exists("run_description") and (changed := changes(catalog.load("run_description"), description)):
+        raise ResumeError(
+            "the models were trained under another configuration, data or code. What changed:\n  "
+            + "\n  ".join(changed)
+            + "\nPut it back, or train with 'kedro run --pipeline=federated_training'."
+        )
 
 
-def _raise_if_up_to_date(pipeline: str, catalog: DataCatalog) -> None:
+def _raise_if_up_to_date(pipeline: str, description: Mapping[str, Any], catalog: DataCatalog) -> None:
     last_run = catalog.load("reporting") / _LAST_RUN
-    if not last_run.is_file() or not catalog.exists("final_metrics") or not catalog.exists("site_models"):
+    if not last_run.is_file() or not all(catalog.exists(name) for name in pipelines[pipeline].all_outputs()):
         return
-    last = read_json(last_run)
-    models: Path = catalog.load("models")
-    trained = [site for site, kept in catalog.load("site_models")["sites"].items() if "best" in kept]
-    if pipeline not in last["pipelines"] or not all((models / s / "site_model.json").is_file() for s in trained):
-        return
-    description = _described_now(catalog.load("parameters"), catalog)
-    if description is not None and description["fingerprint"] == last["description"]["fingerprint"]:
+    last, index, models = read_json(last_run), catalog.load("site_models"), catalog.load("models")
+    made_by = {last["description"]["fingerprint"], catalog.load("run_description")["fingerprint"], index["fingerprint"]}
+    trained = [site for site, kept in index["sites"].items() if "best" in kept]
+    if (
+        pipeline in last["pipelines"]
+        and made_by == {description["fingerprint"]}
+        and all((models / site / "site_model.json").is_file() for site in trained)
+    ):
         raise RunUpToDate(catalog.load("final_metrics"), last["mlflow"])
 
 
@@ -227,9 +263,19 @@ def _described_now(parameters: Mapping[str, Any], catalog: DataCatalog) -> dict[
     from fedsca_pipeline.sites.discovery import fingerprint_site
 
     raw = catalog.load("raw_sites")
+    configuration = configuration_of(parameters)
     return describe_run(
-        configuration_of(parameters),
+        configuration,
         {site: data_version(fingerprint_site(raw, site), catalog.load(f"{site}.report")) for site in sites},
-        catalog.load("foundation_provenance")["sha256"],
-        resolve_threads(parameters["run"].threads),
+        _foundation_hash(FoundationConfig(**configuration["foundation"]), catalog),
+        resolve_threads(configuration["run"]["threads"]),
     )
+
+
+def _foundation_hash(foundation: FoundationConfig, catalog: DataCatalog) -> str:
+    """The weights' hash: of a local folder as it is now, else as the foundation was fetched."""
+    if foundation.source and Path(foundation.source).is_dir():
+        from fedsca_pipeline.foundation import prepare_foundation
+
+        return prepare_foundation(foundation, catalog.load("foundations")).sha256
+    return catalog.load("foundation_provenance")["sha256"]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fedsca_pipeline.errors import ResumeError
-from fedsca_pipeline.files import fingerprint, read_json, write_json
+from fedsca_pipeline.files import fingerprint, read_json, remove_partial_files, write_json
 
 # Libraries whose version changes the numbers of a run.
-_LIBRARIES = ("torch", "monai", "peft", "transformers", "numpy")
+_LIBRARIES = ("torch", "monai", "peft", "transformers", "numpy", "pillow", "tifffile", "scikit-image")
 _CURRENT = "current.json"
 
 
@@ -88,9 +89,12 @@ class RunFolder:
         return self.checkpoints / self.fingerprint / "sites"
 
     def clear(self) -> None:
-        """Delete the run's checkpoints and states."""
-        for path in _deepest_first(self.checkpoints / self.fingerprint):
-            path.rmdir() if path.is_dir() else path.unlink()
+        """Delete the run's checkpoints and states; killed in between, it leaves no half of them in place."""
+        doomed = self.checkpoints / f".{self.fingerprint}.partial"
+        shutil.rmtree(doomed, ignore_errors=True)
+        if (self.checkpoints / self.fingerprint).is_dir():
+            (self.checkpoints / self.fingerprint).rename(doomed)
+            shutil.rmtree(doomed)
 
 
 def open_run(checkpoints: Path, description: Mapping[str, Any], *, force: bool) -> RunFolder:
@@ -106,6 +110,7 @@ def open_run(checkpoints: Path, description: Mapping[str, Any], *, force: bool) 
         folder.clear()
     else:
         refuse_another_run(checkpoints, description)
+    remove_partial_files(checkpoints)
     write_json(checkpoints / _CURRENT, {"finished": False, "description": dict(description)})
     return folder
 
@@ -120,7 +125,7 @@ def refuse_another_run(checkpoints: Path, description: Mapping[str, Any]) -> Non
     current = read_json(marker) if marker.is_file() else None
     if current is None or current["finished"]:
         return
-    if changed := differences(_named(current["description"]), _named(description)):
+    if changed := changes(current["description"], description):
         raise ResumeError(
             "an unfinished run lies in the checkpoints, of another configuration, data or code. What changed:\n  "
             + "\n  ".join(changed)
@@ -134,15 +139,12 @@ def finish_run(checkpoints: Path) -> None:
     write_json(marker, {**read_json(marker), "finished": True})
 
 
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Name what differs between two runs' descriptions, configuration by its YAML keys."""
+    return differences(_named(old), _named(new))
+
+
 def _named(description: Mapping[str, Any]) -> dict[str, Any]:
     """Lift the configuration to the top, so that differences read like YAML keys."""
     rest = {key: value for key, value in description.items() if key not in ("configuration", "fingerprint")}
     return {**description["configuration"], **rest}
-
-
-def _deepest_first(path: Path) -> Iterator[Path]:
-    if path.is_dir():
-        for child in path.iterdir():
-            yield from _deepest_first(child)
-    if path.exists():
-        yield path

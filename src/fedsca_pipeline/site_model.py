@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from fedsca_pipeline.adapters.attach import load_adapters
 from fedsca_pipeline.config import FoundationConfig, NormaliseConfig
 from fedsca_pipeline.errors import WeightsError
 from fedsca_pipeline.evaluation.metrics import predict_masks
-from fedsca_pipeline.files import read_json, read_tensors, write_bytes, write_json, write_tensors
+from fedsca_pipeline.files import move, read_json, read_tensors, write_bytes, write_json, write_tensors
 from fedsca_pipeline.foundation import load_foundation, prepare_foundation
 from fedsca_pipeline.foundation.model import SegmentationModel
 from fedsca_pipeline.sites.geometry import fit_image, normalise
@@ -85,18 +86,31 @@ def save_site_model(
 ) -> None:
     """Write a site's model: install ``tensors`` in ``network``, then adapter, decoder and, last, the card.
 
-    A folder without its card is not a model, so an interrupted write is never mistaken for one.
+    All is written beside its place first, so that a full disk costs no earlier model. A folder without its card is not
+    a model, so an interrupted move is never mistaken for one.
 
     Raises:
-        WeightsError: the tensors are not the network's.
+        WeightsError: the tensors are not the network's, or they cannot be written.
     """
-    discard_site_model(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     install(network, tensors)
-    _save_adapter(network, folder)
-    write_tensors(folder / DECODER, {n: t for n, t in tensors.items() if n.startswith("decoder.")})
     card = SiteModelCard(**{**card, "foundation_root": os.path.relpath(card["foundation_root"], folder)})
-    write_json(folder / CARD, card.model_dump(mode="json"))
+    scratch = folder / ".site_model.partial"
+    try:
+        # A killed command may have left it.
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        _save_adapter(network, scratch)
+        write_tensors(scratch / DECODER, {n: t for n, t in tensors.items() if n.startswith("decoder.")})
+        write_json(scratch / CARD, card.model_dump(mode="json"))
+        discard_site_model(folder)
+        for file in sorted(scratch.iterdir(), key=lambda path: path.name == CARD):
+            move(file, folder / file.name)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(
+            f"{folder}: the model cannot be written ({error}); make room there and run the same command again"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def discard_site_model(folder: Path) -> None:
@@ -156,11 +170,7 @@ def load_site_model(path: str | Path, foundation_root: str | Path | None = None,
 
 
 def _save_adapter(network: SegmentationModel, folder: Path) -> None:
-    import tempfile
-
-    # PEFT writes in place; writing beside and moving keeps the earlier adapter whole if the disk is full.
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        network.encoder.save_pretrained(scratch, safe_serialization=True)
-        for file in sorted(Path(scratch).iterdir()):
-            if file.is_file():
-                write_bytes(folder / file.name, file.read_bytes())
+    network.encoder.save_pretrained(str(folder), safe_serialization=True)
+    for file in sorted(folder.iterdir()):
+        # Once more, since PEFT does not fsync.
+        write_bytes(file, file.read_bytes())

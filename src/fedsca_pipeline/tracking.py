@@ -7,6 +7,7 @@ of its own, write into the same MLflow run. mlflow is imported when the first th
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import time
@@ -89,6 +90,8 @@ class Tracker:
     def _find_or_start(self, description: Mapping[str, Any]) -> None:
         from mlflow import MlflowClient
 
+        # It prints, with a traceback, what it raises too.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         self._client = MlflowClient(tracking_uri=self.uri)
         experiment = self._experiment(self._client)
         found = self._client.search_runs(
@@ -103,6 +106,9 @@ class Tracker:
             self._remember(parent)
         else:
             parent = self._start(experiment, description)
+        # A command may have been killed between the two.
+        if not parent.data.params:
+            self._log_parameters(parent.info.run_id, description["configuration"])
         self._runs = {"": parent.info.run_id}
         self._sites(experiment, description)
 
@@ -175,12 +181,13 @@ class Tracker:
             "mlflow.source.type": "PROJECT",
             "mlflow.source.git.commit": _git_commit(self._project),
         }
-        parent = client.create_run(experiment, run_name=name, tags=tags)
+        return client.create_run(experiment, run_name=name, tags=tags)
+
+    def _log_parameters(self, run_id: str, configuration: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
         parameters = [Param(key, value[:_LONGEST_PARAMETER]) for key, value in flat(configuration).items()]
-        client.log_batch(parent.info.run_id, params=parameters)
-        return parent
+        self._require().log_batch(run_id, params=parameters)
 
     def _sites(self, experiment: str, description: Mapping[str, Any]) -> None:
         client = self._require()
@@ -223,7 +230,9 @@ class Tracker:
         client = self._require()
         for record in chunk.values():
             step, now = record["round"], int(time.time() * 1000)
-            present = {site: entry for site, entry in record["sites"].items() if entry["absent"] is None}
+            # What was sent to a site that then failed crossed the wire all the same.
+            everyone = record["sites"].values()
+            present = [entry for entry in everyone if entry["absent"] is None]
             for site, entry in record["sites"].items():
                 metrics = {key: value for key, value in entry.items() if isinstance(value, int | float)}
                 validation = metrics.pop("dice_validation", None)
@@ -236,7 +245,9 @@ class Tracker:
                 Metric(f"{key}_{name}", value, now, step - 1 if key == "dice_validation" else step)
                 for key, name, reduce in _OVER_SITES
                 if key == "dice_validation" or not record["final"]
-                if (values := [e[key] for e in present.values() if e[key] is not None])
+                if (
+                    values := [e[key] for e in (everyone if key.startswith("bytes") else present) if e[key] is not None]
+                )
                 for value in [reduce(values)]
             ]
             self._log_steps(self._runs[""], totals)
@@ -308,11 +319,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _git_commit(project: Path) -> str:
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"],  # noqa: S607
-        cwd=project,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)  # noqa: S603
+    except FileNotFoundError:
+        return "unknown"
     return found.stdout.strip() or "unknown"

@@ -226,6 +226,24 @@ def finished(finished_run: tuple[Workplace, Finished]) -> Workplace:
     return finished_run[0]
 
 
+@pytest.fixture(scope="session")
+def new_sites(new_workplace: Callable[[], Workplace], finished: Workplace) -> Callable[[], Workplace]:
+    """Makes workplaces that hold the raw demonstration sites, and no more."""
+
+    def make() -> Workplace:
+        place = new_workplace()
+        shutil.copytree(finished.raw, place.raw)
+        return place
+
+    return make
+
+
+@pytest.fixture
+def sites(new_sites: Callable[[], Workplace]) -> Workplace:
+    """A workplace that holds the raw demonstration sites."""
+    return new_sites()
+
+
 @pytest.fixture
 def used(finished: Workplace, tmp_path: Path) -> Workplace:
     """A copy of the finished run's workplace."""

@@ -13,10 +13,10 @@ def records(place) -> list[dict]:
     ]
 
 
-def test_participation_draws_its_share_of_the_sites_each_round(workplace) -> None:
-    done = workplace.run("federated_training", "federation.participation=0.6,federation.rounds=3")
+def test_participation_draws_its_share_of_the_sites_each_round(sites) -> None:
+    done = sites.run("federated_training", "federation.participation=0.6,federation.rounds=3")
 
-    trained = records(workplace)[:-1]
+    trained = records(sites)[:-1]
     assert done.code == 0, done.output
     # 0.6 of four sites is two; four rounds' worth of pairs are not all the same.
     assert [len(record["accepted"]) for record in trained] == [2, 2, 2]
@@ -26,30 +26,30 @@ def test_participation_draws_its_share_of_the_sites_each_round(workplace) -> Non
         assert absent == set(SITES) - set(record["accepted"])
         assert {record["sites"][site]["absent"] for site in absent} == {"not drawn this round"}
         assert all(record["sites"][site]["bytes_up"] == 0 for site in absent)
-    (parent,) = workplace.parents()
-    for site, run in workplace.nested(parent).items():
+    (parent,) = sites.parents()
+    for site, run in sites.nested(parent).items():
         present = [record["round"] for record in trained if site in record["accepted"]]
-        assert workplace.steps(run, "loss") == present if present else "loss" not in run.data.metrics
+        assert sites.steps(run, "loss") == present if present else "loss" not in run.data.metrics
 
 
-def test_a_site_that_fails_is_absent_that_round_and_has_a_model_all_the_same(workplace) -> None:
-    done = workplace.run("federated_training", "federation.inject_failures.meadow_mri=[1],federation.rounds=2")
+def test_a_site_that_fails_is_absent_that_round_and_has_a_model_all_the_same(sites) -> None:
+    done = sites.run("federated_training", "federation.inject_failures.meadow_mri=[1],federation.rounds=2")
 
-    first, second, _ = records(workplace)
+    first, second, _ = records(sites)
     assert done.code == 0, done.output
     assert "meadow_mri: absent (injected" in done.words
     assert first["accepted"] == [site for site in SITES if site != "meadow_mri"]
     assert second["accepted"] == SITES
-    assert all((workplace.models / site / "site_model.json").is_file() for site in SITES)
+    assert all((sites.models / site / "site_model.json").is_file() for site in SITES)
 
 
-def test_too_few_sites_end_the_run_and_mended_sites_go_on_from_the_round_before(workplace) -> None:
+def test_too_few_sites_end_the_run_and_mended_sites_go_on_from_the_round_before(sites) -> None:
     failing = ",".join(f"federation.inject_failures.{site}=[2]" for site in SITES)
 
-    failed = workplace.run("federated_training", failing)
+    failed = sites.run("federated_training", failing)
 
     assert failed.code == 1
     assert "round 2: 0 valid replies, federation.quorum asks for 1" in failed.words
     assert "Traceback" not in failed.output
-    assert [path.stem for path in workplace.checkpoints.glob("*/server/*")] == ["round_00001"]
-    assert workplace.parents()[0].info.status == "FAILED"
+    assert [path.stem for path in sites.checkpoints.glob("*/server/*")] == ["round_00001"]
+    assert sites.parents()[0].info.status == "FAILED"

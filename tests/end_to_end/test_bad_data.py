@@ -12,7 +12,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from fedsca_pipeline import load_site_model
+
 SITE = "clinic"
+# The smoke preset's working size: nothing is resized.
+SIDE = 32
 
 
 def write(path: Path, pixels: np.ndarray) -> None:
@@ -24,8 +28,8 @@ def write_site(folder: Path, images: int = 8, seed: int = 0) -> None:
     """Write noise with a bright square, and its mask."""
     rng = np.random.default_rng(seed)
     for number in range(images):
-        image, mask = rng.integers(0, 100, (40, 40), np.uint8), np.zeros((40, 40), np.uint8)
-        top, left = rng.integers(2, 20, 2)
+        image, mask = rng.integers(0, 100, (SIDE, SIDE), np.uint8), np.zeros((SIDE, SIDE), np.uint8)
+        top, left = rng.integers(2, 18, 2)
         image[top : top + 12, left : left + 12] += 120
         mask[top : top + 12, left : left + 12] = 1
         write(folder / "images" / f"p{number}.png", image)
@@ -42,11 +46,11 @@ def lose_a_mask(site: Path) -> None:
 
 
 def resize_a_mask(site: Path) -> None:
-    write(site / "masks" / "p3.png", np.ones((40, 30), np.uint8))
+    write(site / "masks" / "p3.png", np.ones((SIDE, SIDE - 2), np.uint8))
 
 
 def add_a_label(site: Path) -> None:
-    mask = np.zeros((40, 40), np.uint8)
+    mask = np.zeros((SIDE, SIDE), np.uint8)
     mask[:4], mask[4:8] = 1, 7
     write(site / "masks" / "p3.png", mask)
 
@@ -63,7 +67,7 @@ def keep_two_images(site: Path) -> None:
 
 def empty_every_mask(site: Path) -> None:
     for path in (site / "masks").iterdir():
-        write(path, np.zeros((40, 40), np.uint8))
+        write(path, np.zeros((SIDE, SIDE), np.uint8))
 
 
 def lose_the_masks(site: Path) -> None:
@@ -83,7 +87,7 @@ Breakage = Callable[[Path], None]
 SAMPLES: list[tuple[Breakage, str, str]] = [
     (truncate_an_image, "clinic/images/p3.png: cannot be read", "copy or export the file again"),
     (lose_a_mask, "clinic/images/p3.png: image without a mask", "add masks/p3.png"),
-    (resize_a_mask, "clinic/masks/p3.png: is 40 x 30 pixels", "export both at one size"),
+    (resize_a_mask, "clinic/masks/p3.png: is 32 x 30 pixels", "export both at one size"),
     (add_a_label, "clinic/masks/p3.png:", "label_map"),
     (copy_an_image, "clinic/images/p3.png: the same picture as images/p0.png", "delete one of them"),
 ]
@@ -169,7 +173,7 @@ def test_quarantine_does_not_excuse_a_site_without_usable_images(
 
 
 def test_an_empty_mask_is_a_valid_negative(place) -> None:
-    write(place.raw / SITE / "masks" / "p3.png", np.zeros((40, 40), np.uint8))
+    write(place.raw / SITE / "masks" / "p3.png", np.zeros((SIDE, SIDE), np.uint8))
 
     done = place.run("preprocessing")
 
@@ -224,8 +228,15 @@ def test_own_sites_are_left_alone_by_the_demonstration(place) -> None:
     assert place.contents("01_raw") == raw
 
 
-def test_one_site_alone_trains_locally_with_a_warning(place) -> None:
-    done = place.run("federated_training")
+@pytest.fixture(scope="module")
+def trained(prepared, tmp_path_factory: pytest.TempPathFactory):
+    """A workplace with one trained site, and what the command printed."""
+    place = prepared.moved(tmp_path_factory.mktemp("trained") / "place")
+    return place, place.run("federated_training")
+
+
+def test_one_site_alone_trains_locally_with_a_warning(trained) -> None:
+    place, done = trained
 
     table = json.loads((place.reporting / "final_table.json").read_text())
     (record, *_) = sorted((place.data / "07_model_output" / "rounds").glob("*/*.json"))
@@ -234,4 +245,19 @@ def test_one_site_alone_trains_locally_with_a_warning(place) -> None:
     assert "local training" in done.words
     assert SITE in table
     assert json.loads(record.read_text())["sites"][SITE]["self_weight"] == 1.0
-    assert (place.models / SITE / "site_model.json").is_file()
+
+
+def test_a_loaded_site_model_segments_as_evaluation_did(trained) -> None:
+    place, _ = trained
+    scores = pd.read_csv(place.test_scores(SITE), dtype={"image": str}).set_index(["model", "image"])["dice"]
+
+    for name, folder in (("chosen", place.models / SITE), ("after", place.models / SITE / "last_round")):
+        model = load_site_model(folder)
+        for image, expected in scores[name].items():
+            with Image.open(place.raw / SITE / "images" / f"{image}.png") as picture:
+                predicted = model.segment(np.array(picture)) > 0
+            with Image.open(place.raw / SITE / "masks" / f"{image}.png") as picture:
+                truth = np.array(picture) > 0
+            dice = 2 * (predicted & truth).sum() / (predicted.sum() + truth.sum())
+            assert dice == pytest.approx(expected, abs=1e-6)
+            assert predicted.any()

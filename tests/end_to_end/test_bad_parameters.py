@@ -36,7 +36,7 @@ def test_a_wrong_parameter_is_named_and_nothing_is_written(workplace, params: st
     ("params", "said"),
     [
         ("federation.inject_failures.nowhere=1", "federation"),
-        ("federation.quorum=5", "federation.quorum: 5, but there are 4 sites"),
+        ("federation.quorum=5", "federation.quorum: 5, but only 4 of 4 sites"),
     ],
 )
 def test_a_parameter_at_odds_with_the_sites_is_named(workplace, params: str, said: str) -> None:

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
-# Bytes: the smoke preset's arrays are about 41 kB a site, its server checkpoints 45 kB, its site states 151 kB.
-ROOM = (30_000, 44_000, 100_000)
+# Bytes: the smoke preset's arrays are about 41 kB a site, its site states 151 kB.
+ROOM = (30_000, 100_000)
 PARAMS = "federation.rounds=1"
 
 
-@pytest.fixture(scope="module")
-def demo(new_workplace):
-    """A workplace with raw sites only."""
-    place = new_workplace()
-    assert place.run("demo_sites").code == 0
-    return place
-
-
-def test_a_full_disk_is_named_and_with_room_again_the_same_command_goes_on(demo, no_mlflow, tmp_path) -> None:
+def test_a_full_disk_is_named_and_with_room_again_the_same_command_goes_on(sites, no_mlflow) -> None:
     # MLflow's database would be what outgrows the limit.
-    place = replace(demo.moved(tmp_path / "place"), conf=no_mlflow)
+    place = replace(sites, conf=no_mlflow)
     raw = place.contents("01_raw")
 
     for room in ROOM:
@@ -67,13 +57,11 @@ def test_a_full_disk_while_demonstration_sites_are_written_leaves_none(workplace
     assert len(list(workplace.raw.iterdir())) == 4
 
 
-def test_a_full_disk_at_mlflow_s_place_is_told_from_one_at_the_data(demo, tmp_path) -> None:
-    place = demo.moved(tmp_path / "place")
-
-    stopped = place.run("federated_training", PARAMS, largest_file=200_000)
+def test_a_full_disk_at_mlflow_s_place_is_told_from_one_at_the_data(sites) -> None:
+    stopped = sites.run("federated_training", PARAMS, largest_file=200_000)
 
     assert stopped.code == 1
-    assert f"MLflow at sqlite:///{place.root}" in stopped.words.replace("MLflow at sqlite: ///", "MLflow at sqlite:///")
+    assert f"MLflow at sqlite:///{sites.root}" in stopped.words.replace("MLflow at sqlite: ///", "MLflow at sqlite:///")
     assert "enabled: false in mlflow.yml" in stopped.words
     assert "Traceback" not in stopped.output
-    assert place.partial_files() == []
+    assert sites.partial_files() == []

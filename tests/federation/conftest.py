@@ -15,7 +15,7 @@ from fedsca_pipeline.config import AdaptersConfig, FoundationConfig, TrainingCon
 from fedsca_pipeline.federation.local import LocalSettings, LocalWorker
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.foundation import load_foundation
-from fedsca_pipeline.sites.arrays import SiteArrays, write_arrays
+from fedsca_pipeline.sites.arrays import SiteArrays, manifest_digest, write_arrays
 
 SIDE = 32
 
@@ -35,7 +35,6 @@ def make_site(tmp_path: Path) -> Callable[..., SiteArrays]:
             images[index, :, masks[index] == 1] += 120
         sizes = np.full((count, 2), SIDE, np.int32)
         path = tmp_path / f"{name}.safetensors"
-        write_arrays(path, {"images": images, "masks": masks, "sizes": sizes})
         splits = ["train"] * 5 + ["validation"] * 2 + ["test"]
         stems = [f"{index:03d}" for index in range(count)]
         manifest = pd.DataFrame(
@@ -49,6 +48,8 @@ def make_site(tmp_path: Path) -> Callable[..., SiteArrays]:
                 "row": range(count),
             }
         )
+        arrays = {"images": images, "masks": masks, "sizes": sizes, "manifest": manifest_digest(manifest)}
+        write_arrays(path, arrays)
         return SiteArrays(path, manifest)
 
     return make
@@ -58,10 +59,12 @@ def make_site(tmp_path: Path) -> Callable[..., SiteArrays]:
 def make_worker() -> Callable[..., LocalWorker]:
     """Build a worker on a fresh random foundation; keyword arguments go to the training parameters."""
 
-    def make(strategy: str = "fedsca", wire_dtype: str = "fp32", **training: Any) -> LocalWorker:
+    def make(
+        strategy: str = "fedsca", wire_dtype: str = "fp32", adapters: AdaptersConfig | None = None, **training: Any
+    ) -> LocalWorker:
         foundation = FoundationConfig(name="random")
         model = load_foundation(foundation, Path("unused"), image_size=SIDE, classes=1)
-        attach_adapters(model, AdaptersConfig(width=4))
+        attach_adapters(model, adapters or AdaptersConfig(width=4))
         settings = LocalSettings(
             run="run",
             seed=0,

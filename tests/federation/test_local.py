@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedsca_pipeline.config import AdaptersConfig
 from fedsca_pipeline.errors import MessageError, SiteError
 from fedsca_pipeline.federation.local import LocalWorker, ignore_step, warm_up
 from fedsca_pipeline.federation.messages import Manifest, decode, encode, hash_tensors
@@ -161,6 +162,48 @@ def test_a_loss_that_is_not_finite_fails_the_site_and_leaves_its_state(make_work
 
     with pytest.raises(SiteError, match="not finite in round 1"):
         worker.work(payload(worker, tensors=ruined), 1, "a", data, store, ignore_step)
+
+    assert store.state_before(2) is None
+
+
+def test_dropout_draws_the_same_again_whatever_was_drawn_in_between(make_worker, make_site, tmp_path: Path) -> None:
+    adapters = AdaptersConfig(method="lora", options={"r": 2, "lora_dropout": 0.5})
+    worker, data, store = make_worker(adapters=adapters), make_site("a"), SiteStore(tmp_path / "a")
+
+    first = decode(worker.work(payload(worker), 1, "a", data, store, ignore_step))
+    torch.rand(7)
+    second = decode(worker.work(payload(worker), 1, "a", data, store, ignore_step))
+
+    assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in first.tensors)
+
+
+def test_tensors_that_the_last_step_ruined_fail_the_site_and_are_not_kept(
+    make_worker, make_site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, data, store = make_worker(batch_size=5), make_site("a"), SiteStore(tmp_path / "a")
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, _: parameters[0].grad.fill_(torch.nan))
+
+    with pytest.raises(SiteError, match="the trained tensors are not finite in round 1"):
+        worker.work(payload(worker), 1, "a", data, store, ignore_step)
+
+    assert store.state_before(2) is None
+
+
+def test_an_update_that_does_not_fit_the_wire_is_not_kept_either(make_worker, make_site, tmp_path: Path) -> None:
+    worker, data, store = make_worker(wire_dtype="fp16", learning_rate=1.0), make_site("a"), SiteStore(tmp_path / "a")
+    far = {name: torch.full_like(worker.initial[name], 1e30) for name in worker.shared}
+    monkey = worker._train
+
+    def overshoot(*arguments):
+        result = monkey(*arguments)
+        with torch.no_grad():
+            for name in worker.shared:
+                worker.parameters[name].copy_(far[name])
+        return result
+
+    worker._train = overshoot
+    with pytest.raises(MessageError, match="fp16"):
+        worker.work(payload(worker), 1, "a", data, store, ignore_step)
 
     assert store.state_before(2) is None
 

@@ -37,12 +37,13 @@ def test_a_round_done_again_starts_from_the_state_before_it(tmp_path: Path) -> N
     assert store.state_before(1) is None
 
 
-def test_only_the_last_two_states_stay_on_disk(tmp_path: Path) -> None:
+def test_only_the_last_three_states_stay_on_disk(tmp_path: Path) -> None:
     store = SiteStore(tmp_path / "a")
     for round_ in range(1, 6):
         store.save_state(state(round_))
 
     assert [path.name for path in sorted((tmp_path / "a").iterdir())] == [
+        "state_00003.safetensors",
         "state_00004.safetensors",
         "state_00005.safetensors",
     ]

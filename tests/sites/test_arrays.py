@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.sites import arrays as arrays_module
-from fedsca_pipeline.sites.arrays import SiteArrays, write_arrays
+from fedsca_pipeline.sites.arrays import SiteArrays, manifest_digest, write_arrays
 
 COUNT, SIDE = 6, 16
 
@@ -40,8 +40,8 @@ def manifest() -> pd.DataFrame:
 
 
 @pytest.fixture
-def path(tmp_path: Path, arrays: dict[str, np.ndarray]) -> Path:
-    write_arrays(tmp_path / "deep" / "north.safetensors", arrays)
+def path(tmp_path: Path, arrays: dict[str, np.ndarray], manifest: pd.DataFrame) -> Path:
+    write_arrays(tmp_path / "deep" / "north.safetensors", {**arrays, "manifest": manifest_digest(manifest)})
     return tmp_path / "deep" / "north.safetensors"
 
 
@@ -92,7 +92,7 @@ def test_only_the_rows_asked_for_are_read(path: Path, manifest: pd.DataFrame, mo
             return Watched(self.file.get_slice(name))
 
         def get_tensor(self, name: str) -> np.ndarray:
-            assert name == "sizes"
+            assert name in ("sizes", "manifest")
             return self.file.get_tensor(name)
 
     opened = arrays_module.safe_open
@@ -147,3 +147,10 @@ def test_a_failed_write_leaves_the_earlier_file(
 
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_a_manifest_that_splits_the_same_images_otherwise_is_refused(path: Path, manifest: pd.DataFrame) -> None:
+    other = manifest.assign(split=list(reversed(manifest["split"])))
+
+    with pytest.raises(DataError, match="another manifest than this one"):
+        SiteArrays(path, other)

@@ -82,6 +82,7 @@ def test_manifest_arrays_and_report_agree(raw: Path) -> None:
         "images": "uint8",
         "masks": "uint8",
         "sizes": "int32",
+        "manifest": "uint8",
     }
     counts = prepared.report["counts"]
     assert counts == {

@@ -20,7 +20,7 @@ from fedsca_pipeline.errors import ConfigError, WeightsError
 from fedsca_pipeline.federation.messages import TensorLayout
 from fedsca_pipeline.foundation.model import BlockPaths, SegmentationModel
 
-# Widths of DESIGN section 3.1: 32 for embedding widths up to 384, else 64.
+# Widths of docs/method.md: 32 for embedding widths up to 384, else 64.
 SMALL_EMBEDDING, SMALL_WIDTH, LARGE_WIDTH = 384, 32, 64
 
 
@@ -63,11 +63,18 @@ def load_adapters(model: SegmentationModel, folder: Path) -> SegmentationModel:
 
 
 def tensor_layout(model: SegmentationModel) -> TensorLayout:
-    """Group the names of a model's trainable tensors by block, numbered from the input, and decoder."""
+    """Group the names of a model's trainable tensors by block, numbered from the input, and decoder.
+
+    Raises:
+        ConfigError: the PEFT method also trains tensors of the encoder that are in no block.
+    """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     encoder = [name for name in shapes if name.startswith("encoder.")]
+    blocks = tuple(tuple(name for name in encoder if f".{block.block}." in name) for block in model.blocks)
+    if outside := set(encoder).difference(*blocks):
+        raise ConfigError(f"adapters.options: they train tensors outside the blocks, such as {min(outside)}")
     return TensorLayout(
-        blocks=tuple(tuple(name for name in encoder if f".{block.block}." in name) for block in model.blocks),
+        blocks=blocks,
         decoder=tuple(name for name in shapes if name.startswith("decoder.")),
         shapes=shapes,
     )

@@ -1,4 +1,4 @@
-"""FEL, the bottleneck adapters of DESIGN section 3.1, as a method of PEFT.
+"""FEL, the bottleneck adapters of docs/method.md, as a method of PEFT.
 
 In every transformer block, with ``a(h) = W_up gelu(W_down h + b_down) + b_up``::
 

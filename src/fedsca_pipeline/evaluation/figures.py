@@ -128,7 +128,7 @@ def weight_heatmap(weights: Mapping[int, pd.DataFrame]) -> go.Figure:
     """SGCA's aggregation weights A, sites x sites, with a slider over the rounds that starts at the last one.
 
     Args:
-        weights: by round, a frame of A (DESIGN 3.3, step 5) with the receiving site as index and the giving site as
+        weights: by round, a frame of A (docs/method.md) with the receiving site as index and the giving site as
             columns, values in 0..1, rows summing to 1. Sites may differ by round: absent ones are grey.
 
     Returns:

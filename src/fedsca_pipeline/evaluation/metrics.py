@@ -1,4 +1,4 @@
-"""Overlap and surface distances of masks, per image and class; the background is never a class (DESIGN section 6)."""
+"""Overlap and surface distances of masks, per image and class; the background is never a class (docs/data.md)."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Batch:
 
 
 def build_augmentation(config: AugmentConfig) -> Compose:
-    """MONAI transforms of DESIGN section 3.1: flips and quarter turns of all three, intensity jitter of the image."""
+    """MONAI transforms of docs/method.md: flips and quarter turns of all three, intensity jitter of the image."""
     return Compose(
         [
             RandFlipd(_GEOMETRY, prob=config.flip, spatial_axis=0),

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedsca_pipeline.errors import ResumeError
+from fedsca_pipeline.errors import ResumeError, WeightsError
 from fedsca_pipeline.federation.strategies.base import ServerState
-from fedsca_pipeline.files import read_tensors, write_tensors
+from fedsca_pipeline.files import read_header, read_tensors, write_tensors
 
 _KEPT_ROUNDS = 2
 
@@ -109,12 +108,10 @@ class CheckpointFolder:
         if not files:
             return None
         try:
-            with safe_open(files[-1], framework="pt") as file:
-                header = json.loads(file.metadata()["checkpoint"])
-            tensors = read_tensors(files[-1])
-        except (SafetensorError, OSError) as error:
+            header, tensors = read_header(files[-1], "checkpoint"), read_tensors(files[-1])
+        except WeightsError as error:
             raise ResumeError(
-                f"{files[-1]}: this checkpoint cannot be read ({error}). Delete it to go on from the round before."
+                f"{files[-1]}: this checkpoint cannot be read. Delete it to go on from the round before."
             ) from error
         state = {name.removeprefix("state/"): t for name, t in tensors.items() if name.startswith("state/")}
         return Checkpoint(

@@ -14,7 +14,7 @@ from fedsca_pipeline.config import TrainingConfig
 from fedsca_pipeline.errors import SiteError
 from fedsca_pipeline.evaluation.metrics import dice_per_image, predict_masks, truth_masks
 from fedsca_pipeline.federation.batches import Batch, build_augmentation, plain_batches, training_batches
-from fedsca_pipeline.federation.devices import autocast
+from fedsca_pipeline.federation.devices import autocast, stream_seed
 from fedsca_pipeline.federation.losses import SegmentationLoss, build_loss
 from fedsca_pipeline.federation.messages import (
     Manifest,
@@ -118,13 +118,17 @@ class LocalWorker:
             return encode(reply, {})
         loss, moments = self._train(data, site, round_, base, state, on_step)
         trained = self._tensors()
+        if not all(tensor.isfinite().all() for tensor in trained.values()):
+            raise _diverged(site, round_, "the trained tensors are")
         update = {name: trained[name] - base[name] for name in self.shared}
         sent, residual = self._round_update(update, state)
+        metrics |= {"loss": loss, "dice_local": self._validate(data), "seconds": time.perf_counter() - started}
+        answer = encode(replace(reply, metrics=metrics), sent)
+        # Last, so that a state is only ever one whose update can be sent.
         store.save_state(
             SiteState(round_, {n: t for n, t in trained.items() if n not in self.shapes}, base, residual, moments)
         )
-        metrics |= {"loss": loss, "dice_local": self._validate(data), "seconds": time.perf_counter() - started}
-        return encode(replace(reply, metrics=metrics), sent)
+        return answer
 
     def _receive(self, message: Message, round_: int, site: str, state: SiteState | None) -> tuple[Tensors, bool]:
         manifest = message.manifest
@@ -174,21 +178,22 @@ class LocalWorker:
         steps = training.local_epochs * -(-len(data.rows("train")) // training.batch_size)
         losses: list[Tensor] = []
         self.model.train()
-        for epoch in range(training.local_epochs):
-            for batch in training_batches(
-                data, training.batch_size, self.augmentation,
-                seed=self.settings.seed, site=site, round_=round_, epoch=epoch,
-            ):  # fmt: skip
-                loss = local_step(self.model, batch.to(self.device), self.loss, optimiser, training.clip_norm,
-                                  lambda: self.strategy.penalty(trained, received))  # fmt: skip
-                schedule.step()
-                losses.append(loss)
-                on_step(site, len(losses), steps, float(loss))
+        # Dropout draws from torch's own generator; seeded here, it draws the same again after a resume.
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(stream_seed(self.settings.seed, site, round_, "torch"))
+            for epoch in range(training.local_epochs):
+                for batch in training_batches(
+                    data, training.batch_size, self.augmentation,
+                    seed=self.settings.seed, site=site, round_=round_, epoch=epoch,
+                ):  # fmt: skip
+                    loss = local_step(self.model, batch.to(self.device), self.loss, optimiser, training.clip_norm,
+                                      lambda: self.strategy.penalty(trained, received))  # fmt: skip
+                    schedule.step()
+                    losses.append(loss)
+                    on_step(site, len(losses), steps, float(loss))
         mean = float(torch.stack(losses).double().mean())
         if not torch.isfinite(torch.stack(losses)).all():
-            raise SiteError(
-                f"{site}: the loss was not finite in round {round_}; lower training.learning_rate or look at its images"
-            )
+            raise _diverged(site, round_, "the loss was")
         return mean, self._moments(optimiser)
 
     def _optimiser(self, state: SiteState | None) -> torch.optim.AdamW:
@@ -227,6 +232,10 @@ class LocalWorker:
         wanted = {name: t + residual[name] if name in residual else t for name, t in update.items()}
         heard = as_decoded(wanted, "int8")
         return wanted, {name: wanted[name] - heard[name] for name in wanted}
+
+
+def _diverged(site: str, round_: int, what: str) -> SiteError:
+    return SiteError(f"{site}: {what} not finite in round {round_}; lower training.learning_rate or look at its images")
 
 
 def local_step(

@@ -1,4 +1,4 @@
-"""The local loss of DESIGN section 3.1: Dice plus cross-entropy, on the unpadded area only."""
+"""The local loss of docs/method.md: Dice plus cross-entropy, on the unpadded area only."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What crosses the wire: one safetensors blob, its manifest, and the names and places of the tensors in it.
 
-DESIGN section 3.2. The manifest is JSON in the safetensors header's metadata; tensor names and shapes are the header's
+docs/method.md. The manifest is JSON in the safetensors header's metadata; tensor names and shapes are the header's
 own. Nothing here is pickled, and nothing that arrives is trusted: :func:`decode` checks the form, :func:`check` the
 content.
 """

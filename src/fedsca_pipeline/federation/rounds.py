@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -47,7 +46,7 @@ class Server:
 
     Args:
         fleet: reaches the sites.
-        strategy: answers DESIGN's four questions.
+        strategy: answers the four questions of docs/architecture.md.
         layout: the model's trainable tensors.
         initial: their start values, by name, fp32.
         config: the ``federation`` parameters.
@@ -99,8 +98,8 @@ class Server:
             yield checkpoint.history[-1]
 
     def participants(self, round_: int) -> tuple[str, ...]:
-        """Draw the sites of a round: the nearest whole number to ``participation``'s share, at least one."""
-        count = max(1, math.floor(self.config.participation * len(self.sites) + 0.5))
+        """Draw the sites of a round, sorted: as many as ``federation.participation`` says."""
+        count = self.config.drawn(len(self.sites))
         draw = np.random.default_rng(stream_seed(self.seed, "participation", round_))
         return tuple(sorted(draw.choice(self.sites, size=count, replace=False).tolist()))
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
-from fedsca_pipeline.files import read_tensors, write_tensors
+from fedsca_pipeline.files import read_header, read_tensors, write_tensors
 
-_KEPT_ROUNDS = 2
+# The server may go back to the checkpoint before its last, which needs the state before that.
+_KEPT_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Snapshot:
 
 
 class SiteStore:
-    """One folder a site: the states of the last two rounds it trained in, its best and its last model.
+    """One folder a site: the states of the last three rounds it trained in, its best and its last model.
 
     Every write is atomic, and a state is only read for a *later* round, so that local work which is done twice for the
     same round (after a crash, or a message that came twice) starts from the same state and ends in the same one.
@@ -72,7 +72,7 @@ class SiteStore:
     def snapshot(self, name: str) -> Snapshot | None:
         """Return the model kept as ``best`` or ``last``, or None."""
         path = self.folder / f"{name}.safetensors"
-        return Snapshot(**_header(path), tensors=read_tensors(path)) if path.is_file() else None
+        return Snapshot(**read_header(path, "snapshot"), tensors=read_tensors(path)) if path.is_file() else None
 
     def save_snapshot(self, name: str, snapshot: Snapshot) -> None:
         """Keep a model as ``best`` or ``last``."""
@@ -82,7 +82,7 @@ class SiteStore:
     def best_dice(self, before: int) -> float:
         """Return the best validation Dice of a round before ``before``; -1 where there is none."""
         path = self.folder / "best.safetensors"
-        header = _header(path) if path.is_file() else None
+        header = read_header(path, "snapshot") if path.is_file() else None
         return header["dice"] if header and header["round"] < before else -1.0
 
     def _states(self) -> list[Path]:
@@ -91,8 +91,3 @@ class SiteStore:
 
 def _round_of(path: Path) -> int:
     return int(path.stem.rpartition("_")[2])
-
-
-def _header(path: Path) -> dict:
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["snapshot"])

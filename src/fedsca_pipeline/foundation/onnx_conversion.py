@@ -52,7 +52,7 @@ _DECODER_NAMES = (
     (r"^(output_hypernetworks_mlps\.\d)\.layers\.2\.", r"\1.proj_out."),
 )
 
-# Prompts and the quality score are not used: the model segments by itself (DESIGN section 3.1).
+# Prompts and the quality score are not used: the model segments by itself (docs/method.md).
 _UNUSED = re.compile(r"^(model\.prompt_encoder|mask_downscaling|.*iou_prediction_head|Expand_1|Mul_9)\b")
 
 

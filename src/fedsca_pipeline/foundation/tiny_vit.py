@@ -185,7 +185,7 @@ class TinyViT(nn.Module):
 
 
 def tiny_vit_blocks(encoder: TinyViT) -> tuple[BlockPaths, ...]:
-    """Name the transformer blocks from the input on; the convolutional ones carry no adapters (DESIGN section 3.1)."""
+    """Name the transformer blocks from the input on; the convolutional ones carry no adapters (docs/method.md)."""
     linears = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     return tuple(
         block_paths(name, linears, module.attn.proj.out_features)

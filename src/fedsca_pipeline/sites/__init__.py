@@ -1,1 +1,1 @@
-"""From a raw site folder to validated, split, cached arrays (DESIGN section 6)."""
+"""From a raw site folder to validated, split, cached arrays (docs/data.md)."""

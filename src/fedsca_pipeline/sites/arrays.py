@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -21,7 +23,7 @@ class SiteArrays:
     """Images, masks and valid sizes of one site, in manifest order.
 
     The file holds ``images`` uint8 [N, 3, S, S], ``masks`` uint8 [N, S, S] (0 background, 1..K) and ``sizes`` int32
-    [N, 2] (valid height and width; the rest is padding).
+    [N, 2] (valid height and width; the rest is padding), and ``manifest`` uint8 [32], the digest of its manifest.
 
     Raises:
         DataError: the file is missing, damaged, or not the one that this manifest describes.
@@ -38,6 +40,7 @@ class SiteArrays:
             self._images = self._file.get_slice("images")
             self._masks = self._file.get_slice("masks")
             self._sizes = self._file.get_tensor("sizes")
+            described = self._file.get_tensor("manifest")
         except (OSError, SafetensorError) as error:
             raise self._unusable(str(error)) from error
         count, channels, side, width = self._images.get_shape()
@@ -45,6 +48,8 @@ class SiteArrays:
             raise self._unusable("its shapes are not [N, 3, S, S] and [N, S, S]")
         if len(manifest) != count or sorted(self._rows) != list(range(count)):
             raise self._unusable(f"it holds {count} images, the manifest lists {len(manifest)}")
+        if not np.array_equal(described, manifest_digest(manifest)):
+            raise self._unusable("another manifest than this one describes it")
         self._side = int(side)
 
     def __len__(self) -> int:
@@ -93,6 +98,12 @@ class SiteArrays:
         return DataError(
             f"{self._path}: cached arrays cannot be used ({why}); run the preprocessing of this site again"
         )
+
+
+def manifest_digest(manifest: pd.DataFrame) -> np.ndarray:
+    """Return what ties arrays to their manifest, uint8 [32]: SHA-256 over which image stands in which row and split."""
+    rows = manifest[["row", "image", "split"]].astype(str).to_numpy().tolist()
+    return np.frombuffer(hashlib.sha256(json.dumps(rows).encode()).digest(), np.uint8)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

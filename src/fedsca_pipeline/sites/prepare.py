@@ -1,4 +1,4 @@
-"""One site from raw folder to manifest, arrays and data report (DESIGN section 6). Nothing raw is modified."""
+"""One site from raw folder to manifest, arrays and data report (docs/data.md). Nothing raw is modified."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pandas as pd
 from fedsca_pipeline.config import PreprocessingConfig
 from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.files import fingerprint, sha256_file
+from fedsca_pipeline.sites.arrays import manifest_digest
 from fedsca_pipeline.sites.discovery import fingerprint_site
 from fedsca_pipeline.sites.geometry import fit_image, fit_mask, normalise
 from fedsca_pipeline.sites.pairing import Broken, Pair, pair_files
@@ -54,7 +55,7 @@ class PreparedSite:
     ``manifest`` has one row an image, in stem order, with the columns of ``MANIFEST_DTYPES``: ``split`` is train,
     validation, test or unused; ``height`` and ``width`` are the valid area in the arrays; paths are relative to the
     site folder. ``arrays`` holds ``images`` uint8 [N, 3, S, S], ``masks`` uint8 [N, S, S] (0 background, 1..K,
-    padding 0) and ``sizes`` int32 [N, 2]. ``report`` is JSON-able.
+    padding 0), ``sizes`` int32 [N, 2] and ``manifest`` uint8 [32], the manifest's digest. ``report`` is JSON-able.
     """
 
     manifest: pd.DataFrame
@@ -129,6 +130,7 @@ def prepare_site(
 
     splits = _draw(site, samples, config, seed, previous)
     manifest = _manifest(site, samples, arrays["sizes"], splits, settings)
+    arrays["manifest"] = manifest_digest(manifest)
     report = {
         "site": site,
         "fingerprint": fingerprint_site(raw, site),

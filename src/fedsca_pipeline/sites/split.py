@@ -1,4 +1,4 @@
-"""Training, validation and test by subject, drawn once from a seed (DESIGN section 6)."""
+"""Training, validation and test by subject, drawn once from a seed (docs/data.md)."""
 
 from __future__ import annotations
 

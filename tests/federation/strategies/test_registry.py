@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.federation.strategies import STRATEGIES, build_strategy
+from fedsca_pipeline.federation.strategies import STRATEGIES, build_strategy, check_options
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -94,3 +94,11 @@ def test_the_registry_imports_no_torch():
     code = "import sys, fedsca_pipeline.federation.strategies; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_mistyped_strategy_or_option_is_refused_even_where_it_is_not_chosen() -> None:
+    with pytest.raises(ConfigError, match=r"strategies\.fedsac is no strategy, did you mean 'fedsca'"):
+        check_options({"fedsac": {"rho": 0.9}})
+    with pytest.raises(ConfigError, match=r"strategies\.fedavg\.shared_block is no option"):
+        check_options({"fedsca": {}, "fedavg": {"shared_block": "all"}})
+    check_options({"fedsca": None, "local": {}})

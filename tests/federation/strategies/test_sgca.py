@@ -1,4 +1,4 @@
-"""SGCA: the laws of DESIGN section 3.3 for every weighting, and closed forms worked out by hand."""
+"""SGCA: the laws of docs/method.md for every weighting, and closed forms worked out by hand."""
 
 from __future__ import annotations
 

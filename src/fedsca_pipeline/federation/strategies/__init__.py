@@ -37,6 +37,23 @@ def build_strategy(name: str, options: Mapping[str, Any]) -> Strategy:
         raise ConfigError("\n".join(_faults(name, strategy.Options, options, error))) from error
 
 
+def check_options(strategies: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """Refuse a wrong key or value anywhere under ``strategies``, whichever strategy is chosen.
+
+    Raises ConfigError naming the YAML key.
+    """
+    check_names(strategies)
+    for name, options in strategies.items():
+        build_strategy(name, options or {})
+
+
+def check_names(strategies: Mapping[str, Any]) -> None:
+    """Refuse a key of ``strategies`` that is no strategy, without importing any. Raises ConfigError naming it."""
+    for name in strategies:
+        if name not in STRATEGIES:
+            raise ConfigError(f"strategies.{name} is no strategy, {_instead(name, STRATEGIES)}")
+
+
 def _faults(name: str, model: type[BaseModel], options: Mapping[str, Any], error: ValidationError) -> list[str]:
     # A union reports once per alternative: one line a key is enough, with all alternatives on it.
     messages: dict[str, list[str]] = {}

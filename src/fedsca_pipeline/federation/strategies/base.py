@@ -1,6 +1,6 @@
 """What a strategy is: four questions with default answers, and the server's step from replies to aggregates.
 
-DESIGN sections 3.3 and 5. The step is a template over small pure functions: validate, compare updates, remember, weigh,
+docs/method.md. The step is a template over small pure functions: validate, compare updates, remember, weigh,
 mix. Values [S, V] are fp32 and mixed as matrix products; everything sites x sites is float64. V values fall into B
 groups with weights of their own; S sites replied, A of them were accepted, N are known. All tensors are on the CPU.
 """
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 Prior = Literal["samples", "uniform"]
 Groups = tuple[slice, ...]
 
-ZERO_NORM = 1e-12  # an update shorter than this has no direction (DESIGN 3.3, point 2)
-COLLAPSE = 0.95  # mean self weight beyond which a federation is local training (DESIGN 3.3)
+ZERO_NORM = 1e-12  # an update shorter than this has no direction (docs/method.md)
+COLLAPSE = 0.95  # mean self weight beyond which a federation is local training (docs/method.md)
 _CHUNK = 1 << 13  # columns of one fp32 inner product, so that norms err by 1e-7
 
 
@@ -149,7 +149,7 @@ class Strategy:
         max_norm_ratio: float,
         layout: TensorLayout | None = None,
     ) -> tuple[ServerState, Aggregation]:
-        """Question 4: how replies become aggregates (DESIGN 3.3, points 1 to 6). Neither argument is changed.
+        """Question 4: how replies become aggregates (docs/method.md). Neither argument is changed.
 
         Args:
             state: what the rounds before left, rows in the order of ``sites``.
@@ -252,7 +252,7 @@ class Strategy:
     def general_model(
         self, state: ServerState, prior: Prior | None = None, layout: TensorLayout | None = None
     ) -> Tensor:
-        """Return ``sum_j p_j theta_j`` [V] over the latest masters of every site that has ever trained (DESIGN 3.3).
+        """Return ``sum_j p_j theta_j`` [V] over the latest masters of every site that ever trained (docs/method.md).
 
         ``prior`` None takes the strategy's own. Raises NoValidSite where no site has trained yet.
         """
@@ -285,7 +285,7 @@ def cosines(grams: Tensor) -> Tensor:
 
 
 def validate(replies: Replies, thetas: Tensor, norms: Tensor, earlier: Tensor, max_norm_ratio: float) -> dict[str, str]:
-    """Return the sites whose reply is unusable, with the reason (DESIGN 3.3, point 1, what is left after ``check``).
+    """Return the sites whose reply is unusable, with the reason (docs/method.md; what is left after ``check``).
 
     In this order: fewer than one sample; a value that is not finite, seen by the sum of base + update, which is nearly
     free; a norm above ``max_norm_ratio`` times the median of this round's finite norms and the ``earlier`` accepted
@@ -321,7 +321,7 @@ def place(matrices: Tensor, part: Tensor, rows: Tensor) -> Tensor:
 
 
 def partners(present: Tensor, moved: Tensor, known: Tensor) -> Tensor:
-    """Return whom each site may be mixed from in one group, [N, N] bool, rows receive (DESIGN 3.3, 2 and 6).
+    """Return whom each site may be mixed from in one group, [N, N] bool, rows receive (docs/method.md).
 
     A site that took part (``present`` [N]): itself, and if its update is not zero the others that ``moved`` [N], too.
     An absent one: itself and the sites it has a similarity with (``known`` [N, N]); a row without any True where there

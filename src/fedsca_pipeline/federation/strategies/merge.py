@@ -1,6 +1,6 @@
 """LoRA factors: averaging A and B apart is not averaging B A, so mix the products and cut them back to the rank.
 
-DESIGN section 3.3, ``lora_merge: svd``.
+docs/method.md, ``lora_merge: svd``.
 """
 
 from __future__ import annotations

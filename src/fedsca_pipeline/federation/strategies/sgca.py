@@ -1,6 +1,6 @@
 """FedSCA's server: similarity-guided collaborative aggregation (SGCA) of the low adapters (LAT).
 
-Zhang et al., *FedSCA*, arXiv 2503.15390; the equations are this project's reconstruction (DESIGN sections 3.2 and 3.3).
+Zhang et al., *FedSCA*, arXiv 2503.15390; the equations are this project's reconstruction (docs/method.md).
 Every weighting maps one group's similarities to row-stochastic weights that follow a permutation of the sites and do
 not change with the scale of the updates.
 """
@@ -81,7 +81,7 @@ class FedSca(SharingStrategy):
 
 
 def remember(memory: Tensor, seen: Tensor, rows: Tensor) -> Tensor:
-    """Return ``memory`` [B, N, N] after the similarities ``seen`` [B, A, A] of the sites ``rows`` (DESIGN 3.3, 2).
+    """Return ``memory`` [B, N, N] after the similarities ``seen`` [B, A, A] of the sites ``rows`` (docs/method.md).
 
     A pair's first value is taken as it is, then the mean of memory and new value; other pairs stay.
     """
@@ -90,7 +90,7 @@ def remember(memory: Tensor, seen: Tensor, rows: Tensor) -> Tensor:
 
 
 def gate_weights(similarity: Tensor, mates: Tensor, prior: Tensor, options: FedScaOptions) -> Tensor:
-    """Gate, trust and weights (DESIGN 3.3, points 3 to 5): the prior over the sites that are near a site's best one.
+    """Gate, trust and weights (docs/method.md): the prior over the sites that are near a site's best one.
 
     With c_ij / b_i in the place of c_ij, which scales a row of g and leaves A as it is, so that no b_i is too small.
     """

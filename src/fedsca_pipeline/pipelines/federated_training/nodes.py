@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
 
 from fedsca_pipeline.config import (
     AdaptersConfig,
@@ -30,7 +33,17 @@ GENERAL_NOTE = (
 )
 
 # The parameter groups that decide a run's numbers; `strategies` enters with the options of the chosen one only.
-CONFIGURATION = ("run", "preprocessing", "foundation", "adapters", "training", "federation", "evaluation")
+CONFIGURATION: Mapping[str, type[BaseModel]] = MappingProxyType(
+    {
+        "run": RunConfig,
+        "preprocessing": PreprocessingConfig,
+        "foundation": FoundationConfig,
+        "adapters": AdaptersConfig,
+        "training": TrainingConfig,
+        "federation": FederationConfig,
+        "evaluation": EvaluationConfig,
+    }
+)
 
 
 def describe(parameters: Mapping[str, Any], foundation_provenance: Mapping[str, Any], *reports: dict) -> dict[str, Any]:
@@ -49,10 +62,15 @@ def data_version(raw_fingerprint: str, report: Mapping[str, Any]) -> str:
 
 
 def configuration_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the JSON values of every parameter that decides a run's numbers."""
-    values = {key: parameters[key].model_dump(mode="json") for key in CONFIGURATION}
-    strategy = parameters["federation"].strategy
-    return {**values, "strategies": {strategy: parameters.get("strategies", {}).get(strategy, {})}}
+    """Return the JSON values of every parameter that decides a run's numbers, given as models or as raw YAML.
+
+    Kedro makes models only of the groups that the running pipeline's nodes read.
+    """
+    values = {
+        key: model.model_validate(parameters[key]).model_dump(mode="json") for key, model in CONFIGURATION.items()
+    }
+    strategy = values["federation"]["strategy"]
+    return {**values, "strategies": {strategy: parameters["strategies"].get(strategy) or {}}}
 
 
 def train(
@@ -184,6 +202,9 @@ def export_site_models(
         save(
             models / GENERAL_MODEL, GENERAL_MODEL, Snapshot(federation.rounds, None, {**start, **general}), GENERAL_NOTE
         )
+    for folder_of_another_run in models.glob("*/"):
+        if folder_of_another_run.name not in {*written, *([GENERAL_MODEL] if shared else [])}:
+            discard_site_model(folder_of_another_run)
     finish_run(checkpoints)
     return {"fingerprint": folder.fingerprint, "strategy": federation.strategy, "seed": run.seed, "sites": written}
 
