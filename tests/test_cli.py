@@ -80,3 +80,30 @@ def test_an_up_to_date_run_ends_well_with_its_table(kedro_run) -> None:
 
 def test_kedro_s_own_options_are_all_there() -> None:
     assert {option.name for option in cli.run.params} == {option.name for option in cli.kedro_run.params}
+
+
+def test_faults_of_parameters_are_listed_by_their_yaml_key() -> None:
+    from kedro.validation.exceptions import ModelInstantiationError
+    from kedro.validation.model_factory import instantiate_model
+
+    from fedsca_pipeline.config import FederationConfig, PreprocessingConfig
+
+    report = "Parameter validation failed:"
+    for key, model, raw in (
+        ("federation", FederationConfig, {"rounds": 0, "rouns": 3}),
+        ("preprocessing", PreprocessingConfig, {"split": {"validation": 0.9, "test": 0.8}}),
+    ):
+        with pytest.raises(ModelInstantiationError) as caught:
+            instantiate_model(key, raw, model)
+        report += f"\n- Parameter '{key}': {caught.value}"
+
+    lines = cli.by_key(report).splitlines()
+
+    assert lines[0] == "federation.rounds: Input should be greater than or equal to 1 (given: 0)"
+    assert lines[1] == "federation.rouns: Extra inputs are not permitted (given: 3)"
+    assert lines[2].startswith("preprocessing.split: Value error, split: validation and test together take 1.70")
+    assert len(lines) == 3
+
+
+def test_a_report_of_another_form_is_passed_on_whole() -> None:
+    assert cli.by_key("Parameter 'x' is None") == "Parameter 'x' is None"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from difflib import get_close_matches
 from typing import Any
@@ -27,6 +28,23 @@ def cli() -> None:
     """Commands of this project."""
 
 
+_GROUP = re.compile(r"^- Parameter '(?P<group>[^']+)'", re.MULTILINE)
+_FAULT = re.compile(
+    r"^(?P<key>\S+)?\n  (?P<said>.+?) \[type=\w+, input_value=(?P<value>.+?), input_type=\w+\]$", re.MULTILINE
+)
+
+
+def by_key(message: str) -> str:
+    """Turn Kedro's report of pydantic's report into one line a fault: YAML key, what is wrong, and the value given."""
+    pieces = _GROUP.split(message)[1:]
+    faults = [
+        f"{'.'.join(filter(None, (group, fault['key'])))}: {fault['said']} (given: {fault['value']})"
+        for group, text in zip(pieces[::2], pieces[1::2], strict=True)
+        for fault in _FAULT.finditer(text)
+    ]
+    return "\n".join(faults) or message
+
+
 def _run(**options: Any) -> Any:
     # README's commands keep the option users know; Kedro 1.7 warns that it will be renamed.
     warnings.filterwarnings("ignore", message="Option '--pipeline' is deprecated", category=KedroDeprecationWarning)
@@ -41,14 +59,16 @@ def _run(**options: Any) -> Any:
         click.echo("Everything is up to date: nothing was run (--params=force=true runs anyway).")
         show_result(done.table, done.mlflow)
         return {}
-    except (FedscaError, DatasetError, MissingConfigException, ParameterValidationError) as error:
+    except ParameterValidationError as error:
+        raise click.ClickException(by_key(str(error))) from error
+    except (FedscaError, DatasetError, MissingConfigException) as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
         raise click.ClickException(f"{error.strerror or error}: {error.filename or 'no file named'}") from error
     except KeyboardInterrupt:
         for hooks in HOOKS:
             hooks.interrupted()
-        click.echo("\nStopped. The same command goes on from the last finished round.", err=True)
+        click.echo("\nStopped. The same command (without force) goes on from the last finished round.", err=True)
         raise click.exceptions.Exit(_INTERRUPTED) from None
 
 

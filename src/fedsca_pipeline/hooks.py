@@ -124,8 +124,7 @@ class ProjectHooks:
             return
         self._tracker.open(description)
         for site in description["data"]:
-            for name in (f"{site}.report", f"{site}.manifest"):
-                self._tracker.saved(name, None, self._filepath(name))
+            self._tracker.saved(f"{site}.report", None, self._filepath(f"{site}.report"))
 
     def interrupted(self) -> None:
         """Mark the MLflow run as killed: Kedro calls no hook on Ctrl-C."""

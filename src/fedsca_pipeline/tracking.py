@@ -293,7 +293,6 @@ _OVER_SITES: tuple[tuple[str, str, Callable[[list[float]], float]], ...] = (
 # Data sets (by the last part of their name) whose files are artifacts, and the folder they go to.
 _FILES = {
     "report": "data",
-    "manifest": "data",
     "test_scores": "tables",
     "image_scores": "tables",
     "site_scores": "tables",

@@ -21,13 +21,13 @@ class RoundProgress:
         self._bars = Progress(
             TextColumn("{task.description}", justify="left"),
             BarColumn(bar_width=24),
-            TextColumn("{task.completed:g}/{task.total:g}"),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
         )
-        # A round is one unit; its parts are site steps, so the time left follows the steps.
+        self._done = 0
         self._total = self._bars.add_task("rounds", total=rounds, note="")
         self._site = self._bars.add_task("site", total=1, note="", visible=False)
 
@@ -40,6 +40,9 @@ class RoundProgress:
 
     def step(self, site: str, step: int, steps: int, loss: float) -> None:
         """Report one local step: ``step`` of ``steps``, counted from 1, and its loss."""
+        # A round is one unit, its sites are equal parts of it: the time left follows the steps.
+        part = (self._sites.index(site) + step / steps) / len(self._sites)
+        self._bars.update(self._total, completed=self._done + part)
         self._bars.update(
             self._site, description=site, completed=step, total=steps, note=f"loss {loss:.3f}", visible=True
         )
@@ -50,7 +53,8 @@ class RoundProgress:
         # Dice in a record is of the round before: the model that each site had when the round began.
         dice = _mean([r.dice_validation for r in present.values()])
         loss = _mean([r.loss for r in present.values()])
-        self._bars.update(self._total, completed=min(record.round, self._rounds), note=f"Dice {dice}")
+        self._done = min(record.round, self._rounds)
+        self._bars.update(self._total, completed=self._done, note=f"Dice {dice}")
         traffic = sum(entry.bytes_up for entry in present.values()) / 1e6
         self._bars.console.print(
             f"round {record.round - 1}/{self._rounds}: validation Dice {dice}"
