@@ -30,9 +30,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        # mkstemp makes files private to the user; results are ordinary files.
-        temporary.chmod(0o644)
         yield temporary
+        # mkstemp, and safetensors, make files private to the user; results are ordinary files.
+        temporary.chmod(0o644)
         _fsync(temporary)
         temporary.replace(path)
         _fsync(path.parent)

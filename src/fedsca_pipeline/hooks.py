@@ -21,6 +21,7 @@ from fedsca_pipeline.config import FoundationConfig
 from fedsca_pipeline.errors import TrackingError
 from fedsca_pipeline.federation.strategies import check_names
 from fedsca_pipeline.files import read_json, write_json
+from fedsca_pipeline.sites.discovery import settle_demo_sites
 from fedsca_pipeline.summary import show_result
 from fedsca_pipeline.tracking import Tracker, TrackingConfig
 
@@ -56,6 +57,7 @@ class ProjectHooks:
 
         raw = context.config_loader["catalog"]["raw_sites"]["path"]
         raw_folder.set(context.project_path / raw)
+        settle_demo_sites(context.project_path / raw)
         self._tracker = Tracker(
             _tracking_config(context), context.project_path, command=" ".join(["kedro", *sys.argv[1:]])
         )

@@ -101,6 +101,7 @@ def save_site_model(
         scratch.mkdir(parents=True)
         _save_adapter(network, scratch)
         write_tensors(scratch / DECODER, {n: t for n, t in tensors.items() if n.startswith("decoder.")})
+        write_bytes(scratch / "README.md", _readme(card).encode())
         write_json(scratch / CARD, card.model_dump(mode="json"))
         discard_site_model(folder)
         for file in sorted(scratch.iterdir(), key=lambda path: path.name == CARD):
@@ -167,6 +168,24 @@ def load_site_model(path: str | Path, foundation_root: str | Path | None = None,
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{folder / DECODER}: cannot be read ({error}); export the site's model again") from error
     return SiteModel(network, card).eval().to(device)
+
+
+def _readme(card: SiteModelCard) -> str:
+    """The model card, in the place of PEFT's empty template."""
+    return f"""# Segmentation model: {card.site}
+
+Adapter (PEFT) and mask decoder for the frozen foundation `{card.foundation.name}`, trained by `{card.strategy}` in
+round {card.round}. {card.note}
+
+```python
+from fedsca_pipeline import load_site_model
+
+mask = load_site_model("this/folder").segment(image)
+```
+
+`{CARD}` holds what the model was made with. PEFT alone reads the adapter (not the decoder); where its method is `fel`,
+call `fedsca_pipeline.adapters.fel.register()` before `PeftModel.from_pretrained`. Not a medical device.
+"""
 
 
 def _save_adapter(network: SegmentationModel, folder: Path) -> None:
