@@ -40,6 +40,8 @@ def disturb(model: torch.nn.Module) -> None:
 def test_round_zero_is_the_foundation_bit_for_bit(architecture: str, method: str) -> None:
     foundation = network(architecture)
     adapted = attach_adapters(copy.deepcopy(foundation), AdaptersConfig(method=method)).eval()
+    # With several threads PyTorch picks another kernel for a weight that requires a gradient, and the last bit differs.
+    foundation.decoder.requires_grad_(True)
 
     with torch.no_grad():
         assert torch.equal(adapted(images()), foundation(images()))
