@@ -318,6 +318,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _git_commit(project: Path) -> str:
+    # No shell, and nothing of the user's in the arguments.
     command = ["git", "rev-parse", "HEAD"]
     try:
         found = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)  # noqa: S603

@@ -246,7 +246,7 @@ def test_a_round_runs_on_an_accelerator(device: str, make_worker, make_site, tmp
     try:
         resolve_device(RunConfig(device=device).device)
     except ConfigError as error:
-        pytest.skip(str(error))
+        pytest.skip(str(error))  # says which device is not here
     worker = make_worker()
     moved = LocalWorker(worker.model.to(device), _layout(worker), worker.strategy, worker.settings)
 

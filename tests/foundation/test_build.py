@@ -70,12 +70,12 @@ def test_weights_follow_the_seed_and_only_the_seed(architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_loading_leaves_the_global_generators_alone(architecture):
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002 - the global one is meant
 
     _tiny(architecture)
 
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002 - the global one is meant
     assert random.getstate() == before[2]
 
 

@@ -19,6 +19,6 @@ class AtomicSave:
         with atomic_path(Path(target)) as temporary:
             self._filepath = PurePosixPath(temporary)
             try:
-                super().save(data)  # type: ignore[misc]
+                super().save(data)  # type: ignore[misc]  # a mixin: the class after it saves
             finally:
                 self._filepath = target

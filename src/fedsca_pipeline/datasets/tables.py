@@ -15,6 +15,6 @@ class AtomicCSVDataset(AtomicSave, CSVDataset):
 class PreviousCSVDataset(CSVDataset):
     """The table an earlier run left, or None: lets a node build on its own last output."""
 
-    def load(self) -> pd.DataFrame | None:  # type: ignore[override]
+    def load(self) -> pd.DataFrame | None:  # type: ignore[override]  # wider: None too
         """Return the table, or None where there is none yet."""
         return super().load() if self._exists() else None

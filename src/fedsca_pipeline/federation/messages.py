@@ -122,7 +122,7 @@ def check(
     *,
     kind: MessageKind,
     run: str,
-    round: int,  # noqa: A002
+    round: int,  # noqa: A002 - the manifest's word
     site: str,
     base_hash: str | None,
     shapes: Mapping[str, tuple[int, ...]],
