@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +7,6 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from fedsca_pipeline.evaluation.tables import (
     IMAGE_COLUMNS,
@@ -17,7 +15,6 @@ from fedsca_pipeline.evaluation.tables import (
     WORST,
     final_table,
     image_table,
-    render_final_table,
     site_table,
 )
 
@@ -33,12 +30,6 @@ def images_of(site: str, dice: Sequence[float], model: str = "chosen") -> pd.Dat
 def row(table: pd.DataFrame, site: str, model: str = "chosen") -> Mapping[str, object]:
     (record,) = table[(table["site"] == site) & (table["model"] == model)].to_dict("records")
     return record
-
-
-def printed(table: pd.DataFrame) -> str:
-    console = Console(width=120, file=io.StringIO())
-    console.print(render_final_table(table))
-    return console.file.getvalue()
 
 
 def two_sites() -> pd.DataFrame:
@@ -162,7 +153,6 @@ def test_tables_of_nothing_are_empty() -> None:
     assert images.empty
     assert sites.empty
     assert final.empty
-    assert "site" in printed(final)
 
 
 @settings(deadline=None, max_examples=25)
@@ -230,19 +220,3 @@ def test_a_model_evaluated_at_some_sites_only_has_no_mean() -> None:
     table = final_table(site_table(images), {})
 
     assert table["Dice before"].isna().tolist() == [False, True, True]
-    assert "–" in printed(table)
-
-
-def test_the_printed_table_shows_human_sizes_and_sets_the_mean_apart() -> None:
-    lines = printed(final_table(two_sites(), TRAFFIC)).splitlines()
-
-    a_site = next(number for number, line in enumerate(lines) if "a_site" in line)
-    mean = next(number for number, line in enumerate(lines) if MEAN in line)
-    assert "0.750" in lines[a_site]
-    assert "1.5 MB" in lines[a_site]
-    assert "500.0 kB" in lines[a_site + 1]
-    assert mean == a_site + 3
-    assert not lines[mean - 1].strip()
-    assert max(map(len, lines)) <= 80
-    assert any("round" in line for line in lines)
-    assert any("Lowest chosen Dice: a_site (0.750)" in line for line in lines)

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsca_pipeline.config import RunConfig
-from fedsca_pipeline.federation.devices import deterministic, resolve_device, stream_seed
+from fedsca_pipeline.config import FederationConfig, RunConfig
+from fedsca_pipeline.federation.devices import deterministic, resolve_device, stream_seed, worker_devices
 
 places = st.tuples(st.integers(0, 9), st.sampled_from(["a", "b"]), st.integers(0, 9))
 
@@ -29,3 +30,37 @@ def test_threads_and_determinism_are_put_back() -> None:
 
     assert torch.get_num_threads() == threads
     assert torch.are_deterministic_algorithms_enabled() == before
+
+
+@pytest.mark.parametrize(
+    ("config", "cores", "threads", "expected"),
+    [
+        ({}, 8, 2, 4),
+        ({}, 8, 1, 5),  # one for each site
+        ({}, 1, 4, 1),
+        ({"participation": 0.4}, 8, 1, 2),
+        ({"workers": 3}, 1, 1, 3),
+        ({"workers": 9}, 1, 1, 5),
+    ],
+)
+def test_on_the_cpu_there_are_as_many_workers_as_cores_allow(config, cores: int, threads: int, expected: int) -> None:
+    found = worker_devices(torch.device("cpu"), FederationConfig(**config), threads=threads, cores=cores, sites=5)
+
+    assert found == (torch.device("cpu"),) * expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, [0, 1, 2]),
+        ({"devices": [2]}, [2]),
+        ({"workers": 4}, [0, 1, 2, 0]),
+        ({"devices": [0, 2], "workers": 3}, [0, 2, 0]),
+    ],
+)
+def test_workers_are_dealt_over_the_cuda_devices(config, expected: list[int], monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+
+    found = worker_devices(torch.device("cuda"), FederationConfig(**config), threads=1, cores=1, sites=5)
+
+    assert found == tuple(torch.device("cuda", number) for number in expected)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zstandard
 
 from fedsca_pipeline.config import AdaptersConfig
 from fedsca_pipeline.errors import MessageError, SiteError
@@ -149,6 +150,14 @@ def test_a_difference_is_refused_by_a_site_that_holds_nothing(make_worker, make_
         worker.work(encode(manifest, tensors), 1, "a", data, SiteStore(tmp_path / "a"), ignore_step)
 
 
+def test_a_payload_larger_than_the_shared_tensors_can_be_is_refused(make_worker, make_site, tmp_path: Path) -> None:
+    worker, data = make_worker(), make_site("a")
+    bomb = zstandard.compress(bytes(2**26))
+
+    with pytest.raises(MessageError, match="larger than"):
+        worker.work(bomb, 1, "a", data, SiteStore(tmp_path / "a"), ignore_step)
+
+
 def test_a_payload_for_another_site_is_refused(make_worker, make_site, tmp_path: Path) -> None:
     worker, data = make_worker(), make_site("a")
 
@@ -206,6 +215,30 @@ def test_an_update_that_does_not_fit_the_wire_is_not_kept_either(make_worker, ma
         worker.work(payload(worker), 1, "a", data, store, ignore_step)
 
     assert store.state_before(2) is None
+
+
+def test_a_site_that_finds_no_kept_features_gives_the_same_answer(make_worker, make_site, tmp_path: Path) -> None:
+    worker, data, store = make_worker(cache_bytes=10**8), make_site("a"), SiteStore(tmp_path / "a")
+    worker.work(payload(worker), 1, "a", data, store, ignore_step)
+
+    kept = decode(worker.work(payload(worker, 2), 2, "a", data, store, ignore_step))
+    store.feature_cache.unlink()
+    computed = decode(worker.work(payload(worker, 2), 2, "a", data, store, ignore_step))
+
+    assert all(torch.equal(kept.tensors[name], computed.tensors[name]) for name in kept.tensors)
+
+
+def test_jittered_images_are_not_kept(make_worker, make_site, tmp_path: Path) -> None:
+    sizes = {}
+    for intensity in (0.0, 0.5):
+        worker = make_worker(cache_bytes=10**8, augment={"intensity": intensity})
+        store = SiteStore(tmp_path / str(intensity))
+        worker.work(payload(worker), 1, "a", make_site("a"), store, ignore_step)
+        sizes[intensity] = store.feature_cache.stat().st_size
+
+    validation_images = 2
+    assert sizes[0.5] == validation_images * (1 + 2 * 16 * 4 * 4)
+    assert sizes[0.0] > sizes[0.5]
 
 
 def test_training_lowers_the_loss(make_worker, make_site, tmp_path: Path) -> None:

@@ -152,7 +152,9 @@ def test_padding_is_exactly_zero_after_normalisation_and_the_rest_is_standardise
 
     assert pixels.dtype == torch.float32
     assert torch.equal(pixels[0, :, 20:], torch.zeros(3, 12, 32))
-    wanted = torch.tensor([(255 - m) / s for m, s in zip(model.pixel_mean, model.pixel_std, strict=True)])
+    wanted = torch.tensor(
+        [(255 - m) / s for m, s in zip(model.pixel_mean.flatten(), model.pixel_std.flatten(), strict=True)]
+    )
     torch.testing.assert_close(pixels[1, :, 0, 0], wanted)
     torch.testing.assert_close(pixels[0, :, 19, 31], wanted)
 

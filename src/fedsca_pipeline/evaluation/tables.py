@@ -6,14 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from rich import box
-from rich.filesize import decimal
-from rich.table import Table
+
+from fedsca_pipeline.evaluation import MEAN, WORST
 
 METRICS = ("dice", "iou", "hd95", "asd")
 MODELS = ("before", "after", "chosen")
-MEAN = "mean over sites"
-WORST = "worst site"
 
 IMAGE_COLUMNS = ("site", "image", "model", "class", *METRICS, "empty")
 SITE_COLUMNS = (
@@ -100,61 +97,7 @@ def final_table(sites: pd.DataFrame, traffic: Mapping[str, Mapping[str, float]])
     return table.rename_axis(index="site").reset_index()
 
 
-def render_final_table(table: pd.DataFrame) -> Table:
-    """The table of ``final_table`` for a terminal: three decimals, human byte sizes, the mean set apart, a dash for
-    what is missing; the lowest chosen Dice is named in the caption."""
-    real = table[table["site"] != MEAN]
-    # Without vertical rules the table fits a terminal of 80 columns.
-    view = Table(
-        title="Test results per site",
-        caption=_caption(real),
-        caption_justify="left",
-        title_justify="left",
-        box=box.SIMPLE,
-        pad_edge=False,
-    )
-    view.add_column("site", no_wrap=True)
-    for column in table.columns[1:]:
-        view.add_column(_HEADINGS.get(column, column), justify="right", no_wrap=True)
-    for position, row in enumerate(table.itertuples(index=False)):
-        is_mean = row[0] == MEAN
-        cells = [_cell(name, value) for name, value in zip(table.columns, row, strict=True)]
-        last_site = position + 1 < len(table) and table["site"].iloc[position + 1] == MEAN
-        view.add_row(*cells, style="bold" if is_mean else "", end_section=last_site)
-    return view
-
-
 _BYTES = ("bytes up", "bytes down")
-
-_HEADINGS = {
-    "Dice before": "Dice\nbefore",
-    "Dice after": "Dice\nafter",
-    "Dice chosen": "Dice\nchosen",
-    "HD95": "HD95\n(px)",
-    "bytes up": "bytes\nup",
-    "bytes down": "bytes\ndown",
-    "best round": "best\nround",
-}
-
-_FORMATS = {
-    "Dice before": "{:.3f}".format,
-    "Dice after": "{:.3f}".format,
-    "Dice chosen": "{:.3f}".format,
-    "HD95": "{:.1f}".format,
-    "bytes up": decimal,
-    "bytes down": decimal,
-}
-
-
-def _cell(column: str, value: Any) -> str:
-    return "–" if pd.isna(value) else _FORMATS.get(column, str)(value)
-
-
-def _caption(real: pd.DataFrame) -> str | None:
-    if len(real) < 2 or real["Dice chosen"].isna().all():
-        return None
-    worst = real.loc[real["Dice chosen"].idxmin()]
-    return f"Lowest chosen Dice: {worst['site']} ({worst['Dice chosen']:.3f}). Sizes are serialised bytes, all rounds."
 
 
 def _site_block(images: pd.DataFrame, model: str) -> pd.DataFrame:

@@ -13,10 +13,11 @@ from torch import Tensor
 from fedsca_pipeline.config import TrainingConfig
 from fedsca_pipeline.errors import SiteError
 from fedsca_pipeline.evaluation.metrics import dice_per_image, predict_masks, truth_masks
-from fedsca_pipeline.federation.batches import Batch, build_augmentation, plain_batches, training_batches
+from fedsca_pipeline.federation.batches import AS_IT_STANDS, VIEWS, Batch, SiteBatches, build_augmentation
 from fedsca_pipeline.federation.devices import autocast, stream_seed
 from fedsca_pipeline.federation.losses import SegmentationLoss, build_loss
 from fedsca_pipeline.federation.messages import (
+    Compression,
     Manifest,
     Message,
     TensorLayout,
@@ -25,14 +26,20 @@ from fedsca_pipeline.federation.messages import (
     decode,
     encode,
     hash_tensors,
+    most_bytes,
 )
+from fedsca_pipeline.federation.prefix import FeatureCache, SplitModel
 from fedsca_pipeline.federation.store import SiteState, SiteStore, Snapshot
 from fedsca_pipeline.federation.strategies.base import Strategy
 from fedsca_pipeline.foundation.model import SegmentationModel
 from fedsca_pipeline.sites.arrays import SiteArrays
 
 Tensors = Mapping[str, Tensor]
+Forward = Callable[[Batch], Tensor]
 StepCallback = Callable[[str, int, int, float], None]
+
+
+_REPORT_SECONDS = 0.2
 
 
 def ignore_step(site: str, step: int, steps: int, loss: float) -> None:
@@ -41,7 +48,7 @@ def ignore_step(site: str, step: int, steps: int, loss: float) -> None:
 
 @dataclass(frozen=True)
 class LocalSettings:
-    """What every site of a run does alike."""
+    """What every site of a run does alike. ``cache_bytes``: most that one site's feature cache may take."""
 
     run: str
     seed: int
@@ -50,6 +57,8 @@ class LocalSettings:
     evaluation_batch: int
     threshold: float
     training: TrainingConfig
+    compression: Compression = "zstd"
+    cache_bytes: int = 0
 
 
 class LocalWorker:
@@ -80,6 +89,7 @@ class LocalWorker:
         self.loss: SegmentationLoss = build_loss(model.head, settings.training.dice_weight)
         self.augmentation = build_augmentation(settings.training.augment)
         self.device = next(iter(model.parameters())).device
+        self.split = SplitModel(model, layout.shapes)
 
     def work(
         self, payload: bytes, round_: int, site: str, data: SiteArrays, store: SiteStore, on_step: StepCallback
@@ -96,10 +106,11 @@ class LocalWorker:
         """
         started = time.perf_counter()
         state = store.state_before(round_)
-        base, final = self._receive(decode(payload), round_, site, state)
+        base, final = self._receive(decode(payload, max_bytes=most_bytes(self.shapes)), round_, site, state)
         private = dict(state.private) if state else {n: t for n, t in self.initial.items() if n not in self.shapes}
         self._install({**private, **base})
-        metrics = {"dice_validation": self._validate(data)}
+        batches = self._batches(data, store)
+        metrics = {"dice_validation": self._validate(batches)}
         if state is not None or final:
             self._keep(store, Snapshot(round_ - 1, metrics["dice_validation"], self._tensors()), final=final)
         samples = len(data.rows("train"))
@@ -115,15 +126,15 @@ class LocalWorker:
             metrics=metrics,
         )
         if final:
-            return encode(reply, {})
-        loss, moments = self._train(data, site, round_, base, state, on_step)
+            return encode(reply, {}, self.settings.compression)
+        loss, moments = self._train(batches, site, round_, base, state, on_step)
         trained = self._tensors()
         if not all(tensor.isfinite().all() for tensor in trained.values()):
             raise _diverged(site, round_, "the trained tensors are")
         update = {name: trained[name] - base[name] for name in self.shared}
         sent, residual = self._round_update(update, state)
-        metrics |= {"loss": loss, "dice_local": self._validate(data), "seconds": time.perf_counter() - started}
-        answer = encode(replace(reply, metrics=metrics), sent)
+        metrics |= {"loss": loss, "dice_local": self._validate(batches), "seconds": time.perf_counter() - started}
+        answer = encode(replace(reply, metrics=metrics), sent, self.settings.compression)
         # Last, so that a state is only ever one whose update can be sent.
         store.save_state(
             SiteState(round_, {n: t for n, t in trained.items() if n not in self.shapes}, base, residual, moments)
@@ -163,34 +174,58 @@ class LocalWorker:
         if final:
             store.save_snapshot("last", snapshot)
 
-    def _validate(self, data: SiteArrays) -> float:
-        batches = plain_batches(data, "validation", self.settings.evaluation_batch)
-        return mean_dice(self.model, batches, self.settings.classes, self.settings.threshold)
+    def _batches(self, data: SiteArrays, store: SiteStore) -> SiteBatches:
+        validation = [(int(row), AS_IT_STANDS) for row in data.rows("validation")]
+        # Jittered intensities never come twice, and are nobody's view.
+        views = () if self.settings.training.augment.intensity else VIEWS
+        training = [(int(row), view) for row in data.rows("train") for view in views]
+        cache = FeatureCache(
+            store.feature_cache, [*validation, *training], self.split.feature_shape, self.settings.cache_bytes
+        )
+        return SiteBatches(data, self._embed, self.augmentation, cache)
+
+    def _embed(self, images: Tensor, valid: Tensor) -> Tensor:
+        return self.split.features(images.to(self.device), valid.to(self.device))
+
+    def _forward(self, batch: Batch) -> Tensor:
+        return self.split.logits(batch.inputs)
+
+    def _validate(self, batches: SiteBatches) -> float:
+        validation = batches.plain("validation", self.settings.evaluation_batch)
+        return mean_dice(self.model, self._forward, validation, self.settings.classes, self.settings.threshold)
 
     def _train(
-        self, data: SiteArrays, site: str, round_: int, base: Tensors, state: SiteState | None, on_step: StepCallback
+        self,
+        batches: SiteBatches,
+        site: str,
+        round_: int,
+        base: Tensors,
+        state: SiteState | None,
+        on_step: StepCallback,
     ) -> tuple[float, dict[str, Tensor]]:
         training = self.settings.training
         optimiser = self._optimiser(state)
         schedule = warm_up(optimiser, training.warmup_steps)
         received = {name: tensor.to(self.device) for name, tensor in base.items()}
         trained = {name: self.parameters[name] for name in self.trained}
-        steps = training.local_epochs * -(-len(data.rows("train")) // training.batch_size)
+        steps = training.local_epochs * batches.count(training.batch_size)
         losses: list[Tensor] = []
+        reported = 0.0
         self.model.train()
         # Dropout draws from torch's own generator; seeded here, it draws the same again after a resume.
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(stream_seed(self.settings.seed, site, round_, "torch"))
             for epoch in range(training.local_epochs):
-                for batch in training_batches(
-                    data, training.batch_size, self.augmentation,
-                    seed=self.settings.seed, site=site, round_=round_, epoch=epoch,
-                ):  # fmt: skip
-                    loss = local_step(self.model, batch.to(self.device), self.loss, optimiser, training.clip_norm,
+                place = {"seed": self.settings.seed, "site": site, "round_": round_, "epoch": epoch}
+                for batch in batches.training(training.batch_size, **place):
+                    loss = local_step(self._forward, batch.to(self.device), self.loss, optimiser, training.clip_norm,
                                       lambda: self.strategy.penalty(trained, received))  # fmt: skip
                     schedule.step()
                     losses.append(loss)
-                    on_step(site, len(losses), steps, float(loss))
+                    # Reading a loss waits for the device; nobody sees more than a few a second.
+                    if len(losses) == steps or time.monotonic() - reported > _REPORT_SECONDS:
+                        on_step(site, len(losses), steps, float(loss))
+                        reported = time.monotonic()
         mean = float(torch.stack(losses).double().mean())
         if not torch.isfinite(torch.stack(losses)).all():
             raise _diverged(site, round_, "the loss was")
@@ -203,13 +238,15 @@ class LocalWorker:
             {"params": [self.parameters[n] for n in self.trained if (n in self.decoder) == in_decoder], "lr": rate}
             for in_decoder, rate in rates.items()
         ]
-        optimiser = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=training.weight_decay)
+        optimiser = torch.optim.AdamW(
+            [g for g in groups if g["params"]], weight_decay=training.weight_decay, fused=True
+        )
         if training.keep_optimizer and state is not None:
             for name in self.trained:
                 if f"{name}/step" in state.moments:
                     parameter = self.parameters[name]
                     optimiser.state[parameter] = {
-                        key: state.moments[f"{name}/{key}"].clone().to(parameter.device if key != "step" else "cpu")
+                        key: state.moments[f"{name}/{key}"].clone().to(parameter.device)
                         for key in ("step", "exp_avg", "exp_avg_sq")
                     }
         return optimiser
@@ -239,7 +276,7 @@ def _diverged(site: str, round_: int, what: str) -> SiteError:
 
 
 def local_step(
-    model: SegmentationModel,
+    forward: Forward,
     batch: Batch,
     loss_of: SegmentationLoss,
     optimiser: torch.optim.Optimizer,
@@ -247,8 +284,8 @@ def local_step(
     penalty: Callable[[], Tensor | None],
 ) -> Tensor:
     """One optimiser step on one batch; returns the detached loss, a scalar on the model's device."""
-    with autocast(batch.images.device):
-        logits = model(model.normalise(batch.images, batch.valid.unsqueeze(1)))
+    with autocast(batch.inputs.device):
+        logits = forward(batch)
     loss = loss_of(logits, batch.masks, batch.valid)
     extra = penalty()
     if extra is not None:
@@ -272,25 +309,32 @@ def warm_up(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sche
     return torch.optim.lr_scheduler.LinearLR(optimiser, start_factor=1 / steps, total_iters=steps - 1)
 
 
-def mean_dice(model: SegmentationModel, batches: Iterable[Batch], classes: int, threshold: float) -> float:
+def mean_dice(
+    model: SegmentationModel, forward: Forward, batches: Iterable[Batch], classes: int, threshold: float
+) -> float:
     """Return the mean over images of the mean Dice over classes, in [0, 1]; 0 where there is no image."""
     device = next(iter(model.parameters())).device
     scores = [
         dice_per_image(
             predict_masks(logits, model.head, threshold), truth_masks(batch.masks, classes), batch.valid
         ).mean(dim=1)
-        for batch, logits in predictions(model, (batch.to(device) for batch in batches))
+        for batch, logits in predictions(model, forward, (batch.to(device) for batch in batches))
     ]
     return float(torch.cat(scores).mean()) if scores else 0.0
 
 
-def predictions(model: SegmentationModel, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
-    """Yield each batch with its logits [B,C,S,S] float32, without gradients and in evaluation mode."""
+def predictions(model: SegmentationModel, forward: Forward, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+    """Yield each batch with its logits [B,C,S,S] float32, without gradients and with ``model`` in evaluation mode."""
     with _evaluating(model):
         for batch in batches:
-            with torch.inference_mode(), autocast(batch.images.device):
-                logits = model(model.normalise(batch.images, batch.valid.unsqueeze(1)))
+            with torch.inference_mode(), autocast(batch.inputs.device):
+                logits = forward(batch)
             yield batch, logits.float()
+
+
+def whole_model(model: SegmentationModel) -> Forward:
+    """Return the forward of a model on batches of images."""
+    return lambda batch: model(model.normalise(batch.inputs, batch.valid.unsqueeze(1)))
 
 
 @contextmanager

@@ -3,6 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Encoder(Protocol):
+    """An image encoder that can be entered half-way: ``forward(x)`` is the trunk, module by module, on ``stem(x)``."""
+
+    def stem(self, pixels: Tensor) -> Tensor:
+        """Map normalised pixels [B, 3, S, S] to what the first transformer block takes. Never carries adapters."""
+        ...
+
+    def trunk(self) -> tuple[nn.Module, ...]:
+        """Return what follows the stem, in order; adapters stand inside these modules."""
+        ...
 
 
 @dataclass(frozen=True)

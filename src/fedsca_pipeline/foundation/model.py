@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.sam.modeling_sam import SamMaskDecoder
 
-from fedsca_pipeline.foundation.blocks import BlockPaths
+from fedsca_pipeline.foundation.blocks import BlockPaths, Encoder
 
 __all__ = ["BlockPaths", "MaskDecoder", "SegmentationModel", "position_map"]
 
@@ -78,8 +78,11 @@ class SegmentationModel(nn.Module):
         image_size: S.
         channels: one for each class (head ``sigmoid``), or background and classes (head ``softmax``).
         blocks: the encoder's transformer blocks from the input on.
-        pixel_mean, pixel_std: of red, green and blue, in units of 0..255.
+        pixel_mean, pixel_std: of red, green and blue, in units of 0..255, [1, 3, 1, 1].
     """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(
         self,
@@ -98,8 +101,13 @@ class SegmentationModel(nn.Module):
         self.channels = channels
         self.head = head
         self.blocks = blocks
-        self.pixel_mean = PIXEL_MEAN
-        self.pixel_std = PIXEL_STD
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def backbone(self) -> Encoder:
+        """The encoder without the wrapper that PEFT puts around it; adapters are inside its blocks."""
+        return self.encoder.get_base_model() if hasattr(self.encoder, "get_base_model") else self.encoder
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Encode normalised pixels [B, 3, S, S] to embeddings [B, D, S/16, S/16]."""
@@ -116,10 +124,7 @@ class SegmentationModel(nn.Module):
 
     def normalise(self, images: Tensor, valid: Tensor) -> Tensor:
         """Turn images uint8 [B, 3, S, S] into pixels float32, exactly 0 where ``valid`` [B, 1, S, S] bool is False."""
-        mean, std = (
-            torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (self.pixel_mean, self.pixel_std)
-        )
-        return torch.where(valid, (images.float() - mean) / std, 0.0)
+        return torch.where(valid, (images.float() - self.pixel_mean) / self.pixel_std, 0.0)
 
 
 def position_map(matrix: Tensor, side: int) -> Tensor:

@@ -33,12 +33,19 @@ class SamViT(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode; the shapes are the class's."""
-        x = self.patch_embed(pixels)  # [B, S/16, S/16, C]
-        if self.pos_embed is not None:
-            x = x + self.pos_embed
-        for layer in self.layers:
-            x = layer(x)
-        return self.neck(x)
+        x = self.stem(pixels)
+        for module in self.trunk():
+            x = module(x)
+        return x
+
+    def stem(self, pixels: Tensor) -> Tensor:
+        """Embed patches with their positions: [B, S/16, S/16, C]."""
+        x = self.patch_embed(pixels)
+        return x if self.pos_embed is None else x + self.pos_embed
+
+    def trunk(self) -> tuple[nn.Module, ...]:
+        """Return the transformer blocks and the neck."""
+        return (*self.layers, self.neck)
 
 
 def sam_vit_blocks(encoder: SamViT) -> tuple[BlockPaths, ...]:

@@ -179,9 +179,18 @@ class TinyViT(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode."""
-        x = self.patch_embed(pixels)  # [B, 64, S/4, S/4]
-        x = self.layers(x)  # [B, 320, S/16, S/16], by way of [B, 128, S/8, S/8] and [B, 160, S/16, S/16]
-        return self.neck(x)
+        x = self.stem(pixels)
+        for module in self.trunk():
+            x = module(x)  # to [B, 320, S/16, S/16], by way of [B, 160, S/16, S/16]
+        return x
+
+    def stem(self, pixels: Tensor) -> Tensor:
+        """Apply the convolutional stages: [B, 128, S/8, S/8]."""
+        return self.layers[0](self.patch_embed(pixels))
+
+    def trunk(self) -> tuple[nn.Module, ...]:
+        """Return the transformer blocks, the ways from stage to stage, and the neck."""
+        return (*(part for stage in self.layers[1:] for part in (*stage.blocks, stage.downsample)), self.neck)
 
 
 def tiny_vit_blocks(encoder: TinyViT) -> tuple[BlockPaths, ...]:
