@@ -1,8 +1,8 @@
 """What crosses the wire: one safetensors blob, its manifest, and the names and places of the tensors in it.
 
 docs/method.md. The manifest is JSON in the safetensors header's metadata; tensor names and shapes are the header's
-own. Nothing here is pickled, and nothing that arrives is trusted: :func:`decode` checks the form, :func:`check` the
-content.
+own. The blob travels as it is or as one zstd frame. Nothing here is pickled, and nothing that arrives is trusted:
+:func:`decode` checks the form, :func:`check` the content.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import zstandard
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
@@ -23,12 +24,17 @@ from torch import Tensor
 from fedsca_pipeline.errors import MessageError
 
 WireDtype = Literal["fp32", "fp16", "int8"]
+Compression = Literal["zstd", "none"]
 MessageKind = Literal["aggregate", "update", "final", "report"]
 
 _MANIFEST = "manifest"
 _SCALE = "::scale"  # no module path holds a colon, so a scale never hides a tensor
 _FP16_MAX = 65504.0
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8}
+# The library's own default: on real updates no level from 1 to 19 saves 3 % more, and high ones take 50 times as long.
+_ZSTD_LEVEL = 3
+# In a header: the manifest, and one tensor's entry with that of its scale.
+_MANIFEST_BYTES, _ENTRY_BYTES = 65_536, 1_024
 
 
 @dataclass(frozen=True)
@@ -92,29 +98,42 @@ class _Codec:
     unpack: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
-def encode(manifest: Manifest, tensors: Mapping[str, Tensor]) -> bytes:
+def encode(manifest: Manifest, tensors: Mapping[str, Tensor], compression: Compression = "none") -> bytes:
     """Return ``tensors`` (any shapes and float dtypes; none at all is fine) and ``manifest`` as one safetensors blob.
 
-    The bytes depend on nothing but the arguments. ``int8`` is symmetric with one scale max|x|/127 per tensor, carried
-    as an fp32 entry (0 for a tensor of zeros). Raises MessageError, naming the tensor, where a value does not fit the
-    manifest's dtype: beyond 65504 in fp16, NaN or infinity in int8.
+    With ``zstd`` the blob comes as one frame that says its size. The bytes depend on nothing but the arguments (and
+    zstd's version). ``int8`` is symmetric with one scale max|x|/127 per tensor, carried as an fp32 entry (0 for a
+    tensor of zeros). Raises MessageError, naming the tensor, where a value does not fit the manifest's dtype: beyond
+    65504 in fp16, NaN or infinity in int8.
     """
     entries = {name: entry.numpy() for name, entry in _pack(tensors, manifest.dtype).items()}
     metrics = {name: float(value) for name, value in manifest.metrics.items()}
-    return save(entries, metadata={_MANIFEST: json.dumps(vars(manifest) | {"metrics": metrics}, sort_keys=True)})
+    blob = save(entries, metadata={_MANIFEST: json.dumps(vars(manifest) | {"metrics": metrics}, sort_keys=True)})
+    return _COMPRESS[compression](blob)
 
 
-def decode(data: bytes, *, max_bytes: int | None = None) -> Message:
-    """Return the message in ``data``. Raises MessageError on anything malformed or longer than ``max_bytes``."""
-    if max_bytes is not None and len(data) > max_bytes:
-        raise MessageError(f"a message of {len(data)} bytes is larger than the {max_bytes} allowed")
+def decode(data: bytes, *, max_bytes: int = 2**30) -> Message:
+    """Return the message in ``data``, compressed or not.
+
+    Raises MessageError on anything malformed, and on what is larger than ``max_bytes`` as a blob (1 GiB unless told),
+    before that much is allocated.
+    """
+    blob = _decompressed(data, max_bytes) if data.startswith(zstandard.FRAME_HEADER) else data
+    if len(blob) > max_bytes:
+        raise _too_large(len(blob), max_bytes)
     try:
-        flat = deserialize(data)
+        flat = deserialize(blob)
     except SafetensorError as error:
-        raise MessageError(f"a message of {len(data)} bytes is not safetensors: {error}") from error
-    manifest = _read_manifest(data)
+        raise MessageError(f"a message of {len(blob)} bytes is not safetensors: {error}") from error
+    manifest = _read_manifest(blob)
     entries = {name: _read_entry(name, view) for name, view in flat}
     return Message(manifest, _CODECS[manifest.dtype].unpack(entries))
+
+
+def most_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return a bound on the bytes of any honest message with tensors of ``shapes``, decompressed."""
+    values = sum(math.prod(shape) for shape in shapes.values())
+    return _MANIFEST_BYTES + _ENTRY_BYTES * len(shapes) + 4 * values
 
 
 def check(
@@ -252,7 +271,29 @@ _CODECS: Mapping[WireDtype, _Codec] = {
     "int8": _Codec(_pack_int8, _unpack_int8),
 }
 
+_COMPRESS: Mapping[Compression, Callable[[bytes], bytes]] = {
+    "zstd": lambda blob: zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(blob),
+    "none": lambda blob: blob,
+}
+
 _MANIFEST_TYPE = TypeAdapter(Manifest)
+
+
+def _decompressed(frame: bytes, max_bytes: int) -> bytes:
+    """Undo zstd; a frame must say its size, so that a small one cannot unpack to any size it likes."""
+    try:
+        size = zstandard.frame_content_size(frame)
+        if size < 0:
+            raise MessageError(f"a message of {len(frame)} bytes does not say how large it is decompressed")
+        if size > max_bytes:
+            raise _too_large(size, max_bytes)
+        return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise MessageError(f"a message of {len(frame)} bytes cannot be decompressed: {error}") from error
+
+
+def _too_large(size: int, max_bytes: int) -> MessageError:
+    return MessageError(f"a message of {size} bytes is larger than the {max_bytes} allowed")
 
 
 def _read_manifest(data: bytes) -> Manifest:
