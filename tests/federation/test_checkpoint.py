@@ -42,6 +42,23 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     assert found.state.memory.isnan().all()
 
 
+def test_what_save_returns_is_what_was_stored_and_shares_no_memory_with_what_was_given(tmp_path: Path) -> None:
+    given = checkpoint(3)
+
+    kept = CheckpointFolder(tmp_path).save(given)
+    given.aggregates.zero_()
+
+    assert (kept.round, kept.history) == (3, given.history)
+    assert torch.equal(kept.aggregates, checkpoint(3).aggregates)
+
+
+def test_writing_to_a_loaded_checkpoint_does_not_change_its_file(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.save(checkpoint(3)).aggregates.zero_()
+
+    assert torch.equal(folder.latest().aggregates, checkpoint(3).aggregates)
+
+
 def test_the_same_checkpoint_is_the_same_bytes(tmp_path: Path) -> None:
     for name in ("first", "second"):
         CheckpointFolder(tmp_path / name).save(checkpoint(3))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,12 @@ class CheckpointFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint atomically, then drop all but the last two."""
+    def save(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Write a checkpoint atomically, then drop all but the last two.
+
+        Returns the same checkpoint as :meth:`latest` would, its tensors memory-mapped: a run goes on from what a
+        resumed one would start from, and the memory that the checkpoint came in is free again.
+        """
         tensors = {f"state/{name}": t for name, t in checkpoint.state.as_tensors().items()} | {
             "aggregates": checkpoint.aggregates,
             "bases": checkpoint.bases,
@@ -97,6 +101,7 @@ class CheckpointFolder:
         write_tensors(path, tensors, {"checkpoint": header})
         for old in self._files()[:-_KEPT_ROUNDS]:
             old.unlink()
+        return replace(_stored(path), round=checkpoint.round, history=checkpoint.history)
 
     def latest(self) -> Checkpoint | None:
         """Return the newest checkpoint, or None where there is none.
@@ -108,20 +113,26 @@ class CheckpointFolder:
         if not files:
             return None
         try:
-            header, tensors = read_header(files[-1], "checkpoint"), read_tensors(files[-1])
+            header, stored = read_header(files[-1], "checkpoint"), _stored(files[-1])
         except WeightsError as error:
             raise ResumeError(
                 f"{files[-1]}: this checkpoint cannot be read. Delete it to go on from the round before."
             ) from error
-        state = {name.removeprefix("state/"): t for name, t in tensors.items() if name.startswith("state/")}
-        return Checkpoint(
-            round=header["round"],
-            state=ServerState.from_tensors(state),
-            aggregates=tensors["aggregates"],
-            bases=tensors["bases"],
-            has_base=tensors["has_base"].to(torch.bool),
-            history=tuple(RoundRecord.from_json(record) for record in header["history"]),
-        )
+        history = tuple(RoundRecord.from_json(record) for record in header["history"])
+        return replace(stored, round=header["round"], history=history)
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("round_*.safetensors"))
+
+
+def _stored(path: Path) -> Checkpoint:
+    """Return a file's tensors, memory-mapped, as a checkpoint without round and history."""
+    tensors = read_tensors(path)
+    state = {name.removeprefix("state/"): t for name, t in tensors.items() if name.startswith("state/")}
+    return Checkpoint(
+        round=0,
+        state=ServerState.from_tensors(state),
+        aggregates=tensors["aggregates"],
+        bases=tensors["bases"],
+        has_base=tensors["has_base"].to(torch.bool),
+    )

@@ -51,6 +51,11 @@ class SiteStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    @property
+    def feature_cache(self) -> Path:
+        """Scratch file of the run in progress; by its name it goes with whatever else a run leaves half-done."""
+        return self.folder / ".features.partial"
+
     def state_before(self, round_: int) -> SiteState | None:
         """Return the newest state of a round before ``round_``, or None where the site has not trained yet."""
         earlier = [path for path in self._states() if _round_of(path) < round_]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from fedsca_pipeline.errors import NoValidSite, ResumeError
 from fedsca_pipeline.federation.messages import TensorLayout
-from fedsca_pipeline.federation.strategies import build_strategy
+from fedsca_pipeline.federation.strategies import base, build_strategy
 from fedsca_pipeline.federation.strategies.base import (
     Replies,
+    Results,
     ServerState,
     cosines,
     gram,
@@ -46,8 +50,8 @@ def step(strategy, state, replies, sites=SITES, groups=None, **more):
     values = replies.updates.shape[1]
     groups = ((slice(0, values),) if values else ()) if groups is None else groups
     state = state or ServerState.initial(len(sites), values, len(groups))
-    settings = {"initial": torch.full((values,), -7.0), "max_norm_ratio": 10.0, **more}
-    return strategy.aggregate(state, replies, sites=sites, groups=groups, **settings)
+    asked = {"initial": torch.full((values,), -7.0), "max_norm_ratio": 10.0, **more}
+    return strategy.aggregate(state, replies, sites=sites, groups=groups, **asked)
 
 
 class TestValidation:
@@ -137,6 +141,73 @@ class TestValidation:
 
         assert after.masters[1].tolist() == [1.0, 0.0]
         assert found.aggregates[1].tolist() == [2.0, 0.0]
+
+
+def dense(state, replies, weights):
+    """The step's matrix products, undivided, in float64: Gram matrix, masters, aggregates, spread."""
+    updates, masters = replies.updates.double(), state.masters.double()
+    rows = [SITES.index(site) for site in replies.sites]
+    thetas = replies.bases.double() + updates
+    masters = masters.index_copy(0, torch.tensor(rows), thetas)
+    apart = (thetas - thetas.mean(dim=0)).norm(dim=1) / updates.norm(dim=1)
+    return updates @ updates.T, masters, weights @ masters, apart
+
+
+class TestBlocks:
+    @settings(max_examples=40, deadline=None)
+    @given(
+        values=st.integers(1, 70),
+        columns=st.integers(1, 80),
+        band=st.integers(1, 6),
+        present=st.sets(st.sampled_from(SITES), min_size=1),
+        seed=st.integers(0, 1000),
+    )
+    def test_any_width_of_block_gives_what_undivided_products_give(self, values, columns, band, present, seed):
+        draw = torch.Generator().manual_seed(seed)
+        state = replace(ServerState.initial(4, values, 1), masters=torch.randn(4, values, generator=draw))
+        sites = tuple(sorted(present))
+        bases, updates = torch.randn(2, len(sites), values, generator=draw)
+        replies = Replies(1, sites, bases, updates, torch.full((len(sites),), 10.0).double())
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(base, "_COLUMNS", columns)
+            patch.setattr(base, "_ROWS", band)
+            after, found = step(build_strategy("fedsca", {"weighting": "uniform"}), state, replies, max_norm_ratio=1e6)
+            products = gram(updates, (slice(0, values),))[0]
+            weights = build_strategy("fedsca", {"weighting": "uniform"}).site_weights(
+                after, torch.tensor([SITES.index(site) for site in sites]), torch.ones(1, len(sites)) > 0
+            )[0]
+
+        exact, masters, aggregates, apart = dense(state, replies, weights)
+        close = {"atol": 1e-4, "rtol": 1e-4}
+        torch.testing.assert_close(products, exact, **close)
+        torch.testing.assert_close(after.masters.double(), masters, **close)
+        torch.testing.assert_close(found.aggregates.double(), aggregates, **close)
+        torch.testing.assert_close(found.spread, apart, **close)
+
+    def test_results_are_written_where_asked_to_with_the_same_bits(self):
+        draw = torch.Generator().manual_seed(5)
+        replies = Replies(1, ("a", "b", "d"), *torch.randn(2, 3, 20_000, generator=draw), torch.ones(3).double())
+        fedsca = build_strategy("fedsca", {})
+        out = Results(torch.full((4, 20_000), torch.nan), torch.full((4, 20_000), torch.nan))
+
+        state, found = step(fedsca, None, replies)
+        same_state, same = step(fedsca, None, replace(replies, bases=list(replies.bases)), out=out)
+
+        assert same_state.masters is out.masters
+        assert same.aggregates is out.aggregates
+        assert torch.equal(out.masters, state.masters)
+        assert torch.equal(out.aggregates, found.aggregates)
+        assert torch.equal(same.spread, found.spread)
+
+    def test_a_round_that_fails_writes_nothing(self):
+        out = Results(torch.full((4, 1), 7.0), torch.full((4, 1), 7.0))
+
+        with pytest.raises(NoValidSite):
+            step(build_strategy("fedsca", {}), None, replies_of({"a": [torch.nan]}), out=out)
+
+        assert out.masters.eq(7).all()
+        assert out.aggregates.eq(7).all()
 
 
 class TestState:
@@ -258,7 +329,12 @@ class TestSpread:
     def test_it_is_the_distance_from_the_mean_in_updates_and_0_for_a_zero_update(self):
         thetas = torch.tensor([[0.0, 0.0], [6.0, 8.0], [3.0, 4.0]])
 
-        assert spread(thetas, double(2.0, 0.0, 1.0)).tolist() == [2.5, 0.0, 0.0]
+        assert spread(thetas, torch.arange(3), double(2.0, 0.0, 1.0)).tolist() == [2.5, 0.0, 0.0]
+
+    def test_sites_that_did_not_take_part_are_no_part_of_the_mean(self):
+        masters = torch.tensor([[0.0, 0.0], [900.0, 0.0], [6.0, 8.0]])
+
+        assert spread(masters, torch.tensor([0, 2]), double(1.0, 5.0)).tolist() == [5.0, 1.0]
 
 
 class TestCatchUp:

@@ -1,8 +1,9 @@
 """What a strategy is: four questions with default answers, and the server's step from replies to aggregates.
 
-docs/method.md. The step is a template over small pure functions: validate, compare updates, remember, weigh,
-mix. Values [S, V] are fp32 and mixed as matrix products; everything sites x sites is float64. V values fall into B
-groups with weights of their own; S sites replied, A of them were accepted, N are known. All tensors are on the CPU.
+docs/method.md. The step is a template over small functions: validate, compare updates, remember, weigh, mix. Values
+[S, V] are fp32; they are compared and mixed as matrix products over runs of columns, so that they may be memory-mapped
+and nothing of their size is allocated on the way. Everything sites x sites is float64. V values fall into B groups with
+weights of their own; S sites replied, A of them were accepted, N are known. All tensors are on the CPU.
 """
 
 from __future__ import annotations
@@ -27,20 +28,21 @@ Groups = tuple[slice, ...]
 
 ZERO_NORM = 1e-12  # an update shorter than this has no direction (docs/method.md)
 COLLAPSE = 0.95  # mean self weight beyond which a federation is local training (docs/method.md)
-_CHUNK = 1 << 13  # columns of one fp32 inner product, so that norms err by 1e-7
+_COLUMNS = 1 << 13  # values of one fp32 inner product, so that norms err by 1e-7
+_ROWS = 1 << 8  # sites of one product of the Gram matrix, of which the half below the diagonal is left out
 
 
 @dataclass(frozen=True)
 class Replies:
     """What arrived in one round from the sites that answered, sorted by site.
 
-    ``bases`` [S, V] fp32: what each site really trained from. ``updates`` [S, V] fp32. ``samples`` [S] float64:
-    training images.
+    ``bases``: what each site really trained from, S vectors [V] fp32 wherever they lie, or one tensor. ``updates``
+    [S, V] fp32. ``samples`` [S] float64: training images.
     """
 
     round: int
     sites: tuple[str, ...]
-    bases: Tensor
+    bases: Sequence[Tensor] | Tensor
     updates: Tensor
     samples: Tensor
 
@@ -84,6 +86,22 @@ class ServerState:
                 f"the server state lacks {', '.join(missing)}; go on from an older checkpoint or start anew"
             )
         return cls(**{name: tensors[name] for name in names})
+
+
+@dataclass(frozen=True)
+class Results:
+    """Memory [N, V] fp32 of any content for what one round gives: first touching it costs more than all products.
+
+    It is no part of the state or the replies that go in, and belongs to the state and the aggregates that come out.
+    """
+
+    masters: Tensor
+    aggregates: Tensor
+
+    @classmethod
+    def fresh(cls, n_sites: int, n_values: int) -> Results:
+        """Return memory that nobody has used."""
+        return cls(torch.empty(n_sites, n_values), torch.empty(n_sites, n_values))
 
 
 @dataclass(frozen=True)
@@ -148,6 +166,7 @@ class Strategy:
         groups: Groups,
         max_norm_ratio: float,
         layout: TensorLayout | None = None,
+        out: Results | None = None,
     ) -> tuple[ServerState, Aggregation]:
         """Question 4: how replies become aggregates (docs/method.md). Neither argument is changed.
 
@@ -159,28 +178,28 @@ class Strategy:
             groups: of this strategy, see ``groups``.
             max_norm_ratio: above 1; a norm beyond this many medians is rejected.
             layout: only needed by strategies that treat some tensors on their own (``lora_merge: svd``).
+            out: where masters and aggregates are written; None takes fresh memory.
 
         Raises:
-            NoValidSite: no reply is usable.
+            NoValidSite: no reply is usable; nothing has been written.
         """
-        thetas = replies.bases + replies.updates
+        out = out or Results.fresh(len(sites), len(initial))
         grams = gram(replies.updates, groups)
         norms = grams.diagonal(dim1=1, dim2=2).sum(dim=0).sqrt()
-        rejected = self.validate(replies, thetas, norms, state.norms, max_norm_ratio)
+        rejected = self.validate(replies, norms, state.norms, max_norm_ratio)
         kept = torch.tensor([i for i, site in enumerate(replies.sites) if site not in rejected], dtype=torch.long)
         if not len(kept):
             reasons = "; ".join(f"{site}: {reason}" for site, reason in rejected.items()) or "no site replied"
             raise NoValidSite(
                 f"round {replies.round}: no site sent a usable update ({reasons}); nothing was overwritten"
             )
-        if rejected:
-            thetas, grams, norms = thetas[kept], grams[:, kept][:, :, kept], norms[kept]
+        grams, norms = grams[:, kept][:, :, kept], norms[kept]
         accepted = tuple(replies.sites[i] for i in kept)
         rows = torch.tensor([sites.index(site) for site in accepted])
 
         state = replace(
             state,
-            masters=state.masters.index_copy(0, rows, thetas),
+            masters=renew(state.masters, replies, dict(zip(rows.tolist(), kept.tolist(), strict=True)), out.masters),
             trained=state.trained.index_fill(0, rows, True),
             samples=state.samples.index_copy(0, rows, replies.samples[kept]),
             memory=self.remember(state.memory, cosines(grams), rows),
@@ -188,7 +207,7 @@ class Strategy:
         )
         moved = grams.diagonal(dim1=1, dim2=2).sqrt() >= ZERO_NORM
         weights = self.site_weights(state, rows, moved)
-        aggregates = self.mix(weights, state.masters, groups, initial, layout)
+        aggregates = self.mix(weights, state.masters, groups, initial, layout, out.aggregates)
 
         similarity, mutual = state.memory[:, rows][:, :, rows], weights[:, rows][:, :, rows]
         if not groups:
@@ -199,13 +218,12 @@ class Strategy:
                 "updates do not agree (see the similarities) or because the weighting keeps each site to itself",
                 replies.round, self.name, mean,
             )  # fmt: skip
-        return state, Aggregation(aggregates, accepted, rejected, similarity, mutual, norms, spread(thetas, norms))
+        apart = spread(state.masters, rows, norms)
+        return state, Aggregation(aggregates, accepted, rejected, similarity, mutual, norms, apart)
 
-    def validate(
-        self, replies: Replies, thetas: Tensor, norms: Tensor, earlier: Tensor, max_norm_ratio: float
-    ) -> Mapping[str, str]:
+    def validate(self, replies: Replies, norms: Tensor, earlier: Tensor, max_norm_ratio: float) -> Mapping[str, str]:
         """Return the rejected sites and why; see the function :func:`validate`."""
-        return validate(replies, thetas, norms, earlier, max_norm_ratio)
+        return validate(replies, norms, earlier, max_norm_ratio)
 
     def remember(self, memory: Tensor, seen: Tensor, rows: Tensor) -> Tensor:
         """Return the similarities [B, N, N] to weigh by, NaN where none. This round's ``seen`` [B, A, A] alone."""
@@ -230,9 +248,10 @@ class Strategy:
         groups: Groups,
         initial: Tensor,
         layout: TensorLayout | None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Return the aggregates [R, V]; see the function :func:`mix`."""
-        return mix(weights, masters, groups, initial)
+        """Return the aggregates [R, V], in ``out`` if that fits the strategy; see the function :func:`mix`."""
+        return mix(weights, masters, groups, initial, out)
 
     def site_weights(self, state: ServerState, rows: Tensor, moved: Tensor) -> Tensor:
         """Return all weights, [B, N, N] float64: of the sites ``rows`` that took part, and of those that catch up.
@@ -271,9 +290,12 @@ def gram(updates: Tensor, groups: Groups) -> Tensor:
     """
     grams = torch.zeros(len(groups), len(updates), len(updates), dtype=torch.float64)
     for total, group in zip(grams, groups, strict=True):
-        for chunk in updates[:, group].split(_CHUNK, dim=1):
-            total += chunk @ chunk.T
-    return (grams + grams.mT) / 2
+        for chunk in updates[:, group].split(_COLUMNS, dim=1):
+            for start in range(0, len(chunk), _ROWS):
+                rows = slice(start, start + _ROWS)
+                total[rows, start:] += chunk[rows] @ chunk[start:].T
+    upper = grams.triu()
+    return upper + upper.triu(diagonal=1).mT
 
 
 def cosines(grams: Tensor) -> Tensor:
@@ -284,12 +306,13 @@ def cosines(grams: Tensor) -> Tensor:
     return torch.where(moved[..., :, None] & moved[..., None, :], found, 0.0)
 
 
-def validate(replies: Replies, thetas: Tensor, norms: Tensor, earlier: Tensor, max_norm_ratio: float) -> dict[str, str]:
+def validate(replies: Replies, norms: Tensor, earlier: Tensor, max_norm_ratio: float) -> dict[str, str]:
     """Return the sites whose reply is unusable, with the reason (docs/method.md; what is left after ``check``).
 
-    In this order: fewer than one sample; a value that is not finite, seen by the sum of base + update, which is nearly
-    free; a norm above ``max_norm_ratio`` times the median of this round's finite norms and the ``earlier`` accepted
-    ones.
+    In this order: fewer than one sample; a value that is not finite, seen by the norm of the update and the sum of the
+    base, which is nearly free (their sum is finite then, too: an update whose norm has a square in fp32 is lost in the
+    rounding of a base near fp32's end); a norm above ``max_norm_ratio`` times the median of this round's finite norms
+    and the ``earlier`` accepted ones.
 
     Of an even number of norms the lower middle one is the median, else the larger of two sites in a first round would
     lift the bar over itself (with the mean of both, 1 and 1000 are each below ten times 500). Norms of zero updates
@@ -297,7 +320,7 @@ def validate(replies: Replies, thetas: Tensor, norms: Tensor, earlier: Tensor, m
     which of two sites in a first round is the odd one; the larger is turned away, since only it can do harm. A lone
     first site has nothing to be measured against and is taken.
     """
-    finite = thetas.sum(dim=1).isfinite() & norms.isfinite()
+    finite = torch.tensor([base.sum().isfinite() for base in replies.bases], dtype=torch.bool) & norms.isfinite()
     known = torch.cat([earlier, norms[finite & (norms >= ZERO_NORM)]])
     limit = max_norm_ratio * known.median().item() if len(known) else 0.0
     too_long = f"is above {limit:.3g}, {max_norm_ratio:g} times the median norm so far (federation.max_norm_ratio)"
@@ -311,6 +334,19 @@ def validate(replies: Replies, thetas: Tensor, norms: Tensor, earlier: Tensor, m
         for i in at_fault.nonzero().flatten().tolist():
             found.setdefault(replies.sites[i], reasons[i])
     return dict(sorted(found.items()))
+
+
+def renew(masters: Tensor, replies: Replies, taken: Mapping[int, int], out: Tensor) -> Tensor:
+    """Return ``out`` [N, V], filled with ``masters`` [N, V]: base + update in the rows that a reply was taken for.
+
+    ``taken`` is row to the reply's number. ``out`` may be ``masters``, but no part of the replies.
+    """
+    for row, (old, new) in enumerate(zip(masters, out, strict=True)):
+        if row in taken:
+            torch.add(replies.bases[taken[row]], replies.updates[taken[row]], out=new)
+        else:
+            new.copy_(old)
+    return out
 
 
 def place(matrices: Tensor, part: Tensor, rows: Tensor) -> Tensor:
@@ -349,19 +385,29 @@ def prior_weights(mates: Tensor, prior: Tensor) -> Tensor:
     return shares / shares.sum(dim=1, keepdim=True)
 
 
-def mix(weights: Tensor, masters: Tensor, groups: Sequence[slice], initial: Tensor) -> Tensor:
+def mix(
+    weights: Tensor, masters: Tensor, groups: Sequence[slice], initial: Tensor, out: Tensor | None = None
+) -> Tensor:
     """Return ``weights[b] @ masters`` per group, [R, V] fp32; ``initial`` [V] for a row without any weight.
 
-    ``weights`` is [B, R, N] float64, ``masters`` [N, V] fp32. A unit row returns its master bit for bit.
+    ``weights`` is [B, R, N] float64, ``masters`` [N, V] fp32. A unit row returns its master bit for bit. The result is
+    in ``out`` [R, V] fp32 where that is given.
     """
-    mixed = masters.new_empty(weights.shape[1], masters.shape[1])
-    for matrix, group in zip(weights, groups, strict=True):
-        mixed[:, group] = matrix.to(masters.dtype) @ masters[:, group]
+    mixed = masters.new_empty(weights.shape[1], masters.shape[1]) if out is None else out
+    for matrix, group in zip(weights.to(masters.dtype), groups, strict=True):
+        for part, chunk in zip(*(x[:, group].split(_COLUMNS, dim=1) for x in (mixed, masters)), strict=True):
+            torch.mm(matrix, chunk, out=part)
         mixed[matrix.sum(dim=1) == 0, group] = initial[group]
     return mixed
 
 
-def spread(thetas: Tensor, norms: Tensor) -> Tensor:
-    """Return ``|theta_i - mean| / |update_i|`` [A] float64; 0, never infinity, for a zero update."""
-    distances = torch.linalg.vector_norm(thetas - thetas.mean(dim=0), dim=1).double()
-    return torch.where(norms >= ZERO_NORM, distances / norms, 0.0)
+def spread(masters: Tensor, rows: Tensor, norms: Tensor) -> Tensor:
+    """Return ``|theta_i - mean| / |update_i|`` [A] float64 over ``rows`` [A] of the masters [N, V].
+
+    0, never infinity, for a zero update; ``norms`` [A] are those of the updates.
+    """
+    squares = torch.zeros(len(rows), dtype=torch.float64)
+    for chunk in masters.split(_COLUMNS, dim=1):
+        thetas = chunk[rows]
+        squares += torch.linalg.vector_norm(thetas.sub_(thetas.mean(dim=0)), dim=1).double().square()
+    return torch.where(norms >= ZERO_NORM, squares.sqrt() / norms, 0.0)

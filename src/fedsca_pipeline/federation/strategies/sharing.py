@@ -83,10 +83,16 @@ class SharingStrategy(Strategy):
         return tuple(part for part in parts if layout.size(part))
 
     def mix(
-        self, weights: Tensor, masters: Tensor, groups: Groups, initial: Tensor, layout: TensorLayout | None
+        self,
+        weights: Tensor,
+        masters: Tensor,
+        groups: Groups,
+        initial: Tensor,
+        layout: TensorLayout | None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Mix value by value and, for ``lora_merge: svd``, put merged products in the place of LoRA pairs."""
-        mixed = super().mix(weights, masters, groups, initial, layout)
+        mixed = super().mix(weights, masters, groups, initial, layout, out)
         if self.options.lora_merge != "svd" or not groups:
             return mixed
         if layout is None:

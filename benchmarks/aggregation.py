@@ -1,0 +1,123 @@
+"""The server's step on many sites: against a plain copy of the same bytes, and against sgemm of the same shapes.
+
+    python benchmarks/aggregation.py                                      # 100 sites x 1,000,000 values, against a copy
+    python benchmarks/aggregation.py --sites 1000 --baseline sgemm --server-memory 8     # takes 20 GiB of disk
+
+A step is ``Strategy.aggregate`` of fedsca: theta from base and update, comparison, weights, mixing, spread. Its large
+arrays are those of a round (``RoundMemory``), of which what exceeds ``--server-memory`` lies on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from measure import Ratio, in_turn, ratios, report, seconds
+
+from fedsca_pipeline.federation.memory import RoundMemory, mapped
+from fedsca_pipeline.federation.strategies import build_strategy
+from fedsca_pipeline.federation.strategies.base import Replies, ServerState
+from fedsca_pipeline.runs import resolve_threads
+
+
+class PeakMemory:
+    """The largest anonymous memory of this process while the block runs, in bytes; Linux only."""
+
+    def __enter__(self) -> PeakMemory:
+        self.bytes, self._done = 0, threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        while not self._done.is_set():
+            lines = Path("/proc/self/status").read_text().splitlines()
+            kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+            self.bytes = max(self.bytes, kilobytes * 1024)
+            time.sleep(0.02)
+
+
+def main() -> None:
+    """Run what the command line asks for and write ``results/aggregation_<sites>.json``."""
+    options = _options()
+    threads = resolve_threads(options.threads)
+    torch.set_num_threads(threads)
+    count, values = options.sites, options.values
+    sites = tuple(f"site_{index:05d}" for index in range(count))
+    strategy = build_strategy("fedsca", {})
+    groups = (slice(0, values),)
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder, PeakMemory() as peak:
+        memory = RoundMemory.within(options.server_memory, Path(folder), count, values)
+        # A run's state before the round is the memory-mapped checkpoint.
+        masters = mapped(Path(folder), (count, values))
+        _fill(memory.updates, 1e-3)
+        _fill(memory.bases, 1.0)
+        state = ServerState.initial(count, 0, 1)
+        state = ServerState(masters, state.trained, state.samples, state.memory, state.norms)
+        replies = Replies(1, sites, memory.bases, memory.updates, torch.full((count,), 32.0, dtype=torch.float64))
+        initial = torch.zeros(values)
+
+        def step() -> None:
+            strategy.aggregate(
+                state, replies, sites=sites, initial=initial, groups=groups, max_norm_ratio=10.0, out=memory.results
+            )
+
+        copies = {"copy": lambda: memory.results.masters.copy_(memory.updates)}
+        weights = torch.full((count, count), 1 / count)
+
+        def sgemm() -> None:
+            torch.mm(memory.updates, memory.updates.T)
+            torch.mm(weights, memory.updates, out=memory.results.aggregates)
+
+        baseline = copies["copy"] if options.baseline == "copy" else sgemm
+        step(), baseline()
+        found = in_turn(
+            {"aggregation": lambda: seconds(step), options.baseline: lambda: seconds(baseline)}, options.repetitions
+        )
+    updates = 4 * count * values
+    size = f"{count} sites x {values:,} values"
+    speed = (
+        Ratio(f"aggregation, {size}", "a plain copy of the updates", ratios(found["aggregation"], found["copy"]), 8.0)
+        if options.baseline == "copy"
+        else Ratio(
+            f"aggregation, {size}, speed",
+            "sgemm of the same shapes",
+            ratios(found["sgemm"], found["aggregation"]),
+            0.8,
+            at_least=True,
+        )
+    )
+    lean = Ratio("largest anonymous memory of the process", "bytes of the updates", [peak.bytes / updates], 2.1)
+    details = {"seconds": found, "server_memory_gib": options.server_memory}
+    report(f"aggregation_{count}", [speed, lean], details, threads=threads)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sites", type=int, default=100)
+    parser.add_argument("--values", type=int, default=1_000_000)
+    parser.add_argument("--baseline", choices=["copy", "sgemm"], default="copy")
+    parser.add_argument("--server-memory", type=float, default=4.0, help="GiB, as federation.server_memory")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="torch's threads; all cores by default")
+    parser.add_argument("--scratch", type=Path, help="folder for what does not fit into memory")
+    return parser.parse_args()
+
+
+def _fill(array: torch.Tensor, scale: float) -> None:
+    """Random values, a run of rows at a time, with a part that all sites share."""
+    common = torch.randn(array.shape[1])
+    for rows in array.split(16):
+        rows.normal_().add_(common).mul_(scale)
+
+
+if __name__ == "__main__":
+    main()
