@@ -21,12 +21,12 @@ SIDE = 32
 
 
 @pytest.fixture
-def make_site(tmp_path: Path) -> Callable[..., SiteArrays]:
-    """Write one site of bright squares on noise: 5 training, 2 validation, 1 test image."""
+def write_site(tmp_path: Path) -> Callable[..., tuple[Path, pd.DataFrame]]:
+    """Write one site of bright squares on noise, with 2 validation images and 1 for test; return file and manifest."""
 
-    def make(name: str, seed: int = 0) -> SiteArrays:
+    def write(name: str, seed: int = 0, training: int = 5) -> tuple[Path, pd.DataFrame]:
         draw = np.random.default_rng(seed)
-        count = 8
+        count = training + 3
         images = draw.integers(0, 100, (count, 3, SIDE, SIDE), dtype=np.uint8)
         masks = np.zeros((count, SIDE, SIDE), np.uint8)
         for index in range(count):
@@ -35,7 +35,7 @@ def make_site(tmp_path: Path) -> Callable[..., SiteArrays]:
             images[index, :, masks[index] == 1] += 120
         sizes = np.full((count, 2), SIDE, np.int32)
         path = tmp_path / f"{name}.safetensors"
-        splits = ["train"] * 5 + ["validation"] * 2 + ["test"]
+        splits = ["train"] * training + ["validation"] * 2 + ["test"]
         stems = [f"{index:03d}" for index in range(count)]
         manifest = pd.DataFrame(
             {
@@ -50,9 +50,15 @@ def make_site(tmp_path: Path) -> Callable[..., SiteArrays]:
         )
         arrays = {"images": images, "masks": masks, "sizes": sizes, "manifest": manifest_digest(manifest)}
         write_arrays(path, arrays)
-        return SiteArrays(path, manifest)
+        return path, manifest
 
-    return make
+    return write
+
+
+@pytest.fixture
+def make_site(write_site: Callable[..., tuple[Path, pd.DataFrame]]) -> Callable[..., SiteArrays]:
+    """Write one site (see ``write_site``) and open it."""
+    return lambda name, seed=0: SiteArrays(*write_site(name, seed))
 
 
 @pytest.fixture
@@ -60,7 +66,11 @@ def make_worker() -> Callable[..., LocalWorker]:
     """Build a worker on a fresh random foundation; keyword arguments go to the training parameters."""
 
     def make(
-        strategy: str = "fedsca", wire_dtype: str = "fp32", adapters: AdaptersConfig | None = None, **training: Any
+        strategy: str = "fedsca",
+        wire_dtype: str = "fp32",
+        adapters: AdaptersConfig | None = None,
+        cache_bytes: int = 0,
+        **training: Any,
     ) -> LocalWorker:
         foundation = FoundationConfig(name="random")
         model = load_foundation(foundation, Path("unused"), image_size=SIDE, classes=1)
@@ -73,6 +83,7 @@ def make_worker() -> Callable[..., LocalWorker]:
             evaluation_batch=4,
             threshold=0.5,
             training=TrainingConfig(**training),
+            cache_bytes=cache_bytes,
         )
         return LocalWorker(model, tensor_layout(model), build_strategy(strategy, {}), settings)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zstandard
 
 from fedsca_pipeline.adapters.attach import tensor_layout
 from fedsca_pipeline.config import FederationConfig
@@ -124,6 +125,17 @@ def test_a_run_broken_off_after_any_round_ends_in_the_same_state(
         assert [r.as_json() for r in resumed] == [r.as_json() for r in whole]
 
 
+@pytest.mark.parametrize("wire_dtype", ["fp32", "int8"])
+def test_arrays_on_disk_give_the_same_bits_as_arrays_in_memory(wire_dtype: str, tmp_path: Path) -> None:
+    for name, gib in (("memory", 4.0), ("disk", 0.0)):
+        config = {"wire_dtype": wire_dtype, "participation": 0.6, "server_memory": gib, "rounds": 4}
+        list(server(FakeFleet(), tmp_path / name, **config).rounds())
+
+    one, other = (next((tmp_path / name).glob("*_00005.*")).read_bytes() for name in ("memory", "disk"))
+
+    assert one == other
+
+
 def test_sites_hold_exactly_what_the_server_believes_they_hold(tmp_path: Path) -> None:
     fleet = FakeFleet()
 
@@ -168,6 +180,7 @@ BROKEN = {
     "no samples": lambda r: encode(replace(r.manifest, samples=0), r.tensors),
     "huge norm": lambda r: encode(r.manifest, {"low": 1000 * r.tensors["low"]}),
     "not a message": lambda r: b"\x80\x04pickle",
+    "a bomb": lambda r: zstandard.compress(bytes(2**26)),
 }
 
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import torch
+
+from fedsca_pipeline.config import FederationConfig
 from fedsca_pipeline.errors import MessageError, SiteError
-from fedsca_pipeline.federation.local import LocalWorker, StepCallback, ignore_step
+from fedsca_pipeline.federation.local import LocalSettings, LocalWorker, StepCallback, ignore_step
+from fedsca_pipeline.federation.messages import TensorLayout
 from fedsca_pipeline.federation.store import SiteStore
+from fedsca_pipeline.federation.strategies.base import Strategy
+from fedsca_pipeline.foundation.model import SegmentationModel
 from fedsca_pipeline.sites.arrays import SiteArrays
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +53,61 @@ class Fleet(Protocol):
             grace: seconds.
         """
         ...
+
+
+class SiteData(Mapping[str, SiteArrays]):
+    """Sites' cached arrays, opened anew at each look-up: only those at work are mapped into memory, however many sites.
+
+    Args:
+        sources: site to file and manifest.
+
+    Raises:
+        DataError: on making it, and on a look-up: a file is missing, damaged, or not the one its manifest describes.
+    """
+
+    def __init__(self, sources: Mapping[str, tuple[Path, pd.DataFrame]]) -> None:
+        self._sources = sources
+        for site in sources:
+            self[site]
+
+    def __getitem__(self, site: str) -> SiteArrays:
+        return SiteArrays(*self._sources[site])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+@dataclass(frozen=True)
+class LocalSites:
+    """The sites on this machine, and what it takes to do their work: what every fleet here is made of.
+
+    ``model`` is on the CPU, its trainable tensors at their start values; ``folder`` keeps the sites' states; ``device``
+    is the kind of device to compute on; ``threads`` are torch's, for one site.
+    """
+
+    model: SegmentationModel
+    layout: TensorLayout
+    strategy: Strategy
+    settings: LocalSettings
+    data: Mapping[str, SiteArrays]
+    folder: Path
+    device: torch.device
+    threads: int
+
+    def worker(self, device: torch.device) -> LocalWorker:
+        """Return a worker on ``device``, which takes the model over."""
+        return LocalWorker(self.model.to(device), self.layout, self.strategy, self.settings)
+
+
+def open_in_process(
+    config: FederationConfig, here: LocalSites, on_step: StepCallback
+) -> AbstractContextManager[InProcessFleet]:
+    """Return the fleet ``in_process``; leaving it does nothing."""
+    worker = here.worker(here.device)
+    return nullcontext(InProcessFleet(worker, here.data, here.folder, config.inject_failures, on_step))
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +15,7 @@ from fedsca_pipeline.errors import MessageError, NoValidSite
 from fedsca_pipeline.federation.checkpoint import Checkpoint, CheckpointFolder, RoundRecord, SiteRecord
 from fedsca_pipeline.federation.devices import stream_seed
 from fedsca_pipeline.federation.fleet import Failure, Fleet
+from fedsca_pipeline.federation.memory import RoundMemory
 from fedsca_pipeline.federation.messages import (
     Manifest,
     Message,
@@ -25,6 +26,7 @@ from fedsca_pipeline.federation.messages import (
     encode,
     flatten,
     hash_tensors,
+    most_bytes,
     unflatten,
 )
 from fedsca_pipeline.federation.strategies.base import Aggregation, Replies, ServerState, Strategy
@@ -34,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sent:
-    """A message on its way to a site, and the base the site will hold once it has decoded it."""
+    """A message on its way to a site, and the base [V] the site will hold once it has decoded it."""
 
     payload: bytes
     base: Tensor
@@ -75,6 +77,7 @@ class Server:
         self.groups = strategy.groups(layout)
         self.shapes = {name: layout.shapes[name] for name in self.names}
         self.initial = flatten(initial, self.names)
+        self.memory = RoundMemory.within(config.server_memory, folder.folder, len(self.sites), self.initial.numel())
 
     def rounds(self) -> Iterator[RoundRecord]:
         """Run what is left of the run, yielding every round's record, those of an earlier attempt first.
@@ -89,12 +92,10 @@ class Server:
         checkpoint = self.folder.latest() or self._start()
         yield from checkpoint.history
         while checkpoint.round < self.config.rounds:
-            checkpoint = self._train_round(checkpoint)
-            self.folder.save(checkpoint)
+            checkpoint = self.folder.save(self._train_round(checkpoint))
             yield checkpoint.history[-1]
         if checkpoint.round == self.config.rounds:
-            checkpoint = self._final_round(checkpoint)
-            self.folder.save(checkpoint)
+            checkpoint = self.folder.save(self._final_round(checkpoint))
             yield checkpoint.history[-1]
 
     def participants(self, round_: int) -> tuple[str, ...]:
@@ -108,8 +109,8 @@ class Server:
         return Checkpoint(
             round=0,
             state=ServerState.initial(count, values, len(self.groups)),
-            aggregates=self.initial.repeat(count, 1),
-            bases=torch.zeros(count, values),
+            aggregates=self.initial.expand(count, values),
+            bases=torch.zeros(1, values).expand(count, values),
             has_base=torch.zeros(count, dtype=torch.bool),
         )
 
@@ -128,6 +129,7 @@ class Server:
             groups=self.groups,
             max_norm_ratio=self.config.max_norm_ratio,
             layout=self.layout,
+            out=self.memory.results,
         )
         if len(aggregation.accepted) < self.config.quorum:
             records = _with_aggregation(records, aggregation)
@@ -159,12 +161,14 @@ class Server:
     def _message(self, checkpoint: Checkpoint, round_: int, site: str, kind: str) -> Sent:
         """With int8 a known base makes the aggregate a difference from it; its rounding error is in the next one."""
         index = self.sites.index(site)
-        aggregate, known = checkpoint.aggregates[index], checkpoint.bases[index]
+        aggregate, known, base = (
+            array[index] for array in (checkpoint.aggregates, checkpoint.bases, self.memory.bases)
+        )
         relative = self.config.wire_dtype == "int8" and bool(checkpoint.has_base[index]) and bool(self.names)
         dtype = self.config.wire_dtype if relative or self.config.wire_dtype != "int8" else "fp16"
         tensors = unflatten(aggregate - known if relative else aggregate, self.names, self.shapes)
         heard = flatten(as_decoded(tensors, dtype), self.names)
-        base = known + heard if relative else heard
+        base.copy_(known + heard if relative else heard)
         manifest = Manifest(
             kind=kind,
             run=self.run,
@@ -176,23 +180,22 @@ class Server:
             relative=relative,
             metrics={},
         )
-        return Sent(encode(manifest, tensors), base, self._hash(base))
+        return Sent(encode(manifest, tensors, self.config.compression), base, self._hash(base))
 
     def _collect(
         self, round_: int, sent: Mapping[str, Sent], kind: str
-    ) -> tuple[dict[str, Message], dict[str, SiteRecord]]:
-        answers = self.fleet.exchange(
-            round_,
-            {site: message.payload for site, message in sent.items()},
-            deadline=None,
-            quorum=self.config.quorum,
-            grace=0.0,
-        )
-        replies: dict[str, Message] = {}
+    ) -> tuple[dict[str, Manifest], dict[str, SiteRecord]]:
+        """Return what the usable replies say, sorted by site, and every site's record.
+
+        Their updates are in the first rows of the round's memory, in the same order.
+        """
+        payloads = {site: message.payload for site, message in sent.items()}
+        answers = dict(self.fleet.exchange(round_, payloads, deadline=None, quorum=self.config.quorum, grace=0.0))
+        replies: dict[str, Manifest] = {}
         records = {site: SiteRecord(absent="not drawn this round") for site in self.sites if site not in sent}
         for site, message in sent.items():
             down = len(message.payload)
-            answer = answers.get(site, Failure("no answer"))
+            answer = answers.pop(site, Failure("no answer"))
             if isinstance(answer, Failure):
                 records[site] = SiteRecord(bytes_down=down, absent=answer.reason)
                 continue
@@ -202,7 +205,9 @@ class Server:
                 logger.warning("round %d: the reply of %s was rejected: %s", round_, site, error)
                 records[site] = SiteRecord(bytes_down=down, bytes_up=len(answer), absent=f"rejected: {error}")
                 continue
-            replies[site] = reply
+            if kind == "update":
+                self.memory.updates[len(replies)] = flatten(reply.tensors, self.names)
+            replies[site] = reply.manifest
             metrics = reply.manifest.metrics
             records[site] = SiteRecord(
                 bytes_down=down,
@@ -216,31 +221,30 @@ class Server:
         return replies, {site: records[site] for site in self.sites}
 
     def _checked(self, answer: bytes, round_: int, site: str, sent: Sent, kind: str) -> Message:
-        reply = decode(answer)
         shapes = self.shapes if kind == "update" else {}
+        reply = decode(answer, max_bytes=most_bytes(shapes))
         check(reply, kind=kind, run=self.run, round=round_, site=site, base_hash=sent.base_hash, shapes=shapes)
         return reply
 
     def _bases(
-        self, checkpoint: Checkpoint, sent: Mapping[str, Sent], replies: Mapping[str, Message]
+        self, checkpoint: Checkpoint, sent: Mapping[str, Sent], replies: Collection[str]
     ) -> tuple[Tensor, Tensor]:
         """A site that answered holds what it was sent; of one that did not, nothing is known any more."""
-        bases, has_base = checkpoint.bases.clone(), checkpoint.has_base.clone()
-        for site, message in sent.items():
-            index = self.sites.index(site)
-            has_base[index] = site in replies
-            if site in replies:
-                bases[index] = message.base
-        return bases, has_base
+        has_base = checkpoint.has_base.clone()
+        for index, site in enumerate(self.sites):
+            if site in sent:
+                has_base[index] = site in replies
+            else:
+                self.memory.bases[index] = checkpoint.bases[index]
+        return self.memory.bases, has_base
 
-    def _stack(self, round_: int, sent: Mapping[str, Sent], replies: Mapping[str, Message]) -> Replies:
-        sites = tuple(sorted(replies))
+    def _stack(self, round_: int, sent: Mapping[str, Sent], replies: Mapping[str, Manifest]) -> Replies:
         return Replies(
             round=round_,
-            sites=sites,
-            bases=torch.stack([sent[site].base for site in sites]),
-            updates=torch.stack([flatten(replies[site].tensors, self.names) for site in sites]),
-            samples=torch.tensor([replies[site].manifest.samples for site in sites], dtype=torch.float64),
+            sites=tuple(replies),
+            bases=[sent[site].base for site in replies],
+            updates=self.memory.updates[: len(replies)],
+            samples=torch.tensor([manifest.samples for manifest in replies.values()], dtype=torch.float64),
         )
 
     def _hash(self, vector: Tensor) -> str:

@@ -1,0 +1,164 @@
+"""One round over several sites: one worker process each, against one site after the other.
+
+    python benchmarks/fleet.py --data DIR --foundations DIR
+
+Real nuclei sites (docs/nuclei.md) and mobile_sam. A round is what ``fleet.exchange`` does: messages, two validations
+and local training of every site, with features kept as in a run; the first one, which fills them, is not timed. The
+ways take turns, each in processes of its own, for the threads of one would slow the next: a lone worker is the
+in-process fleet. What it takes to start workers is reported apart, with and without the fork server's imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from measure import Ratio, in_turn, ratios, report, seconds
+
+from fedsca_pipeline.adapters.attach import attach_adapters, tensor_layout
+from fedsca_pipeline.config import AdaptersConfig, FederationConfig, FoundationConfig, TrainingConfig
+from fedsca_pipeline.federation.fleet import Failure, Fleet, LocalSites, SiteData
+from fedsca_pipeline.federation.fleet_kinds import available_cores, open_fleet
+from fedsca_pipeline.federation.local import LocalSettings, ignore_step
+from fedsca_pipeline.federation.messages import Manifest, decode, encode, hash_tensors
+from fedsca_pipeline.federation.strategies import build_strategy
+from fedsca_pipeline.foundation import load_foundation
+from fedsca_pipeline.sites.prepare import MANIFEST_DTYPES
+
+PROJECT = Path(__file__).resolve().parents[1]
+SITES = ("fluo_256", "fluo_360", "fluo_696", "tissue_violet_320")
+# A round in which every site fails at once: what is left is the start of the workers.
+STARTING = 99
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a round is done: threads of one site, and how many sites at once."""
+
+    threads: int
+    workers: int
+
+
+def main() -> None:
+    """Time rounds of the three ways in turn."""
+    options = _options()
+    cores = available_cores()
+    at_once = min(cores, len(options.sites))
+    ways = {"one thread": Way(1, 1), "all threads": Way(cores, 1), "sites at once": Way(cores // at_once, at_once)}
+    with tempfile.TemporaryDirectory() as root, ExitStack() as opened:
+        data = _site_data(options, Path(root))
+        here = {name: _sites(options, data, Path(root) / name, way.threads) for name, way in ways.items()}
+        payloads = _payloads(here["one thread"])
+        fleets: dict[str, Fleet] = {}
+        started = {
+            name: seconds(lambda name=name: fleets.update({name: _started(opened, here[name], ways[name])}))
+            for name in ways
+        }
+        replies = {name: exchange(fleet, payloads) for name, fleet in fleets.items()}
+        identical = ways["sites at once"].threads == 1 and _same(replies["one thread"], replies["sites at once"])
+        found = in_turn(
+            {name: lambda fleet=fleet: seconds(lambda: exchange(fleet, payloads)) for name, fleet in fleets.items()},
+            options.repetitions,
+        )
+    quick = found["sites at once"]
+    report(
+        "fleet",
+        [
+            Ratio("a round, sites at once", "one thread", ratios(found["one thread"], quick), 1.8, at_least=True),
+            Ratio("a round, sites at once", "all threads", ratios(found["all threads"], quick), 1.2, at_least=True),
+        ],
+        {
+            "sites": list(options.sites),
+            "training_images_a_site": options.images,
+            "ways": {name: asdict(way) for name, way in ways.items()},
+            "seconds": found,
+            # The first one starts the fork server, too.
+            "seconds_to_start": started,
+            "bit_identical_to_one_thread": identical,
+        },
+        threads=cores,
+    )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the nuclei sites")
+    parser.add_argument("--foundations", type=Path, required=True, help="a foundation_root that holds mobile_sam")
+    parser.add_argument("--sites", nargs="+", default=SITES)
+    parser.add_argument("--images", type=int, default=32, help="training images a site")
+    parser.add_argument("--repetitions", type=int, default=3)
+    return parser.parse_args()
+
+
+def _site_data(options: argparse.Namespace, root: Path) -> SiteData:
+    """Preprocess the sites as ``kedro run`` does, and return their arrays."""
+    (root / "01_raw").mkdir()
+    for site in options.sites:
+        (root / "01_raw" / site).symlink_to(options.data.resolve() / site)
+    command = [sys.executable, "-m", "kedro", "run", "--pipeline=preprocessing", "--env=nuclei"]
+    command += [f"--params=data_root={root},preprocessing.split.max_train={options.images}"]
+    subprocess.run(command, cwd=PROJECT, check=True, stdout=subprocess.DEVNULL)
+    return SiteData(
+        {
+            site: (
+                root / "05_model_input" / f"{site}.safetensors",
+                pd.read_csv(root / "03_primary" / site / "manifest.csv", dtype=dict(MANIFEST_DTYPES)),
+            )
+            for site in options.sites
+        }
+    )
+
+
+def _sites(options: argparse.Namespace, data: SiteData, folder: Path, threads: int) -> LocalSites:
+    model = load_foundation(FoundationConfig(), options.foundations, image_size=256, classes=1)
+    attach_adapters(model, AdaptersConfig())
+    training = TrainingConfig()
+    cache_bytes = int(training.feature_cache * 2**30 / len(data))
+    settings = LocalSettings("benchmark", 0, 1, "fp16", 8, 0.5, training, cache_bytes=cache_bytes)
+    strategy = build_strategy("fedsca", {})
+    return LocalSites(model, tensor_layout(model), strategy, settings, data, folder, torch.device("cpu"), threads)
+
+
+def _payloads(here: LocalSites) -> dict[str, bytes]:
+    """First-round messages: the start values."""
+    named = dict(here.model.named_parameters())
+    shared = {name: named[name].detach().half().float() for name in here.strategy.shared(here.layout)}
+    manifest = {"kind": "aggregate", "run": "benchmark", "round": 1, "base_hash": hash_tensors(shared), "samples": 0}
+    return {
+        site: encode(Manifest(**manifest, site=site, dtype="fp16", relative=False, metrics={}), shared)
+        for site in here.data
+    }
+
+
+def _started(opened: ExitStack, here: LocalSites, way: Way) -> Fleet:
+    """Return a fleet whose workers are ready."""
+    config = FederationConfig(
+        fleet="processes", workers=way.workers, inject_failures={site: [STARTING] for site in here.data}
+    )
+    fleet = opened.enter_context(open_fleet(config, here, ignore_step))
+    exchange(fleet, dict.fromkeys(here.data, b""), STARTING)
+    return fleet
+
+
+def exchange(fleet: Fleet, payloads: Mapping[str, bytes], round_: int = 1) -> Mapping[str, bytes | Failure]:
+    """Do a round; one done twice is the same round."""
+    return fleet.exchange(round_, payloads, deadline=None, quorum=1, grace=0.0)
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two rounds' updates are the same bits."""
+    pairs = [(decode(one[site]).tensors, decode(other[site]).tensors) for site in one]
+    return all(torch.equal(mine[name], theirs[name]) for mine, theirs in pairs for name in mine)
+
+
+if __name__ == "__main__":
+    main()

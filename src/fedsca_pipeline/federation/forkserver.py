@@ -1,0 +1,42 @@
+"""The process that workers are forked from: it imports what they need once, while the run does the same."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.context import BaseContext
+
+# Apple's frameworks do not survive a fork once they are imported.
+METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+
+# With all that it imports: torch, MONAI, PEFT, transformers, some ten CPU seconds.
+_PRELOADED = ("fedsca_pipeline.federation.process_fleet", "fedsca_pipeline.foundation.build")
+
+
+def context() -> BaseContext:
+    """Return the multiprocessing context of workers. Plain ``fork`` is out: torch's threads and CUDA do not survive."""
+    return multiprocessing.get_context(METHOD)
+
+
+def start() -> None:
+    """Start the fork server if it is not there, and return at once; where workers are spawned, do nothing."""
+    if METHOD != "forkserver":
+        return
+    from multiprocessing.forkserver import ensure_running
+
+    context().set_forkserver_preload(list(_PRELOADED))
+    with interrupts_blocked():
+        ensure_running()
+
+
+@contextmanager
+def interrupts_blocked() -> Iterator[None]:
+    """Hold Ctrl-C back in this thread; what is started meanwhile never gets it: its parent ends it instead."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
