@@ -13,6 +13,7 @@ from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 from kedro.framework.project import pipelines
 from kedro.io import DataCatalog
+from kedro.io.core import is_parameter
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 from pydantic import ValidationError
@@ -55,7 +56,10 @@ class ProjectHooks:
         """Tell the registry where the raw sites are, and read ``mlflow.yml``."""
         from fedsca_pipeline.pipeline_registry import raw_folder
 
-        raw = context.config_loader["catalog"]["raw_sites"]["path"]
+        catalog = context.config_loader["catalog"]
+        # The loader would read, merge and resolve it again for Kedro.
+        context.config_loader["catalog"] = catalog
+        raw = catalog["raw_sites"]["path"]
         raw_folder.set(context.project_path / raw)
         settle_demo_sites(context.project_path / raw)
         self._tracker = Tracker(
@@ -92,7 +96,7 @@ class ProjectHooks:
     @hook_impl
     def after_dataset_saved(self, dataset_name: str, data: Any) -> None:
         """Track what was saved; the run's description opens the MLflow run."""
-        if self._tracker is None or self._catalog is None or _is_memory(dataset_name):
+        if self._tracker is None or self._catalog is None or is_parameter(dataset_name):
             return
         if self._tracker.run_id is None and dataset_name in _OPENERS:
             self._open(data if dataset_name == "run_description" else self._catalog.load("run_description"))
@@ -162,10 +166,6 @@ def _tracking_config(context: KedroContext) -> TrackingConfig:
         raise ConfigError(f"mlflow.yml: {error}") from error
 
 
-def _is_memory(dataset_name: str) -> bool:
-    return dataset_name.startswith("params:") or dataset_name == "parameters"
-
-
 def _covered(pipeline: str) -> list[str]:
     return list(_WHOLE_RUNS[: _WHOLE_RUNS.index(pipeline) + 1])
 
@@ -178,7 +178,7 @@ def _refuse_unknown_keys(parameters: Mapping[str, Any]) -> None:
     """
     from fedsca_pipeline.errors import ConfigError
 
-    read = {name.removeprefix("params:") for name in pipelines["__default__"].inputs() if _is_memory(name)}
+    read = {name.removeprefix("params:") for name in pipelines["__default__"].inputs() if is_parameter(name)}
     known = read | _ROOTS
     for key in parameters:
         if key not in known:
@@ -241,7 +241,7 @@ def _refuse_other_models(description: Mapping[str, Any], catalog: DataCatalog) -
 
 def _raise_if_up_to_date(pipeline: str, description: Mapping[str, Any], catalog: DataCatalog) -> None:
     last_run = catalog.load("reporting") / _LAST_RUN
-    if not last_run.is_file() or not all(catalog.exists(name) for name in pipelines[pipeline].all_outputs()):
+    if not last_run.is_file() or not all(_is_on_disk(name, catalog) for name in pipelines[pipeline].all_outputs()):
         return
     last, index, models = read_json(last_run), catalog.load("site_models"), catalog.load("models")
     made_by = {last["description"]["fingerprint"], catalog.load("run_description")["fingerprint"], index["fingerprint"]}
@@ -254,13 +254,19 @@ def _raise_if_up_to_date(pipeline: str, description: Mapping[str, Any], catalog:
         raise RunUpToDate(catalog.load("final_metrics"), last["mlflow"])
 
 
+def _is_on_disk(name: str, catalog: DataCatalog) -> bool:
+    """Look for a file by its catalog entry: making its dataset would import pandas and plotly to no purpose."""
+    filepath = catalog.config_resolver.resolve_pattern(name).get("filepath")
+    return Path(filepath).is_file() if filepath else catalog.exists(name)
+
+
 def _described_now(parameters: Mapping[str, Any], catalog: DataCatalog) -> dict[str, Any] | None:
     """Describe the run that would start now; None where what it needs has not been prepared yet."""
     sites = _sites()
     if not all(catalog.exists(name) for name in ("foundation_provenance", *(f"{site}.report" for site in sites))):
         return None
-    from fedsca_pipeline.pipelines.federated_training.nodes import configuration_of, data_version
-    from fedsca_pipeline.runs import describe_run, resolve_threads
+    from fedsca_pipeline.pipelines.federated_training.nodes import configuration_of, data_version, threads_of
+    from fedsca_pipeline.runs import describe_run
     from fedsca_pipeline.sites.discovery import fingerprint_site
 
     raw = catalog.load("raw_sites")
@@ -269,7 +275,7 @@ def _described_now(parameters: Mapping[str, Any], catalog: DataCatalog) -> dict[
         configuration,
         {site: data_version(fingerprint_site(raw, site), catalog.load(f"{site}.report")) for site in sites},
         _foundation_hash(FoundationConfig(**configuration["foundation"]), catalog),
-        resolve_threads(configuration["run"]["threads"]),
+        threads_of(parameters, len(sites)),
     )
 
 

@@ -1,8 +1,11 @@
 """Kedro's project settings."""
 
+from fedsca_pipeline.datasets.catalog import ProjectCatalog
 from fedsca_pipeline.hooks import ProjectHooks
 
 HOOKS = (ProjectHooks(),)
+
+DATA_CATALOG_CLASS = ProjectCatalog
 
 CONFIG_LOADER_ARGS = {
     "base_env": "base",

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from kedro.io import DatasetError
 
+from fedsca_pipeline.datasets.catalog import ProjectCatalog
 from fedsca_pipeline.datasets.documents import AtomicJSONDataset
 from fedsca_pipeline.datasets.figures import AtomicMatplotlibDataset, AtomicPlotlyDataset
 from fedsca_pipeline.datasets.folders import FolderDataset, SiteArraysDataset
@@ -73,3 +74,24 @@ def test_arrays_load_as_the_path_of_one_file(tmp_path: Path) -> None:
 
     assert dataset.load() == tmp_path / "site.safetensors"
     assert files_in(tmp_path) == ["site.safetensors"]
+
+
+def test_the_catalog_gives_each_reader_of_a_parameter_its_own_copy() -> None:
+    catalog = ProjectCatalog()
+    given = {"sites": ["a"]}
+
+    catalog["params:group"] = given
+    catalog.load("params:group")["sites"].append("b")
+    given["sites"].append("c")
+
+    assert catalog.load("params:group") == {"sites": ["a"]}
+
+
+def test_the_catalog_leaves_everything_else_to_kedro(tmp_path: Path) -> None:
+    catalog = ProjectCatalog()
+    table, folder = pd.DataFrame({"a": [1]}), FolderDataset(str(tmp_path))
+
+    catalog["table"], catalog["folder"] = table, folder
+
+    assert catalog.load("table").equals(table)
+    assert catalog.get("folder") is folder

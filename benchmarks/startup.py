@@ -1,0 +1,102 @@
+"""What a command costs that has nothing to do: CPU seconds of start-up, against absolute limits.
+
+    python benchmarks/startup.py              # about two minutes, most of it the small run that is then up to date
+    python benchmarks/startup.py --train      # and the wall time of `make train` from nothing, on two cores
+
+Everything happens in fresh clones of the committed project, with the Python that runs this script. CPU seconds are user
+and system time of the command and its children.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from measure import Ratio, in_turn, report, seconds
+
+PROJECT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+# Command, and the CPU seconds it may take once there is nothing to do.
+LIMITS: Mapping[tuple[str, ...], float] = {
+    ("kedro", "registry", "list"): 1.0,
+    ("kedro", "run"): 2.5,
+    ("kedro", "run", "--pipeline=federated_training"): 2.5,
+    ("dvc", "repro"): 1.5,
+}
+TRAIN_LIMIT = 240.0
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=7, help="of each command")
+    parser.add_argument("--train", action="store_true", help="time `make train`, too, in minutes of its own")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="fedsca_startup_") as folder:
+        findings = _startup(_clone(Path(folder) / "built"), options.repetitions)
+        if options.train:
+            findings.append(_train(_clone(Path(folder) / "empty")))
+    report("startup", findings, {"repetitions": options.repetitions, "preset": "smoke"})
+
+
+def _clone(folder: Path) -> Path:
+    subprocess.run(["git", "clone", "--quiet", str(PROJECT), str(folder)], check=True)
+    return folder
+
+
+def _startup(project: Path, repetitions: int) -> list[Ratio]:
+    # DVC and Kedro share the files but not the record of what is up to date; afterwards both find nothing to do.
+    for command in (("dvc", "repro"), ("kedro", "run"), ("dvc", "repro")):
+        _run(project, command, preset="smoke")
+    measured = in_turn(
+        {" ".join(command): lambda command=command: _cpu_seconds(project, command) for command in LIMITS}, repetitions
+    )
+    return [
+        Ratio(" ".join(command), "CPU seconds", measured[" ".join(command)], limit) for command, limit in LIMITS.items()
+    ]
+
+
+def _cpu_seconds(project: Path, command: Sequence[str]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    output = _run(project, command, preset="smoke")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if "registry" not in command and "up to date" not in output:
+        raise RuntimeError(f"{' '.join(command)} had something to do:\n{output}")
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def _train(project: Path) -> Ratio:
+    """`make train` as on a machine of two cores, the environment installed already; it fetches the foundation."""
+    command = ("make", "train", "--old-file=install", f"BIN={BIN}")
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(allowed)[:2])
+    try:
+        wall = seconds(lambda: _run(project, command))
+    finally:
+        os.sched_setaffinity(0, allowed)
+    return Ratio("make train", "seconds", [wall], TRAIN_LIMIT)
+
+
+def _run(project: Path, command: Sequence[str], preset: str = "local") -> str:
+    """Return what a command of this environment prints in ``project``, with an MLflow database of its own."""
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "KEDRO_ENV": preset,
+        "MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}",
+    }
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+from rich.console import Console
+
+from fedsca_pipeline.evaluation import MEAN
+from fedsca_pipeline.summary import FinalTable, render_final_table
+
+
+def row(chosen: float | None, up: int = 500_000, best: int | None = 7) -> dict[str, float | int | None]:
+    return {
+        "Dice before": 0.3,
+        "Dice after": 0.7,
+        "Dice chosen": chosen,
+        "HD95": 4.0,
+        "bytes up": up,
+        "bytes down": 600_000,
+        "best round": best,
+    }
+
+
+TWO_SITES = {"a_site": row(0.75, up=1_500_000), "b_site": row(0.95), MEAN: row(0.85, up=1_000_000, best=None)}
+
+
+def printed(table: FinalTable) -> str:
+    console = Console(width=120, file=io.StringIO())
+    console.print(render_final_table(table))
+    return console.file.getvalue()
+
+
+def test_it_shows_human_sizes_and_sets_the_mean_apart() -> None:
+    lines = printed(TWO_SITES).splitlines()
+
+    a_site = next(number for number, line in enumerate(lines) if "a_site" in line)
+    mean = next(number for number, line in enumerate(lines) if MEAN in line)
+    assert "0.750" in lines[a_site]
+    assert "1.5 MB" in lines[a_site]
+    assert "500.0 kB" in lines[a_site + 1]
+    assert mean == a_site + 3
+    assert not lines[mean - 1].strip()
+    assert "–" in lines[mean]
+    assert max(map(len, lines)) <= 80
+    assert any("round" in line for line in lines)
+    assert any("Lowest chosen Dice: a_site (0.750)" in line for line in lines)
+
+
+def test_what_is_missing_is_a_dash_and_no_lowest_dice() -> None:
+    shown = printed({"a_site": row(None), "b_site": row(0.9), MEAN: row(None)})
+
+    assert "–" in shown
+    assert "Lowest chosen Dice: b_site (0.900)" in shown
+    assert "Lowest" not in printed({"a_site": row(None), "b_site": row(None), MEAN: row(None)})
+
+
+def test_one_site_is_not_called_the_lowest_and_none_leaves_the_headings() -> None:
+    assert "Lowest" not in printed({"a_site": row(0.9), MEAN: row(0.9)})
+    assert "site" in printed({})
+
+
+def test_printing_it_needs_no_pandas() -> None:
+    code = f"import sys; from fedsca_pipeline.summary import show_result; show_result({TWO_SITES!r}, "
+    code += "{'run_id': '1', 'uri': 'sqlite:///x'}); sys.exit('pandas' in sys.modules)"
+
+    subprocess.run([sys.executable, "-c", code], check=True)
