@@ -32,12 +32,13 @@ from rich.table import Table
 
 from fedsca_pipeline.adapters.attach import attach_adapters, tensor_layout
 from fedsca_pipeline.config import AdaptersConfig, FederationConfig, FoundationConfig, RunConfig, TrainingConfig
-from fedsca_pipeline.federation.batches import Batch, build_augmentation, plain_batches, training_batches
+from fedsca_pipeline.federation.batches import Batch, SiteBatches, build_augmentation, plain_batches
 from fedsca_pipeline.federation.checkpoint import CheckpointFolder
 from fedsca_pipeline.federation.devices import deterministic
 from fedsca_pipeline.federation.fleet import InProcessFleet
 from fedsca_pipeline.federation.local import LocalSettings, LocalWorker
 from fedsca_pipeline.federation.losses import build_loss
+from fedsca_pipeline.federation.prefix import FeatureCache
 from fedsca_pipeline.federation.rounds import Server
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.foundation import load_foundation
@@ -199,8 +200,9 @@ def _timing(options: argparse.Namespace) -> dict[str, Any]:
 
 def _batches(arrays: SiteArrays, site: str) -> Iterator[Batch]:
     training = TrainingConfig()
-    augmentation = build_augmentation(training.augment)
-    return training_batches(arrays, training.batch_size, augmentation, seed=0, site=site, round_=1, epoch=0)
+    nothing_kept = FeatureCache(Path("unused"), [], (), 0)
+    batches = SiteBatches(arrays, lambda images, _: images, build_augmentation(training.augment), nothing_kept)
+    return batches.training(training.batch_size, seed=0, site=site, round_=1, epoch=0)
 
 
 def _project_round(options: argparse.Namespace, data: dict[str, SiteArrays]) -> float:
@@ -243,7 +245,7 @@ def _bare_round(
         _bare_validation(model, validation[site])
         model.train()
         for batch in site_batches:
-            loss = loss_of(model(model.normalise(batch.images, batch.valid.unsqueeze(1))), batch.masks, batch.valid)
+            loss = loss_of(model(model.normalise(batch.inputs, batch.valid.unsqueeze(1))), batch.masks, batch.valid)
             optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_([*adapters, *decoder], training.clip_norm)
@@ -256,7 +258,7 @@ def _bare_validation(model: Any, batches: list[Batch]) -> None:
     model.eval()
     with torch.inference_mode():
         for batch in batches:
-            model(model.normalise(batch.images, batch.valid.unsqueeze(1)))
+            model(model.normalise(batch.inputs, batch.valid.unsqueeze(1)))
 
 
 def _show(results: dict[str, Any], console: Console) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from fedsca_pipeline.files import (
     atomic_path,
@@ -126,6 +127,30 @@ def test_tensors_come_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> No
 
     assert found.keys() == tensors.keys()
     assert all(found[name].equal(tensors[name]) and found[name].dtype == dtype for name in tensors)
+
+
+def test_a_full_disk_under_tensors_is_an_error_of_the_system_with_its_file(tmp_path: Path, monkeypatch) -> None:
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_tensors(tmp_path / "t.safetensors", {"a": torch.ones(2)})
+
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(tmp_path / "t.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_fault_of_the_disk_keeps_its_error(tmp_path: Path, monkeypatch) -> None:
+    def broken(*_, **__):
+        raise SafetensorError("invalid header")
+
+    monkeypatch.setattr("safetensors.torch.save_file", broken)
+
+    with pytest.raises(SafetensorError, match="invalid header"):
+        write_tensors(tmp_path / "t.safetensors", {"a": torch.ones(2)})
 
 
 def test_no_tensors_make_a_file_without_tensors(tmp_path: Path) -> None:

@@ -7,12 +7,16 @@ YAML key. Unknown keys are refused. Nothing heavy is imported here.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+
+T = TypeVar("T")
+OrAuto = Annotated[T | None, BeforeValidator(lambda value: None if value == "auto" else value)]
+"""A value, or ``auto``, which is None here: a union with a literal would report two faults for one."""
 
 
 class _Config(BaseModel):
@@ -124,7 +128,7 @@ class AugmentConfig(_Config):
 
     flip: Fraction = 0.5
     rotate90: Fraction = 0.75
-    intensity: Fraction = 0.5
+    intensity: Fraction = Field(0.0, description="above 0, training images have no features that could be kept")
     brightness: float = Field(0.1, ge=0.0, le=1.0, description="largest relative change of brightness")
     contrast: float = Field(0.25, ge=0.0, lt=1.0, description="largest relative change of gamma")
 
@@ -143,6 +147,9 @@ class TrainingConfig(_Config):
     clip_norm: Positive = 1.0
     dice_weight: Fraction = Field(0.5, description="loss = w Dice + (1 - w) cross-entropy")
     keep_optimizer: bool = Field(False, description="keep the private tensors' AdamW moments over rounds")
+    feature_cache: float = Field(
+        4.0, ge=0.0, description="GiB on disk for what the frozen prefix makes of images, over all sites; 0: none"
+    )
     augment: AugmentConfig = AugmentConfig()
 
 
@@ -154,8 +161,16 @@ class FederationConfig(_Config):
     participation: float = Field(1.0, gt=0.0, le=1.0, description="share of the sites drawn each round")
     quorum: int = Field(1, ge=1, description="fewest valid replies that make a round")
     wire_dtype: Literal["fp32", "fp16", "int8"] = "fp16"
+    compression: Literal["zstd", "none"] = Field("zstd", description="of every message; either kind is understood")
     max_norm_ratio: float = Field(10.0, gt=1.0, description="an update this many times the median norm is rejected")
-    fleet: Literal["in_process"] = "in_process"
+    server_memory: float = Field(
+        4.0, ge=0.0, description="GiB for the server's arrays [sites, values]; what is beyond is on disk"
+    )
+    fleet: Literal["in_process", "processes"] = "in_process"
+    workers: OrAuto[Annotated[int, Field(ge=1)]] = Field(None, description="of fleet processes: how many")
+    devices: OrAuto[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]] = Field(
+        None, description="of fleet processes: numbers of the CUDA devices to use"
+    )
     inject_failures: dict[str, list[int]] = Field(
         default_factory=dict, description="for tests: site: [rounds] in which it fails"
     )

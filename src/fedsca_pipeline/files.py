@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,18 +21,17 @@ if TYPE_CHECKING:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path`` that replaces it, fsynced, when the block ends without error.
+    """Yield a path in a temporary folder beside ``path``; its file replaces ``path``, fsynced, if the block ends well.
 
-    On an error (a full disk, Ctrl-C) the temporary file is removed and ``path`` is as it was.
-    Missing parent folders are made.
+    On an error (a full disk, Ctrl-C) the temporary folder is removed and ``path`` is as it was. A folder, since some
+    writers (safetensors) put a temporary file of their own beside their target. Missing parent folders are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    os.close(handle)
-    temporary = Path(name)
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
+    temporary = folder / path.name
     try:
         yield temporary
-        # mkstemp, and safetensors, make files private to the user; results are ordinary files.
+        # safetensors makes files private to the user; results are ordinary files.
         temporary.chmod(0o644)
         _fsync(temporary)
         temporary.replace(path)
@@ -42,7 +42,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         # A write that fails (a full disk) does not say of which file.
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 def remove_partial_files(folder: Path) -> None:
@@ -74,15 +74,23 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write named tensors to ``path`` as safetensors, atomically. An empty mapping gives a valid, empty file."""
-    from safetensors.torch import save
+    """Write named tensors to ``path`` as safetensors, atomically, without a copy of them in memory.
+
+    An empty mapping gives a valid, empty file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(contiguous, metadata=dict(metadata) if metadata else None))
+    with atomic_path(path) as temporary:
+        try:
+            save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+        except SafetensorError as error:
+            raise _system_error(error) or error from error
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read every tensor of a safetensors file.
+    """Return every tensor of a safetensors file, memory-mapped: read when touched, and copied where written to.
 
     Raises:
         WeightsError: the file is missing or damaged.
@@ -127,6 +135,12 @@ def _unreadable(path: Path, error: Exception) -> WeightsError:
     return WeightsError(
         f"{path}: cannot be read as safetensors ({error!r}); run again with --params=force=true to make it anew"
     )
+
+
+def _system_error(error: Exception) -> OSError | None:
+    """Return the operating system's error (a full disk) that safetensors only tells the number of."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
 
 
 def _fsync(path: Path) -> None:

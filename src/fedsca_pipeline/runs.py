@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fedsca_pipeline.errors import ResumeError
+from fedsca_pipeline.federation.fleet_kinds import available_cores
 from fedsca_pipeline.files import fingerprint, read_json, remove_partial_files, write_json
 
 # Libraries whose version changes the numbers of a run.
@@ -32,10 +33,7 @@ def code_version() -> str:
 
 def resolve_threads(configured: int | None) -> int:
     """Return ``run.threads``, or the number of cores this process may use."""
-    if configured:
-        return configured
-    # macOS and Windows have no affinity.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return configured or available_cores()
 
 
 def describe_run(
@@ -47,7 +45,7 @@ def describe_run(
         configuration: top-level parameter key to its JSON values.
         data: site to the fingerprint of its raw folder.
         foundation: SHA-256 of the foundation's weights.
-        threads: of torch; sums are ordered by them.
+        threads: of torch, for one site; sums are ordered by them.
     """
     parts = {
         "configuration": dict(configuration),
@@ -87,6 +85,14 @@ class RunFolder:
     def sites(self) -> Path:
         """Folder of the sites' private states, one folder a site."""
         return self.checkpoints / self.fingerprint / "sites"
+
+    @contextmanager
+    def scratch(self) -> Iterator[None]:
+        """Remove, however the block ends, what sites keep for its duration only."""
+        try:
+            yield
+        finally:
+            remove_partial_files(self.sites)
 
     def clear(self) -> None:
         """Delete the run's checkpoints and states; killed in between, it leaves no half of them in place."""

@@ -132,7 +132,12 @@ class Workplace:
         self, ready: Callable[[], bool], number: signal.Signals, params: str = "", *, after: float = 0.0, **options: Any
     ) -> Finished:
         """Start a run, wait until ``ready``, and ``after`` seconds more, and send its process group a signal."""
-        process = self.start(params=params, **options)
+        return self.signalled(self.start(params=params, **options), ready, number, after=after)
+
+    def signalled(
+        self, process: subprocess.Popen[str], ready: Callable[[], bool], number: signal.Signals, *, after: float = 0.0
+    ) -> Finished:
+        """Send a started run's process group a signal, as ``signal_when`` does."""
         while not ready() and process.poll() is None:
             time.sleep(0.01)
         time.sleep(after)

@@ -32,6 +32,27 @@ def test_an_up_to_date_run_prints_its_table_again_and_starts_nothing(finished_ru
     }
 
 
+def test_an_up_to_date_run_imports_nothing_heavy(used, rounds) -> None:
+    again = used.run(params=f"federation.rounds={rounds}", environment={"PYTHONPROFILEIMPORTTIME": "1"})
+
+    imported = {
+        line.rpartition("|")[2].strip() for line in again.output.splitlines() if line.startswith("import time:")
+    }
+    assert "up to date" in again.stdout
+    assert "fedsca_pipeline.hooks" in imported
+    assert not imported & {"pandas", "numpy", "sqlalchemy", "mlflow", "torch", "plotly", "matplotlib"}
+
+
+def test_a_missing_figure_is_drawn_again(used, rounds) -> None:
+    overlay = used.overlays("harbour_ct")
+    overlay.unlink()
+
+    again = used.run(params=f"federation.rounds={rounds}")
+
+    assert "up to date" not in again.stdout
+    assert overlay.is_file()
+
+
 def test_a_new_time_stamp_alone_is_no_change(used, rounds) -> None:
     image = next((used.raw / "harbour_ct" / "images").iterdir())
     os.utime(image)

@@ -12,6 +12,7 @@ def shown(*records: RoundRecord) -> str:
     stream = io.StringIO()
     with RoundProgress(("a", "b"), 2, Console(file=stream, width=120)) as progress:
         progress.step("a", 1, 4, 0.25)
+        progress.step("b", 1, 2, 0.5)
         for record in records:
             progress.round_done(record)
     return stream.getvalue()
@@ -35,3 +36,37 @@ def test_the_final_line_is_of_the_last_round() -> None:
     sites = {"a": SiteRecord(dice_validation=0.75), "b": SiteRecord(dice_validation=0.25)}
 
     assert "round 2/2: validation Dice 0.500" in shown(RoundRecord(round=3, final=True, sites=sites))
+
+
+def bars(*steps: tuple[str, int, int]) -> str:
+    """Return the live part as a terminal shows it after these steps."""
+    stream = io.StringIO()
+    with RoundProgress(("a", "b"), 2, Console(file=stream, width=120, force_terminal=True, color_system=None)) as shown:
+        for site, step, steps_ in steps:
+            shown.step(site, step, steps_, 0.25)
+    return stream.getvalue().rpartition("rounds")[2]
+
+
+def test_sites_that_train_at_once_have_a_bar_each() -> None:
+    text = bars(("a", 1, 4), ("b", 1, 2), ("a", 2, 4))
+
+    assert "a " in text
+    assert "2/4 loss 0.250" in text
+    assert "b " in text
+    assert "1/2 loss 0.250" in text
+
+
+def test_the_bar_of_a_site_that_has_trained_goes() -> None:
+    text = bars(("a", 1, 2), ("b", 1, 3), ("a", 2, 2))
+
+    assert "1/3 loss" in text
+    assert "2/2 loss" not in text
+
+
+def test_a_site_that_starts_again_does_not_count_twice() -> None:
+    progress = RoundProgress(("a", "b"), 2, Console(file=io.StringIO()))
+
+    for step in (1, 2, 1):
+        progress.step("a", step, 4, 0.25)
+
+    assert progress._bars.tasks[0].completed == 0.25 / 2

@@ -19,18 +19,25 @@ from fedsca_pipeline.config import (
     RunConfig,
     TrainingConfig,
 )
-from fedsca_pipeline.runs import describe_run, finish_run, open_run, resolve_threads
+from fedsca_pipeline.federation.fleet_kinds import FLEETS, open_fleet, site_threads
+from fedsca_pipeline.runs import describe_run, finish_run, open_run
 
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedsca_pipeline.federation.fleet import SiteData
+    from fedsca_pipeline.federation.messages import TensorLayout
     from fedsca_pipeline.foundation.model import SegmentationModel
-    from fedsca_pipeline.sites.arrays import SiteArrays
 
 GENERAL_NOTE = (
     "General model (docs/method.md): the mean of all sites' shared tensors beside the foundation's own decoder and "
     "high adapters. Alone it is not a usable segmenter; tune its private tensors on labelled images first."
 )
+
+# Of `federation`: how the work is spread and where arrays lie, which changes no number at equal threads a site.
+CHANGES_NO_NUMBER = frozenset({"fleet", "workers", "devices", "server_memory"})
 
 # The parameter groups that decide a run's numbers; `strategies` enters with the options of the chosen one only.
 CONFIGURATION: Mapping[str, type[BaseModel]] = MappingProxyType(
@@ -52,8 +59,16 @@ def describe(parameters: Mapping[str, Any], foundation_provenance: Mapping[str, 
         configuration_of(parameters),
         {report["site"]: data_version(report["fingerprint"], report) for report in reports},
         foundation_provenance["sha256"],
-        resolve_threads(parameters["run"].threads),
+        threads_of(parameters, len(reports)),
     )
+
+
+def threads_of(parameters: Mapping[str, Any], sites: int) -> int:
+    """Return the torch threads that one of ``sites`` trains with, given models or raw YAML."""
+    run, federation = (
+        model.model_validate(parameters[key]) for key, model in (("run", RunConfig), ("federation", FederationConfig))
+    )
+    return site_threads(run, federation, sites)
 
 
 def data_version(raw_fingerprint: str, report: Mapping[str, Any]) -> str:
@@ -70,6 +85,7 @@ def configuration_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
         key: model.model_validate(parameters[key]).model_dump(mode="json") for key, model in CONFIGURATION.items()
     }
     strategy = values["federation"]["strategy"]
+    values["federation"] = {k: value for k, value in values["federation"].items() if k not in CHANGES_NO_NUMBER}
     return {**values, "strategies": {strategy: parameters["strategies"].get(strategy) or {}}}
 
 
@@ -92,19 +108,22 @@ def train(
 
     ``site_inputs`` alternate manifest and arrays, a pair a site.
     """
+    FLEETS[federation.fleet].start_early()
     from fedsca_pipeline.federation.checkpoint import CheckpointFolder
     from fedsca_pipeline.federation.devices import deterministic
-    from fedsca_pipeline.federation.fleet import InProcessFleet
-    from fedsca_pipeline.federation.local import LocalSettings, LocalWorker
+    from fedsca_pipeline.federation.fleet import LocalSites
+    from fedsca_pipeline.federation.local import LocalSettings
     from fedsca_pipeline.federation.rounds import Server
     from fedsca_pipeline.federation.strategies import build_strategy
     from fedsca_pipeline.pipelines.federated_training.progress import RoundProgress
 
     folder = open_run(checkpoints, description, force=force)
-    data = _site_arrays(site_inputs)
-    with deterministic(run, resolve_threads(run.threads)) as device:
+    data = _site_data(site_inputs)
+    threads = site_threads(run, federation, len(data))
+    with deterministic(run, threads) as device:
         strategy = build_strategy(federation.strategy, strategies.get(federation.strategy, {}))
         model, layout = _trainable(foundation, adapters, foundations, preprocessing)
+        start = _start_values(model, layout)
         settings = LocalSettings(
             run=folder.fingerprint,
             seed=run.seed,
@@ -113,15 +132,20 @@ def train(
             evaluation_batch=evaluation.batch_size,
             threshold=evaluation.threshold,
             training=training,
+            cache_bytes=int(training.feature_cache * 2**30 / len(data)),
+            compression=federation.compression,
         )
-        worker = LocalWorker(model.to(device), layout, strategy, settings)
-        with RoundProgress(tuple(data), federation.rounds) as progress:
-            fleet = InProcessFleet(worker, data, folder.sites, federation.inject_failures, progress.step)
+        here = LocalSites(model, layout, strategy, settings, data, folder.sites, device, threads)
+        with (
+            folder.scratch(),
+            RoundProgress(tuple(data), federation.rounds) as progress,
+            open_fleet(federation, here, progress.step) as fleet,
+        ):
             server = Server(
                 fleet,
                 strategy,
                 layout,
-                worker.initial,
+                start,
                 federation,
                 run=folder.fingerprint,
                 seed=run.seed,
@@ -160,7 +184,7 @@ def export_site_models(
 
     folder = RunFolder(checkpoints, description["fingerprint"])
     model, layout = _trainable(foundation, adapters, foundations, preprocessing)
-    start = {name: p.detach().clone() for name, p in model.named_parameters() if name in layout.shapes}
+    start = _start_values(model, layout)
 
     def save(target: Path, site: str, snapshot: Snapshot, note: str = "") -> None:
         card = {
@@ -209,16 +233,20 @@ def export_site_models(
     return {"fingerprint": folder.fingerprint, "strategy": federation.strategy, "seed": run.seed, "sites": written}
 
 
-def _site_arrays(site_inputs: tuple[Any, ...]) -> dict[str, SiteArrays]:
-    from fedsca_pipeline.sites.arrays import SiteArrays
+def _site_data(site_inputs: tuple[Any, ...]) -> SiteData:
+    from fedsca_pipeline.federation.fleet import SiteData
 
     pairs = zip(site_inputs[::2], site_inputs[1::2], strict=True)
-    return {str(manifest["site"].iloc[0]): SiteArrays(path, manifest) for manifest, path in pairs}
+    return SiteData({str(manifest["site"].iloc[0]): (path, manifest) for manifest, path in pairs})
+
+
+def _start_values(model: SegmentationModel, layout: TensorLayout) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if name in layout.shapes}
 
 
 def _trainable(
     foundation: FoundationConfig, adapters: AdaptersConfig, foundations: Path, preprocessing: PreprocessingConfig
-) -> tuple[SegmentationModel, Any]:
+) -> tuple[SegmentationModel, TensorLayout]:
     from fedsca_pipeline.adapters.attach import attach_adapters, tensor_layout
     from fedsca_pipeline.foundation import load_foundation
 

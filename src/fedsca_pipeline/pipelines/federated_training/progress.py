@@ -1,4 +1,4 @@
-"""Live progress of the rounds on the terminal: round, site, loss, Dice, time left; one line a round stays."""
+"""Live progress of the rounds on the terminal: a bar for all, one for each site at work; one line a round stays."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
     from fedsca_pipeline.federation.checkpoint import RoundRecord
@@ -17,7 +17,7 @@ class RoundProgress:
     """A context manager that watches a run; its methods are the callbacks of the fleet and the round loop."""
 
     def __init__(self, sites: Sequence[str], rounds: int, console: Console | None = None) -> None:
-        self._sites, self._rounds = sites, rounds
+        self._count, self._rounds = len(sites), rounds
         self._bars = Progress(
             TextColumn("{task.description}", justify="left"),
             BarColumn(bar_width=24),
@@ -29,7 +29,8 @@ class RoundProgress:
         )
         self._done = 0
         self._total = self._bars.add_task("rounds", total=rounds, note="")
-        self._site = self._bars.add_task("site", total=1, note="", visible=False)
+        self._at_work: dict[str, TaskID] = {}
+        self._parts: dict[str, float] = {}
 
     def __enter__(self) -> RoundProgress:
         self._bars.start()
@@ -39,13 +40,15 @@ class RoundProgress:
         self._bars.stop()
 
     def step(self, site: str, step: int, steps: int, loss: float) -> None:
-        """Report one local step: ``step`` of ``steps``, counted from 1, and its loss."""
+        """Report one local step: ``step`` of ``steps``, counted from 1, and its loss. Sites may take turns."""
         # A round is one unit, its sites are equal parts of it: the time left follows the steps.
-        part = (self._sites.index(site) + step / steps) / len(self._sites)
-        self._bars.update(self._total, completed=self._done + part)
-        self._bars.update(
-            self._site, description=site, completed=step, total=steps, note=f"loss {loss:.3f}", visible=True
-        )
+        self._parts[site] = step / steps
+        self._bars.update(self._total, completed=self._done + sum(self._parts.values()) / self._count)
+        if site not in self._at_work:
+            self._at_work[site] = self._bars.add_task(site, total=steps, note="")
+        self._bars.update(self._at_work[site], completed=step, note=f"loss {loss:.3f}")
+        if step == steps:
+            self._bars.remove_task(self._at_work.pop(site))
 
     def round_done(self, record: RoundRecord) -> None:
         """Report a finished round: mean loss and Dice over the sites that took part, and who did not."""
@@ -54,6 +57,9 @@ class RoundProgress:
         dice = _mean([r.dice_validation for r in present.values()])
         loss = _mean([r.loss for r in present.values()])
         self._done = min(record.round, self._rounds)
+        self._parts.clear()
+        for site in list(self._at_work):  # those that failed on their way
+            self._bars.remove_task(self._at_work.pop(site))
         self._bars.update(self._total, completed=self._done, note=f"Dice {dice}")
         traffic = sum(entry.bytes_up for entry in present.values()) / 1e6
         self._bars.console.print(
