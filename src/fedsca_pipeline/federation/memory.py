@@ -41,7 +41,7 @@ class RoundMemory:
         updates, masters, aggregates, bases = (
             torch.empty(shape) if number * size <= gib * _GIB else mapped(folder, shape) for number in range(1, 5)
         )
-        return cls(updates, bases, Results(masters, aggregates))
+        return cls(updates, bases, Results.around(masters, aggregates))
 
 
 def mapped(folder: Path, shape: tuple[int, ...]) -> Tensor:

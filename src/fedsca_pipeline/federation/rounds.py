@@ -123,7 +123,7 @@ class Server:
             raise NoValidSite(_too_few(round_, len(replies), self.config.quorum, records))
         state, aggregation = self.strategy.aggregate(
             checkpoint.state,
-            self._stack(round_, sent, replies),
+            self._stack(round_, replies),
             sites=self.sites,
             initial=self.initial,
             groups=self.groups,
@@ -238,11 +238,11 @@ class Server:
                 self.memory.bases[index] = checkpoint.bases[index]
         return self.memory.bases, has_base
 
-    def _stack(self, round_: int, sent: Mapping[str, Sent], replies: Mapping[str, Manifest]) -> Replies:
+    def _stack(self, round_: int, replies: Mapping[str, Manifest]) -> Replies:
         return Replies(
             round=round_,
             sites=tuple(replies),
-            bases=[sent[site].base for site in replies],
+            bases=self.memory.bases,
             updates=self.memory.updates[: len(replies)],
             samples=torch.tensor([manifest.samples for manifest in replies.values()], dtype=torch.float64),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,10 +21,10 @@ from fedsca_pipeline.federation.strategies.base import (
     ServerState,
     cosines,
     gram,
-    mix,
     partners,
+    renew_and_mix,
+    runs,
     site_prior,
-    spread,
 )
 
 SITES = ("a", "b", "c", "d")
@@ -33,6 +34,11 @@ def double(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
+def bases_of(bases, values):
+    """The bases of all SITES from {site: base}, zeros for the others."""
+    return torch.tensor([bases.get(site, [0.0] * values) for site in SITES], dtype=torch.float32).reshape(4, values)
+
+
 def replies_of(updates, bases=None, samples=None, round_=1):
     """Replies from {site: update}; bases default to zeros, samples to ten each."""
     sites = tuple(sorted(updates))
@@ -40,7 +46,7 @@ def replies_of(updates, bases=None, samples=None, round_=1):
     return Replies(
         round=round_,
         sites=sites,
-        bases=torch.zeros_like(stacked) if bases is None else torch.tensor([bases[site] for site in sites]),
+        bases=bases_of(bases or {}, stacked.shape[1]),
         updates=stacked,
         samples=double(*((samples or {}).get(site, 10) for site in sites)),
     )
@@ -69,11 +75,6 @@ class TestValidation:
         _, found = step(self.fedsca, None, replies_of({"a": [1.0, 1.0], "b": [torch.inf, -torch.inf]}))
 
         assert "not finite" in found.rejected["b"]
-
-    def test_a_base_that_is_not_finite_rejects_its_site(self):
-        replies = replies_of({"a": [1.0], "b": [1.0]}, bases={"a": [0.0], "b": [torch.nan]})
-
-        assert step(self.fedsca, None, replies)[1].accepted == ("a",)
 
     def test_a_norm_whose_square_leaves_fp32_is_rejected(self):
         _, found = step(self.fedsca, None, replies_of({"a": [1.0], "b": [1e30]}))
@@ -147,7 +148,7 @@ def dense(state, replies, weights):
     """The step's matrix products, undivided, in float64: Gram matrix, masters, aggregates, spread."""
     updates, masters = replies.updates.double(), state.masters.double()
     rows = [SITES.index(site) for site in replies.sites]
-    thetas = replies.bases.double() + updates
+    thetas = replies.bases[rows].double() + updates
     masters = masters.index_copy(0, torch.tensor(rows), thetas)
     apart = (thetas - thetas.mean(dim=0)).norm(dim=1) / updates.norm(dim=1)
     return updates @ updates.T, masters, weights @ masters, apart
@@ -166,11 +167,13 @@ class TestBlocks:
         draw = torch.Generator().manual_seed(seed)
         state = replace(ServerState.initial(4, values, 1), masters=torch.randn(4, values, generator=draw))
         sites = tuple(sorted(present))
-        bases, updates = torch.randn(2, len(sites), values, generator=draw)
+        bases = torch.randn(4, values, generator=draw)
+        updates = torch.randn(len(sites), values, generator=draw)
         replies = Replies(1, sites, bases, updates, torch.full((len(sites),), 10.0).double())
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(base, "_COLUMNS", columns)
+            patch.setattr(base, "_CACHED", columns * len(SITES))
             patch.setattr(base, "_ROWS", band)
             after, found = step(build_strategy("fedsca", {"weighting": "uniform"}), state, replies, max_norm_ratio=1e6)
             products = gram(updates, (slice(0, values),))[0]
@@ -187,12 +190,13 @@ class TestBlocks:
 
     def test_results_are_written_where_asked_to_with_the_same_bits(self):
         draw = torch.Generator().manual_seed(5)
-        replies = Replies(1, ("a", "b", "d"), *torch.randn(2, 3, 20_000, generator=draw), torch.ones(3).double())
+        bases, updates = torch.randn(2, 4, 20_000, generator=draw)
+        replies = Replies(1, ("a", "b", "d"), bases, updates[:3], torch.ones(3).double())
         fedsca = build_strategy("fedsca", {})
-        out = Results(torch.full((4, 20_000), torch.nan), torch.full((4, 20_000), torch.nan))
+        out = Results.around(torch.full((4, 20_000), torch.nan), torch.full((4, 20_000), torch.nan))
 
         state, found = step(fedsca, None, replies)
-        same_state, same = step(fedsca, None, replace(replies, bases=list(replies.bases)), out=out)
+        same_state, same = step(fedsca, None, replies, out=out)
 
         assert same_state.masters is out.masters
         assert same.aggregates is out.aggregates
@@ -201,7 +205,7 @@ class TestBlocks:
         assert torch.equal(same.spread, found.spread)
 
     def test_a_round_that_fails_writes_nothing(self):
-        out = Results(torch.full((4, 1), 7.0), torch.full((4, 1), 7.0))
+        out = Results.around(torch.full((4, 1), 7.0), torch.full((4, 1), 7.0))
 
         with pytest.raises(NoValidSite):
             step(build_strategy("fedsca", {}), None, replies_of({"a": [torch.nan]}), out=out)
@@ -301,40 +305,76 @@ class TestPartners:
         ]
 
 
-class TestMix:
+def mixed(weights, masters, groups, initial):
+    """Mix masters to which the one reply, a zero update of the first site, adds nothing."""
+    out, first = Results.fresh(*masters.shape), torch.tensor([0])
+    replies = Replies(1, ("a",), masters, torch.zeros(1, masters.shape[1]), double(10))
+    renew_and_mix(masters, replies, first, first, weights, groups, initial, out)
+    return out.aggregates
+
+
+class TestRenewAndMix:
     masters = torch.tensor([[1.0, 2.0, 3.0], [5.0, 6.0, 7.0]])
     groups = (slice(0, 2), slice(2, 3))
 
     def test_each_group_has_its_own_weights(self):
         weights = double([[0.5, 0.5], [0.0, 1.0]], [[1.0, 0.0], [0.25, 0.75]])
 
-        mixed = mix(weights, self.masters, self.groups, torch.zeros(3))
-
-        assert mixed.tolist() == [[3, 4, 3], [5, 6, 6]]
+        assert mixed(weights, self.masters, self.groups, torch.zeros(3)).tolist() == [[3, 4, 3], [5, 6, 6]]
 
     def test_a_unit_row_returns_its_master_bit_for_bit(self):
         masters = torch.randn(3, 1000, generator=torch.Generator().manual_seed(1))
 
-        assert torch.equal(mix(torch.eye(3).double()[None], masters, (slice(0, 1000),), torch.zeros(1000)), masters)
+        assert torch.equal(mixed(torch.eye(3).double()[None], masters, (slice(0, 1000),), torch.zeros(1000)), masters)
 
     def test_a_row_without_any_weight_gets_the_initial_values_never_zeros(self):
         weights = double([[1.0, 0.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 0.0]])
 
-        mixed = mix(weights, self.masters, self.groups, double(-1, -2, -3).float())
+        assert mixed(weights, self.masters, self.groups, double(-1, -2, -3).float())[1].tolist() == [-1, -2, -3]
 
-        assert mixed[1].tolist() == [-1, -2, -3]
+    def test_only_what_a_site_that_answered_trained_from_is_read(self):
+        replies = replies_of({"a": [1.0], "c": [1.0]}, bases={"a": [1.0], "b": [torch.nan], "d": [torch.nan]})
+
+        state, found = step(build_strategy("fedsca", {}), None, replies)
+
+        assert state.masters.flatten().tolist() == [2, 0, 1, 0]
+        assert found.aggregates.isfinite().all()
+
+
+class TestRuns:
+    @given(st.lists(st.booleans(), min_size=1), st.data())
+    def test_they_cover_what_was_accepted_in_as_few_pieces_as_there_are_gaps(self, answered, data):
+        rows = [row for row, here in enumerate(answered) if here]
+        valid = data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
+        kept = [reply for reply, good in enumerate(valid) if good]
+        if not kept:
+            return
+        rows = [rows[reply] for reply in kept]
+
+        found = list(runs(torch.tensor(rows), torch.tensor(kept)))
+
+        assert [row for part, _ in found for row in range(part.start, part.stop)] == rows
+        assert [reply for _, part in found for reply in range(part.start, part.stop)] == kept
+        assert len(found) == 1 + sum(b - a > 1 for a, b in pairwise(rows))
+
+    def test_nobody_absent_is_one_piece(self):
+        assert list(runs(torch.arange(5), torch.arange(5))) == [(slice(0, 5), slice(0, 5))]
 
 
 class TestSpread:
     def test_it_is_the_distance_from_the_mean_in_updates_and_0_for_a_zero_update(self):
-        thetas = torch.tensor([[0.0, 0.0], [6.0, 8.0], [3.0, 4.0]])
+        updates = {"a": [2.0, 0.0], "b": [0.0, 0.0], "c": [0.0, 1.0]}
+        bases = {"a": [-2.0, 0.0], "b": [6.0, 8.0], "c": [3.0, 3.0]}
 
-        assert spread(thetas, torch.arange(3), double(2.0, 0.0, 1.0)).tolist() == [2.5, 0.0, 0.0]
+        assert step(build_strategy("fedsca", {}), None, replies_of(updates, bases))[1].spread.tolist() == [2.5, 0, 0]
 
     def test_sites_that_did_not_take_part_are_no_part_of_the_mean(self):
-        masters = torch.tensor([[0.0, 0.0], [900.0, 0.0], [6.0, 8.0]])
+        fedsca = build_strategy("fedsca", {})
+        state, _ = step(fedsca, None, replies_of({"b": [900.0, 0.0]}))
 
-        assert spread(masters, torch.tensor([0, 2]), double(1.0, 5.0)).tolist() == [5.0, 1.0]
+        replies = replies_of({"a": [600.0, 0.0], "c": [0.0, 900.0]}, {"a": [-600.0, 0.0], "c": [6.0, -892.0]})
+
+        assert step(fedsca, state, replies)[1].spread.tolist() == pytest.approx([5 / 600, 5 / 900])
 
 
 class TestCatchUp:

@@ -13,7 +13,7 @@ SITES = ("a", "b", "c")
 
 def aggregate(strategy, state, sites, updates, samples):
     updates = torch.tensor(updates)
-    replies = Replies(1, sites, torch.ones_like(updates), updates, torch.tensor(samples, dtype=torch.float64))
+    replies = Replies(1, sites, torch.ones(len(SITES), 2), updates, torch.tensor(samples, dtype=torch.float64))
     return strategy.aggregate(
         state, replies, sites=SITES, initial=torch.zeros(2), groups=(slice(0, 2),), max_norm_ratio=10.0
     )

@@ -335,7 +335,7 @@ class TestGranularity:
     def test_a_block_nobody_has_met_on_is_caught_up_block_by_block(self):
         groups, sites = (slice(0, 1), slice(1, 2)), ("s0", "s1", "s2")
         state, _ = run({}, make([[1.0, 1.0], [1.0, -1.0]]), groups=groups, sites=sites)
-        later = Replies(2, ("s1",), torch.zeros(1, 2), torch.tensor([[3.0, -3.0]]), double(1))
+        later = Replies(2, ("s1",), torch.zeros(3, 2), torch.tensor([[3.0, -3.0]]), double(1))
 
         _, found = run({}, later, state, groups=groups, sites=sites)
 

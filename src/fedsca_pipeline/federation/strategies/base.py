@@ -1,15 +1,15 @@
 """What a strategy is: four questions with default answers, and the server's step from replies to aggregates.
 
-docs/method.md. The step is a template over small functions: validate, compare updates, remember, weigh, mix. Values
-[S, V] are fp32; they are compared and mixed as matrix products over runs of columns, so that they may be memory-mapped
-and nothing of their size is allocated on the way. Everything sites x sites is float64. V values fall into B groups with
-weights of their own; S sites replied, A of them were accepted, N are known. All tensors are on the CPU.
+docs/method.md. The step is a template over small functions: validate, compare updates, remember, weigh, renew and mix.
+Values [S, V] are fp32; they are compared and mixed as matrix products over runs of columns, so that they may be
+memory-mapped and nothing of their size is allocated on the way. Everything sites x sites is float64. V values fall into
+B groups with weights of their own; S sites replied, A of them were accepted, N are known. All tensors are on the CPU.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
@@ -28,21 +28,22 @@ Groups = tuple[slice, ...]
 
 ZERO_NORM = 1e-12  # an update shorter than this has no direction (docs/method.md)
 COLLAPSE = 0.95  # mean self weight beyond which a federation is local training (docs/method.md)
-_COLUMNS = 1 << 13  # values of one fp32 inner product, so that norms err by 1e-7
-_ROWS = 1 << 8  # sites of one product of the Gram matrix, of which the half below the diagonal is left out
+_COLUMNS = 1 << 17  # values of one fp32 inner product, so that norms err by 1e-7
+_ROWS = 48  # sites of one product of the Gram matrix, of which the part above the diagonal is left out
+_CACHED = 1 << 22  # values of one run of columns, over all sites, which the processor's caches hold
 
 
 @dataclass(frozen=True)
 class Replies:
     """What arrived in one round from the sites that answered, sorted by site.
 
-    ``bases``: what each site really trained from, S vectors [V] fp32 wherever they lie, or one tensor. ``updates``
+    ``bases`` [N, V] fp32: what each known site really trained from; of one that did not answer, anything. ``updates``
     [S, V] fp32. ``samples`` [S] float64: training images.
     """
 
     round: int
     sites: tuple[str, ...]
-    bases: Sequence[Tensor] | Tensor
+    bases: Tensor
     updates: Tensor
     samples: Tensor
 
@@ -97,11 +98,22 @@ class Results:
 
     masters: Tensor
     aggregates: Tensor
+    workspace: Tensor
 
     @classmethod
     def fresh(cls, n_sites: int, n_values: int) -> Results:
         """Return memory that nobody has used."""
-        return cls(torch.empty(n_sites, n_values), torch.empty(n_sites, n_values))
+        return cls.around(torch.empty(n_sites, n_values), torch.empty(n_sites, n_values))
+
+    @classmethod
+    def around(cls, masters: Tensor, aggregates: Tensor) -> Results:
+        """Return ``masters`` and ``aggregates`` [N, V], with a ``workspace`` [2 N + 1, W] for W of their columns.
+
+        W is a power of two where V allows, so that no row begins in the middle of a cache line.
+        """
+        n_sites, n_values = masters.shape
+        width = 1 << (max(_CACHED // n_sites, 1).bit_length() - 1)
+        return cls(masters, aggregates, torch.empty(2 * n_sites + 1, min(width, n_values)))
 
 
 @dataclass(frozen=True)
@@ -197,17 +209,21 @@ class Strategy:
         accepted = tuple(replies.sites[i] for i in kept)
         rows = torch.tensor([sites.index(site) for site in accepted])
 
-        state = replace(
-            state,
-            masters=renew(state.masters, replies, dict(zip(rows.tolist(), kept.tolist(), strict=True)), out.masters),
-            trained=state.trained.index_fill(0, rows, True),
-            samples=state.samples.index_copy(0, rows, replies.samples[kept]),
-            memory=self.remember(state.memory, cosines(grams), rows),
-            norms=torch.cat([state.norms, norms[norms >= ZERO_NORM]]),
+        before, state = (
+            state.masters,
+            replace(
+                state,
+                masters=out.masters,
+                trained=state.trained.index_fill(0, rows, True),
+                samples=state.samples.index_copy(0, rows, replies.samples[kept]),
+                memory=self.remember(state.memory, cosines(grams), rows),
+                norms=torch.cat([state.norms, norms[norms >= ZERO_NORM]]),
+            ),
         )
         moved = grams.diagonal(dim1=1, dim2=2).sqrt() >= ZERO_NORM
         weights = self.site_weights(state, rows, moved)
-        aggregates = self.mix(weights, state.masters, groups, initial, layout, out.aggregates)
+        apart = renew_and_mix(before, replies, rows, kept, weights, groups, initial, out)
+        aggregates = self.merge(out.aggregates, weights, state.masters, groups, layout)
 
         similarity, mutual = state.memory[:, rows][:, :, rows], weights[:, rows][:, :, rows]
         if not groups:
@@ -218,8 +234,8 @@ class Strategy:
                 "updates do not agree (see the similarities) or because the weighting keeps each site to itself",
                 replies.round, self.name, mean,
             )  # fmt: skip
-        apart = spread(state.masters, rows, norms)
-        return state, Aggregation(aggregates, accepted, rejected, similarity, mutual, norms, apart)
+        spread = torch.where(norms >= ZERO_NORM, apart / norms, 0.0)
+        return state, Aggregation(aggregates, accepted, rejected, similarity, mutual, norms, spread)
 
     def validate(self, replies: Replies, norms: Tensor, earlier: Tensor, max_norm_ratio: float) -> Mapping[str, str]:
         """Return the rejected sites and why; see the function :func:`validate`."""
@@ -241,17 +257,11 @@ class Strategy:
         """
         return prior_weights(mates, prior)
 
-    def mix(
-        self,
-        weights: Tensor,
-        masters: Tensor,
-        groups: Groups,
-        initial: Tensor,
-        layout: TensorLayout | None,
-        out: Tensor | None = None,
+    def merge(
+        self, mixed: Tensor, weights: Tensor, masters: Tensor, groups: Groups, layout: TensorLayout | None
     ) -> Tensor:
-        """Return the aggregates [R, V], in ``out`` if that fits the strategy; see the function :func:`mix`."""
-        return mix(weights, masters, groups, initial, out)
+        """Return the aggregates [R, V] where mixing value by value is not the last word. ``mixed`` as it is."""
+        return mixed
 
     def site_weights(self, state: ServerState, rows: Tensor, moved: Tensor) -> Tensor:
         """Return all weights, [B, N, N] float64: of the sites ``rows`` that took part, and of those that catch up.
@@ -279,7 +289,8 @@ class Strategy:
             raise NoValidSite("no site has trained yet, so there is no general model")
         masters = state.masters
         weights = site_prior(state, prior or self.prior)[None, None]
-        return self.mix(weights, masters, (slice(0, masters.shape[1]),), masters[0], layout)[0]
+        mixed = weights[0].to(masters.dtype) @ masters
+        return self.merge(mixed, weights, masters, (slice(0, masters.shape[1]),), layout)[0]
 
 
 def gram(updates: Tensor, groups: Groups) -> Tensor:
@@ -293,9 +304,9 @@ def gram(updates: Tensor, groups: Groups) -> Tensor:
         for chunk in updates[:, group].split(_COLUMNS, dim=1):
             for start in range(0, len(chunk), _ROWS):
                 rows = slice(start, start + _ROWS)
-                total[rows, start:] += chunk[rows] @ chunk[start:].T
-    upper = grams.triu()
-    return upper + upper.triu(diagonal=1).mT
+                total[start:, rows] += chunk[start:] @ chunk[rows].T
+    lower = grams.tril()
+    return lower + lower.tril(diagonal=-1).mT
 
 
 def cosines(grams: Tensor) -> Tensor:
@@ -309,8 +320,8 @@ def cosines(grams: Tensor) -> Tensor:
 def validate(replies: Replies, norms: Tensor, earlier: Tensor, max_norm_ratio: float) -> dict[str, str]:
     """Return the sites whose reply is unusable, with the reason (docs/method.md; what is left after ``check``).
 
-    In this order: fewer than one sample; a value that is not finite, seen by the norm of the update and the sum of the
-    base, which is nearly free (their sum is finite then, too: an update whose norm has a square in fp32 is lost in the
+    In this order: fewer than one sample; a value that is not finite, seen by the norm of the update, which is free (the
+    base is the server's own and finite, and so is their sum: an update whose norm has a square in fp32 is lost in the
     rounding of a base near fp32's end); a norm above ``max_norm_ratio`` times the median of this round's finite norms
     and the ``earlier`` accepted ones.
 
@@ -320,7 +331,7 @@ def validate(replies: Replies, norms: Tensor, earlier: Tensor, max_norm_ratio: f
     which of two sites in a first round is the odd one; the larger is turned away, since only it can do harm. A lone
     first site has nothing to be measured against and is taken.
     """
-    finite = torch.tensor([base.sum().isfinite() for base in replies.bases], dtype=torch.bool) & norms.isfinite()
+    finite = norms.isfinite()
     known = torch.cat([earlier, norms[finite & (norms >= ZERO_NORM)]])
     limit = max_norm_ratio * known.median().item() if len(known) else 0.0
     too_long = f"is above {limit:.3g}, {max_norm_ratio:g} times the median norm so far (federation.max_norm_ratio)"
@@ -334,19 +345,6 @@ def validate(replies: Replies, norms: Tensor, earlier: Tensor, max_norm_ratio: f
         for i in at_fault.nonzero().flatten().tolist():
             found.setdefault(replies.sites[i], reasons[i])
     return dict(sorted(found.items()))
-
-
-def renew(masters: Tensor, replies: Replies, taken: Mapping[int, int], out: Tensor) -> Tensor:
-    """Return ``out`` [N, V], filled with ``masters`` [N, V]: base + update in the rows that a reply was taken for.
-
-    ``taken`` is row to the reply's number. ``out`` may be ``masters``, but no part of the replies.
-    """
-    for row, (old, new) in enumerate(zip(masters, out, strict=True)):
-        if row in taken:
-            torch.add(replies.bases[taken[row]], replies.updates[taken[row]], out=new)
-        else:
-            new.copy_(old)
-    return out
 
 
 def place(matrices: Tensor, part: Tensor, rows: Tensor) -> Tensor:
@@ -385,29 +383,47 @@ def prior_weights(mates: Tensor, prior: Tensor) -> Tensor:
     return shares / shares.sum(dim=1, keepdim=True)
 
 
-def mix(
-    weights: Tensor, masters: Tensor, groups: Sequence[slice], initial: Tensor, out: Tensor | None = None
+def renew_and_mix(
+    masters: Tensor,
+    replies: Replies,
+    rows: Tensor,
+    kept: Tensor,
+    weights: Tensor,
+    groups: Groups,
+    initial: Tensor,
+    out: Results,
 ) -> Tensor:
-    """Return ``weights[b] @ masters`` per group, [R, V] fp32; ``initial`` [V] for a row without any weight.
+    """Fill ``out`` with the latest masters and their mixes; return ``|theta_i - mean|`` [A] float64 over ``rows``.
 
-    ``weights`` is [B, R, N] float64, ``masters`` [N, V] fp32. A unit row returns its master bit for bit. The result is
-    in ``out`` [R, V] fp32 where that is given.
+    A master is base + update for the sites ``rows`` [A], whose replies are ``kept`` [A], and stays for the others. The
+    mix is ``weights[b] @ masters`` per group, and ``initial`` [V] in a row of ``weights`` [B, N, N] that is all zero; a
+    unit row returns its master bit for bit. All of it is one pass over runs of columns that stay in the processor's
+    caches: reading and writing memory takes longer than the products. The mean over ``rows`` is one more row of them.
     """
-    mixed = masters.new_empty(weights.shape[1], masters.shape[1]) if out is None else out
-    for matrix, group in zip(weights.to(masters.dtype), groups, strict=True):
-        for part, chunk in zip(*(x[:, group].split(_COLUMNS, dim=1) for x in (mixed, masters)), strict=True):
-            torch.mm(matrix, chunk, out=part)
-        mixed[matrix.sum(dim=1) == 0, group] = initial[group]
-    return mixed
+    taken = tuple(runs(rows, kept))
+    absent = torch.ones(len(masters), dtype=torch.bool).index_fill(0, rows, False).nonzero().flatten()
+    mean = torch.zeros(1, len(masters), dtype=torch.float64).index_fill(1, rows, 1 / max(len(rows), 1))
+    width = out.workspace.shape[1]
+    squares = torch.zeros(len(masters), dtype=torch.float64)
+    for matrix, group in zip(weights, groups, strict=True):
+        nobody = (matrix.sum(dim=1) == 0).nonzero().flatten()
+        factors = torch.cat([matrix, mean]).to(masters.dtype)
+        for start in range(group.start, group.stop, width):
+            columns = slice(start, min(start + width, group.stop))
+            theta, mixed = out.workspace[:, : columns.stop - start].split([len(masters), len(masters) + 1])
+            theta[absent] = masters[absent, columns]
+            for sites, answers in taken:
+                torch.add(replies.bases[sites, columns], replies.updates[answers, columns], out=theta[sites])
+            out.masters[:, columns] = theta
+            torch.mm(factors, theta, out=mixed)
+            mixed[nobody] = initial[columns]
+            out.aggregates[:, columns] = mixed[:-1]
+            squares += torch.linalg.vector_norm(theta.sub_(mixed[-1]), dim=1).double().square()
+    return squares[rows].sqrt()
 
 
-def spread(masters: Tensor, rows: Tensor, norms: Tensor) -> Tensor:
-    """Return ``|theta_i - mean| / |update_i|`` [A] float64 over ``rows`` [A] of the masters [N, V].
-
-    0, never infinity, for a zero update; ``norms`` [A] are those of the updates.
-    """
-    squares = torch.zeros(len(rows), dtype=torch.float64)
-    for chunk in masters.split(_COLUMNS, dim=1):
-        thetas = chunk[rows]
-        squares += torch.linalg.vector_norm(thetas.sub_(thetas.mean(dim=0)), dim=1).double().square()
-    return torch.where(norms >= ZERO_NORM, squares.sqrt() / norms, 0.0)
+def runs(rows: Tensor, kept: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield pairs of slices that together are ``rows`` and ``kept`` [A], A at least 1; one pair if nobody is absent."""
+    breaks = ((rows.diff() != 1) | (kept.diff() != 1)).nonzero().flatten() + 1
+    for part, kept_part in zip(rows.tensor_split(breaks), kept.tensor_split(breaks), strict=True):
+        yield slice(int(part[0]), int(part[-1]) + 1), slice(int(kept_part[0]), int(kept_part[-1]) + 1)

@@ -82,17 +82,10 @@ class SharingStrategy(Strategy):
             parts = [tuple(name for name in part if not is_lora_b(name)) for part in parts]
         return tuple(part for part in parts if layout.size(part))
 
-    def mix(
-        self,
-        weights: Tensor,
-        masters: Tensor,
-        groups: Groups,
-        initial: Tensor,
-        layout: TensorLayout | None,
-        out: Tensor | None = None,
+    def merge(
+        self, mixed: Tensor, weights: Tensor, masters: Tensor, groups: Groups, layout: TensorLayout | None
     ) -> Tensor:
-        """Mix value by value and, for ``lora_merge: svd``, put merged products in the place of LoRA pairs."""
-        mixed = super().mix(weights, masters, groups, initial, layout, out)
+        """Put merged products in the place of LoRA pairs for ``lora_merge: svd``."""
         if self.options.lora_merge != "svd" or not groups:
             return mixed
         if layout is None:
