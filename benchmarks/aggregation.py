@@ -1,7 +1,7 @@
 """The server's step on many sites: against a plain copy of the same bytes, and against sgemm of the same shapes.
 
     python benchmarks/aggregation.py                                      # 100 sites x 1,000,000 values, against a copy
-    python benchmarks/aggregation.py --sites 1000 --baseline sgemm --server-memory 8     # takes 20 GiB of disk
+    python benchmarks/aggregation.py --sites 1000 --baseline sgemm --server-memory 8     # takes 8 GiB of disk
 
 A step is ``Strategy.aggregate`` of fedsca: theta from base and update, comparison, weights, mixing, spread. Its large
 arrays are those of a round (``RoundMemory``), of which what exceeds ``--server-memory`` lies on disk.
@@ -70,14 +70,16 @@ def main() -> None:
                 state, replies, sites=sites, initial=initial, groups=groups, max_norm_ratio=10.0, out=memory.results
             )
 
-        copies = {"copy": lambda: memory.results.masters.copy_(memory.updates)}
+        def copy() -> None:
+            memory.results.aggregates.copy_(memory.updates)
+
         weights = torch.full((count, count), 1 / count)
 
         def sgemm() -> None:
             torch.mm(memory.updates, memory.updates.T)
             torch.mm(weights, memory.updates, out=memory.results.aggregates)
 
-        baseline = copies["copy"] if options.baseline == "copy" else sgemm
+        baseline = copy if options.baseline == "copy" else sgemm
         step(), baseline()
         # Apart from the timing, since the watcher takes a core every now and then.
         with PeakMemory() as peak:

@@ -27,7 +27,7 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-@pytest.mark.parametrize(("fit", "files"), [(0, 4), (0.9, 4), (1, 3), (2.5, 2), (4, 0)])
+@pytest.mark.parametrize(("fit", "files"), [(0, 3), (0.9, 3), (1, 2), (2.5, 1), (3, 0)])
 def test_only_what_fits_lies_in_memory(fit: float, files: int, on_disk, tmp_path: Path) -> None:
     taken = RoundMemory.within(fit * ONE_ARRAY, tmp_path, SITES, VALUES)
 

@@ -22,8 +22,9 @@ _GIB = 1 << 30
 class RoundMemory:
     """Everything of the size of all sites' values that a round needs: ``updates``, ``bases`` [N, V] fp32, ``results``.
 
-    Its content is of one round; what is to outlive the round is written to disk before the next one begins. Memory is
-    taken when it is first touched, and kept: fresh pages cost several times what a round computes in them.
+    Masters replace the updates that they are made of. Its content is of one round; what is to outlive the round is
+    written to disk before the next one begins. Memory is taken when it is first touched, and kept: fresh pages cost
+    several times what a round computes in them.
     """
 
     updates: Tensor
@@ -38,10 +39,10 @@ class RoundMemory:
         """
         shape = (n_sites, n_values)
         size = _BYTES * math.prod(shape)
-        updates, masters, aggregates, bases = (
-            torch.empty(shape) if number * size <= gib * _GIB else mapped(folder, shape) for number in range(1, 5)
+        updates, aggregates, bases = (
+            torch.empty(shape) if number * size <= gib * _GIB else mapped(folder, shape) for number in range(1, 4)
         )
-        return cls(updates, bases, Results.around(masters, aggregates))
+        return cls(updates, bases, Results.around(updates, aggregates))
 
 
 def mapped(folder: Path, shape: tuple[int, ...]) -> Tensor:

@@ -174,7 +174,7 @@ class TestBlocks:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(base, "_COLUMNS", columns)
             patch.setattr(base, "_CACHED", columns * len(SITES))
-            patch.setattr(base, "_ROWS", band)
+            patch.setattr(base, "_KERNEL", band)
             after, found = step(build_strategy("fedsca", {"weighting": "uniform"}), state, replies, max_norm_ratio=1e6)
             products = gram(updates, (slice(0, values),))[0]
             weights = build_strategy("fedsca", {"weighting": "uniform"}).site_weights(
@@ -202,6 +202,20 @@ class TestBlocks:
         assert same.aggregates is out.aggregates
         assert torch.equal(out.masters, state.masters)
         assert torch.equal(out.aggregates, found.aggregates)
+        assert torch.equal(same.spread, found.spread)
+
+    def test_masters_may_take_the_place_of_the_updates(self):
+        draw = torch.Generator().manual_seed(6)
+        bases, updates = torch.randn(2, 4, 20_000, generator=draw)
+        fedsca = build_strategy("fedsca", {})
+        before, _ = step(fedsca, None, Replies(1, SITES, bases, updates, torch.ones(4).double()))
+        replies = Replies(2, ("b", "d"), bases, updates[:2], torch.ones(2).double())
+        state, found = step(fedsca, before, replies)
+
+        same_state, same = step(fedsca, before, replies, out=Results.around(updates, torch.empty(4, 20_000)))
+
+        assert torch.equal(same_state.masters, state.masters)
+        assert torch.equal(same.aggregates, found.aggregates)
         assert torch.equal(same.spread, found.spread)
 
     def test_a_round_that_fails_writes_nothing(self):

@@ -9,6 +9,7 @@ B groups with weights of their own; S sites replied, A of them were accepted, N 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
@@ -29,7 +30,7 @@ Groups = tuple[slice, ...]
 ZERO_NORM = 1e-12  # an update shorter than this has no direction (docs/method.md)
 COLLAPSE = 0.95  # mean self weight beyond which a federation is local training (docs/method.md)
 _COLUMNS = 1 << 17  # values of one fp32 inner product, so that norms err by 1e-7
-_ROWS = 48  # sites of one product of the Gram matrix, of which the part above the diagonal is left out
+_KERNEL = 48  # sites that sgemm's innermost loop takes at once with AVX-512
 _CACHED = 1 << 22  # values of one run of columns, over all sites, which the processor's caches hold
 
 
@@ -93,7 +94,8 @@ class ServerState:
 class Results:
     """Memory [N, V] fp32 of any content for what one round gives: first touching it costs more than all products.
 
-    It is no part of the state or the replies that go in, and belongs to the state and the aggregates that come out.
+    It is no part of the state that goes in, and belongs to the state and the aggregates that come out. ``masters`` may
+    begin with the replies' updates, which are then used up.
     """
 
     masters: Tensor
@@ -180,7 +182,7 @@ class Strategy:
         layout: TensorLayout | None = None,
         out: Results | None = None,
     ) -> tuple[ServerState, Aggregation]:
-        """Question 4: how replies become aggregates (docs/method.md). Neither argument is changed.
+        """Question 4: how replies become aggregates (docs/method.md). Neither argument is changed, but see ``out``.
 
         Args:
             state: what the rounds before left, rows in the order of ``sites``.
@@ -190,7 +192,8 @@ class Strategy:
             groups: of this strategy, see ``groups``.
             max_norm_ratio: above 1; a norm beyond this many medians is rejected.
             layout: only needed by strategies that treat some tensors on their own (``lora_merge: svd``).
-            out: where masters and aggregates are written; None takes fresh memory.
+            out: where masters and aggregates are written, masters over the updates if they share memory; None takes
+                fresh memory.
 
         Raises:
             NoValidSite: no reply is usable; nothing has been written.
@@ -296,14 +299,16 @@ class Strategy:
 def gram(updates: Tensor, groups: Groups) -> Tensor:
     """Return the inner products of updates [S, V] in each group, [B, S, S] float64, symmetric.
 
-    Products over runs of columns are fp32 and their sums float64: as exact as need be, at the speed of fp32. A row with
-    a NaN or infinity spoils its own row and column and no other.
+    Products over runs of columns are fp32 and their sums float64: as exact as need be, at the speed of fp32. They come
+    in about four bands, which leaves out most of what is above the diagonal. A row with a NaN or infinity spoils its
+    own row and column and no other.
     """
+    band = _KERNEL * max(math.ceil(len(updates) / (4 * _KERNEL)), 1)
     grams = torch.zeros(len(groups), len(updates), len(updates), dtype=torch.float64)
     for total, group in zip(grams, groups, strict=True):
         for chunk in updates[:, group].split(_COLUMNS, dim=1):
-            for start in range(0, len(chunk), _ROWS):
-                rows = slice(start, start + _ROWS)
+            for start in range(0, len(chunk), band):
+                rows = slice(start, start + band)
                 total[start:, rows] += chunk[start:] @ chunk[rows].T
     lower = grams.tril()
     return lower + lower.tril(diagonal=-1).mT
@@ -398,7 +403,8 @@ def renew_and_mix(
     A master is base + update for the sites ``rows`` [A], whose replies are ``kept`` [A], and stays for the others. The
     mix is ``weights[b] @ masters`` per group, and ``initial`` [V] in a row of ``weights`` [B, N, N] that is all zero; a
     unit row returns its master bit for bit. All of it is one pass over runs of columns that stay in the processor's
-    caches: reading and writing memory takes longer than the products. The mean over ``rows`` is one more row of them.
+    caches: reading and writing memory takes longer than the products. A run is read whole before any of it is written.
+    The mean over ``rows`` is one more row of the products.
     """
     taken = tuple(runs(rows, kept))
     absent = torch.ones(len(masters), dtype=torch.bool).index_fill(0, rows, False).nonzero().flatten()
