@@ -11,8 +11,6 @@ in-process fleet. What it takes to start workers is reported apart, with and wit
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -20,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from measure import Ratio, in_turn, ratios, report, seconds
+from site_data import nuclei_sites
 
 from fedsca_pipeline.adapters.attach import attach_adapters, tensor_layout
 from fedsca_pipeline.config import AdaptersConfig, FederationConfig, FoundationConfig, TrainingConfig
@@ -32,9 +30,7 @@ from fedsca_pipeline.federation.local import LocalSettings, ignore_step
 from fedsca_pipeline.federation.messages import Manifest, decode, encode, hash_tensors
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.foundation import load_foundation
-from fedsca_pipeline.sites.prepare import MANIFEST_DTYPES
 
-PROJECT = Path(__file__).resolve().parents[1]
 SITES = ("fluo_256", "fluo_360", "fluo_696", "tissue_violet_320")
 # A round in which every site fails at once: what is left is the start of the workers.
 STARTING = 99
@@ -55,7 +51,7 @@ def main() -> None:
     at_once = min(cores, len(options.sites))
     ways = {"one thread": Way(1, 1), "all threads": Way(cores, 1), "sites at once": Way(cores // at_once, at_once)}
     with tempfile.TemporaryDirectory() as root, ExitStack() as opened:
-        data = _site_data(options, Path(root))
+        data = nuclei_sites(options.data, options.sites, Path(root), images=options.images)
         here = {name: _sites(options, data, Path(root) / name, way.threads) for name, way in ways.items()}
         payloads = _payloads(here["one thread"])
         fleets: dict[str, Fleet] = {}
@@ -97,25 +93,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=32, help="training images a site")
     parser.add_argument("--repetitions", type=int, default=3)
     return parser.parse_args()
-
-
-def _site_data(options: argparse.Namespace, root: Path) -> SiteData:
-    """Preprocess the sites as ``kedro run`` does, and return their arrays."""
-    (root / "01_raw").mkdir()
-    for site in options.sites:
-        (root / "01_raw" / site).symlink_to(options.data.resolve() / site)
-    command = [sys.executable, "-m", "kedro", "run", "--pipeline=preprocessing", "--env=nuclei"]
-    command += [f"--params=data_root={root},preprocessing.split.max_train={options.images}"]
-    subprocess.run(command, cwd=PROJECT, check=True, stdout=subprocess.DEVNULL)
-    return SiteData(
-        {
-            site: (
-                root / "05_model_input" / f"{site}.safetensors",
-                pd.read_csv(root / "03_primary" / site / "manifest.csv", dtype=dict(MANIFEST_DTYPES)),
-            )
-            for site in options.sites
-        }
-    )
 
 
 def _sites(options: argparse.Namespace, data: SiteData, folder: Path, threads: int) -> LocalSites:

@@ -1,13 +1,20 @@
-"""Sites to measure on, made on the spot: phantoms of the demonstration hospitals, prepared as a run prepares them."""
+"""Sites to measure on, prepared as a run prepares them: phantoms made on the spot, and the nuclei sites."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+import pandas as pd
 
 from fedsca_pipeline.config import DemoSitesConfig, PreprocessingConfig, SplitConfig
 from fedsca_pipeline.sites.arrays import SiteArrays, manifest_digest, write_arrays
 from fedsca_pipeline.sites.demo import write_demo_sites
-from fedsca_pipeline.sites.prepare import prepare_site
+from fedsca_pipeline.sites.prepare import MANIFEST_DTYPES, prepare_site
+
+PROJECT = Path(__file__).resolve().parents[1]
 
 
 def demonstration_sites(folder: Path, *, images: int, validation: int, side: int) -> dict[str, SiteArrays]:
@@ -26,6 +33,26 @@ def demonstration_sites(folder: Path, *, images: int, validation: int, side: int
 def demonstration_site(folder: Path, *, images: int, validation: int, side: int) -> SiteArrays:
     """Return the first of :func:`demonstration_sites`."""
     return next(iter(demonstration_sites(folder, images=images, validation=validation, side=side).values()))
+
+
+def nuclei_sites(data: Path, sites: Sequence[str], root: Path, *, images: int) -> dict[str, tuple[Path, pd.DataFrame]]:
+    """Preprocess nuclei sites (docs/nuclei.md) below ``root`` by the real command; return arrays' path and manifest.
+
+    Each has at most ``images`` training images.
+    """
+    (root / "01_raw").mkdir()
+    for site in sites:
+        (root / "01_raw" / site).symlink_to(data.resolve() / site)
+    command = [sys.executable, "-m", "kedro", "run", "--pipeline=preprocessing", "--env=nuclei"]
+    command += [f"--params=data_root={root},preprocessing.split.max_train={images}"]
+    subprocess.run(command, cwd=PROJECT, check=True, stdout=subprocess.DEVNULL)
+    return {
+        site: (
+            root / "05_model_input" / f"{site}.safetensors",
+            pd.read_csv(root / "03_primary" / site / "manifest.csv", dtype=dict(MANIFEST_DTYPES)),
+        )
+        for site in sites
+    }
 
 
 def _prepared(folder: Path, raw: Path, site: str, config: PreprocessingConfig, validation: int) -> SiteArrays:
