@@ -25,14 +25,13 @@ from fedsca_pipeline.adapters.attach import attach_adapters, tensor_layout
 from fedsca_pipeline.config import AdaptersConfig, FederationConfig, FoundationConfig, RunConfig, TrainingConfig
 from fedsca_pipeline.federation.checkpoint import CheckpointFolder
 from fedsca_pipeline.federation.devices import deterministic
-from fedsca_pipeline.federation.fleet import InProcessFleet
+from fedsca_pipeline.federation.fleet import InProcessFleet, SiteData
 from fedsca_pipeline.federation.local import LocalSettings, LocalWorker
 from fedsca_pipeline.federation.rounds import Server
 from fedsca_pipeline.federation.store import SiteStore
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.foundation import load_foundation
 from fedsca_pipeline.runs import resolve_threads
-from fedsca_pipeline.sites.arrays import SiteArrays
 
 SITES = ("fluo_256", "fluo_360", "fluo_696", "tissue_violet_320", "tissue_white_320")
 LIMIT = 0.05
@@ -85,9 +84,9 @@ def _server(options: argparse.Namespace, root: Path) -> Server:
     layout, strategy, training = tensor_layout(model), build_strategy("fedsca", {}), TrainingConfig()
     cache_bytes = int(training.feature_cache * 2**30 / len(found))
     worker = LocalWorker(
-        model, layout, strategy, LocalSettings("benchmark", 0, 1, "fp16", 8, 0.5, training, cache_bytes)
+        model, layout, strategy, LocalSettings("benchmark", 0, 1, "fp16", 8, 0.5, training, cache_bytes=cache_bytes)
     )
-    fleet = InProcessFleet(worker, {site: SiteArrays(*data) for site, data in found.items()}, root / "sites")
+    fleet = InProcessFleet(worker, SiteData(found), root / "sites")
     folder = CheckpointFolder(root / "server")
     config = FederationConfig(rounds=options.rounds)
     return Server(fleet, strategy, layout, worker.initial, config, run="benchmark", seed=0, folder=folder)

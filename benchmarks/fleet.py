@@ -51,7 +51,7 @@ def main() -> None:
     at_once = min(cores, len(options.sites))
     ways = {"one thread": Way(1, 1), "all threads": Way(cores, 1), "sites at once": Way(cores // at_once, at_once)}
     with tempfile.TemporaryDirectory() as root, ExitStack() as opened:
-        data = nuclei_sites(options.data, options.sites, Path(root), images=options.images)
+        data = SiteData(nuclei_sites(options.data, options.sites, Path(root), images=options.images))
         here = {name: _sites(options, data, Path(root) / name, way.threads) for name, way in ways.items()}
         payloads = _payloads(here["one thread"])
         fleets: dict[str, Fleet] = {}
