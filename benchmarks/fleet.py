@@ -4,17 +4,20 @@
 
 Real nuclei sites (docs/nuclei.md) and mobile_sam. A round is what ``fleet.exchange`` does: messages, two validations
 and local training of every site, with features kept as in a run; the first one, which fills them, is not timed. The
-ways take turns, each in processes of its own, for the threads of one would slow the next: a lone worker is the
-in-process fleet. What it takes to start workers is reported apart, with and without the fork server's imports.
+ways take turns, each in processes of its own, for the threads of one would slow the next. What it takes to start them
+is reported apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,9 @@ from measure import Ratio, in_turn, ratios, report, seconds
 from site_data import nuclei_sites
 
 from fedsca_pipeline.adapters.attach import attach_adapters, tensor_layout
-from fedsca_pipeline.config import AdaptersConfig, FederationConfig, FoundationConfig, TrainingConfig
-from fedsca_pipeline.federation.fleet import Failure, Fleet, LocalSites, SiteData
+from fedsca_pipeline.config import AdaptersConfig, FederationConfig, FoundationConfig, RunConfig, TrainingConfig
+from fedsca_pipeline.federation.devices import deterministic
+from fedsca_pipeline.federation.fleet import Failure, Fleet, InProcessFleet, LocalSites, SiteData
 from fedsca_pipeline.federation.fleet_kinds import available_cores, open_fleet
 from fedsca_pipeline.federation.local import LocalSettings, ignore_step
 from fedsca_pipeline.federation.messages import Manifest, decode, encode, hash_tensors
@@ -52,11 +56,11 @@ def main() -> None:
     ways = {"one thread": Way(1, 1), "all threads": Way(cores, 1), "sites at once": Way(cores // at_once, at_once)}
     with tempfile.TemporaryDirectory() as root, ExitStack() as opened:
         data = SiteData(nuclei_sites(options.data, options.sites, Path(root), images=options.images))
-        here = {name: _sites(options, data, Path(root) / name, way.threads) for name, way in ways.items()}
-        payloads = _payloads(here["one thread"])
-        fleets: dict[str, Fleet] = {}
+        make = {name: partial(_sites, options, data, Path(root) / name, way.threads) for name, way in ways.items()}
+        payloads = _payloads(make["one thread"]())
+        fleets: dict[str, InProcessApart | Fleet] = {}
         started = {
-            name: seconds(lambda name=name: fleets.update({name: _started(opened, here[name], ways[name])}))
+            name: seconds(lambda name=name: fleets.update({name: _started(opened, make[name], ways[name])}))
             for name in ways
         }
         replies = {name: exchange(fleet, payloads) for name, fleet in fleets.items()}
@@ -77,7 +81,6 @@ def main() -> None:
             "training_images_a_site": options.images,
             "ways": {name: asdict(way) for name, way in ways.items()},
             "seconds": found,
-            # The first one starts the fork server, too.
             "seconds_to_start": started,
             "bit_identical_to_one_thread": identical,
         },
@@ -116,8 +119,45 @@ def _payloads(here: LocalSites) -> dict[str, bytes]:
     }
 
 
-def _started(opened: ExitStack, here: LocalSites, way: Way) -> Fleet:
-    """Return a fleet whose workers are ready."""
+class InProcessApart:
+    """The in-process fleet in a fresh process of its own, as ``kedro run`` is one."""
+
+    def __init__(self, make: Callable[[], LocalSites]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(make, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> InProcessApart:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.join()
+
+    def exchange(self, round_: int, payloads: Mapping[str, bytes], **_: Any) -> Mapping[str, bytes | Failure]:
+        """Do a round over there."""
+        self._pipe.send((round_, payloads))
+        return self._pipe.recv()
+
+
+def _serve(make: Callable[[], LocalSites], pipe: Connection) -> None:
+    here = make()
+    with deterministic(RunConfig(device="cpu"), here.threads):
+        fleet = InProcessFleet(here.worker(here.device), here.data, here.folder)
+        while True:
+            round_, payloads = pipe.recv()
+            pipe.send(fleet.exchange(round_, payloads, deadline=None, quorum=1, grace=0.0))
+
+
+def _started(opened: ExitStack, make: Callable[[], LocalSites], way: Way) -> InProcessApart | Fleet:
+    """Return a fleet that is ready."""
+    if way.workers == 1:
+        fleet = opened.enter_context(InProcessApart(make))
+        exchange(fleet, {}, STARTING)
+        return fleet
+    here = make()
     config = FederationConfig(
         fleet="processes", workers=way.workers, inject_failures={site: [STARTING] for site in here.data}
     )
@@ -126,7 +166,9 @@ def _started(opened: ExitStack, here: LocalSites, way: Way) -> Fleet:
     return fleet
 
 
-def exchange(fleet: Fleet, payloads: Mapping[str, bytes], round_: int = 1) -> Mapping[str, bytes | Failure]:
+def exchange(
+    fleet: InProcessApart | Fleet, payloads: Mapping[str, bytes], round_: int = 1
+) -> Mapping[str, bytes | Failure]:
     """Do a round; one done twice is the same round."""
     return fleet.exchange(round_, payloads, deadline=None, quorum=1, grace=0.0)
 

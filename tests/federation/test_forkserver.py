@@ -1,0 +1,21 @@
+"""What workers are forked from: its allocator, and that nothing of it stays in this process."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from fedsca_pipeline.federation import forkserver
+
+
+@pytest.mark.skipif(forkserver.METHOD != "forkserver", reason="workers are not forked here")
+def test_workers_keep_their_memory_and_this_process_is_as_it_was() -> None:
+    before = dict(os.environ)
+
+    forkserver.start()
+    with forkserver.context().Pool(1) as workers:
+        tunables = workers.apply(os.getenv, ("GLIBC_TUNABLES",))
+
+    assert tunables == "glibc.malloc.hugetlb=1"
+    assert dict(os.environ) == before
