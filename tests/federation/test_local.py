@@ -8,9 +8,12 @@ import zstandard
 
 from fedsca_pipeline.config import AdaptersConfig
 from fedsca_pipeline.errors import MessageError, SiteError
+from fedsca_pipeline.federation.batches import SiteBatches, build_augmentation
 from fedsca_pipeline.federation.local import LocalWorker, ignore_step, warm_up
 from fedsca_pipeline.federation.messages import Manifest, decode, encode, hash_tensors
+from fedsca_pipeline.federation.prefix import FeatureCache
 from fedsca_pipeline.federation.store import SiteStore
+from fedsca_pipeline.sites.arrays import SiteArrays
 
 
 def payload(worker: LocalWorker, round_: int = 1, *, kind: str = "aggregate", site: str = "a", tensors=None) -> bytes:
@@ -252,6 +255,47 @@ def test_training_lowers_the_loss(make_worker, make_site, tmp_path: Path) -> Non
         losses.append(reply.manifest.metrics["loss"])
 
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
+def plain_losses(worker: LocalWorker, data: SiteArrays, tmp_path: Path) -> list[float]:
+    """Losses of a round as anyone would write it: the whole model, every image anew, AdamW as it comes."""
+    training, model = worker.settings.training, worker.model
+    batches = SiteBatches(
+        data, lambda images, _: images, build_augmentation(training.augment), FeatureCache(tmp_path / "no", [], (), 0)
+    )
+    rates = [
+        {"params": [p for n, p in worker.parameters.items() if n not in worker.decoder], "lr": training.learning_rate},
+        {"params": [worker.parameters[n] for n in worker.decoder],
+         "lr": training.learning_rate * training.decoder_factor},
+    ]  # fmt: skip
+    optimiser = torch.optim.AdamW(rates, weight_decay=training.weight_decay, fused=False)
+    schedule = warm_up(optimiser, training.warmup_steps)
+    losses = []
+    model.train()
+    for epoch in range(training.local_epochs):
+        for batch in batches.training(training.batch_size, seed=0, site="a", round_=1, epoch=epoch):
+            logits = model(model.normalise(batch.inputs, batch.valid.unsqueeze(1)))
+            loss = worker.loss(logits, batch.masks, batch.valid)
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(list(worker.parameters.values()), training.clip_norm)
+            optimiser.step()
+            schedule.step()
+            losses.append(loss.item())
+    return losses
+
+
+# Kept features are fp16, of which one rounding is 5e-4; without them only the order of sums differs.
+@pytest.mark.parametrize(("cache_bytes", "tolerance"), [(0, 1e-5), (10**8, 5e-3)])
+def test_the_losses_are_those_of_a_plain_loop(cache_bytes, tolerance, make_worker, make_site, tmp_path: Path) -> None:
+    training = {"local_epochs": 4, "learning_rate": 1e-3, "warmup_steps": 4}
+    worker, data = make_worker(cache_bytes=cache_bytes, **training), make_site("a")
+
+    reply = decode(worker.work(payload(worker), 1, "a", data, SiteStore(tmp_path / "a"), ignore_step))
+
+    losses = plain_losses(make_worker(**training), data, tmp_path)
+    assert losses[-1] < losses[0]
+    assert reply.manifest.metrics["loss"] == pytest.approx(sum(losses) / len(losses), rel=tolerance)
 
 
 @pytest.mark.parametrize(
