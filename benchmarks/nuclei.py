@@ -1,6 +1,7 @@
 """FedSCA against training alone on the nuclei sites, over seeds, and the project's round against a bare PyTorch loop.
 
     python benchmarks/nuclei.py --data DIR            # three seeds, fedsca and local; results to JSON and a table
+    python benchmarks/nuclei.py --compare A B ...     # results of earlier calls in one table
 
 Every training run is the real command, ``kedro run --pipeline=federated_training --env=nuclei``, in a data root of its
 own; ``--jobs`` of them run at once, with one thread each. The timing comes after them, alone, project and bare loop
@@ -55,6 +56,8 @@ IMAGE_SIZE, BYTES_FP32 = 256, 4
 def main() -> None:
     """Run what the command line asks for; a part that is left out keeps its earlier results in the file."""
     options = _options()
+    if options.compare:
+        return _compare(options.compare, Console())
     options.work.mkdir(parents=True, exist_ok=True)
     results = json.loads(options.output.read_text()) if options.output.is_file() else {}
     results["machine"] = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
@@ -73,7 +76,9 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the nuclei sites, one folder each")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", type=Path, help="folder of the nuclei sites, one folder each")
+    what.add_argument("--compare", type=Path, nargs="+", metavar="RESULT", help="train nothing, compare these files")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default 3); 0 trains nothing")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--strategies", nargs="+", default=["fedsca", "local"])
@@ -83,6 +88,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=PROJECT / "benchmarks" / "results" / "nuclei.json")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fedsca_nuclei", help="data roots")
     options = parser.parse_args()
+    if options.compare:
+        return options
     if missing := [site for site in TRAINING_SITES if not (options.data / site).is_dir()]:
         parser.error(f"--data {options.data}: no folder {', '.join(missing)}; docs/nuclei.md says where to get them")
     options.work, options.data = options.work.absolute(), options.data.absolute()
@@ -259,6 +266,21 @@ def _bare_validation(model: Any, batches: list[Batch]) -> None:
     with torch.inference_mode():
         for batch in batches:
             model(model.normalise(batch.inputs, batch.valid.unsqueeze(1)))
+
+
+def _compare(files: list[Path], console: Console) -> None:
+    """Print the chosen models' test Dice of several result files: seed by seed, mean, and the difference of means."""
+    table = Table("results", "strategy", "seeds", "mean", "difference", title="nuclei: test Dice, mean over sites")
+    first: dict[str, float] = {}
+    for file in files:
+        scores: dict[str, list[float]] = {}
+        for run in json.loads(file.read_text())["runs"]:
+            scores.setdefault(run["strategy"], []).append(run["table"][MEAN]["Dice chosen"])
+        for strategy, found in scores.items():
+            mean = statistics.mean(found)
+            seeds = ", ".join(f"{score:.4f}" for score in found)
+            table.add_row(file.stem, strategy, seeds, f"{mean:.4f}", f"{mean - first.setdefault(strategy, mean):+.4f}")
+    console.print(table)
 
 
 def _show(results: dict[str, Any], console: Console) -> None:
