@@ -57,7 +57,8 @@ def main() -> None:
     """Run what the command line asks for; a part that is left out keeps its earlier results in the file."""
     options = _options()
     if options.compare:
-        return _compare(options.compare, Console())
+        _compare(options.compare, Console())
+        return
     options.work.mkdir(parents=True, exist_ok=True)
     results = json.loads(options.output.read_text()) if options.output.is_file() else {}
     results["machine"] = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
