@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from measure import Ratio, ratios, report, seconds
 from site_data import demonstration_site
+from torch import Tensor
 
 from fedsca_pipeline.adapters.attach import attach_adapters, tensor_layout
 from fedsca_pipeline.config import AdaptersConfig, FoundationConfig, RunConfig, TrainingConfig
@@ -165,7 +166,12 @@ def _bare_step(model: SegmentationModel, data: SiteArrays, folder: Path) -> Call
     split = SplitModel(model, tensor_layout(model).shapes)
     views = [(int(row), view) for row in data.rows("train") for view in range(8)]
     cache = FeatureCache(folder / "features", views, split.feature_shape, 2**32)
-    batches = SiteBatches(data, split.features, build_augmentation(TRAINING.augment), cache)
+    device = next(iter(model.parameters())).device
+
+    def embed(images: Tensor, valid: Tensor) -> Tensor:
+        return split.features(images.to(device), valid.to(device))
+
+    batches = SiteBatches(data, embed, build_augmentation(TRAINING.augment), cache)
     return _loop(model, batches, lambda batch: split.logits(batch.inputs), fused=True)
 
 

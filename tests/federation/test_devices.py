@@ -22,14 +22,17 @@ def test_auto_finds_a_device() -> None:
 
 def test_threads_and_determinism_are_put_back() -> None:
     threads, before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
 
     with deterministic(RunConfig(device="cpu"), threads + 1) as device:
         assert device.type == "cpu"
+        assert not torch.empty(1000).isnan().all()  # fresh memory is not touched before it is used
         assert torch.get_num_threads() == threads + 1
         assert torch.are_deterministic_algorithms_enabled()
 
     assert torch.get_num_threads() == threads
     assert torch.are_deterministic_algorithms_enabled() == before
+    assert torch.utils.deterministic.fill_uninitialized_memory == fills
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,14 @@ def test_the_limit_is_kept_and_the_first_keys_go_first(room: int, kept: int, tmp
     assert not cache.path.is_file() or cache.path.stat().st_size <= room
 
 
+def test_features_too_large_for_fp16_are_handed_out_as_they_are_and_not_kept(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path / "features", [(0, 0)], (2,), 10**6)
+    features = torch.tensor([7e4, 1.0])
+
+    assert torch.equal(cache.keep((0, 0), features), features)
+    assert cache.read((0, 0)) is None
+
+
 def test_half_a_write_is_no_entry(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "features", [(0, 0)], SHAPE, 10**6)
     cache.keep((0, 0), torch.ones(SHAPE))

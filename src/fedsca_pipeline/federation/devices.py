@@ -40,13 +40,17 @@ def deterministic(config: RunConfig, threads: int) -> Iterator[torch.device]:
     # cuBLAS reads this when its first handle is made; without it deterministic matrix products raise.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     threads_before, deterministic_before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    fills_before = torch.utils.deterministic.fill_uninitialized_memory
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
+    # It would write NaN into all fresh memory, a check for programs that read what they have not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield device
     finally:
         torch.set_num_threads(threads_before)
         torch.use_deterministic_algorithms(deterministic_before)
+        torch.utils.deterministic.fill_uninitialized_memory = fills_before
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:

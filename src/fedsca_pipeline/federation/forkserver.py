@@ -35,8 +35,11 @@ def start() -> None:
     """Start the fork server if it is not there, and return at once; where workers are spawned, do nothing."""
     if METHOD != "forkserver":
         return
+    from multiprocessing import resource_tracker
     from multiprocessing.forkserver import ensure_running
 
+    # The fork server would start it on its way, which lets interrupts in again.
+    resource_tracker.ensure_running()
     context().set_forkserver_preload(list(_PRELOADED))
     with interrupts_blocked(), _environment(_ALLOCATOR):
         ensure_running()
@@ -44,7 +47,7 @@ def start() -> None:
 
 @contextmanager
 def interrupts_blocked() -> Iterator[None]:
-    """Hold Ctrl-C back in this thread; what is started meanwhile never gets it: its parent ends it instead."""
+    """Hold Ctrl-C back from what this thread starts meanwhile, which inherits that: its parent ends it instead."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

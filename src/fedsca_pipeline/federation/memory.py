@@ -24,7 +24,7 @@ class RoundMemory:
 
     Masters replace the updates that they are made of. Its content is of one round; what is to outlive the round is
     written to disk before the next one begins. Memory is taken when it is first touched, and kept: fresh pages cost
-    several times what a round computes in them.
+    several times what a round computes in them. A round's encoded messages come on top.
     """
 
     updates: Tensor

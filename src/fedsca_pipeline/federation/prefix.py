@@ -106,12 +106,14 @@ class FeatureCache:
         """Keep features, and return them as ``read`` will; of a key that is not kept as they are, on the CPU.
 
         A full disk costs the cache, not the run: the features are rounded all the same, and met again they are computed
-        again.
+        again. Features too large for fp16 are handed out as they are, and not kept.
         """
         slot = self._slots.get(key)
         if slot is None:
             return features.cpu()
         rounded = features.to(dtype=torch.float16, device="cpu").contiguous()
+        if not rounded.isfinite().all():
+            return features.cpu()
         if not self._disk_is_full:
             try:
                 self._write(slot, rounded.numpy().tobytes() + _FILLED)

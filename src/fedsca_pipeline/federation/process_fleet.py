@@ -15,7 +15,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection, wait
@@ -133,7 +133,11 @@ class ProcessFleet:
 
     def __enter__(self) -> ProcessFleet:
         forkserver.start()
-        self._workers = [_Worker(self._equipment, device) for device in self._devices]
+        with ExitStack() as started:
+            for device in self._devices:
+                self._workers.append(_Worker(self._equipment, device))
+                started.callback(self._workers[-1].end)
+            started.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

@@ -36,10 +36,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sent:
-    """A message on its way to a site, and the base [V] the site will hold once it has decoded it."""
+    """A message on its way to a site, and the hash of the base [V] the site will hold once it has decoded it."""
 
     payload: bytes
-    base: Tensor
     base_hash: str
 
 
@@ -180,7 +179,7 @@ class Server:
             relative=relative,
             metrics={},
         )
-        return Sent(encode(manifest, tensors, self.config.compression), base, self._hash(base))
+        return Sent(encode(manifest, tensors, self.config.compression), self._hash(base))
 
     def _collect(
         self, round_: int, sent: Mapping[str, Sent], kind: str

@@ -204,16 +204,21 @@ class TestBlocks:
         assert torch.equal(out.aggregates, found.aggregates)
         assert torch.equal(same.spread, found.spread)
 
-    def test_masters_may_take_the_place_of_the_updates(self):
+    def test_masters_may_take_the_place_of_the_updates(self, monkeypatch):
+        monkeypatch.setattr(base, "_CACHED", 4 * 1024)
         draw = torch.Generator().manual_seed(6)
         bases, updates = torch.randn(2, 4, 20_000, generator=draw)
         fedsca = build_strategy("fedsca", {})
-        before, _ = step(fedsca, None, Replies(1, SITES, bases, updates, torch.ones(4).double()))
-        replies = Replies(2, ("b", "d"), bases, updates[:2], torch.ones(2).double())
-        state, found = step(fedsca, before, replies)
+        groups = (slice(0, 7_000), slice(7_000, 20_000))
+        before, _ = step(fedsca, None, Replies(1, SITES, bases, updates, torch.ones(4).double()), groups=groups)
+        updates[0, 0] = torch.nan
+        replies = Replies(2, ("a", "b", "d"), bases, updates[:3], torch.ones(3).double())
+        state, found = step(fedsca, before, replies, groups=groups)
 
-        same_state, same = step(fedsca, before, replies, out=Results.around(updates, torch.empty(4, 20_000)))
+        out = Results.around(updates, torch.empty(4, 20_000))
+        same_state, same = step(fedsca, before, replies, groups=groups, out=out)
 
+        assert found.accepted == ("b", "d")
         assert torch.equal(same_state.masters, state.masters)
         assert torch.equal(same.aggregates, found.aggregates)
         assert torch.equal(same.spread, found.spread)

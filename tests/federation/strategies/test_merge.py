@@ -32,7 +32,7 @@ def product(vectors):
 
 def merged(weights, masters):
     mixed = weights[0].float() @ masters
-    return merge_products(mixed, weights, masters, GROUPS, lora_pairs((A, OTHER, B), SHAPES)), mixed
+    return merge_products(mixed.clone(), weights, masters, GROUPS, lora_pairs((A, OTHER, B), SHAPES)), mixed
 
 
 def best_fit(weights, masters, rank=2):
@@ -97,7 +97,7 @@ def test_a_rank_above_the_layers_width_keeps_the_product():
     weights = torch.full((1, 2, 2), 0.5).double()
 
     found = merge_products(
-        masters.mean(dim=0).expand(2, -1), weights, masters, (slice(0, 20),), lora_pairs(tuple(shapes), shapes)
+        masters.mean(dim=0).repeat(2, 1), weights, masters, (slice(0, 20),), lora_pairs(tuple(shapes), shapes)
     )
 
     def products(vectors):

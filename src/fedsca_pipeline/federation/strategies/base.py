@@ -263,7 +263,7 @@ class Strategy:
     def merge(
         self, mixed: Tensor, weights: Tensor, masters: Tensor, groups: Groups, layout: TensorLayout | None
     ) -> Tensor:
-        """Return the aggregates [R, V] where mixing value by value is not the last word. ``mixed`` as it is."""
+        """Return the aggregates [R, V], in ``mixed``, where mixing value by value is not the last word. As it is."""
         return mixed
 
     def site_weights(self, state: ServerState, rows: Tensor, moved: Tensor) -> Tensor:

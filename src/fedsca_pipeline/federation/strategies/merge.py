@@ -44,12 +44,11 @@ def lora_pairs(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> t
 def merge_products(
     mixed: Tensor, weights: Tensor, masters: Tensor, groups: Sequence[slice], pairs: Sequence[LoraPair]
 ) -> Tensor:
-    """Return ``mixed`` [R, V] with each pair replaced by rank-r factors of ``sum_j w_ij B_j A_j``.
+    """Replace each pair in ``mixed`` [R, V], which is returned, by rank-r factors of ``sum_j w_ij B_j A_j``.
 
     ``weights`` [B, R, N] float64 and ``masters`` [N, V] are those that gave ``mixed``. Rows that receive one master, or
     nothing, keep what they have.
     """
-    merged = mixed.clone()
     for pair in pairs:
         group = next(i for i, columns in enumerate(groups) if columns.start <= pair.a.start < columns.stop)
         blended = (weights[group] > 0).sum(dim=1) > 1
@@ -58,8 +57,8 @@ def merge_products(
         b = masters[:, pair.b].reshape(len(masters), -1, pair.rank)
         near = mixed[blended][:, pair.a].reshape(len(shares), *a.shape[1:])
         new_a, new_b = _refactor(shares, a, b, near)
-        merged[blended, pair.a], merged[blended, pair.b] = new_a.flatten(1), new_b.flatten(1)
-    return merged
+        mixed[blended, pair.a], mixed[blended, pair.b] = new_a.flatten(1), new_b.flatten(1)
+    return mixed
 
 
 def _refactor(shares: Tensor, a: Tensor, b: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
