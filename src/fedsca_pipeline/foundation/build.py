@@ -16,6 +16,7 @@ from fedsca_pipeline.config import FoundationConfig
 from fedsca_pipeline.errors import WeightsError
 from fedsca_pipeline.files import read_tensors
 from fedsca_pipeline.foundation.blocks import BlockPaths
+from fedsca_pipeline.foundation.linear import onednn_is_quicker, use_onednn
 from fedsca_pipeline.foundation.model import MaskDecoder, SegmentationModel
 from fedsca_pipeline.foundation.sam_vit import SamViT, sam_vit_blocks
 from fedsca_pipeline.foundation.tiny_vit import TEST_SIZES, TinyViT, tiny_vit_blocks
@@ -82,6 +83,8 @@ def load_foundation(config: FoundationConfig, root: Path, *, image_size: int, cl
     model = SegmentationModel(
         encoder, decoder, image_size=image_size, channels=channels, head=config.head, blocks=parts.blocks
     )
+    if onednn_is_quicker():
+        use_onednn(model)
     return model.requires_grad_(False).eval()
 
 

@@ -69,7 +69,9 @@ class WindowAttention(nn.Module):
     """Layer norm, then attention inside windows with a learned bias per distance, [B, H, W, C] -> same.
 
     Maps that the window does not divide are padded with zeros *before* the norm, and padding is attended to: that is
-    how the weights were trained.
+    how the weights were trained. The norm turns zeros into its bias, so every padded position has the same key and
+    value. They enter as one position, whose bias is the logarithm of their summed exponentials: the same attention,
+    without a query for, or a product with, what is cut off afterwards.
     """
 
     def __init__(self, width: int, heads: int, window: int) -> None:
@@ -83,21 +85,37 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend."""
-        batch, height, width, channels = x.shape
-        side, heads = self.window, self.heads
-        rows, columns = -(-height // side), -(-width // side)
-        # The norm turns zeros into its bias, so padding becomes one and the same vector everywhere: computed once.
+        qkv = self.qkv(self.norm(x))
         padding = self.qkv(self.norm.bias)
-        qkv = self.qkv(self.norm(x)) - padding
-        qkv = F.pad(qkv, (0, 0, 0, -width % side, 0, -height % side)) + padding
-        qkv = qkv.view(batch, rows, side, columns, side, heads, -1)
-        qkv = qkv.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch * rows * columns, heads, side * side, -1)
-        query, key, value = qkv.chunk(3, dim=-1)  # each [B windows, heads, side², C/heads]
-        bias = self.biases[:, self.distances].unsqueeze(0)  # [1, heads, side², side²]
-        y = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        y = y.view(batch, rows, columns, heads, side, side, -1).permute(0, 1, 4, 2, 5, 3, 6)
-        y = y.reshape(batch, rows * side, columns * side, channels)[:, :height, :width]
-        return self.proj(y)
+        biases = self.biases[:, self.distances].unflatten(1, (self.window, -1)).unflatten(3, (self.window, -1))
+        # Whole windows, and the narrower or lower ones that are left at the right and at the bottom.
+        bands = [
+            torch.cat([self._attend(part, padding, biases) for part in _whole_and_rest(band, self.window, 2)], dim=2)
+            for band in _whole_and_rest(qkv, self.window, 1)
+        ]
+        return self.proj(torch.cat(bands, dim=1))
+
+    def _attend(self, qkv: Tensor, padding: Tensor, biases: Tensor) -> Tensor:
+        """Attend in windows of one shape, that of the whole map if it is smaller: [B, H, W, 3C] -> [B, H, W, C].
+
+        ``padding`` [3C] is what a padded position has for ``qkv``; ``biases`` [heads, side, side, side, side].
+        """
+        batch, height, width, _ = qkv.shape
+        high, wide = min(height, self.window), min(width, self.window)
+        rows, columns, heads = height // high, width // wide, self.heads
+        qkv = qkv.view(batch, rows, high, columns, wide, heads, -1)
+        qkv = qkv.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch * rows * columns, heads, high * wide, -1)
+        query, key, value = qkv.chunk(3, dim=-1)  # each [B windows, heads, positions, C/heads]
+        biases = biases[:, :high, :wide].flatten(1, 2)  # [heads, positions, side, side]
+        bias = biases[..., :high, :wide].flatten(2)  # [heads, positions, positions]
+        if high * wide < self.window**2:
+            beyond = torch.cat([biases[..., high:, :].flatten(2), biases[..., :high, wide:].flatten(2)], dim=2)
+            bias = torch.cat([bias, beyond.logsumexp(dim=2, keepdim=True)], dim=2)
+            _, pad_key, pad_value = padding.view(heads, 1, -1).expand(len(qkv), -1, -1, -1).chunk(3, dim=-1)
+            key, value = torch.cat([key, pad_key], dim=2), torch.cat([value, pad_value], dim=2)
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.unsqueeze(0))
+        y = y.view(batch, rows, columns, heads, high, wide, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        return y.reshape(batch, height, width, -1)
 
 
 class Mlp(nn.Module):
@@ -208,3 +226,9 @@ def _distances(window: int) -> Tensor:
     y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
     y, x = y.flatten(), x.flatten()
     return (y[:, None] - y[None]).abs() * window + (x[:, None] - x[None]).abs()
+
+
+def _whole_and_rest(x: Tensor, side: int, dim: int) -> list[Tensor]:
+    """Cut ``x`` along ``dim`` into what ``side`` divides and the rest; what would be empty is left out."""
+    length = x.shape[dim]
+    return list(x.split([part for part in (length - length % side, length % side) if part], dim=dim))
