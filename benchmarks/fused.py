@@ -28,6 +28,7 @@ from fedsca_pipeline.federation.local import local_step
 from fedsca_pipeline.federation.losses import build_loss
 from fedsca_pipeline.federation.prefix import SplitModel
 from fedsca_pipeline.foundation import load_foundation, prepare_foundation
+from fedsca_pipeline.foundation.linear import use_torch
 from fedsca_pipeline.foundation.model import SegmentationModel
 from fedsca_pipeline.runs import resolve_threads
 
@@ -91,6 +92,8 @@ def _model(options: argparse.Namespace, name: str, side: int, device: torch.devi
     config = FoundationConfig(name=name)
     prepare_foundation(config, options.foundations)
     model = attach_adapters(load_foundation(config, options.foundations, image_size=side, classes=1), AdaptersConfig())
+    # vmap has no rule for oneDNN's products.
+    use_torch(model)
     trainable = frozenset(tensor_layout(model).efficient)
     return Trunk(model.to(device).train(), trainable), trainable
 

@@ -3,11 +3,11 @@
     python benchmarks/local_training.py               # 8 and 32 rounds of one demonstration site
 
 The plain loop is what anyone would write: the same model in its ordinary memory layout, the same images, order, views,
-loss, clipping and warm-up, AdamW as it comes, nothing kept. The project's loop is what a run does at a site: messages,
-features kept on disk and filled from nothing, the site's state written with fsync. The two take turns, round by round.
-None validates. Training is chaotic: what rounding alone does to the curve of losses is shown by the plain loop from
-weights rounded once to half precision, in which features are kept, and the project's curve may not be further from the
-plain one than twice that.
+loss, clipping and warm-up, linear layers and AdamW as they come, nothing kept. The project's loop is what a run does at
+a site: messages, features kept on disk and filled from nothing, the site's state written with fsync. The two take
+turns, round by round. None validates. Training is chaotic: what rounding alone does to the curve of losses is shown by
+the plain loop from weights rounded once to half precision, in which features are kept, and the project's curve may not
+be further from the plain one than twice that.
 
 The bookkeeping is measured on its own, at as many images as a site of the nuclei benchmark trains on: the project's
 round against the bare step, which is its own without messages and states.
@@ -46,6 +46,7 @@ from fedsca_pipeline.federation.prefix import FeatureCache, SplitModel
 from fedsca_pipeline.federation.store import SiteStore
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.foundation import load_foundation, prepare_foundation
+from fedsca_pipeline.foundation.linear import use_torch
 from fedsca_pipeline.foundation.model import SegmentationModel
 from fedsca_pipeline.runs import resolve_threads
 from fedsca_pipeline.sites.arrays import SiteArrays
@@ -148,7 +149,9 @@ def _compete(contestants: Mapping[str, Contestant], rounds: int, *, backwards: b
 
 
 def _plain_model(options: argparse.Namespace, device: torch.device) -> SegmentationModel:
-    return _model(options, device).to(memory_format=torch.contiguous_format)
+    model = _model(options, device).to(memory_format=torch.contiguous_format)
+    use_torch(model)
+    return model
 
 
 def _model(options: argparse.Namespace, device: torch.device) -> SegmentationModel:

@@ -3,8 +3,8 @@
     python benchmarks/ways.py                 # seconds of one step on a batch of two; --compile adds torch.compile
     python benchmarks/ways.py --evaluation    # seconds an image of inference, by batch size
 
-Every way is measured against the plain eager step of the same run: the same model in its ordinary memory layout, AdamW
-as it comes, no cache.
+Every way is measured against the plain eager step of the same run: the same model in its ordinary memory layout, linear
+layers and AdamW as they come, no cache.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fedsca_pipeline.config import AdaptersConfig, FoundationConfig, TrainingCon
 from fedsca_pipeline.federation.losses import build_loss
 from fedsca_pipeline.federation.prefix import SplitModel
 from fedsca_pipeline.foundation import load_foundation, prepare_foundation
+from fedsca_pipeline.foundation.linear import use_onednn, use_torch
 from fedsca_pipeline.foundation.model import SegmentationModel
 from fedsca_pipeline.runs import resolve_threads
 
@@ -38,6 +39,7 @@ class Trial:
         foundations: folder of the foundation's weights.
         batch: images in the batch.
         channels_last: of the encoder.
+        onednn: whether oneDNN makes the products of linear layers.
         optimiser: from the trainable parameters to an AdamW over them, or over what stands for them.
         prefix: the frozen part before the first adapter: ``with the batch``, ``by image``, or ``kept`` from before.
         precision: a context for the forward pass.
@@ -50,6 +52,7 @@ class Trial:
         batch: int,
         *,
         channels_last: bool = False,
+        onednn: bool = False,
         optimiser: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
         prefix: str = "with the batch",
         precision: Callable[[], Any] = nullcontext,
@@ -58,6 +61,7 @@ class Trial:
         model = _model(foundations).train()
         if not channels_last:
             model.to(memory_format=torch.contiguous_format)
+        (use_onednn if onednn else use_torch)(model)
         self.images, self.masks, self.valid = _batch(batch)
         split = SplitModel(model, tensor_layout(model).efficient)
         kept = split.features(self.images, self.valid)
@@ -108,10 +112,11 @@ def _training(options: argparse.Namespace, threads: int) -> None:
     def trial(**ways: Any) -> Step:
         return Trial(options.foundations, options.batch, **ways).step
 
-    best = {"channels_last": True, "optimiser": _fused, "prefix": "kept"}
+    best = {"channels_last": True, "onednn": True, "optimiser": _fused, "prefix": "kept"}
     ways = {
         "plain": trial(),
         "encoder channels-last": trial(channels_last=True),
+        "linear layers by oneDNN": trial(onednn=True),
         "fused AdamW": trial(optimiser=_fused),
         "prefix image by image": trial(prefix="by image"),
         "prefix kept": trial(prefix="kept"),
