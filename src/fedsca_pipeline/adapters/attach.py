@@ -68,6 +68,8 @@ def load_adapters(model: SegmentationModel, folder: Path) -> SegmentationModel:
 def tensor_layout(model: SegmentationModel) -> TensorLayout:
     """Group the names of a model's tensors: adapters by block, numbered from the input, decoder, the encoder's own.
 
+    The decoder's head is what is not its transformer: tokens, upscaling and hypernetworks.
+
     Adapters and decoder are what ``attach_adapters`` made trainable.
 
     Raises:
@@ -84,9 +86,11 @@ def tensor_layout(model: SegmentationModel) -> TensorLayout:
         if isinstance(module, _NORMS)
         for name, _ in module.named_parameters(recurse=False)
     }
+    decoder = tuple(name for name in named if name.startswith("decoder."))
     return TensorLayout(
         blocks=blocks,
-        decoder=tuple(name for name in named if name.startswith("decoder.")),
+        decoder=decoder,
+        head=tuple(name for name in decoder if not name.startswith("decoder.sam.transformer.")),
         shapes={name: tuple(p.shape) for name, p in named.items()},
         encoder=tuple(name for name in named if name.startswith("encoder.") and name not in set(adapters)),
         norms=tuple(name for name in named if name in norms),

@@ -42,13 +42,15 @@ class TensorLayout:
     """Every tensor of a model that a strategy may train, by place.
 
     ``blocks`` holds the adapter tensor names of each adapted block, numbered from the input; ``decoder`` the decoder's
-    names; ``encoder`` those of the foundation's own encoder, frozen by most strategies; ``norms`` those of ``encoder``
-    and ``decoder`` that belong to normalisation layers; ``shapes`` the shape of each.
+    names, ``head`` those of them behind its transformer; ``encoder`` those of the foundation's own encoder, frozen by
+    most strategies; ``norms`` those of ``encoder`` and ``decoder`` that belong to normalisation layers; ``shapes`` the
+    shape of each.
     """
 
     blocks: tuple[tuple[str, ...], ...]
     decoder: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]]
+    head: tuple[str, ...] = ()
     encoder: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
 

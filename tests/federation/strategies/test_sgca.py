@@ -345,7 +345,7 @@ class TestGranularity:
 
 class TestSharedBlocks:
     blocks = tuple((f"b{i}",) for i in range(5))
-    layout = TensorLayout(blocks, ("d",), {**{f"b{i}": (1,) for i in range(5)}, "d": (2,)})
+    layout = TensorLayout(blocks, ("d", "h"), {**{f"b{i}": (1,) for i in range(5)}, "d": (2,), "h": (3,)}, head=("h",))
 
     @pytest.mark.parametrize(
         ("chosen", "names"),
@@ -363,7 +363,17 @@ class TestSharedBlocks:
 
     def test_low_is_the_default_and_the_decoder_stays_unless_asked_for(self):
         assert build_strategy("fedsca", {}).shared(self.layout) == ("b0", "b1", "b2")
-        assert build_strategy("fedsca", {"share_decoder": True}).shared(self.layout) == ("b0", "b1", "b2", "d")
+        assert build_strategy("fedsca", {"share_decoder": True}).shared(self.layout) == ("b0", "b1", "b2", "d", "h")
+
+    @pytest.mark.parametrize("name", ["fedsca", "fedavg", "fedper", "fedsa_lora"])
+    def test_of_the_decoder_the_head_alone_may_be_shared(self, name):
+        strategy = build_strategy(name, {"share_decoder": "head", "shared_blocks": "none"})
+
+        assert strategy.shared(self.layout) == ("h",)
+
+    def test_another_part_of_the_decoder_is_refused_with_what_is_allowed(self):
+        with pytest.raises(ConfigError, match=r"strategies\.fedsca\.share_decoder is 'tail': .*true, false, or head"):
+            build_strategy("fedsca", {"share_decoder": "tail"})
 
     def test_a_block_beyond_the_model_is_named_with_its_key(self):
         with pytest.raises(ConfigError, match=r"strategies\.fedsca\.shared_blocks lists 5, 9, .*Allowed: 0 to 4"):

@@ -15,14 +15,19 @@ from torch import Tensor
 
 from fedsca_pipeline.federation.strategies.base import Groups, LocalRule, Masters
 from fedsca_pipeline.federation.strategies.fedprox import MU_HELP, ProximalRule
-from fedsca_pipeline.federation.strategies.sharing import SHARE_DECODER_HELP, SharingOptions, SharingStrategy
+from fedsca_pipeline.federation.strategies.sharing import (
+    SHARE_DECODER_HELP,
+    ShareDecoder,
+    SharingOptions,
+    SharingStrategy,
+)
 from fedsca_pipeline.federation.strategies.weighting import softmax_weights
 
 
 class FedAmpOptions(SharingOptions):
     """``strategies.fedamp``."""
 
-    share_decoder: bool = Field(True, description=SHARE_DECODER_HELP)
+    share_decoder: ShareDecoder = Field(True, description=SHARE_DECODER_HELP)
     mu: float = Field(0.01, ge=0.0, le=1e6, description=MU_HELP)
     self_weight: float = Field(0.3, ge=0.0, le=1.0, description="0 to 1, the weight of the site itself")
     temperature: float = Field(0.1, ge=1e-3, le=1e6, description="1e-3 <= t <= 1e6, low follows the nearest")

@@ -12,7 +12,12 @@ from pydantic import Field
 from torch import Tensor
 
 from fedsca_pipeline.federation.strategies.base import Strategy
-from fedsca_pipeline.federation.strategies.sharing import SHARE_DECODER_HELP, SharingOptions, SharingStrategy
+from fedsca_pipeline.federation.strategies.sharing import (
+    SHARE_DECODER_HELP,
+    ShareDecoder,
+    SharingOptions,
+    SharingStrategy,
+)
 
 
 class Averaging(Strategy):
@@ -26,7 +31,7 @@ class Averaging(Strategy):
 class FedAvgOptions(SharingOptions):
     """``strategies.fedavg``, and of what is FedAvg but for one thing."""
 
-    share_decoder: bool = Field(True, description=SHARE_DECODER_HELP)
+    share_decoder: ShareDecoder = Field(True, description=SHARE_DECODER_HELP)
 
 
 class FedAvg(Averaging, SharingStrategy):

@@ -14,6 +14,7 @@ from fedsca_pipeline.federation.strategies.sharing import (
     SHARED_BLOCKS_HELP,
     LoraMerge,
     SharedBlocks,
+    ShareDecoder,
     SharingOptions,
     SharingStrategy,
 )
@@ -23,7 +24,7 @@ class LoraOptions(StrategyOptions):
     """Options of a strategy that says itself how LoRA factors are shared."""
 
     shared_blocks: SharedBlocks = Field("all", description=SHARED_BLOCKS_HELP)
-    share_decoder: bool = Field(False, description=SHARE_DECODER_HELP)
+    share_decoder: ShareDecoder = Field(False, description=SHARE_DECODER_HELP)
     prior: Prior = Field("samples", description=PRIOR_HELP)
 
 

@@ -15,14 +15,19 @@ from pydantic import Field
 from torch import Tensor
 
 from fedsca_pipeline.federation.strategies.base import Groups, LocalRule, Masters, Phase
-from fedsca_pipeline.federation.strategies.sharing import SHARE_DECODER_HELP, SharingOptions, SharingStrategy
+from fedsca_pipeline.federation.strategies.sharing import (
+    SHARE_DECODER_HELP,
+    ShareDecoder,
+    SharingOptions,
+    SharingStrategy,
+)
 from fedsca_pipeline.federation.strategies.weighting import simplex_weights
 
 
 class PFedGraphOptions(SharingOptions):
     """``strategies.pfedgraph``."""
 
-    share_decoder: bool = Field(True, description=SHARE_DECODER_HELP)
+    share_decoder: ShareDecoder = Field(True, description=SHARE_DECODER_HELP)
     alpha: float = Field(0.8, ge=1e-3, le=1e6, description="1e-3 <= alpha <= 1e6, the graph's pull towards the prior")
     pull: float = Field(0.01, ge=0.0, le=1e6, description="0 or more, lambda of the local loss")
 

@@ -15,13 +15,16 @@ from fedsca_pipeline.federation.strategies.base import Groups, Prior, Strategy, 
 from fedsca_pipeline.federation.strategies.merge import is_lora_b, lora_pairs, merge_products
 
 LoraMerge = Literal["a_only", "svd", "naive"]
+ShareDecoder = bool | Literal["head"]
 BlockNumbers = tuple[Annotated[int, Field(ge=0, strict=True)], ...]
 SharedBlocks = Literal["low", "high", "all", "none"] | BlockNumbers
 
 SHARED_BLOCKS_HELP = (
     "low (the first ceil(L/2) of the L adapted blocks), high (the others), all, none, or a list of block numbers from 0"
 )
-SHARE_DECODER_HELP = "true or false: whether the mask decoder crosses the wire, too"
+SHARE_DECODER_HELP = (
+    "true, false, or head: whether the mask decoder crosses the wire, too, or of it tokens, upscaling and hypernetworks"
+)
 PRIOR_HELP = "samples (in proportion to the number of training images) or uniform"
 LORA_MERGE_HELP = (
     "for adapters.method lora: a_only (only A travels), svd (products B A are mixed and cut back to the rank) or naive "
@@ -42,7 +45,7 @@ class SharingOptions(StrategyOptions):
     """Options of a strategy that shares whole blocks."""
 
     shared_blocks: SharedBlocks = Field("all", description=SHARED_BLOCKS_HELP)
-    share_decoder: bool = Field(False, description=SHARE_DECODER_HELP)
+    share_decoder: ShareDecoder = Field(False, description=SHARE_DECODER_HELP)
     prior: Prior = Field("samples", description=PRIOR_HELP)
     lora_merge: LoraMerge = Field("naive", description=LORA_MERGE_HELP)
 
@@ -77,7 +80,7 @@ class SharingStrategy(Strategy):
         """Return the shared names block by block, the decoder last; blocks that share nothing are left out."""
         parts = [layout.blocks[number] for number in self._numbers(len(layout.blocks))]
         if self.options.share_decoder:
-            parts.append(layout.decoder)
+            parts.append(layout.head if self.options.share_decoder == "head" else layout.decoder)
         if self.options.lora_merge == "a_only":
             parts = [tuple(name for name in part if not is_lora_b(name)) for part in parts]
         return tuple(part for part in parts if layout.size(part))

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+from fedsca_pipeline.adapters.attach import attach_adapters, tensor_layout
+from fedsca_pipeline.config import AdaptersConfig, FoundationConfig
+from fedsca_pipeline.foundation import load_foundation
+
+
+def test_the_decoders_head_is_tokens_upscaling_and_hypernetworks_and_the_rest_its_transformer(tmp_path):
+    model = load_foundation(FoundationConfig(name="random"), tmp_path, image_size=32, classes=2)
+
+    layout = tensor_layout(attach_adapters(model, AdaptersConfig(width=2)))
+
+    parts = {name.split(".")[2] for name in layout.head}
+    assert parts == {
+        "iou_token", "mask_tokens", "upscale_conv1", "upscale_conv2", "upscale_layer_norm", "output_hypernetworks_mlps"
+    }  # fmt: skip
+    assert {name.split(".")[2] for name in set(layout.decoder) - set(layout.head)} == {"transformer"}
