@@ -210,6 +210,7 @@ class MethodConfig(_Config):
         default_factory=dict, description="other parameters by dotted key, e.g. {adapters.method: lora}"
     )
     ablation: str | None = Field(None, description="what this variant of the reference varies; null: a method")
+    tuned: str | None = Field(None, description="what of it was chosen before the grid, and how; the page tells")
     seeds: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1, description="null: the comparison's")
     train_images: list[int | None] | None = Field(None, min_length=1, description="null: the comparison's")
     learning_rates: list[Positive] | None = Field(

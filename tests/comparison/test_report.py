@@ -102,6 +102,7 @@ class TestVerdict:
         assert "By mean Dice **fedsca** is second of 2 federated methods (0.410; fedavg has 0.610)." in page
         assert "Against training alone: -0.100 (image by image -0.100, Holm's p" in page
         assert page.index("| fedavg | +0.2000 |") < page.index("| local | +0.1000 |")
+        assert "Ahead of it: fedavg (+0.200, 1.00 times its bytes)." in page
 
     def test_what_is_no_federation_is_no_rival_whatever_its_row_is_called(self, compare) -> None:
         page = built(
@@ -118,6 +119,8 @@ class TestVerdict:
         ).page
 
         assert "By mean Dice **fedsca** is first of 2 federated methods (0.410)." in page
+        assert "With all images in one place the same tensors reach 0.910." in page
+        assert "Ahead of it" not in page
 
     @pytest.mark.parametrize("reference", ["local", "fedavg"])
     def test_any_method_can_be_the_reference(self, compare, reference: str) -> None:
@@ -276,6 +279,16 @@ class TestUnseen:
             "### b (3 test images), trained on 4 images a site",
             "### c (3 test images)",
         ]
+
+
+def test_what_was_chosen_by_hand_and_what_is_not_the_default_is_told(compare) -> None:
+    methods = {"fedsca": {"options": {"rho": 0.25}, "tuned": "rho, in three trials"}, "local": {}}
+
+    page = built(compare(methods, by_method(fedsca=0.6, local=0.5))).page
+
+    assert "- fedsca: rho, in three trials" in page[page.index("## What was tuned") :]
+    assert "| fedsca | rho: 0.25 |" in page[page.index("## Options that are not the defaults") :]
+    assert "The grid chooses" not in page
 
 
 def test_what_was_tuned_is_what_had_a_choice(compare) -> None:

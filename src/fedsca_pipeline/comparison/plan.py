@@ -40,7 +40,8 @@ class Method:
     """A row of the comparison, its parameters resolved.
 
     ``groups`` are JSON values of adapters, training, federation and evaluation; ``rates`` the learning rates to choose
-    from; ``rates_of`` names the method whose choice it follows, itself where it chooses.
+    from; ``rates_of`` names the method whose choice it follows, itself where it chooses. ``tuned`` says what was chosen
+    before the grid, and how.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Method:
     rates: tuple[float, ...]
     rates_of: str
     ablation: str | None
+    tuned: str | None = None
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,7 @@ def _method(name: str, config: MethodConfig, setting: Setting) -> Method | None:
         rates=tuple(dict.fromkeys(own_rates or own.learning_rates or [groups["training"]["learning_rate"]])),
         rates_of=chooser,
         ablation=config.ablation,
+        tuned=config.tuned,
     )
 
 
