@@ -38,6 +38,15 @@ def test_its_answers_fit_together(name, make_layout):
     assert ends[-1] == sum(torch.Size(shape).numel() for shape in wire.values())
 
 
+@every_strategy
+def test_its_options_as_a_result_tells_them_make_the_same_strategy(name):
+    options = build_strategy(name, OPTIONS.get(name, {})).options
+
+    again = build_strategy(name, options.model_dump(mode="json", exclude_defaults=True)).options
+
+    assert again == options
+
+
 # What trains, what travels, of the layout's parts.
 TRAVELS = {
     "fedsca": ("adapters decoder", "low"),

@@ -15,7 +15,6 @@ from fedsca_pipeline.federation.strategies.sharing import (
     LoraMerge,
     SharedBlocks,
     ShareDecoder,
-    SharingOptions,
     SharingStrategy,
 )
 
@@ -33,7 +32,10 @@ class LoraStrategy(Averaging, SharingStrategy):
 
     Options: ClassVar[type[LoraOptions]] = LoraOptions
     adapter_methods: ClassVar[frozenset[str]] = frozenset({"lora"})
+    options: LoraOptions
     merge_rule: ClassVar[LoraMerge]
 
-    def __init__(self, options: LoraOptions) -> None:
-        super().__init__(SharingOptions(**options.model_dump(), lora_merge=self.merge_rule))
+    @property
+    def lora_merge(self) -> LoraMerge:
+        """The class's rule."""
+        return self.merge_rule

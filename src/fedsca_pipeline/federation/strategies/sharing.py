@@ -69,6 +69,11 @@ class SharingStrategy(Strategy):
         super().__init__(options)
         self.prior = options.prior
 
+    @property
+    def lora_merge(self) -> LoraMerge:
+        """How LoRA factors are merged."""
+        return self.options.lora_merge
+
     def shared(self, layout: TensorLayout) -> tuple[str, ...]:
         """Return the shared blocks' adapters from the input on, then the decoder; without LoRA's B for ``a_only``.
 
@@ -81,7 +86,7 @@ class SharingStrategy(Strategy):
         parts = [layout.blocks[number] for number in self._numbers(len(layout.blocks))]
         if self.options.share_decoder:
             parts.append(layout.head if self.options.share_decoder == "head" else layout.decoder)
-        if self.options.lora_merge == "a_only":
+        if self.lora_merge == "a_only":
             parts = [tuple(name for name in part if not is_lora_b(name)) for part in parts]
         return tuple(part for part in parts if layout.size(part))
 
@@ -89,7 +94,7 @@ class SharingStrategy(Strategy):
         self, mixed: Tensor, weights: Tensor, masters: Tensor, groups: Groups, layout: TensorLayout | None
     ) -> Tensor:
         """Put merged products in the place of LoRA pairs for ``lora_merge: svd``."""
-        if self.options.lora_merge != "svd" or not groups:
+        if self.lora_merge != "svd" or not groups:
             return mixed
         if layout is None:
             raise ConfigError(
