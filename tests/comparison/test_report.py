@@ -120,6 +120,8 @@ class TestVerdict:
 
         assert "By mean Dice **fedsca** is first of 2 federated methods (0.410)." in page
         assert "With all images in one place the same tensors reach 0.910." in page
+        (row,) = (line for line in page.splitlines() if line.startswith("| pooled | **0.910**"))
+        assert row.count(" – ") == 2, "it sends images, which nobody counts"
         assert "Ahead of it" not in page
 
     @pytest.mark.parametrize("reference", ["local", "fedavg"])

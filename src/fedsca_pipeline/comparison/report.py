@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,7 @@ from fedsca_pipeline.evaluation.comparison_figures import (
 from fedsca_pipeline.evaluation.comparison_tables import method_table, render_html
 from fedsca_pipeline.evaluation.statistics import bootstrap, paired_tests
 
+_BYTES = ("bytes_up", "bytes_down", "bytes_to_95")
 _OTHER_CODE = " \N{DAGGER}"
 
 
@@ -82,9 +83,16 @@ class Comparison:
         ]
 
     def of_size(self, count: int | None) -> Frames:
-        """Return the tables of all methods with so many training images a site."""
+        """Return the tables of all methods with so many training images a site.
+
+        A method that pools the sites' images has no bytes: what travels there is the images, which nobody counts.
+        """
         found = [cell for cell in self.wanted if cell.train_images == count and cell.fingerprint in self.results]
-        return frames([(cell, self.results[cell.fingerprint]) for cell in found])
+        tables = frames([(cell, self.results[cell.fingerprint]) for cell in found])
+        pooled = tables.costs["method"].isin([name for name, method in self.methods.items() if method.strategy.pools])
+        costs = tables.costs.astype(dict.fromkeys(_BYTES, float))
+        costs.loc[pooled, list(_BYTES)] = float("nan")
+        return replace(tables, costs=costs)
 
     @cached_property
     def labels(self) -> dict[str, str]:
