@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import io
+import math
 import subprocess
 import sys
 
 from rich.console import Console
 
 from fedsca_pipeline.evaluation import MEAN
-from fedsca_pipeline.summary import FinalTable, render_final_table
+from fedsca_pipeline.summary import FinalTable, render_final_table, show_comparison
 
 
 def row(chosen: float | None, up: int = 500_000, best: int | None = 7) -> dict[str, float | int | None]:
@@ -58,6 +59,19 @@ def test_what_is_missing_is_a_dash_and_no_lowest_dice() -> None:
 def test_one_site_is_not_called_the_lowest_and_none_leaves_the_headings() -> None:
     assert "Lowest" not in printed({"a_site": row(0.9), MEAN: row(0.9)})
     assert "site" in printed({})
+
+
+def test_a_compared_method_whose_bytes_nobody_counts_has_a_dash(capsys) -> None:
+    methods = [
+        {"label": name, "train_images": 8.0, "dice": 0.8, "worst_dice": 0.7, "hd95": 9.0, "bytes": sent}
+        for name, sent in (("fedsca", 523_000.0), ("centralised", math.nan))
+    ]
+
+    show_comparison(methods, "results.md", {"run_id": "1", "uri": "sqlite:///x"})
+
+    shown = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert shown["fedsca"].rstrip().endswith("523.0 kB")
+    assert shown["centralised"].rstrip().endswith("–")
 
 
 def test_printing_it_needs_no_pandas() -> None:

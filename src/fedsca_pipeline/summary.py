@@ -5,6 +5,7 @@ Without pandas: a command that finds everything up to date needs nothing else of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,7 +96,7 @@ def show_comparison(table: Sequence[Mapping[str, Any]], page: str, mlflow: Mappi
             "all" if count is None or count != count else f"{count:.0f}",
             *(f"{row[key]:.3f}" for key in ("dice", "worst_dice")),
             f"{row['hd95']:.1f}",
-            decimal(round(row["bytes"])),
+            "–" if math.isnan(row["bytes"]) else decimal(round(row["bytes"])),
         )
     console.print(view)
     console.print(f"With intervals, tests and figures: {page}", highlight=False, soft_wrap=True)
