@@ -104,6 +104,14 @@ class TestVerdict:
         assert page.index("| fedavg | +0.2000 |") < page.index("| local | +0.1000 |")
         assert "Ahead of it: fedavg (+0.200, 1.00 times its bytes)." in page
 
+    def test_where_bytes_are_unknown_nothing_is_said_of_them(self, compare) -> None:
+        comparison = compare(METHODS, by_method(fedsca=0.4, local=0.5, fedavg=0.6))
+        for result in comparison.results.values():
+            if result["method"] == "fedsca":
+                result["traffic"] = {"bytes_up": None, "bytes_down": None, "bytes_to_95": None}
+
+        assert "Ahead of it: fedavg (+0.200)." in built(comparison).page
+
     def test_what_is_no_federation_is_no_rival_whatever_its_row_is_called(self, compare) -> None:
         page = built(
             compare(

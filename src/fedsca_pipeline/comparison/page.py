@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -128,11 +129,13 @@ def _verdict(section: Section, reference: str, methods: Mapping[str, Method]) ->
     if "local" in table.index and reference != "local":
         difference = table.loc[reference, "dice"] - table.loc["local", "dice"]
         lines.append(f"Against training alone: {difference:+.3f}{_p(section.tests, 'local', sign=-1)}.")
-    pooled = [name for name in table.index if methods[name].strategy.name == "centralised"]
+    pooled = [name for name in table.index if methods[name].strategy.pools]
     if pooled and reference not in pooled:
         lines.append(f"With all images in one place the same tensors reach {table.loc[pooled[0], 'dice']:.3f}.")
-    if "fedavg" in table.index and reference != "fedavg" and (sent := table.loc["fedavg", "bytes"]) > 0:
-        share = table.loc[reference, "bytes"] / sent
+    sent = table["bytes"]
+    # Not even a comparison holds of bytes that are unknown.
+    if "fedavg" in table.index and reference != "fedavg" and sent["fedavg"] > 0 and sent[reference] >= 0:
+        share = sent[reference] / sent["fedavg"]
         lines.append(f"It sends {_share(share)} of the bytes of fedavg in the same type.")
     return " ".join(lines)
 
@@ -144,15 +147,18 @@ def _ahead(federated: pd.DataFrame, reference: str) -> list[str]:
     own = federated.loc[reference]
     found = federated[federated["dice"] > own["dice"]].sort_values("dice", ascending=False, kind="stable")
     rivals = [
-        f"{name} ({row['dice'] - own['dice']:+.3f}"
-        + (f", {_times(row['bytes'] / own['bytes'])} its bytes)" if own["bytes"] else ")")
+        f"{name} ({row['dice'] - own['dice']:+.3f}{_times(row['bytes'], own['bytes'])})"
         for name, row in found.iterrows()
     ]
     return [f"Ahead of it: {', '.join(rivals)}."] if rivals else []
 
 
-def _times(ratio: float) -> str:
-    return f"{ratio:.0f} times" if ratio >= 2 else f"{ratio:.2f} times"
+def _times(sent: float, own: float) -> str:
+    """Say how many times its own bytes another sends; nothing where either is unknown, or its own are none."""
+    ratio = sent / own if own > 0 else math.nan
+    if math.isnan(ratio):
+        return ""
+    return f", {ratio:.0f} times its bytes" if ratio >= 2 else f", {ratio:.2f} times its bytes"
 
 
 def _share(share: float) -> str:
