@@ -107,7 +107,8 @@ def learning_curves(
     """Validation Dice by round: the mean over seeds as a line, lowest to highest seed as a band.
 
     The axis starts at the lowest value of a trained round: the climb from an untrained foundation would take most of
-    the height, and methods differ above it. Only rounds that all seeds of a method have are drawn: elsewhere the mean would jump with who is there.
+    the height, and methods differ above it. Only rounds that all seeds of a method have are drawn: elsewhere the mean
+    would jump with who is there.
 
     Args:
         curves: one row per ``method``, ``seed`` and ``round`` (0 = the foundation) with ``dice_validation``.
