@@ -23,7 +23,7 @@ from fedsca_pipeline.config import FoundationConfig
 from fedsca_pipeline.errors import TrackingError
 from fedsca_pipeline.federation.strategies import check_names
 from fedsca_pipeline.files import read_json, write_json
-from fedsca_pipeline.sites.discovery import settle_demo_sites
+from fedsca_pipeline.sites.discovery import settle_sites
 from fedsca_pipeline.summary import show_comparison, show_result
 from fedsca_pipeline.tracking import Tracker, TrackingConfig
 
@@ -63,7 +63,7 @@ class ProjectHooks:
         context.config_loader["catalog"] = catalog
         raw = catalog["raw_sites"]["path"]
         raw_folder.set(context.project_path / raw)
-        settle_demo_sites(context.project_path / raw)
+        settle_sites(context.project_path / raw)
         writer = (_tracking_config(context), context.project_path, " ".join(["kedro", *sys.argv[1:]]))
         self._tracker, self._comparison = Tracker(*writer), ComparisonTracker(*writer)
 
@@ -211,7 +211,7 @@ def _refuse_unknown_keys(parameters: Mapping[str, Any]) -> None:
 
     read = {
         name.removeprefix("params:")
-        for pipeline in ("__default__", "comparison")
+        for pipeline in ("__default__", "comparison", "import_sites")
         for name in pipelines[pipeline].inputs()
         if is_parameter(name)
     }

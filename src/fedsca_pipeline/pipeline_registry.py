@@ -14,6 +14,7 @@ from fedsca_pipeline.pipelines.demo_sites import pipeline as demo_sites_pipeline
 from fedsca_pipeline.pipelines.evaluation import pipeline as evaluation_pipeline
 from fedsca_pipeline.pipelines.federated_training import pipeline as training_pipeline
 from fedsca_pipeline.pipelines.foundation import pipeline as foundation_pipeline
+from fedsca_pipeline.pipelines.import_sites import pipeline as import_pipeline
 from fedsca_pipeline.pipelines.preprocessing import pipeline as preprocessing_pipeline
 from fedsca_pipeline.sites.discovery import DEMO_SITES, discover_sites
 
@@ -33,6 +34,7 @@ def register_pipelines() -> dict[str, Pipeline]:
     trained = training_pipeline.create_pipeline(sites)
     federated = prepared + foundation_ + trained + evaluation_pipeline.create_scores(sites)
     return {
+        "import_sites": import_pipeline.create_pipeline(),
         "demo_sites": demo,
         "preprocessing": prepared,
         "foundation": foundation_,

@@ -285,6 +285,26 @@ def test_where_every_cell_fails_the_command_does_too(prepared, configured) -> No
     assert sorted(run.info.status for run in place.parents()) == ["FAILED", "FINISHED"]
 
 
+def test_with_leave_one_out_each_site_is_tested_by_those_that_trained_without_it(prepared, configured) -> None:
+    every = sorted((*TRAINED, "valley_endoscopy"))
+    place = configured(prepared, SMALL, {"comparison": {"only": ["fedsca"], "unseen_sites": [], "leave_one_out": True}})
+
+    done = compare(place)
+
+    assert done.code == 0, done.output
+    found = cells(place).values()
+    assert sorted((result["left_out"] or "", *result["sites"]) for result in found) == [
+        ("", *every),
+        *((left_out, *(site for site in every if site != left_out)) for left_out in every),
+    ]
+    assert all(list(result["unseen"]) == [result["left_out"]] for result in found if result["left_out"])
+    for site in every:
+        assert f"### {site}" in page(place)
+    unseen = pd.read_csv(place.reporting / "comparison" / "unseen.csv")
+    assert set(unseen["site"]) == set(every)
+    assert not unseen["dice"].isna().any()
+
+
 def test_a_site_without_test_images_is_named_before_a_cell_is_trained(prepared, configured) -> None:
     place = configured(
         prepared, SMALL, {"preprocessing": {"split": {"overrides": {"meadow_mri": {"test": 0, "validation": 2}}}}}

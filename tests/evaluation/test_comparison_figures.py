@@ -181,6 +181,18 @@ def test_a_method_without_images_at_a_site_keeps_its_line_there(tmp_path) -> Non
         assert [name for name, box in zip(names, boxes, strict=True) if np.isnan(box[:, 0]).any()] == empty
 
 
+def test_the_climb_from_the_foundation_does_not_take_the_height_of_the_learning_curves(tmp_path) -> None:
+    curves = curves_of(2)
+    curves.loc[curves["round"] == 0, "dice_validation"] = 0.01
+
+    (axes,) = rendered(learning_curves(curves), tmp_path).axes
+
+    trained = curves[curves["round"] > 0]["dice_validation"]
+    lowest, highest = axes.get_ylim()
+    assert 0.01 < lowest < trained.min()
+    assert trained.max() < highest
+
+
 def test_curves_are_the_mean_and_the_range_of_the_seeds(tmp_path) -> None:
     figure = rendered(learning_curves(curves_of(2), labels={"m0": "best"}), tmp_path)
 

@@ -13,11 +13,11 @@ from fedsca_pipeline.config import DemoSitesConfig, PreprocessingConfig
 from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.sites.demo import write_demo_sites
 from fedsca_pipeline.sites.discovery import (
-    DEMO_READY,
     DEMO_SITES,
+    SITES_READY,
     discover_sites,
     fingerprint_site,
-    settle_demo_sites,
+    settle_sites,
 )
 from fedsca_pipeline.sites.prepare import prepare_site
 
@@ -97,13 +97,13 @@ def test_what_a_killed_run_left_behind_is_cleared(tmp_path: Path) -> None:
 def test_a_kill_between_the_moves_is_made_good_by_the_next_command(demo: Path, tmp_path: Path) -> None:
     shutil.copytree(demo, tmp_path, dirs_exist_ok=True)
     for site in DEMO_SITES[2:]:
-        (tmp_path / DEMO_READY).mkdir(exist_ok=True)
-        (tmp_path / site).rename(tmp_path / DEMO_READY / site)
+        (tmp_path / SITES_READY).mkdir(exist_ok=True)
+        (tmp_path / site).rename(tmp_path / SITES_READY / site)
 
-    settle_demo_sites(tmp_path)
+    settle_sites(tmp_path)
 
     assert discover_sites(tmp_path) == DEMO_SITES
-    assert not (tmp_path / DEMO_READY).exists()
+    assert not (tmp_path / SITES_READY).exists()
 
 
 def test_masks_are_binary_mostly_filled_and_sometimes_empty(demo: Path) -> None:

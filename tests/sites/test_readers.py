@@ -274,3 +274,13 @@ def test_a_registered_double_suffix_stays_whole(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(readers, "READERS", {**readers.READERS, ".nii.gz": lambda path, labels: GREY})
 
     assert split_name("brain.nii.gz") == ("brain", ".nii.gz")
+
+
+def test_an_animation_is_refused_and_a_still_gif_is_read(tmp_path: Path) -> None:
+    still, moving = tmp_path / "still.gif", tmp_path / "moving.gif"
+    Image.fromarray(GREY).save(still)
+    Image.fromarray(GREY).save(moving, save_all=True, append_images=[Image.fromarray(GREY[::-1])])
+
+    np.testing.assert_array_equal(read_image(still), np.repeat(GREY[..., None], 3, axis=2))
+    with pytest.raises(BrokenSampleError, match="an animation of 2 frames"):
+        read_image(moving)

@@ -7,7 +7,7 @@ names methods; one that it does not name shows its own name. Nothing to draw giv
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle, pairwise, product
 
 import numpy as np
@@ -106,7 +106,9 @@ def learning_curves(
 ) -> Figure:
     """Validation Dice by round: the mean over seeds as a line, lowest to highest seed as a band.
 
-    Only rounds that all seeds of a method have are drawn: elsewhere the mean would jump with who is there.
+    The axis starts at the lowest value of a trained round: the climb from an untrained foundation would take most of
+    the height, and methods differ above it. Only rounds that all seeds of a method have are drawn: elsewhere the mean
+    would jump with who is there.
 
     Args:
         curves: one row per ``method``, ``seed`` and ``round`` (0 = the foundation) with ``dice_validation``.
@@ -141,6 +143,7 @@ def learning_curves(
     _style(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="round (0 = foundation)", ylabel="validation Dice, mean over sites")
+    _leave_out_the_climb(axes, lines.values())
     band = " · band: lowest to highest seed" if bands else ""
     axes.set_title(f"Learning curves · line: mean over seeds{band}", fontsize=11, color=INK, loc="left")
     return figure
@@ -353,6 +356,15 @@ def _seed_range(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean, lowest and highest of the seeds by round, for the rounds that all of them have."""
     table = rows.groupby("round")["dice_validation"].agg(["mean", "min", "max", "size"])
     return table[table["size"] == rows["seed"].nunique()]
+
+
+def _leave_out_the_climb(axes: Axes, lines: Iterable[pd.DataFrame]) -> None:
+    trained = pd.concat([line[line.index > 0] for line in lines])
+    if trained.empty:
+        return
+    lowest, highest = trained["min"].min(), trained["max"].max()
+    margin = 0.05 * (highest - lowest) or 0.01
+    axes.set_ylim(lowest - margin, highest + margin)
 
 
 def _last(line: pd.DataFrame) -> float:

@@ -21,7 +21,7 @@ from PIL import Image
 from fedsca_pipeline.config import DemoSitesConfig
 from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.files import write_bytes
-from fedsca_pipeline.sites.discovery import DEMO_READY, DEMO_SITES, discover_sites, settle_demo_sites
+from fedsca_pipeline.sites.discovery import DEMO_SITES, SITES_READY, discover_sites, settle_sites
 from fedsca_pipeline.sites.phantoms import Phantom, make_phantom
 from fedsca_pipeline.sites.readers import READERS, split_name
 
@@ -56,7 +56,7 @@ def write_demo_sites(raw: Path, config: DemoSitesConfig) -> dict[str, dict[str, 
     Raises:
         DataError: there are folders, but none is a site: the user meant to bring data of their own.
     """
-    settle_demo_sites(raw)
+    settle_sites(raw)
     if present := discover_sites(raw):
         return {site: {"images": _count(raw / site / "images"), "shift": "already there"} for site in present}
     if folders := sorted(path.name for path in raw.glob("[!._]*") if path.is_dir()):
@@ -70,10 +70,10 @@ def write_demo_sites(raw: Path, config: DemoSitesConfig) -> dict[str, dict[str, 
         shutil.rmtree(workshop, ignore_errors=True)
         for index, site in enumerate(DEMO_SITES):
             _write_site(workshop / site, index, _SCANNERS[site], config)
-        workshop.rename(raw / DEMO_READY)
+        workshop.rename(raw / SITES_READY)
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
-    settle_demo_sites(raw)
+    settle_sites(raw)
     return {site: {"images": config.images_per_site, "shift": _SCANNERS[site].shift} for site in DEMO_SITES}
 
 

@@ -12,8 +12,8 @@ from fedsca_pipeline.errors import DataError
 
 DEMO_SITES: tuple[str, ...] = ("harbour_ct", "meadow_mri", "summit_ultrasound", "valley_endoscopy")
 
-DEMO_READY = ".demo_sites.ready"
-"""Where all four stand together, written, before they are moved into place one after the other."""
+SITES_READY = ".sites.ready"
+"""Where sites that were written together stand before they are moved into place one after the other."""
 
 _SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -40,9 +40,9 @@ def discover_sites(raw: Path) -> tuple[str, ...]:
     return tuple(sites)
 
 
-def settle_demo_sites(raw: Path) -> None:
-    """Move the finished demonstration sites into place; after a kill in between, the next command's call ends it."""
-    ready = raw / DEMO_READY
+def settle_sites(raw: Path) -> None:
+    """Move finished sites into place; after a kill in between, the next command's call ends it."""
+    ready = raw / SITES_READY
     if ready.is_dir():
         for site in sorted(ready.iterdir()):
             site.rename(raw / site.name)

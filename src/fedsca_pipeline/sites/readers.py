@@ -106,6 +106,11 @@ def _read(path: Path, *, labels: bool) -> np.ndarray:
 
 def _read_pillow(path: Path, labels: bool) -> np.ndarray:
     with Image.open(path) as image:
+        # An MPO is a photograph with previews of itself.
+        if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
+            raise BrokenSampleError(
+                f"an animation of {frames} frames", "save each frame as an image of its own, with a mask of its own"
+            )
         if image.mode in ("RGB", "RGBA") and len(image.tile) == 1 and "16B" in str(image.tile[0].args):
             return _read_png_16bit_colour(path)
         # Pillow stretches 2 and 4 bit grey to 0..255; labels need the stored number.
@@ -213,6 +218,9 @@ READERS: Mapping[str, Callable[[Path, bool], np.ndarray]] = MappingProxyType(
         ".jpg": _read_pillow,
         ".jpeg": _read_pillow,
         ".bmp": _read_pillow,
+        ".gif": _read_pillow,
+        ".ppm": _read_pillow,
+        ".pgm": _read_pillow,
         ".tif": _read_tiff,
         ".tiff": _read_tiff,
     }

@@ -1,0 +1,27 @@
+"""Wiring of the import."""
+
+from __future__ import annotations
+
+from kedro.pipeline import Pipeline, node, pipeline
+
+from fedsca_pipeline.pipelines.import_sites.nodes import import_sites
+
+
+def create_pipeline() -> Pipeline:
+    """A published data set to raw sites."""
+    return pipeline(
+        [
+            node(
+                import_sites,
+                inputs=[
+                    "raw_sites",
+                    "params:importer",
+                    "params:source",
+                    "params:import_options",
+                    "params:preprocessing",
+                ],
+                outputs="import_summary",
+                name="import_sites",
+            )
+        ]
+    )

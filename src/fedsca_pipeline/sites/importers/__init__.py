@@ -1,0 +1,38 @@
+"""Published layouts to site folders. One file a layout, whose name is what ``importer=`` asks for."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+
+from fedsca_pipeline.errors import ConfigError
+from fedsca_pipeline.sites.importers.layout import Importer
+
+_MACHINERY = ("labels", "layout", "write")
+
+
+def importer_names() -> tuple[str, ...]:
+    """Return the importers' names: the files of this package."""
+    return tuple(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _MACHINERY)
+
+
+def find_importer(name: str | None, source: Path, options: Mapping[str, str]) -> Importer:
+    """Return the importer of that name, ready for ``source``.
+
+    Raises:
+        ConfigError: there is none, with the nearest name and all of them; or an option is not its own, or is wrong.
+    """
+    names = importer_names()
+    if name not in names:
+        near = get_close_matches(str(name), names, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ";"
+        raise ConfigError(f"importer: no importer {name!r}{hint} there are: {', '.join(names)}")
+    importer: Importer = import_module(f"{__name__}.{name}").IMPORTER
+    if unknown := sorted(set(options) - set(importer.options)):
+        raise ConfigError(
+            f"import_options.{unknown[0]}: importer {name!r} has {', '.join(importer.options) or 'no options'}"
+        )
+    return importer.configure(source, options) if importer.configure else importer

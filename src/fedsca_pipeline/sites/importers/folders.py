@@ -1,0 +1,112 @@
+"""Any folder, by a small YAML file of patterns: ``import_options.layout``, by default ``import.yml`` in the source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedsca_pipeline.errors import ConfigError
+from fedsca_pipeline.sites.importers.labels import Label, colours, seen_values, stored_values, two_values
+from fedsca_pipeline.sites.importers.layout import Importer, Patterns
+
+Class = Annotated[int, Field(ge=0, le=254)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    images: str
+    masks: str
+    site: str = "{site}"
+    stem: str = "{stem}"
+    subject: str = "{stem}"
+    joined: bool = False
+    empty_without_mask: bool = False
+
+
+class Layout(BaseModel):
+    """The keys of a layout file; one of ``values``, ``indices``, ``colours`` says what masks hold, or none of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    patterns: tuple[_Part, ...] = Field(min_length=1)
+    classes: tuple[str, ...] = ("foreground",)
+    values: dict[int, Class] | None = Field(None, description="grey value as seen: class")
+    indices: dict[int, Class] | None = Field(None, description="number as stored (palette index): class")
+    colours: dict[str, Class] | None = Field(None, description="'#rrggbb': class")
+    title: str = "a folder of your own"
+    licence: str = "not stated"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Layout:
+        maps = [given for given in (self.values, self.indices, self.colours) if given is not None]
+        if len(maps) > 1:
+            raise ValueError("give one of values, indices and colours")
+        if not maps and len(self.classes) > 1:
+            raise ValueError("several classes need values, indices or colours")
+        if beyond := [number for given in maps for number in given.values() if number > len(self.classes)]:
+            raise ValueError(f"class {beyond[0]}, but classes names {len(self.classes)}")
+        return self
+
+    def label(self) -> Label:
+        """Return what reads the masks; two values, and foreground from the half on, where nothing else is said."""
+        if self.values is not None:
+            return seen_values(self.values)
+        if self.indices is not None:
+            return stored_values(self.indices)
+        if self.colours is not None:
+            return colours({_rgb(colour): number for colour, number in self.colours.items()})
+        return two_values()
+
+
+def configure(source: Path, options: Mapping[str, str]) -> Importer:
+    """Make the importer that the layout file describes.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, or has a wrong key; the message names both.
+    """
+    path = Path(options.get("layout", source / "import.yml"))
+    try:
+        layout = Layout.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        return Importer(
+            title=layout.title,
+            licence=layout.licence,
+            classes=layout.classes,
+            label=layout.label(),
+            patterns=tuple(Patterns(**part.model_dump()) for part in layout.patterns),
+        )
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, fault['loc'])) or 'layout'}: {fault['msg']}" for fault in error.errors()
+        )
+        raise ConfigError(f"{path}: {problems}. Known keys: {', '.join(Layout.model_fields)}") from error
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path}: no such file; importer 'folders' needs a layout file there, or its path in import_options.layout "
+            "(docs/benchmarks.md)"
+        ) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from error
+
+
+def _rgb(colour: str) -> tuple[int, int, int]:
+    digits = colour.removeprefix("#")
+    if len(digits) != 6 or any(digit not in "0123456789abcdefABCDEF" for digit in digits):
+        raise ConfigError(f"colours: {colour!r} is not a colour; write '#rrggbb'")
+    red, green, blue = bytes.fromhex(digits)
+    return red, green, blue
+
+
+IMPORTER = Importer(
+    title="a folder of your own",
+    licence="not stated",
+    classes=("foreground",),
+    label=two_values(),
+    patterns=(),
+    options=("layout",),
+    configure=configure,
+)

@@ -1,0 +1,194 @@
+"""Samples of a source into site folders: all of them, or none."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from fedsca_pipeline.errors import DataError
+from fedsca_pipeline.files import write_bytes
+from fedsca_pipeline.sites.discovery import SITES_READY, settle_sites
+from fedsca_pipeline.sites.importers.layout import Importer, Sample
+from fedsca_pipeline.sites.pairing import Broken
+from fedsca_pipeline.sites.readers import BrokenSampleError, read_image, split_name
+
+_LISTED = 20
+
+
+def import_sites(
+    raw: Path,
+    importer: Importer,
+    source: Path,
+    *,
+    quarantine: bool = False,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, dict[str, Any]]:
+    """Write the samples of ``source`` as site folders below ``raw``: images as they are, masks as PNG of classes.
+
+    Every site comes with a ``site.yml`` of subjects and notes. All are built beside their place and renamed into it:
+    a killed call leaves no half site. Nothing of the source is changed, nothing outside it is read.
+
+    Args:
+        raw: the folder of the sites.
+        importer: the layout.
+        source: where the data set was unpacked.
+        quarantine: leave out what is broken, and list it, instead of stopping.
+        progress: is told after each image how many of how many are done.
+
+    Returns:
+        Per site ``images``, ``subjects``, ``pixels`` of each class by name, and ``broken``, a list of ``file``
+        (relative to the source), ``reason`` and ``cure``.
+
+    Raises:
+        DataError: no such source, nothing of the layout in it, a site that is there already, or broken files without
+            ``quarantine``. The message names them.
+    """
+    if not source.is_dir():
+        raise DataError(f"source: {source} is not a folder; unpack the data set there, or name where it is")
+    settle_sites(raw)
+    samples = [replace(sample, site=_plain(sample.site)) for sample in importer.find(source)]
+    if importer.regroup is None:
+        _refuse_existing(raw, {sample.site for sample in samples})
+    workshop = raw / ".import_sites.partial"
+    try:
+        # A killed command may have left its workshop behind.
+        shutil.rmtree(workshop, ignore_errors=True)
+        summary = _write(workshop, importer, samples, source, progress)
+        broken = [entry for site in summary.values() for entry in site["broken"]]
+        if broken and not quarantine:
+            listed = "\n  ".join(str(Broken(**entry)) for entry in broken[:_LISTED])
+            more = f"\n  and {len(broken) - _LISTED} more" if len(broken) > _LISTED else ""
+            raise DataError(
+                f"{source}: {len(broken)} broken files:\n  {listed}{more}\n"
+                "Mend them, or leave them out with preprocessing.on_bad_sample=quarantine"
+            )
+        _refuse_existing(raw, {path.name for path in workshop.iterdir()})
+        workshop.rename(raw / SITES_READY)
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+    settle_sites(raw)
+    return summary
+
+
+def _refuse_existing(raw: Path, sites: set[str]) -> None:
+    if there := sorted(site for site in sites if (raw / site).exists()):
+        raise DataError(
+            f"{raw}: {', '.join(there)} {'is' if len(there) == 1 else 'are'} there already; take them away to import "
+            "them anew, or import into another place with data_root=<folder>"
+        )
+
+
+class _UnusableError(Exception):
+    """A sample cannot be imported: which file of it, and why."""
+
+    def __init__(self, file: Path, error: BrokenSampleError) -> None:
+        super().__init__(str(error))
+        self.file, self.error = file, error
+
+
+@contextmanager
+def _blaming(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except BrokenSampleError as error:
+        raise _UnusableError(file, error) from error
+
+
+@dataclass
+class _Site:
+    """What has been written of one site."""
+
+    subjects: dict[str, str] = field(default_factory=dict)
+    """By stem."""
+    pixels: Counter[int] = field(default_factory=Counter)
+    broken: list[dict[str, str]] = field(default_factory=list)
+
+
+def _write(
+    workshop: Path, importer: Importer, samples: Sequence[Sample], source: Path, progress: Callable[[int, int], None]
+) -> dict[str, dict[str, Any]]:
+    sites: dict[str, _Site] = defaultdict(_Site)
+    workshop.mkdir(parents=True)
+    for done, sample in enumerate(samples, start=1):
+        try:
+            name, mask = _read(importer, sample, source)
+            site, stem = sites[name], _plain(sample.stem)
+            if stem in site.subjects:
+                raise _UnusableError(
+                    sample.image, BrokenSampleError(f"another image of {name} has the stem {stem!r}", "rename one")
+                )
+        except _UnusableError as unusable:
+            entry = Broken.of(unusable.file.relative_to(source).as_posix(), unusable.error)
+            sites[sample.site].broken.append(entry.as_dict())
+        else:
+            _place(workshop / name, stem, sample.image, mask)
+            site.subjects[stem] = _plain(sample.subject)
+            numbers, counts = np.unique(mask, return_counts=True)
+            site.pixels.update(dict(zip(map(int, numbers), map(int, counts), strict=True)))
+        progress(done, len(samples))
+    for name, site in sites.items():
+        if site.subjects:
+            _write_site_file(workshop / name, importer, site.subjects)
+    classes = ("background", *importer.classes)
+    return {
+        name: {
+            "images": len(site.subjects),
+            "subjects": len(set(site.subjects.values())),
+            "pixels": {label: site.pixels[number] for number, label in enumerate(classes)},
+            "broken": site.broken,
+        }
+        for name, site in sorted(sites.items())
+    }
+
+
+def _read(importer: Importer, sample: Sample, source: Path) -> tuple[str, np.ndarray]:
+    """Return the image's site and its mask's classes, uint8 [H, W]."""
+    if sample.fault is not None:
+        raise _UnusableError(sample.image, BrokenSampleError(*sample.fault))
+    inside = source.resolve()
+    for file in (sample.image, *sample.masks):
+        with _blaming(file):
+            if not file.resolve().is_relative_to(inside):
+                raise BrokenSampleError("a link that leads out of the source", "copy the file itself there")
+    with _blaming(sample.image):
+        image = read_image(sample.image)
+    with _blaming(sample.masks[0] if sample.masks else sample.image):
+        mask = importer.label(sample.masks, image.shape[:2])
+    return _plain(importer.regroup(image)) if importer.regroup else sample.site, mask
+
+
+def _place(folder: Path, stem: str, image: Path, mask: np.ndarray) -> None:
+    suffix = split_name(image.name)[1]
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(image, folder / "images" / f"{stem}{suffix}")
+    Image.fromarray(mask).save(folder / "masks" / f"{stem}.png")
+
+
+def _write_site_file(folder: Path, importer: Importer, subjects: Mapping[str, str]) -> None:
+    classes = ", ".join(f"{number} {name}" for number, name in enumerate(importer.classes, start=1))
+    content: dict[str, Any] = {
+        "notes": f"{importer.title}. Classes: {classes}. Terms: {importer.licence}",
+        # Classes are final: a mask of nothing but 0 and 255 is not to be guessed about.
+        "label_map": {number: number for number in range(len(importer.classes) + 1)},
+        "subjects": dict(subjects),
+    }
+    write_bytes(folder / "site.yml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+
+
+def _plain(name: str) -> str:
+    """Make a name of letters, digits, ``_`` and ``-`` that starts with a letter or digit."""
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("_-")
+    if not plain:
+        raise DataError(f"{name!r}: no letter or digit of a name is left; rename it")
+    return plain

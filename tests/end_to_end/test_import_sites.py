@@ -1,0 +1,50 @@
+"""``kedro run --pipeline=import_sites`` as a user types it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fedsca_pipeline.files import read_json
+
+
+def polyps(folder: Path, images: int) -> Path:
+    generator = np.random.default_rng(0)
+    for kind in ("images", "masks"):
+        (folder / "Kvasir-SEG" / kind).mkdir(parents=True)
+    for number in range(images):
+        mask = np.zeros((24, 32), np.uint8)
+        mask[4:12, 6 : 10 + number] = 255
+        Image.fromarray(generator.integers(0, 255, (24, 32, 3), dtype=np.uint8)).save(
+            folder / "Kvasir-SEG" / "images" / f"p{number}.jpg"
+        )
+        Image.fromarray(mask).save(folder / "Kvasir-SEG" / "masks" / f"p{number}.jpg")
+    return folder
+
+
+def test_a_data_set_becomes_a_site_that_preprocessing_takes(new_workplace, tmp_path: Path) -> None:
+    place = new_workplace()
+
+    done = place.run("import_sites", f"importer=polyps,source={polyps(tmp_path / 'polyps', 8)}")
+
+    assert done.code == 0, done.output
+    assert (place.data / "01_raw" / "Kvasir-SEG" / "site.yml").is_file()
+    assert read_json(place.data / "02_intermediate" / "import.json")["Kvasir-SEG"]["images"] == 8
+    prepared = place.run("preprocessing")
+    assert prepared.code == 0, prepared.output
+    assert read_json(place.data / "02_intermediate" / "Kvasir-SEG" / "report.json")["counts"]["used"] == 8
+    assert not (place.data / "01_raw" / "harbour_ct").exists()
+
+
+def test_what_is_missing_or_wrong_is_said_without_a_traceback(new_workplace, tmp_path: Path) -> None:
+    place = new_workplace()
+
+    nothing = place.run("import_sites")
+    unknown = place.run("import_sites", f"importer=kvasir,source={tmp_path}")
+
+    assert (nothing.code, unknown.code) == (1, 1)
+    assert "importer: not named" in nothing.words
+    assert "importer: no importer 'kvasir'" in unknown.words
+    assert "Traceback" not in nothing.output + unknown.output

@@ -1,0 +1,357 @@
+"""Each published layout in a tiny tree of its exact form, and what an import refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from fedsca_pipeline.config import PreprocessingConfig
+from fedsca_pipeline.errors import ConfigError, DataError
+from fedsca_pipeline.sites.discovery import discover_sites
+from fedsca_pipeline.sites.importers import find_importer, importer_names
+from fedsca_pipeline.sites.importers.dsb2018 import acquisition
+from fedsca_pipeline.sites.importers.layout import match_files
+from fedsca_pipeline.sites.importers.write import import_sites
+from fedsca_pipeline.sites.prepare import prepare_site
+
+SIZE = (12, 16)
+HALF = np.zeros(SIZE, np.uint8)
+HALF[:, 8:] = 1
+Imported = Callable[..., dict[str, dict]]
+
+
+def photograph(seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*SIZE, 3), dtype=np.uint8))
+
+
+def tree(root: Path, files: Mapping[str, Image.Image]) -> Path:
+    for name, image in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    return root
+
+
+def two_valued(high: int = 255) -> Image.Image:
+    return Image.fromarray(HALF * np.uint8(high))
+
+
+def palette_of(indices: np.ndarray, colours: list[tuple[int, int, int]]) -> Image.Image:
+    image = Image.fromarray(indices.astype(np.uint8), "P")
+    image.putpalette([value for colour in colours for value in colour])
+    return image
+
+
+@pytest.fixture
+def imported(tmp_path: Path) -> Imported:
+    """Imports a tree into ``tmp_path / raw``."""
+
+    def run(name: str, source: Path, options: Mapping[str, str] | None = None, **more) -> dict[str, dict]:
+        return import_sites(tmp_path / "raw", find_importer(name, source, options or {}), source, **more)
+
+    return run
+
+
+def stored(raw: Path, site: str) -> tuple[dict[str, np.ndarray], dict]:
+    """Return the masks by stem and the site file; every mask has its image."""
+    masks = {path.stem: np.array(Image.open(path)) for path in (raw / site / "masks").iterdir()}
+    assert {path.stem for path in (raw / site / "images").iterdir()} == set(masks)
+    return masks, yaml.safe_load((raw / site / "site.yml").read_text())
+
+
+class TestLayouts:
+    def test_dsb2018_joins_the_nuclei_and_tells_the_acquisition_groups_apart(self, imported, tmp_path) -> None:
+        first, second = HALF.copy(), np.zeros_like(HALF)
+        second[:3, :3] = 1
+        dark, bright = np.full(SIZE, 10, np.uint8), np.full((*SIZE, 3), (160, 110, 190), np.uint8)
+        source = tree(
+            tmp_path / "dsb",
+            {
+                "stage1_train/aa/images/aa.png": Image.fromarray(dark),
+                "stage1_train/aa/masks/1.png": Image.fromarray(first * np.uint8(255)),
+                "stage1_train/aa/masks/2.png": Image.fromarray(second * np.uint8(255)),
+                "stage1_train/bb/images/bb.png": Image.fromarray(bright),
+                "stage1_train/bb/masks/1.png": two_valued(),
+            },
+        )
+
+        summary = imported("dsb2018", source)
+
+        assert sorted(summary) == ["fluo_16", "tissue_violet_16"]
+        masks, _ = stored(tmp_path / "raw", "fluo_16")
+        np.testing.assert_array_equal(masks["aa"], first | second)
+
+    def test_polyps_take_jpeg_masks_by_half_their_range(self, imported, tmp_path) -> None:
+        source = tmp_path / "polyps"
+        tree(source, {"Kvasir-SEG/images/x1.jpg": photograph(), "CVC-300/images/149.png": photograph(1)})
+        tree(source, {"Kvasir-SEG/masks/x1.jpg": two_valued(), "CVC-300/masks/149.png": two_valued()})
+        tree(source, {"CVC-ClinicDB/Original/1.tif": photograph(2), "CVC-ClinicDB/Ground Truth/1.tif": two_valued()})
+
+        imported("polyps", source)
+
+        for site, stem in {"Kvasir-SEG": "x1", "CVC-300": "149", "CVC-ClinicDB": "1"}.items():
+            masks, site_file = stored(tmp_path / "raw", site)
+            np.testing.assert_array_equal(masks[stem], HALF)
+            assert "polyp" in site_file["notes"]
+
+    def test_vessels_have_both_eyes_under_one_subject(self, imported, tmp_path) -> None:
+        source = tree(
+            tmp_path / "vessels",
+            {
+                "DRIVE/training/images/21_training.tif": photograph(),
+                "DRIVE/training/1st_manual/21_manual1.gif": two_valued(),
+                "DRIVE/test/images/01_test.tif": photograph(1),
+                "DRIVE/test/1st_manual/01_manual1.gif": two_valued(),
+                "STARE/stare-images/im0001.ppm": photograph(2),
+                "STARE/labels-ah/im0001.ah.ppm": two_valued(),
+                "CHASE_DB1/Image_01L.jpg": photograph(3),
+                "CHASE_DB1/Image_01L_1stHO.png": two_valued().convert("1"),
+                "CHASE_DB1/Image_01L_2ndHO.png": two_valued().convert("1"),
+                "CHASE_DB1/Image_01R.jpg": photograph(4),
+                "CHASE_DB1/Image_01R_1stHO.png": two_valued().convert("1"),
+                "HRF/images/01_dr.JPG": photograph(5),
+                "HRF/images/01_h.jpg": photograph(6),
+                "HRF/manual1/01_dr.tif": two_valued(),
+                "HRF/manual1/01_h.tif": two_valued(),
+                "LES-AV/images/3.png": photograph(7),
+                "LES-AV/vessel-segmentations/3.png": two_valued(),
+            },
+        )
+
+        summary = imported("vessels", source)
+
+        counts = {site: (found["images"], found["subjects"]) for site, found in summary.items()}
+        assert counts == {"CHASE_DB1": (2, 1), "DRIVE": (2, 2), "HRF": (2, 2), "LES-AV": (1, 1), "STARE": (1, 1)}
+        for site in summary:
+            for mask in stored(tmp_path / "raw", site)[0].values():
+                np.testing.assert_array_equal(mask, HALF)
+
+    @pytest.mark.parametrize("form", ["grey", "palette", "rgb"])
+    def test_fundus_dofe_reads_cup_and_rim_however_they_are_stored(self, imported, tmp_path, form: str) -> None:
+        grey = np.full(SIZE, 255, np.uint8)
+        grey[2:10, 2:10], grey[4:6, 4:6] = 128, 0
+        mask = {
+            "grey": lambda: Image.fromarray(grey),
+            "rgb": lambda: Image.fromarray(grey).convert("RGB"),
+            "palette": lambda: palette_of(
+                np.select([grey == 255, grey == 128], [0, 1], 2), [(255,) * 3, (128,) * 3, (0,) * 3]
+            ),
+        }[form]()
+        tree(tmp_path / "f", {"Domain1/train/ROIs/image/g1.png": photograph(), "Domain1/train/ROIs/mask/g1.png": mask})
+
+        summary = imported("fundus_dofe", tmp_path / "f")
+
+        masks, _ = stored(tmp_path / "raw", "Domain1")
+        np.testing.assert_array_equal(masks["train-g1"], np.select([grey == 0, grey == 128], [2, 1], 0))
+        assert summary["Domain1"]["pixels"] == {"background": 128, "rim": 60, "cup": 4}
+
+    def test_busi_joins_the_lesions_of_an_image(self, imported, tmp_path) -> None:
+        source = tree(
+            tmp_path / "Dataset_BUSI_with_GT",
+            {
+                "benign/benign (1).png": photograph(),
+                "benign/benign (1)_mask.png": two_valued(),
+                "benign/benign (1)_mask_1.png": Image.fromarray((1 - HALF) * np.uint8(255)),
+                "normal/normal (2).png": photograph(1),
+                "normal/normal (2)_mask.png": Image.fromarray(HALF * np.uint8(0)),
+            },
+        )
+
+        imported("busi", source)
+
+        masks, _ = stored(tmp_path / "raw", "BUSI")
+        assert {stem: int(mask.sum()) for stem, mask in masks.items()} == {"benign_1": 192, "normal_2": 0}
+
+    def test_tnbc_has_numbered_nuclei_and_a_patient_a_slide(self, imported, tmp_path) -> None:
+        source = tree(
+            tmp_path / "TNBC",
+            {
+                "Slide_01/01_1.png": photograph(),
+                "Slide_01/01_2.png": photograph(1),
+                "GT_01/01_1.png": two_valued(7),
+                "GT_01/01_2.png": two_valued(3),
+            },
+        )
+
+        assert imported("tnbc", source)["TNBC"]["subjects"] == 1
+        np.testing.assert_array_equal(stored(tmp_path / "raw", "TNBC")[0]["01_2"], HALF)
+
+
+class TestFolders:
+    def layout(self, source: Path, **keys) -> Path:
+        source.mkdir(parents=True, exist_ok=True)
+        (source / "import.yml").write_text(yaml.safe_dump(keys))
+        return source
+
+    def test_a_layout_of_one_s_own_with_colours(self, imported, tmp_path) -> None:
+        source = self.layout(
+            tmp_path / "mine",
+            patterns=[
+                {
+                    "images": "{centre}/scan_{patient}_{view}.png",
+                    "masks": "{centre}/seg_{patient}_{view}.png",
+                    "site": "site_{centre}",
+                    "stem": "{patient}_{view}",
+                    "subject": "{patient}",
+                }
+            ],
+            classes=["organ", "lesion"],
+            colours={"#00ff00": 1, "#FF0000": 2},
+        )
+        mask = np.zeros((*SIZE, 3), np.uint8)
+        mask[:4], mask[4:6] = (0, 255, 0), (255, 0, 0)
+        tree(source, {"a/scan_7_x.png": photograph(), "a/seg_7_x.png": Image.fromarray(mask)})
+
+        imported("folders", source)
+
+        masks, site_file = stored(tmp_path / "raw", "site_a")
+        assert np.unique(masks["7_x"]).tolist() == [0, 1, 2]
+        assert site_file["subjects"] == {"7_x": "7"}
+
+    @pytest.mark.parametrize(
+        ("keys", "said"),
+        [
+            ({}, "patterns"),
+            ({"patterns": [{"images": "{stem}.png"}]}, r"patterns\.0\.masks"),
+            ({"patterns": [{"images": "i", "masks": "m"}], "colour": {}}, "colour: Extra"),
+            ({"patterns": [{"images": "i", "masks": "m"}], "classes": ["a", "b"]}, "several classes need values"),
+            ({"patterns": [{"images": "i", "masks": "m"}], "values": {1: 2}}, "class 2, but classes names 1"),
+            ({"patterns": [{"images": "i", "masks": "m"}], "colours": {"red": 1}}, "'red' is not a colour"),
+        ],
+    )
+    def test_a_wrong_layout_file_names_file_and_key(self, tmp_path, keys, said: str) -> None:
+        source = self.layout(tmp_path / "mine", **keys)
+
+        with pytest.raises(ConfigError, match=said):
+            find_importer("folders", source, {})
+
+    def test_without_a_layout_file_the_error_says_where_it_belongs(self, tmp_path) -> None:
+        with pytest.raises(ConfigError, match=r"import\.yml: no such file.*import_options\.layout"):
+            find_importer("folders", tmp_path, {})
+
+
+class TestRefusals:
+    def one(self, tmp_path: Path, mask: Image.Image | None = None) -> Path:
+        files = {"CVC-300/images/1.png": photograph(), "CVC-300/masks/1.png": mask or two_valued()}
+        return tree(tmp_path / "source", files)
+
+    def test_an_unknown_importer_is_answered_with_the_nearest(self, tmp_path) -> None:
+        with pytest.raises(ConfigError, match=r"importer: no importer 'polyp', did you mean 'polyps'\?"):
+            find_importer("polyp", tmp_path, {})
+        assert {"folders", "dsb2018", "polyps"} <= set(importer_names())
+
+    def test_an_option_of_another_importer_is_refused(self, tmp_path) -> None:
+        with pytest.raises(ConfigError, match=r"import_options\.layout: importer 'polyps' has no options"):
+            find_importer("polyps", tmp_path, {"layout": "x"})
+
+    def test_a_folder_without_the_layout_says_what_was_looked_for(self, imported, tmp_path) -> None:
+        with pytest.raises(DataError, match=r"nothing of the layout of Colonoscopy polyps.*Kvasir-SEG/images"):
+            imported("polyps", tree(tmp_path / "other", {"a.png": photograph()}))
+
+    def test_a_site_that_is_there_is_never_touched(self, imported, tmp_path) -> None:
+        kept = tmp_path / "raw" / "CVC-300" / "images" / "mine.png"
+        kept.parent.mkdir(parents=True)
+        kept.write_bytes(b"mine")
+
+        with pytest.raises(DataError, match="CVC-300 is there already"):
+            imported("polyps", self.one(tmp_path))
+
+        assert [path for path in (tmp_path / "raw").rglob("*") if path.is_file()] == [kept]
+
+    def test_what_is_broken_stops_the_import_and_nothing_is_left(self, imported, tmp_path) -> None:
+        source = self.one(tmp_path)
+        (source / "CVC-300" / "images" / "1.png").write_bytes(b"\x89PNG")
+
+        with pytest.raises(DataError, match=r"(?s)CVC-300/images/1\.png: cannot be read.*on_bad_sample=quarantine"):
+            imported("polyps", source)
+
+        assert list((tmp_path / "raw").iterdir()) == []
+
+    def test_quarantine_lists_it_and_imports_the_others(self, imported, tmp_path) -> None:
+        source = tree(self.one(tmp_path), {"CVC-300/images/2.png": photograph(2), "CVC-300/masks/2.png": two_valued()})
+        (source / "CVC-300" / "masks" / "1.png").write_bytes(b"")
+
+        found = imported("polyps", source, quarantine=True)["CVC-300"]
+
+        assert found["images"] == 1
+        assert [entry["file"] for entry in found["broken"]] == ["CVC-300/masks/1.png"]
+        assert set(stored(tmp_path / "raw", "CVC-300")[0]) == {"2"}
+
+    def test_a_mask_of_another_size_is_broken(self, imported, tmp_path) -> None:
+        with pytest.raises(DataError, match="the mask is 3 x 4, its image 12 x 16"):
+            imported("polyps", self.one(tmp_path, Image.fromarray(np.zeros((3, 4), np.uint8))))
+
+    def test_an_image_without_mask_is_named(self, imported, tmp_path) -> None:
+        source = tree(self.one(tmp_path), {"CVC-300/images/2.png": photograph()})
+
+        with pytest.raises(DataError, match=r"2\.png: no mask as \*\*/CVC-300/masks/\{stem\}\.png"):
+            imported("polyps", source)
+        assert imported("polyps", source, quarantine=True)["CVC-300"]["images"] == 1
+
+    def test_masks_that_are_not_told_apart_are_named(self, imported, tmp_path) -> None:
+        source = tree(tmp_path / "source", {"a.png": photograph(), "m/a1.png": two_valued(), "m/a2.png": two_valued()})
+        keys = {"patterns": [{"images": "{stem}.png", "masks": "m/{stem}*.png", "site": "one"}]}
+        (source / "import.yml").write_text(yaml.safe_dump(keys))
+
+        with pytest.raises(DataError, match=r"a\.png: 2 masks: m/a1\.png, m/a2\.png; keep one"):
+            imported("folders", source)
+
+    def test_a_link_out_of_the_source_is_not_followed(self, imported, tmp_path) -> None:
+        source = self.one(tmp_path)
+        (tmp_path / "secret.png").write_bytes((source / "CVC-300" / "images" / "1.png").read_bytes())
+        (source / "CVC-300" / "images" / "1.png").unlink()
+        (source / "CVC-300" / "images" / "1.png").symlink_to(tmp_path / "secret.png")
+
+        with pytest.raises(DataError, match="a link that leads out of the source"):
+            imported("polyps", source)
+
+    def test_a_value_that_means_nothing_is_named(self, imported, tmp_path) -> None:
+        files = {"D/train/ROIs/image/1.png": photograph(), "D/train/ROIs/mask/1.png": two_valued(77)}
+
+        with pytest.raises(DataError, match="mask values 77 mean nothing in this layout, which has 0, 128, 255"):
+            imported("fundus_dofe", tree(tmp_path / "source", files))
+
+
+def test_imported_sites_can_be_prepared(imported, tmp_path) -> None:
+    files = {}
+    for number in range(8):
+        files[f"CVC-300/images/{number}.png"] = photograph(number)
+        files[f"CVC-300/masks/{number}.png"] = two_valued()
+
+    imported("polyps", tree(tmp_path / "source", files))
+
+    assert discover_sites(tmp_path / "raw") == ("CVC-300",)
+    prepared = prepare_site(tmp_path / "raw", "CVC-300", PreprocessingConfig(image_size=32), seed=0)
+    assert len(prepared.manifest) == 8
+    assert np.unique(prepared.arrays["masks"]).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "values"),
+    [
+        ("{site}/{stem}.png", "a/b.png", {"site": "a", "stem": "b"}),
+        ("{site}/{stem}.png", "a/b/c.png", None),
+        ("**/{stem}.png", "a/b/c.png", {"stem": "c"}),
+        ("**/{stem}.png", "c.png", {"stem": "c"}),
+        ("{id}/images/{id}.png", "x/images/y.png", None),
+        ("a*/{stem}[1].png", "abc/s[1].png", {"stem": "s"}),
+        ("{stem}.png", "zeile\n2.png", {"stem": "zeile\n2"}),
+    ],
+)
+def test_patterns(pattern: str, name: str, values: dict[str, str] | None) -> None:
+    assert [found for _, found in match_files([name], pattern)] == ([] if values is None else [values])
+
+
+@pytest.mark.real_data
+def test_the_groups_of_the_data_science_bowl_are_told_apart(nuclei_root: Path) -> None:
+    from fedsca_pipeline.sites.readers import read_image
+
+    for site in sorted(path for path in nuclei_root.iterdir() if path.is_dir()):
+        kind = site.name.rsplit("_", 1)[0]
+        groups = {acquisition(read_image(path)).rsplit("_", 1)[0] for path in (site / "images").iterdir()}
+        assert groups == {kind}
