@@ -64,7 +64,12 @@ class PreparedSite:
 
 
 @dataclass(frozen=True)
-class _Sample:
+class Sample:
+    """A usable image and its mask, without their pixels; ``original`` is height and width, ``intensity`` raw extremes.
+
+    ``class_pixels`` counts raw pixels of the classes 0..K.
+    """
+
     pair: Pair
     subject: str
     label_map: dict[int, int]
@@ -77,6 +82,23 @@ class _Sample:
     kind: str
     class_pixels: np.ndarray
     warnings: list[str]
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What becomes of the samples that were read.
+
+    ``rows`` are those to keep, in order; ``splits`` is by image path, empty where none could be drawn; ``settings`` and
+    ``drawn`` say by what and how they were drawn. ``refusals`` say why the site cannot train, with the cure, the first
+    reason first.
+    """
+
+    rows: list[int]
+    splits: dict[str, str]
+    settings: str
+    drawn: str
+    warnings: list[str]
+    refusals: list[str]
 
 
 def prepare_site(
@@ -102,36 +124,46 @@ def prepare_site(
     pairs, broken = pair_files(folder)
     found = len(pairs) + sum(entry.file.startswith("images/") for entry in broken)
 
-    settings = fingerprint(_split_settings(site, config, seed, site_file))
-    previous, drawn, warnings = _previous(previous_manifest, settings)
-
     side = config.image_size
     arrays = {
         "images": np.zeros((len(pairs), 3, side, side), np.uint8),
         "masks": np.zeros((len(pairs), side, side), np.uint8),
         "sizes": np.zeros((len(pairs), 2), np.int32),
     }
-    samples: list[_Sample] = []
-    for row, (sample, image, mask) in enumerate(_read(folder, pairs, site_file, config, broken)):
+    samples: list[Sample] = []
+    for row, (sample, image, mask) in enumerate(read_samples(folder, pairs, site_file, config, broken)):
         height, width = mask.shape
         arrays["images"][row, :, :height, :width] = image
         arrays["masks"][row, :height, :width] = mask
         arrays["sizes"][row] = height, width
         samples.append(sample)
-        warnings.extend(f"{sample.pair.image}: {warning}" for warning in sample.warnings)
 
-    keep, copies = _settle_duplicates(samples, set(previous["image"]), broken)
-    warnings.extend(copies)
-    whole = len(keep) == len(samples)
-    arrays = {name: array[: len(keep)] if whole else array[keep] for name, array in arrays.items()}
-    samples = [samples[row] for row in keep]
-    warnings.extend(_unused_subjects(site_file, samples, broken))
-    _refuse(site, config, samples, broken)
-
-    splits = _draw(site, samples, config, seed, previous)
-    manifest = _manifest(site, samples, arrays["sizes"], splits, settings)
+    settled = settle(site, samples, broken, site_file, config, seed, previous_manifest)
+    if settled.refusals:
+        raise DataError(settled.refusals[0])
+    whole = len(settled.rows) == len(samples)
+    arrays = {name: array[: len(settled.rows)] if whole else array[settled.rows] for name, array in arrays.items()}
+    samples = [samples[row] for row in settled.rows]
+    manifest = _manifest(site, samples, arrays["sizes"], settled)
     arrays["manifest"] = manifest_digest(manifest)
-    report = {
+    report = site_report(raw, site, found, samples, broken, settled, site_file, config, seed)
+    return PreparedSite(manifest, arrays, report)
+
+
+def site_report(
+    raw: Path,
+    site: str,
+    found: int,
+    samples: Sequence[Sample],
+    broken: Sequence[Broken],
+    settled: Settled,
+    site_file: SiteFile,
+    config: PreprocessingConfig,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the data report (docs/data.md), JSON-able, of the samples that are kept; there may be none."""
+    splits = list(settled.splits.values())
+    return {
         "site": site,
         "fingerprint": fingerprint_site(raw, site),
         "counts": {
@@ -139,27 +171,53 @@ def prepare_site(
             "used": len(samples),
             "broken": len(broken),
             "subjects": len({sample.subject for sample in samples}),
-            **{split: list(splits.values()).count(split) for split in (*SPLITS, "unused")},
+            **{split: splits.count(split) for split in (*SPLITS, "unused")},
         },
         "empty_masks": sum(_is_empty(sample) for sample in samples),
         **_summary(samples, config.classes),
         "split": {
             **_split_settings(site, config, seed, site_file),
-            "settings": settings,
-            "drawn": drawn,
-            "fingerprint": fingerprint(sorted(splits.items())),
+            "settings": settled.settings,
+            "drawn": settled.drawn,
+            "fingerprint": fingerprint(sorted(settled.splits.items())),
         },
         "spacing": list(site_file.spacing) if site_file.spacing else None,
         "notes": site_file.notes,
         "broken": [entry.as_dict() for entry in broken],
-        "warnings": warnings + _shortfalls(site, config, splits),
+        "warnings": settled.warnings,
     }
-    return PreparedSite(manifest, arrays, report)
 
 
-def _read(
+def settle(
+    site: str,
+    samples: Sequence[Sample],
+    broken: list[Broken],
+    site_file: SiteFile,
+    config: PreprocessingConfig,
+    seed: int,
+    previous_manifest: pd.DataFrame | None,
+) -> Settled:
+    """Drop copies across subjects, which join ``broken``, and draw the splits; say why the site would be refused."""
+    settings = fingerprint(_split_settings(site, config, seed, site_file))
+    previous, drawn, warnings = _previous(previous_manifest, settings)
+    warnings += [f"{sample.pair.image}: {warning}" for sample in samples for warning in sample.warnings]
+    rows, copies = _settle_duplicates(samples, set(previous["image"]), broken)
+    kept = [samples[row] for row in rows]
+    warnings += copies + _unused_subjects(site_file, kept, broken)
+    refusals = _refusals(site, config, kept, broken)
+    splits: dict[str, str] = {}
+    if kept:
+        try:
+            splits = _draw(site, kept, config, seed, previous)
+            warnings += _shortfalls(site, config, splits)
+        except DataError as error:
+            refusals.append(str(error))
+    return Settled(rows, splits, settings, drawn, warnings, refusals)
+
+
+def read_samples(
     folder: Path, pairs: Sequence[Pair], site_file: SiteFile, config: PreprocessingConfig, broken: list[Broken]
-) -> Iterator[tuple[_Sample, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[Sample, np.ndarray, np.ndarray]]:
     """Yield the usable samples with their fitted image and mask, one at a time; list the others in ``broken``."""
     for pair in pairs:
         file = pair.image
@@ -190,7 +248,7 @@ def _sample(
     mask: np.ndarray,
     label_map: dict[int, int],
     config: PreprocessingConfig,
-) -> tuple[_Sample, np.ndarray, np.ndarray]:
+) -> tuple[Sample, np.ndarray, np.ndarray]:
     levels, warnings = normalise(image, config.normalise)
     small = fit_mask(mask, config.image_size)
     counts = np.bincount(mask.ravel(), minlength=config.classes + 1)
@@ -199,7 +257,7 @@ def _sample(
         warnings.append(f"its mask loses class {', '.join(map(str, lost))} at {config.image_size} pixels")
     pixels = hashlib.sha256(f"{image.shape}{image.dtype}".encode())
     pixels.update(np.ascontiguousarray(image).data)
-    sample = _Sample(
+    sample = Sample(
         pair=pair,
         subject=subject,
         label_map=label_map,
@@ -233,13 +291,11 @@ def _classes(mask: np.ndarray, label_map: Mapping[int, int], classes: int) -> tu
     return np.array(mapped, np.uint8)[inverse].reshape(mask.shape), applied
 
 
-def _is_empty(sample: _Sample) -> bool:
+def _is_empty(sample: Sample) -> bool:
     return not sample.class_pixels[1:].any()
 
 
-def _settle_duplicates(
-    samples: Sequence[_Sample], known: set[str], broken: list[Broken]
-) -> tuple[list[int], list[str]]:
+def _settle_duplicates(samples: Sequence[Sample], known: set[str], broken: list[Broken]) -> tuple[list[int], list[str]]:
     """Keep identical images within one subject only: no image may stand in two splits.
 
     Returns the rows to keep, in order, and warnings. Among subjects the one that had its split already is kept.
@@ -267,31 +323,33 @@ def _settle_duplicates(
     return [row for row in range(len(samples)) if row not in dropped], warnings
 
 
-def _unused_subjects(site_file: SiteFile, samples: Sequence[_Sample], broken: Sequence[Broken]) -> list[str]:
+def _unused_subjects(site_file: SiteFile, samples: Sequence[Sample], broken: Sequence[Broken]) -> list[str]:
     there = {sample.pair.stem for sample in samples} | {Path(entry.file).stem for entry in broken}
     absent = sorted(set(site_file.subjects or {}) - there)
     return [f"site.yml: subjects names {len(absent)} stems without an image: {', '.join(absent[:8])}"] if absent else []
 
 
-def _refuse(site: str, config: PreprocessingConfig, samples: Sequence[_Sample], broken: Sequence[Broken]) -> None:
+def _refusals(site: str, config: PreprocessingConfig, samples: Sequence[Sample], broken: Sequence[Broken]) -> list[str]:
     listing = "".join(f"\n  {site}/{entry}" for entry in broken[:_LISTED])
     if len(broken) > _LISTED:
         listing += f"\n  ... and {len(broken) - _LISTED} more"
+    found = []
     if broken and config.on_bad_sample == "fail":
-        raise DataError(
+        found.append(
             f"site {site}: {len(broken)} file{'s' * (len(broken) > 1)} cannot be used:{listing}\n"
             "Mend them, or set preprocessing.on_bad_sample: quarantine to go on without them."
         )
     if len(samples) < config.min_images:
-        raise DataError(
+        found.append(
             f"site {site}: {len(samples)} usable images, preprocessing.min_images is {config.min_images}; "
             f"add images, or take the folder out of the raw data{listing}"
         )
-    if all(map(_is_empty, samples)):
-        raise DataError(
+    if samples and all(map(_is_empty, samples)):
+        found.append(
             f"site {site}: all {len(samples)} masks are empty, so there is nothing to learn; add labelled images, "
             "or check label_map in site.yml"
         )
+    return found
 
 
 def _split_settings(site: str, config: PreprocessingConfig, seed: int, site_file: SiteFile) -> dict[str, Any]:
@@ -316,7 +374,7 @@ def _previous(manifest: pd.DataFrame | None, settings: str) -> tuple[pd.DataFram
 
 
 def _draw(
-    site: str, samples: Sequence[_Sample], config: PreprocessingConfig, seed: int, previous: pd.DataFrame
+    site: str, samples: Sequence[Sample], config: PreprocessingConfig, seed: int, previous: pd.DataFrame
 ) -> dict[str, str]:
     """Split by image path; an earlier image is known by its subject, its path or its content."""
     subjects = {sample.pair.image: sample.subject for sample in samples}
@@ -358,16 +416,14 @@ def _shortfalls(site: str, config: PreprocessingConfig, splits: Mapping[str, str
     ]
 
 
-def _manifest(
-    site: str, samples: Sequence[_Sample], sizes: np.ndarray, splits: Mapping[str, str], settings: str
-) -> pd.DataFrame:
+def _manifest(site: str, samples: Sequence[Sample], sizes: np.ndarray, settled: Settled) -> pd.DataFrame:
     rows = [
         {
             "site": site,
             "subject": sample.subject,
             "image": sample.pair.image,
             "mask": sample.pair.mask,
-            "split": splits[sample.pair.image],
+            "split": settled.splits[sample.pair.image],
             "label_map": json.dumps(sample.label_map),
             "sha256": sample.sha256,
             "mask_sha256": sample.mask_sha256,
@@ -376,14 +432,16 @@ def _manifest(
             "original_height": sample.original[0],
             "original_width": sample.original[1],
             "row": row,
-            "split_settings": settings,
+            "split_settings": settled.settings,
         }
         for row, sample in enumerate(samples)
     ]
     return pd.DataFrame(rows).astype(dict(MANIFEST_DTYPES))
 
 
-def _summary(samples: Sequence[_Sample], classes: int) -> dict[str, Any]:
+def _summary(samples: Sequence[Sample], classes: int) -> dict[str, Any]:
+    if not samples:
+        return dict.fromkeys(("sizes", "intensity", "class_shares"))
     heights, widths = zip(*(sample.original for sample in samples), strict=True)
     lows, highs = zip(*(sample.intensity for sample in samples), strict=True)
     pixels = np.sum([sample.class_pixels for sample in samples], axis=0)
