@@ -33,7 +33,12 @@ def result(fingerprint: str = "c0ffee", **changes: Any) -> dict[str, Any]:
         "description": {
             "seed": 3,
             "train_images": None,
-            "configuration": {"strategies": {"fedprox": {"mu": 0.5}}, "training": {}},
+            "configuration": {
+                "strategies": {"fedprox": {"mu": 0.5}},
+                "training": {},
+                "adapters": {},
+                "federation": {"rounds": 2},
+            },
         },
         "sites": sites,
         "rounds": [
@@ -95,13 +100,18 @@ def test_a_cell_is_a_run_with_one_below_for_each_site(opened, below, client) -> 
     (child,) = below(tracker.run_id)
     sites = {run.data.tags["fedsca.site"]: run for run in below(child.info.run_id)}
     assert {run.info.status for run in (child, *sites.values())} == {"FINISHED"}
-    assert child.info.run_name == "strong-seed3-all"
+    assert child.info.run_name == "strong-seed3-all-rate0.001"
     expected = {
         "fedsca.method": "strong", "fedsca.strategy": "fedprox", "fedsca.seed": "3", "fedsca.train_images": "all",
         "fedsca.code": "c0de", "fedsca.cell": "c0ffee",
     }  # fmt: skip
     assert expected.items() <= child.data.tags.items()
-    assert child.data.params["strategies.fedprox.mu"] == "0.5"
+    # Defaults are told, too, or two runs could not be compared in what one of them has by default.
+    told = {
+        "method": "strong", "train_images": "all", "strategies.fedprox.mu": "0.5", "federation.wire_dtype": "fp16",
+        "adapters.method": "fel",
+    }  # fmt: skip
+    assert told.items() <= child.data.params.items()
     assert child.data.metrics == pytest.approx(
         {
             "test dice mean": 0.5, "test dice worst": 0.3, "test dice sd": 0.2, "test hd95 mean": 4.0,

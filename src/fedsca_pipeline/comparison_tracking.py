@@ -87,9 +87,13 @@ class ComparisonTracker(MlflowWriter):
                 "fedsca.left_out": result["left_out"] or "",
                 "fedsca.code": result["code"],
             }
-            name = f"{result['method']}-seed{description['seed']}-{tags['fedsca.train_images']}"
+            parameters = _parameters(result)
+            rate = parameters["training"]["learning_rate"]
+            name = f"{result['method']}-seed{description['seed']}-{tags['fedsca.train_images']}-rate{rate:g}"
+            if result["left_out"]:
+                name += f"-without-{result['left_out']}"
             child = self._start(name, self.run_id, tags)
-            self._log_parameters(child, description["configuration"])
+            self._log_parameters(child, parameters)
             self._log_metrics(child, _summary(result))
             for record in result["rounds"]:
                 self._log_metrics(child, _round(record.get("sites", {}).values()), step=record["round"])
@@ -157,6 +161,23 @@ class ComparisonTracker(MlflowWriter):
         metrics = [Metric(key, float(value), now, step) for key, value in values.items() if value is not None]
         if metrics:
             self._require().log_batch(run_id, metrics=metrics)
+
+
+def _parameters(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all that a cell was trained with, defaults too: MLflow compares only what both runs tell."""
+    from fedsca_pipeline.federation.strategies import build_strategy
+    from fedsca_pipeline.runs import CONFIGURATION
+
+    description = result["description"]
+    groups = dict(description["configuration"])
+    ((strategy, options),) = groups.pop("strategies").items()
+    return {
+        "method": result["method"],
+        "seed": description["seed"],
+        "train_images": "all" if description["train_images"] is None else description["train_images"],
+        **{name: CONFIGURATION[name].model_validate(values).model_dump(mode="json") for name, values in groups.items()},
+        "strategies": {strategy: build_strategy(strategy, options).options.model_dump(mode="json")},
+    }
 
 
 def _summary(result: Mapping[str, Any]) -> dict[str, float | None]:

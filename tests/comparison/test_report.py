@@ -66,7 +66,9 @@ def test_there_is_a_row_a_method_the_best_one_first_and_five_figures(compare) ->
     assert sorted(report.figures) == sorted(f"all_images/{name}" for name in FIGURES)
     assert all(f"results_figures/all_images/{name}.png" in report.page for name in FIGURES)
     assert "## All training images" in report.page
+    assert "<h2>All training images</h2>" in report.html
     assert "fedavg" in report.html
+    assert "Code version now." in report.html
     assert "## Missing" not in report.page
     assert "Code version now." in report.page
 
@@ -238,6 +240,7 @@ class TestAblations:
         ablations = report.page[report.page.index("## Ablations, all training images") :]
         assert ablations.index("### adapter") < ablations.index("| wide |") < ablations.index("| fedsca |")
         assert "local" not in ablations
+        assert report.html.index("<h2>Ablation: adapter</h2>") < report.html.index(">wide</th>")
 
     def test_variants_are_compared_on_the_seeds_that_all_have(self, compare) -> None:
         report = built(

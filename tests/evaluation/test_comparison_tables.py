@@ -180,18 +180,20 @@ def test_every_column_with_a_value_has_a_best_one(values: list[float]) -> None:
 def test_labels_are_escaped_in_markdown_and_in_the_page() -> None:
     table = two_methods().assign(label=["a|b_c *d*\n<i>", "<script>alert(1)</script>"])
 
-    markdown, page = render_markdown(table), render_html(table, title="A & <b>")
+    markdown, page = render_markdown(table), render_html({"<i>8 images": table}, title="A & <b>", note="<u>")
 
     assert cells_of(markdown, 0)[0] == r"a\|b\_c \*d\* \<i\>"
     parsed = Page(page)
     assert parsed.texts["title"] == parsed.texts["h1"] == ["A & <b>"]
     assert "<script>alert(1)</script>" in parsed.texts["th"]
-    assert "script" not in parsed.texts
+    assert parsed.texts["h2"] == ["<i>8 images"]
+    assert parsed.texts["p"][-1] == "<u>"
+    assert not {"script", "i", "u"} & parsed.texts.keys()
     assert "<script" not in page
 
 
 def test_the_page_needs_nothing_else_and_knows_dark_screens() -> None:
-    page = render_html(two_methods())
+    page = render_html({"All": two_methods()})
     parsed = Page(page)
 
     assert not {name for name, _ in parsed.attributes} & {"src", "href", "onclick"}
@@ -204,9 +206,10 @@ def test_the_page_needs_nothing_else_and_knows_dark_screens() -> None:
 def test_the_page_says_what_the_markdown_says() -> None:
     table = two_methods()
 
-    markdown, page = render_markdown(table), Page(render_html(table))
+    markdown, page = render_markdown(table), Page(render_html({"All": table}))
 
     bold = [cell for row in (0, 1) for cell in cells_of(markdown, row) if cell.startswith("**")]
+    assert page.texts["h2"] == ["All"]
     assert page.texts["strong"] == [cell.split("**")[1] for cell in bold]
     assert page.texts["th"][10:] == ["Method A", "b"]
     assert "[384, 386] kB" in page.texts["small"]
@@ -218,4 +221,4 @@ def test_nothing_scored_is_said() -> None:
     assert table.columns.tolist() == list(TABLE_COLUMNS)
     assert table.empty
     assert render_markdown(table) == f"{NOTHING}\n"
-    assert Page(render_html(table)).texts["p"] == [NOTHING]
+    assert Page(render_html({"All": table})).texts["p"] == [NOTHING]

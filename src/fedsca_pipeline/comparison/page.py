@@ -34,6 +34,12 @@ class Section:
     tests: pd.DataFrame
     behaviour: Behaviour
 
+    @property
+    def title(self) -> str:
+        """The section's heading."""
+        count = self.train_images
+        return "All training images" if count is None else f"{_number(count, 'training image')} a site"
+
 
 def render_page(
     setting: Setting,
@@ -44,13 +50,11 @@ def render_page(
     unseen: pd.DataFrame,
     *,
     missing: Sequence[str],
-    marked: str,
-    versions: Mapping[str, int],
-    code: str,
+    versions: str,
 ) -> str:
     """Return the page. Every number on it comes from the arguments; what is empty is left out.
 
-    ``versions`` of the code have made so many results; ``code`` is the present one.
+    ``versions``: of ``describe_versions``.
     """
     config = setting.config
     parts = [
@@ -64,7 +68,7 @@ def render_page(
         _options(methods),
         _tuned(methods, rates),
         _missing(missing),
-        _versions(versions, marked, code),
+        versions,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -87,13 +91,11 @@ def _setting(setting: Setting, methods: Mapping[str, Method]) -> str:
 
 
 def _section(section: Section, reference: str, methods: Mapping[str, Method]) -> str:
-    count = section.train_images
-    title = "All training images" if count is None else f"{_number(count, 'training image')} a site"
     picture = f"{FIGURES}/{section.folder}"
     return "\n\n".join(
         part
         for part in (
-            f"## {title}",
+            f"## {section.title}",
             render_markdown(section.table).rstrip(),
             _verdict(section, reference, methods),
             _tests(section.tests, reference),
@@ -304,7 +306,8 @@ def _missing(missing: Sequence[str]) -> str:
     )
 
 
-def _versions(versions: Mapping[str, int], marked: str, code: str) -> str:
+def describe_versions(versions: Mapping[str, int], marked: str, code: str) -> str:
+    """Say which ``versions`` of the code have made how many results, ``code`` being the present one."""
     if versions.keys() <= {code}:
         return f"Code version {code}."
     made = ", ".join(f"{version} ({_number(count, 'result')})" for version, count in versions.items())

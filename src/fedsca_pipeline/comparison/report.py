@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from fedsca_pipeline.comparison.page import Section, render_page
+from fedsca_pipeline.comparison.page import Section, describe_versions, render_page
 from fedsca_pipeline.comparison.plan import Cell, Method, Setting, cells, unique
 from fedsca_pipeline.comparison.results import Frames, Result, frames
 from fedsca_pipeline.evaluation.comparison_figures import (
@@ -136,6 +136,7 @@ def build_report(comparison: Comparison) -> Report:
         [_unseen_table(_only(comparison.of_size(count).unseen, main)).assign(train_images=count)
          for count in comparison.sizes], ignore_index=True,
     )  # fmt: skip
+    versions = describe_versions(_versions(comparison), _OTHER_CODE.strip(), comparison.code)
     page = render_page(
         comparison.setting,
         comparison.methods,
@@ -144,17 +145,17 @@ def build_report(comparison: Comparison) -> Report:
         ablated,
         unseen,
         missing=comparison.missing,
-        marked=_OTHER_CODE.strip(),
-        versions=_versions(comparison),
-        code=comparison.code,
+        versions=versions,
     )
     if not sections:
         # Tables without a row have their columns all the same, so that they can be read again.
         empty = frames([])
         tables = [method_table(empty.scores, empty.costs, {}).assign(train_images=None)]
         tests = [_tests(empty.scores, config.reference).assign(train_images=None)]
-    first = sections[0].table if sections else tables[0]
-    return Report(_concat(tables), _concat(tests), unseen, page, render_html(first), figures)
+    shown = {section.title: section.table for section in sections}
+    shown |= {f"Ablation: {what}": table for what, table in ablated.items()}
+    html = render_html(shown, note=versions)
+    return Report(_concat(tables), _concat(tests), unseen, page, html, figures)
 
 
 def _only(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:

@@ -88,29 +88,26 @@ def render_markdown(table: pd.DataFrame) -> str:
     return f"{text}\n\n{_CAPTION}\n"
 
 
-def render_html(table: pd.DataFrame, title: str = "Methods compared") -> str:
-    """The table as a page that needs no other file, for light and dark screens.
+def render_html(tables: Mapping[str, pd.DataFrame], title: str = "Methods compared", note: str = "") -> str:
+    """The tables as a page that needs no other file, for light and dark screens.
 
     Args:
-        table: of ``method_table``.
+        tables: heading to a table of ``method_table``, in order.
         title: of the page, plain text.
+        note: a last paragraph, plain text.
 
     Returns:
-        The page; everything that comes from the table is escaped. No row: a page that says ``NOTHING``.
+        The page; everything that comes from the arguments is escaped. No row anywhere: a page that says ``NOTHING``.
     """
-    head, body = f"<title>{html.escape(title)}</title>", f"<h1>{html.escape(title)}</h1>"
-    if table.empty:
-        return _PAGE.format(head=head, style=_STYLE, body=f"{body}\n<p>{NOTHING}</p>")
-    titles = ["Method", *(column.title for column in _COLUMNS), "Scored on"]
-    header = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in titles)
-    lines = []
-    for label, cells, basis in _rows(table):
-        data = "".join(f"<td>{_html_cell(cell)}</td>" for cell in cells)
-        lines.append(f'<tr><th scope="row">{html.escape(label)}</th>{data}<td class="basis">{basis}</td></tr>')
-    rows = "\n".join(lines)
-    grid = f"<table>\n<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
-    body += f"\n<p>{_CAPTION}</p>\n<div>{grid}</div>"
-    return _PAGE.format(head=head, style=_STYLE, body=body)
+    filled = {heading: table for heading, table in tables.items() if not table.empty}
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        f"<p>{_CAPTION if filled else NOTHING}</p>",
+        *(f"<h2>{html.escape(heading)}</h2>\n<div>{_html_table(table)}</div>" for heading, table in filled.items()),
+    ]
+    if note:
+        parts.append(f"<p>{html.escape(note)}</p>")
+    return _PAGE.format(head=f"<title>{html.escape(title)}</title>", style=_STYLE, body="\n".join(parts))
 
 
 def _fixed(value: float) -> tuple[float, str, int]:
@@ -218,6 +215,17 @@ def _escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_|<>\[\]~])", r"\\\1", " ".join(text.split()))
 
 
+def _html_table(table: pd.DataFrame) -> str:
+    titles = ["Method", *(column.title for column in _COLUMNS), "Scored on"]
+    header = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in titles)
+    lines = []
+    for label, cells, basis in _rows(table):
+        data = "".join(f"<td>{_html_cell(cell)}</td>" for cell in cells)
+        lines.append(f'<tr><th scope="row">{html.escape(label)}</th>{data}<td class="basis">{basis}</td></tr>')
+    rows = "\n".join(lines)
+    return f"<table>\n<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
+
+
 def _html_cell(cell: _Cell) -> str:
     value = f"<strong>{cell.value}</strong>" if cell.best else cell.value
     return f"{value}<small>{cell.rest}</small>"
@@ -230,6 +238,7 @@ _STYLE = """
 }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem; }
 h1 { font-size: 1.4rem; }
+h2 { font-size: 1.1rem; margin-top: 2rem; }
 p { max-width: 48rem; color: var(--quiet); }
 div { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
