@@ -28,7 +28,9 @@ from fedsca_pipeline.federation.fleet_kinds import available_cores
 from fedsca_pipeline.files import fingerprint, read_json, remove_partial_files, write_json
 
 # Libraries whose version changes the numbers of a run.
-_LIBRARIES = ("torch", "monai", "peft", "transformers", "numpy", "pillow", "tifffile", "scikit-image")
+_LIBRARIES = (
+    "torch", "monai", "peft", "transformers", "numpy", "pillow", "tifffile", "scikit-image", "nibabel", "pynrrd", "itk-io",
+)  # fmt: skip
 _CURRENT = "current.json"
 
 CHANGES_NO_NUMBER = frozenset({"fleet", "workers", "devices", "server_memory"})

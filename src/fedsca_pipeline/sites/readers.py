@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -40,9 +40,7 @@ def read_image(path: Path) -> np.ndarray:
         pixels = _drop_alpha(pixels)
     if pixels.dtype == bool:
         return pixels.astype(np.uint8) * np.uint8(255)
-    if np.issubdtype(pixels.dtype, np.floating) and not np.isfinite(pixels).all():
-        raise BrokenSampleError("holds NaN or infinite values", "replace them in the source and export the image again")
-    return pixels
+    return finite_values(pixels)
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -62,28 +60,64 @@ def read_mask(path: Path) -> np.ndarray:
                 "a coloured mask: labels must be one number a pixel", "save it as grey or palette image, 0 = background"
             )
         pixels = pixels[..., 0]
-    if pixels.dtype == bool:
-        return pixels.astype(np.uint8)
-    if np.issubdtype(pixels.dtype, np.floating):
-        if not np.isfinite(pixels).all() or (pixels != np.rint(pixels)).any():
+    return whole_numbers(pixels)
+
+
+def finite_values(values: np.ndarray) -> np.ndarray:
+    """Return an image's values as they are.
+
+    Raises:
+        BrokenSampleError: some are NaN or infinite.
+    """
+    if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+        raise BrokenSampleError("holds NaN or infinite values", "replace them in the source and export the image again")
+    return values
+
+
+def whole_numbers(values: np.ndarray) -> np.ndarray:
+    """Return a mask's values as integers: bool becomes uint8, floating point int64.
+
+    Raises:
+        BrokenSampleError: some are no whole numbers.
+    """
+    if values.dtype == bool:
+        return values.astype(np.uint8)
+    if np.issubdtype(values.dtype, np.floating):
+        if not np.isfinite(values).all() or (values != np.rint(values)).any():
             raise BrokenSampleError("mask values are not whole numbers", "save the mask as 8 or 16 bit integers")
-        return pixels.astype(np.int64)
-    return pixels
+        return values.astype(np.int64)
+    return values
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Split a file name into stem and lower-case suffix; a registered double suffix (``.nii.gz``) stays whole."""
+    """Split a file name into stem and lower-case suffix; a double suffix (``.nii.gz``) stays whole."""
     lower = name.lower()
-    matches = [suffix for suffix in READERS if lower.endswith(suffix)]
-    suffix = max(matches, key=len, default=Path(lower).suffix)
+    suffix = next((double for double in DOUBLE_SUFFIXES if lower.endswith(double)), Path(lower).suffix)
     return name[: len(name) - len(suffix)], suffix
 
 
-def no_reader(suffix: str) -> BrokenSampleError:
-    """Return the error for a file format that ``READERS`` does not have."""
+def no_reader(suffix: str, known: Iterable[str] = ()) -> BrokenSampleError:
+    """Return the error for a file format that nobody reads; ``known`` are the suffixes to name, by default 2-D ones."""
     return BrokenSampleError(
-        f"no reader for {suffix or 'a file without suffix'}", f"convert it to one of {', '.join(READERS)}"
+        f"no reader for {suffix or 'a file without suffix'}", f"convert it to one of {', '.join(known or READERS)}"
     )
+
+
+def check_not_empty(path: Path) -> None:
+    """Do nothing where the file holds something.
+
+    Raises:
+        BrokenSampleError: it is empty.
+        OSError: it cannot be reached.
+    """
+    if path.stat().st_size == 0:
+        raise BrokenSampleError("the file is empty", COPY_AGAIN)
+
+
+def unreadable(error: Exception) -> BrokenSampleError:
+    """Return what a parser's error means for the user."""
+    detail = " ".join(str(error).split()) or type(error).__name__
+    return BrokenSampleError(f"cannot be read ({detail[:200]})", COPY_AGAIN)
 
 
 def _read(path: Path, *, labels: bool) -> np.ndarray:
@@ -91,16 +125,14 @@ def _read(path: Path, *, labels: bool) -> np.ndarray:
     if suffix not in READERS:
         raise no_reader(suffix)
     try:
-        if path.stat().st_size == 0:
-            raise BrokenSampleError("the file is empty", _COPY_AGAIN)
+        check_not_empty(path)
         pixels = READERS[suffix](path, labels)
     except Image.DecompressionBombError as error:
         raise _bomb() from error
-    except _UNREADABLE as error:
-        detail = " ".join(str(error).split()) or type(error).__name__
-        raise BrokenSampleError(f"cannot be read ({detail[:200]})", _COPY_AGAIN) from error
+    except UNREADABLE as error:
+        raise unreadable(error) from error
     if 0 in pixels.shape:
-        raise BrokenSampleError("has no pixels", _COPY_AGAIN)
+        raise BrokenSampleError("has no pixels", COPY_AGAIN)
     return pixels
 
 
@@ -192,11 +224,12 @@ def _bomb() -> BrokenSampleError:
     )
 
 
-_COPY_AGAIN = "copy or export the file again"
+COPY_AGAIN = "copy or export the file again"
+DOUBLE_SUFFIXES = (".nii.gz",)
 _LOSSY = (".jpg", ".jpeg")
 _ARRAY_MODES = ("1", "L", "RGB", "RGBA", "LA", "I", "F", "I;16", "I;16L", "I;16B")
 # What Pillow, tifffile and numpy raise on damaged input: the parsers reach these from any byte of a file.
-_UNREADABLE = (
+UNREADABLE = (
     OSError,
     ValueError,
     SyntaxError,
