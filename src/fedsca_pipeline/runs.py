@@ -29,8 +29,9 @@ from fedsca_pipeline.files import fingerprint, read_json, remove_partial_files, 
 
 # Libraries whose version changes the numbers of a run.
 _LIBRARIES = (
-    "torch", "monai", "peft", "transformers", "numpy", "pillow", "tifffile", "scikit-image", "nibabel", "pynrrd", "itk-io",
-)  # fmt: skip
+    *("torch", "monai", "peft", "transformers", "numpy"),
+    *("pillow", "tifffile", "scikit-image", "nibabel", "pynrrd", "itk-io"),
+)
 _CURRENT = "current.json"
 
 CHANGES_NO_NUMBER = frozenset({"fleet", "workers", "devices", "server_memory"})
