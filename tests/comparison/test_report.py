@@ -149,7 +149,16 @@ class TestVerdict:
             if result["method"] == "fedsca":
                 result["traffic"] = {"bytes_up": 1.0, "bytes_down": 2.0, "bytes_to_95": None}
 
-        assert "It sends 1/10 of the bytes of fedavg" in build_report(comparison).page
+        assert "It sends 1/10 of the bytes of fedavg in the same type." in build_report(comparison).page
+
+    def test_fedavg_in_fp32_is_the_second_yardstick_where_it_was_run(self, compare) -> None:
+        plain = {"strategy": "fedavg", "set": {"federation.wire_dtype": "fp32"}, "ablation": "wire"}
+        comparison = compare({**METHODS, "plain": plain}, by_method(fedsca=0.7, local=0.5, fedavg=0.6, plain=0.6))
+        for result in comparison.results.values():
+            if result["method"] == "plain":
+                result["traffic"] = {"bytes_up": 60.0, "bytes_down": 60.0, "bytes_to_95": None}
+
+        assert "same type, and 1/4 of those of fedavg in fp32." in build_report(comparison).page
 
 
 class TestMissing:

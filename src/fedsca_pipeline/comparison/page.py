@@ -26,13 +26,17 @@ _LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Section:
-    """The comparison with one number of training images a site, None for all: tables, and the figures' folder."""
+    """The comparison with one number of training images a site, None for all: tables, and the figures' folder.
+
+    ``fedavg_fp32``: bytes a site and round, both ways, of fedavg without rounding; None where it was not run.
+    """
 
     train_images: int | None
     folder: str
     table: pd.DataFrame
     tests: pd.DataFrame
     behaviour: Behaviour
+    fedavg_fp32: float | None = None
 
     @property
     def title(self) -> str:
@@ -137,8 +141,10 @@ def _verdict(section: Section, reference: str, methods: Mapping[str, Method]) ->
     sent = table["bytes"]
     # Not even a comparison holds of bytes that are unknown.
     if "fedavg" in table.index and reference != "fedavg" and sent["fedavg"] > 0 and sent[reference] >= 0:
-        share = sent[reference] / sent["fedavg"]
-        lines.append(f"It sends {_share(share)} of the bytes of fedavg in the same type.")
+        text = f"It sends {_share(sent[reference] / sent['fedavg'])} of the bytes of fedavg in the same type"
+        if section.fedavg_fp32:
+            text += f", and {_share(sent[reference] / section.fedavg_fp32)} of those of fedavg in fp32"
+        lines.append(f"{text}.")
     return " ".join(lines)
 
 

@@ -130,7 +130,8 @@ def build_report(comparison: Comparison) -> Report:
         figures |= {f"{name}/{key}": figure for key, figure in _figures(found, main, comparison, count).items()}
         tables.append(table.assign(train_images=count))
         tests.append(paired.assign(train_images=count))
-        sections.append(Section(count, name, table, paired, _behaviour(comparison, count)))
+        behaviour = _behaviour(comparison, count)
+        sections.append(Section(count, name, table, paired, behaviour, _fedavg_fp32(comparison.methods, found)))
     ablated = _ablations(comparison)
     unseen = pd.concat(
         [_unseen_table(_only(comparison.of_size(count).unseen, main)).assign(train_images=count)
@@ -156,6 +157,17 @@ def build_report(comparison: Comparison) -> Report:
     shown |= {f"Ablation: {what}": table for what, table in ablated.items()}
     html = render_html(shown, note=versions)
     return Report(_concat(tables), _concat(tests), unseen, page, html, figures)
+
+
+def _fedavg_fp32(methods: Mapping[str, Method], found: Frames) -> float | None:
+    """Return the bytes a site and round of the rows that are fedavg in fp32, the usual yardstick; None without one."""
+    names = [
+        name
+        for name, method in methods.items()
+        if method.strategy.name == "fedavg" and method.groups["federation"]["wire_dtype"] == "fp32"
+    ]
+    sent = _only(found.costs, names)[["bytes_up", "bytes_down"]].sum(axis=1, skipna=False)
+    return float(sent.mean()) if sent.notna().any() else None
 
 
 def _only(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
