@@ -148,6 +148,27 @@ def test_multi_class_masks_keep_their_classes(raw: Path) -> None:
     assert set(np.unique(prepared.arrays["masks"][prepared.manifest["image"] == "images/two.png"])) == {0, 1, 2}
 
 
+def test_rgb_palette_and_grey_masks_mix_within_a_site_and_the_manifest_says_what_was_applied(raw: Path) -> None:
+    (raw / SITE / "images").mkdir(exist_ok=True)
+    for stem in ("rgb", "palette"):
+        save(raw / SITE / "images" / f"{stem}.png", scan(len(stem)))
+    painted = np.zeros((24, 20, 3), np.uint8)
+    painted[8:16, 4:12] = 255, 128, 0
+    save(raw / SITE / "masks" / "rgb.bmp", painted)
+    indexed = Image.fromarray(spot(7)).convert("P")
+    indexed.putpalette([0, 0, 0] * 7 + [255, 128, 0])
+    indexed.save(raw / SITE / "masks" / "palette.png")
+    site_file(raw, "label_map: {255: 1, '#FF8000': 2}\n")
+
+    prepared = prepare(raw, CONFIG.model_copy(update={"classes": 2}))
+
+    rows = prepared.manifest.set_index("image")
+    held = {name: np.unique(prepared.arrays["masks"][row]).tolist() for name, row in rows["row"].items()}
+    assert (held["images/rgb.png"], held["images/palette.png"], held["images/p0_0.png"]) == ([0, 2], [0, 2], [0, 1])
+    assert json.loads(rows.loc["images/rgb.png", "label_map"]) == {"#ff8000": 2}
+    assert json.loads(rows.loc["images/p0_0.png", "label_map"]) == {"255": 1}
+
+
 def test_a_label_map_turns_raw_values_into_classes(raw: Path) -> None:
     mask = spot(128)
     mask[18:22] = 40

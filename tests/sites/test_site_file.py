@@ -35,6 +35,23 @@ def test_all_keys_are_read(tmp_path: Path) -> None:
     assert site_file.subject("p12_3") == "p12"
 
 
+def test_colours_stand_beside_numbers_in_either_case(tmp_path: Path) -> None:
+    (tmp_path / "site.yml").write_text("label_map: {85: 1, '#FF8000': 2, '#ff8000': 2, -1: 0}\n")
+
+    rule = read_site_file(tmp_path).label_rule
+
+    assert rule.numbers == {85: 1, -1: 0}
+    assert rule.colours == {"#ff8000": 2}
+    assert rule.threshold is None
+
+
+def test_a_colour_without_quotes_is_a_comment_and_said_to_be(tmp_path: Path) -> None:
+    (tmp_path / "site.yml").write_text("label_map:\n  #ff0000: 1\n")
+
+    with pytest.raises(DataError, match="a colour has to be quoted"):
+        read_site_file(tmp_path)
+
+
 def test_stems_and_subjects_of_digits_stay_text(tmp_path: Path) -> None:
     (tmp_path / "site.yml").write_text("subjects: {0012: 007, 1e3: 8}\n")
 
@@ -47,6 +64,11 @@ def test_stems_and_subjects_of_digits_stay_text(tmp_path: Path) -> None:
         ("labels: {1: 1}", "labels"),
         ("label_map: {a: 1}", "label_map"),
         ("label_map: {1: 300}", "label_map"),
+        ("label_map: {'#f00': 1}", "#rrggbb"),
+        ("label_map: {'#ff0000': 1, '#FF0000': 2}", "two classes, 1 and 2"),
+        ("mask_threshold: 0", "mask_threshold"),
+        ("mask_threshold: inf", "mask_threshold"),
+        ("mask_threshold: 128\nlabel_map: {1: 1}", "not both"),
         ("group: 'p[0-9]+'", "group"),
         ("group: '(a)(b)'", "group"),
         ("group: '('", "group"),

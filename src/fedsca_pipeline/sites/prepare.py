@@ -20,8 +20,9 @@ from fedsca_pipeline.files import fingerprint, sha256_file
 from fedsca_pipeline.sites.arrays import manifest_digest
 from fedsca_pipeline.sites.discovery import fingerprint_site
 from fedsca_pipeline.sites.geometry import fit_image, fit_mask, normalise
+from fedsca_pipeline.sites.labels import read_classes
 from fedsca_pipeline.sites.pairing import Broken, Pair, pair_files
-from fedsca_pipeline.sites.readers import BrokenSampleError, read_image, read_mask
+from fedsca_pipeline.sites.readers import BrokenSampleError, read_image
 from fedsca_pipeline.sites.site_file import SiteFile, read_site_file
 from fedsca_pipeline.sites.split import SPLITS, draw_split, split_targets
 
@@ -72,7 +73,7 @@ class Sample:
 
     pair: Pair
     subject: str
-    label_map: dict[int, int]
+    label_map: dict[str, int]
     sha256: str
     mask_sha256: str
     pixels: bytes
@@ -225,14 +226,13 @@ def read_samples(
             subject = site_file.subject(pair.stem)
             image = read_image(folder / pair.image)
             file = pair.mask
-            mask = read_mask(folder / pair.mask)
+            mask, label_map = read_classes(folder / pair.mask, site_file.label_rule, config.classes)
             if image.shape[:2] != mask.shape:
                 raise BrokenSampleError(
                     f"is {mask.shape[0]} x {mask.shape[1]} pixels (rows x columns), its image upright is "
                     f"{image.shape[0]} x {image.shape[1]}",
                     "export both at one size and orientation",
                 )
-            mask, label_map = _classes(mask, site_file.label_map, config.classes)
             if not config.allow_empty_masks and not mask.any():
                 raise BrokenSampleError("empty mask", "label it, or set preprocessing.allow_empty_masks: true")
             yield _sample(folder, pair, subject, image, mask, label_map, config)
@@ -246,7 +246,7 @@ def _sample(
     subject: str,
     image: np.ndarray,
     mask: np.ndarray,
-    label_map: dict[int, int],
+    label_map: dict[str, int],
     config: PreprocessingConfig,
 ) -> tuple[Sample, np.ndarray, np.ndarray]:
     levels, warnings = normalise(image, config.normalise)
@@ -271,24 +271,6 @@ def _sample(
         warnings=warnings,
     )
     return sample, fit_image(levels, config.image_size), small
-
-
-def _classes(mask: np.ndarray, label_map: Mapping[int, int], classes: int) -> tuple[np.ndarray, dict[int, int]]:
-    """Map raw values to 0..K, uint8; also returns the map that was applied."""
-    values, inverse = np.unique(mask, return_inverse=True)
-    present = [int(value) for value in values]
-    applied = dict(label_map)
-    if not applied and set(present) <= {0, 255}:
-        applied = {255: 1} if 255 in present else {}
-    mapped = [applied.get(value, value) for value in present]
-    unknown = [raw for raw, value in zip(present, mapped, strict=True) if not 0 <= value <= classes]
-    if unknown:
-        shown = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
-        raise BrokenSampleError(
-            f"unknown label value {shown} (classes are 0..{classes})",
-            "name it under label_map in the site's site.yml, or raise preprocessing.classes",
-        )
-    return np.array(mapped, np.uint8)[inverse].reshape(mask.shape), applied
 
 
 def _is_empty(sample: Sample) -> bool:

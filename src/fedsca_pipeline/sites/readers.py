@@ -49,15 +49,16 @@ def read_mask(path: Path) -> np.ndarray:
     Raises:
         BrokenSampleError: unreadable, JPEG (its compression alters labels), coloured, or not of whole numbers.
     """
-    if path.suffix.lower() in _LOSSY:
-        raise BrokenSampleError("a JPEG mask: its compression alters labels", "export the mask as PNG or TIFF")
+    refuse_lossy_mask(path)
     pixels = _read(path, labels=True)
     if pixels.ndim == 3:
         pixels = _drop_alpha(pixels)
     if pixels.ndim == 3:
         if (pixels != pixels[..., :1]).any():
             raise BrokenSampleError(
-                "a coloured mask: labels must be one number a pixel", "save it as grey or palette image, 0 = background"
+                "a coloured mask: labels must be one number a pixel",
+                "name its colours under label_map in the site's site.yml ('#ff0000': 1), or save it as grey or palette "
+                "image, 0 = background",
             )
         pixels = pixels[..., 0]
     return whole_numbers(pixels)
@@ -87,6 +88,19 @@ def whole_numbers(values: np.ndarray) -> np.ndarray:
             raise BrokenSampleError("mask values are not whole numbers", "save the mask as 8 or 16 bit integers")
         return values.astype(np.int64)
     return values
+
+
+def refuse_lossy_mask(path: Path) -> None:
+    """Do nothing for a mask whose format keeps labels.
+
+    Raises:
+        BrokenSampleError: a JPEG, whose compression alters them.
+    """
+    if path.suffix.lower() in _LOSSY:
+        raise BrokenSampleError(
+            "a JPEG mask: its compression alters labels",
+            "export the mask as PNG or TIFF; of two classes, set mask_threshold in the site's site.yml",
+        )
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedsca_pipeline.errors import DataError
+from fedsca_pipeline.sites.labels import LabelRule, number_of
 from fedsca_pipeline.sites.readers import BrokenSampleError
+
+Class = Annotated[int, Field(ge=0, le=254)]
 
 
 class SiteFile(BaseModel):
@@ -18,8 +21,12 @@ class SiteFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    label_map: dict[int, Annotated[int, Field(ge=0, le=254)]] = Field(
-        default_factory=dict, description="raw mask value: class; values not named stay as they are"
+    label_map: dict[int | str, Class] = Field(
+        default_factory=dict,
+        description="raw value or colour '#rrggbb': class; values not named stay as they are",
+    )
+    mask_threshold: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="of masks of two values: from this grey value on class 1"
     )
     group: str | None = Field(None, description="regular expression; its one group over the stem is the subject")
     subjects: dict[str, str] | None = Field(None, description="stem: subject, for every image")
@@ -27,6 +34,24 @@ class SiteFile(BaseModel):
         None, description="mm a pixel: [row, column]"
     )
     notes: str = ""
+
+    @field_validator("label_map", mode="before")
+    @classmethod
+    def _quoted(cls, value: Any) -> Any:
+        if value == "":
+            raise ValueError("is empty; a colour has to be quoted, '#ff0000': 1, or YAML takes it for a comment")
+        return value
+
+    @field_validator("label_map")
+    @classmethod
+    def _numbers_or_colours(cls, value: dict[int | str, int]) -> dict[int | str, int]:
+        found: dict[int | str, int] = {}
+        for raw, number in value.items():
+            key = _label_key(raw)
+            if found.get(key, number) != number:
+                raise ValueError(f"{raw} has two classes, {found[key]} and {number}")
+            found[key] = number
+        return found
 
     @field_validator("group")
     @classmethod
@@ -45,7 +70,18 @@ class SiteFile(BaseModel):
     def _one_rule(self) -> SiteFile:
         if self.group is not None and self.subjects is not None:
             raise ValueError("give group or subjects, not both")
+        if self.label_map and self.mask_threshold is not None:
+            raise ValueError("give label_map or mask_threshold, not both")
         return self
+
+    @property
+    def label_rule(self) -> LabelRule:
+        """How the site's masks are read."""
+        return LabelRule(
+            numbers={key: number for key, number in self.label_map.items() if isinstance(key, int)},
+            colours={key: number for key, number in self.label_map.items() if isinstance(key, str)},
+            threshold=self.mask_threshold,
+        )
 
     def subject(self, stem: str) -> str:
         """Return the subject of an image.
@@ -66,6 +102,16 @@ class SiteFile(BaseModel):
                 f"site.yml's group rule {self.group!r} finds no subject in {stem!r}", "mend the rule or the file name"
             )
         return match.group(1)
+
+
+def _label_key(raw: int | str) -> int | str:
+    """Return a key of ``label_map`` as number, or as colour in small letters."""
+    if isinstance(raw, int) or re.fullmatch(r"-?\d+", raw):
+        return int(raw)
+    if not raw.startswith("#"):
+        raise ValueError(f"{raw!r} is neither a whole number nor a colour '#rrggbb'")
+    number_of(raw)
+    return raw.lower()
 
 
 def read_site_file(folder: Path) -> SiteFile:

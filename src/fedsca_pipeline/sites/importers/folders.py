@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fedsca_pipeline.errors import ConfigError
 from fedsca_pipeline.sites.importers.labels import Label, colours, seen_values, stored_values, two_values
 from fedsca_pipeline.sites.importers.layout import Importer, Patterns
+from fedsca_pipeline.sites.labels import number_of
 
 Class = Annotated[int, Field(ge=0, le=254)]
 
@@ -94,10 +95,10 @@ def configure(source: Path, options: Mapping[str, str]) -> Importer:
 
 
 def _rgb(colour: str) -> tuple[int, int, int]:
-    digits = colour.removeprefix("#")
-    if len(digits) != 6 or any(digit not in "0123456789abcdefABCDEF" for digit in digits):
-        raise ConfigError(f"colours: {colour!r} is not a colour; write '#rrggbb'")
-    red, green, blue = bytes.fromhex(digits)
+    try:
+        red, green, blue = number_of(colour).to_bytes(3, "big")
+    except ValueError as error:
+        raise ConfigError(f"colours: {error}") from error
     return red, green, blue
 
 

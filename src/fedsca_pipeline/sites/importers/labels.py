@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedsca_pipeline.sites.labels import colour_of, look_up, packed
 from fedsca_pipeline.sites.readers import BrokenSampleError, read_image, read_mask
 
 Label = Callable[[tuple[Path, ...], tuple[int, int]], np.ndarray]
@@ -60,16 +61,10 @@ def stored_values(classes: Mapping[int, int]) -> Label:
 
 def colours(classes: Mapping[tuple[int, int, int], int]) -> Label:
     """The colour, of 8 bit channels, is a key of ``classes``; black is background if it is not named."""
-    named = {(red << 16) | (green << 8) | blue: number for (red, green, blue), number in classes.items()}
+    named = {0: 0, **{int(packed(np.array(colour, np.uint8))): number for colour, number in classes.items()}}
 
     def read(path: Path) -> np.ndarray:
-        pixels = read_image(path)
-        if pixels.ndim == 2:
-            pixels = np.repeat(pixels[..., None], 3, axis=2)
-        if pixels.dtype != np.uint8:
-            raise BrokenSampleError(f"a colour mask of {pixels.dtype}", "save it with 8 bit a channel")
-        red, green, blue = np.moveaxis(pixels.astype(np.int64), -1, 0)
-        return _mapped((red << 16) | (green << 8) | blue, {0: 0, **named}, write=lambda value: f"#{value:06x}")
+        return _mapped(packed(read_image(path)), named, write=colour_of)
 
     def label(paths: tuple[Path, ...], size: tuple[int, int]) -> np.ndarray:
         return _joined(paths, size, read)
@@ -109,12 +104,11 @@ def _one_channel(pixels: np.ndarray) -> np.ndarray:
 def _mapped(
     values: np.ndarray, classes: Mapping[int, int], write: Callable[[int], str] = lambda value: str(value)
 ) -> np.ndarray:
-    raw, places = np.unique(values, return_inverse=True)
-    if unknown := [int(value) for value in raw if int(value) not in classes]:
+    mask, unknown = look_up(values, classes)
+    if unknown:
         raise BrokenSampleError(
             f"mask values {', '.join(map(write, unknown[:5]))}{' and more' if len(unknown) > 5 else ''} mean nothing "
             f"in this layout, which has {', '.join(map(write, sorted(classes)))}",
             "look whether the file is a mask of this data set",
         )
-    numbers = np.array([classes[int(value)] for value in raw], np.uint8)
-    return numbers[places].reshape(values.shape)
+    return mask
