@@ -151,7 +151,7 @@ def test_multi_class_masks_keep_their_classes(raw: Path) -> None:
 def test_rgb_palette_and_grey_masks_mix_within_a_site_and_the_manifest_says_what_was_applied(raw: Path) -> None:
     (raw / SITE / "images").mkdir(exist_ok=True)
     for stem in ("rgb", "palette"):
-        save(raw / SITE / "images" / f"{stem}.png", scan(len(stem)))
+        save(raw / SITE / "images" / f"{stem}.png", scan(30 + len(stem)))
     painted = np.zeros((24, 20, 3), np.uint8)
     painted[8:16, 4:12] = 255, 128, 0
     save(raw / SITE / "masks" / "rgb.bmp", painted)
