@@ -33,24 +33,34 @@ def atomic_path(path: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
     temporary = folder / path.name
     try:
-        yield temporary
-        # safetensors makes files private to the user; results are ordinary files.
-        temporary.chmod(0o644)
-        _fsync(temporary)
-        temporary.replace(path)
-        _fsync(path.parent)
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        # A write that fails (a full disk) does not say of which file.
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        with name_the_file(path):
+            yield temporary
+            # safetensors makes files private to the user; results are ordinary files.
+            temporary.chmod(0o644)
+            _fsync(temporary)
+            temporary.replace(path)
+            _fsync(path.parent)
     finally:
         shutil.rmtree(folder)
 
 
-def remove_partial_files(folder: Path) -> None:
-    """Remove what killed commands left half-written below ``folder``, into which nobody else may be writing."""
-    for path in folder.rglob(".*.partial"):
+@contextmanager
+def name_the_file(path: Path) -> Iterator[None]:
+    """Put ``path`` into the OSError of a write that fails in the block: a full disk does not say of which file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def remove_partial_files(folder: Path, name: str = "*") -> None:
+    """Remove what killed commands left half-written below ``folder``, of all files or of those called ``name``.
+
+    Nobody else may be writing these.
+    """
+    for path in folder.rglob(f".{name}.partial"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

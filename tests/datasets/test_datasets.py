@@ -12,6 +12,7 @@ from fedsca_pipeline.datasets.documents import AtomicJSONDataset
 from fedsca_pipeline.datasets.figures import AtomicMatplotlibDataset, AtomicPlotlyDataset
 from fedsca_pipeline.datasets.folders import FolderDataset, SiteArraysDataset
 from fedsca_pipeline.datasets.tables import AtomicCSVDataset, PreviousCSVDataset
+from fedsca_pipeline.sites.array_writer import ArraysWriter
 
 
 def files_in(folder: Path) -> list[str]:
@@ -70,7 +71,9 @@ def test_arrays_load_as_the_path_of_one_file(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="--pipeline=preprocessing"):
         dataset.load()
 
-    dataset.save({"images": np.zeros((1, 3, 16, 16), np.uint8), "sizes": np.ones((1, 2), np.int32)})
+    with ArraysWriter(tmp_path, "site", 16) as writer:
+        writer.append(np.zeros((3, 16, 16), np.uint8), np.zeros((16, 16), np.uint8))
+        dataset.save(writer.finish([0], pd.DataFrame({"row": [0], "image": ["a.png"], "split": ["train"]})))
 
     assert dataset.load() == tmp_path / "site.safetensors"
     assert files_in(tmp_path) == ["site.safetensors"]

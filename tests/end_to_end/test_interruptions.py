@@ -54,10 +54,12 @@ def newer(place, pattern: str) -> Callable[[], bool]:
     return lambda: bool(seen() - before)
 
 
+GROWING = "05_model_input/.*.partial"
 CHECKPOINT = "07_model_output/checkpoints/*/server/round_*.safetensors"
 SITE_STATE = "07_model_output/checkpoints/*/sites/*/state_*.safetensors"
 # In the order of a run: once it has ended there is nothing left to kill.
 MOMENTS = (
+    GROWING,
     "05_model_input/*.safetensors",
     "06_models/run_description.json",
     SITE_STATE,
@@ -73,10 +75,11 @@ def kill_at(place, pattern: str, params: str, after: float) -> None:
     assert killed.code == -signal.SIGKILL, killed.output
 
 
-def test_a_run_killed_twice_ends_bit_for_bit_as_an_unbroken_one(sites, finished, rounds) -> None:
+def test_a_run_killed_three_times_ends_bit_for_bit_as_an_unbroken_one(sites, finished, rounds) -> None:
     params = f"federation.rounds={rounds}"
     delays = random.Random(1)
 
+    kill_at(sites, GROWING, params, 0.0)
     kill_at(sites, CHECKPOINT, params, delays.uniform(0.0, 0.3))
     kill_at(sites, SITE_STATE, params, delays.uniform(0.0, 0.1))
     resumed = sites.run(params=params)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kedro.io import AbstractDataset, DatasetError
 
 if TYPE_CHECKING:
-    import numpy as np
+    from fedsca_pipeline.sites.array_writer import ArraysFile
 
 
 class FolderDataset(AbstractDataset[Any, Path]):
@@ -35,8 +34,11 @@ class FolderDataset(AbstractDataset[Any, Path]):
         return {"path": str(self._path)}
 
 
-class SiteArraysDataset(AbstractDataset["Mapping[str, np.ndarray]", Path]):
-    """A site's cached arrays: saved atomically as one safetensors file, loaded as its path for memory-mapping."""
+class SiteArraysDataset(AbstractDataset["ArraysFile", Path]):
+    """A site's cached arrays: one safetensors file, loaded as its path for memory-mapping.
+
+    Saving moves a finished file here; it has to lie on the same disk.
+    """
 
     def __init__(self, filepath: str, metadata: dict[str, Any] | None = None) -> None:
         self._filepath = Path(filepath)
@@ -48,11 +50,9 @@ class SiteArraysDataset(AbstractDataset["Mapping[str, np.ndarray]", Path]):
             raise DatasetError(f"{self._filepath} is missing; run 'kedro run --pipeline=preprocessing' first")
         return self._filepath
 
-    def save(self, data: Mapping[str, np.ndarray]) -> None:
-        """Write the arrays."""
-        from fedsca_pipeline.sites.arrays import write_arrays
-
-        write_arrays(self._filepath, data)
+    def save(self, data: ArraysFile) -> None:
+        """Move the file here, atomically."""
+        data.move_to(self._filepath)
 
     def _exists(self) -> bool:
         return self._filepath.is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import pandas as pd
 from fedsca_pipeline.config import PreprocessingConfig
 from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.files import fingerprint, sha256_file
-from fedsca_pipeline.sites.arrays import manifest_digest
+from fedsca_pipeline.sites.array_writer import ArraysFile, ArraysWriter
 from fedsca_pipeline.sites.discovery import fingerprint_site
 from fedsca_pipeline.sites.geometry import fit_image, fit_mask, normalise
 from fedsca_pipeline.sites.labels import read_classes
@@ -55,20 +56,21 @@ class PreparedSite:
 
     ``manifest`` has one row an image, in stem order, with the columns of ``MANIFEST_DTYPES``: ``split`` is train,
     validation, test or unused; ``height`` and ``width`` are the valid area in the arrays; paths are relative to the
-    site folder. ``arrays`` holds ``images`` uint8 [N, 3, S, S], ``masks`` uint8 [N, S, S] (0 background, 1..K,
-    padding 0), ``sizes`` int32 [N, 2] and ``manifest`` uint8 [32], the manifest's digest. ``report`` is JSON-able.
+    site folder. ``arrays`` is a finished file of ``images`` uint8 [N, 3, S, S], ``masks`` uint8 [N, S, S] (0
+    background, 1..K, padding 0), ``sizes`` int32 [N, 2] and ``manifest`` uint8 [32], the manifest's digest.
+    ``report`` is JSON-able.
     """
 
     manifest: pd.DataFrame
-    arrays: dict[str, np.ndarray]
+    arrays: ArraysFile
     report: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A usable image and its mask, without their pixels; ``original`` is height and width, ``intensity`` raw extremes.
+    """A usable image and its mask, without their pixels.
 
-    ``class_pixels`` counts raw pixels of the classes 0..K.
+    ``original`` is height and width, ``fitted`` those in the arrays, ``intensity`` raw extremes. ``class_pixels`` counts raw pixels of the classes 0..K.
     """
 
     pair: Pair
@@ -79,6 +81,7 @@ class Sample:
     pixels: bytes
     """Digest of the decoded image: a copy saved in another format is a copy too."""
     original: tuple[int, int]
+    fitted: tuple[int, int]
     intensity: tuple[float, float]
     kind: str
     class_pixels: np.ndarray
@@ -108,13 +111,19 @@ def prepare_site(
     config: PreprocessingConfig,
     seed: int,
     previous_manifest: pd.DataFrame | None = None,
+    *,
+    scratch: Path | None = None,
 ) -> PreparedSite:
-    """Read, check, split and resize one site's images.
+    """Read, check, split and resize one site's images, in memory for one image however many there are.
+
+    The arrays grow in a hidden folder within ``scratch``, which is on the disk where they shall end up (left out: in
+    the system's folder for temporary files).
 
     Subjects in ``previous_manifest`` keep their split while seed, split settings and group rule are the same; under
     other settings all are drawn anew, which the report's warnings say.
 
     Raises:
+        OSError: the disk is full.
         DataError: broken files with ``on_bad_sample: fail``, too few usable images, only empty masks, no images or
             masks folder, a wrong ``site.yml``, or a split without images. The message names them and the cure.
     """
@@ -125,28 +134,18 @@ def prepare_site(
     pairs, broken = pair_files(folder)
     found = len(pairs) + sum(entry.file.startswith("images/") for entry in broken)
 
-    side = config.image_size
-    arrays = {
-        "images": np.zeros((len(pairs), 3, side, side), np.uint8),
-        "masks": np.zeros((len(pairs), side, side), np.uint8),
-        "sizes": np.zeros((len(pairs), 2), np.int32),
-    }
     samples: list[Sample] = []
-    for row, (sample, image, mask) in enumerate(read_samples(folder, pairs, site_file, config, broken)):
-        height, width = mask.shape
-        arrays["images"][row, :, :height, :width] = image
-        arrays["masks"][row, :height, :width] = mask
-        arrays["sizes"][row] = height, width
-        samples.append(sample)
+    with ArraysWriter(scratch or Path(tempfile.gettempdir()), site, config.image_size) as writer:
+        for sample, image, mask in read_samples(folder, pairs, site_file, config, broken):
+            writer.append(image, mask)
+            samples.append(sample)
 
-    settled = settle(site, samples, broken, site_file, config, seed, previous_manifest)
-    if settled.refusals:
-        raise DataError(settled.refusals[0])
-    whole = len(settled.rows) == len(samples)
-    arrays = {name: array[: len(settled.rows)] if whole else array[settled.rows] for name, array in arrays.items()}
-    samples = [samples[row] for row in settled.rows]
-    manifest = _manifest(site, samples, arrays["sizes"], settled)
-    arrays["manifest"] = manifest_digest(manifest)
+        settled = settle(site, samples, broken, site_file, config, seed, previous_manifest)
+        if settled.refusals:
+            raise DataError(settled.refusals[0])
+        samples = [samples[row] for row in settled.rows]
+        manifest = _manifest(site, samples, settled)
+        arrays = writer.finish(settled.rows, manifest)
     report = site_report(raw, site, found, samples, broken, settled, site_file, config, seed)
     return PreparedSite(manifest, arrays, report)
 
@@ -265,6 +264,7 @@ def _sample(
         mask_sha256=sha256_file(folder / pair.mask),
         pixels=pixels.digest(),
         original=(int(mask.shape[0]), int(mask.shape[1])),
+        fitted=(int(small.shape[0]), int(small.shape[1])),
         intensity=(float(image.min()), float(image.max())),
         kind=f"{image.dtype} {'grey' if image.ndim == 2 else 'RGB'}",
         class_pixels=counts,
@@ -398,7 +398,7 @@ def _shortfalls(site: str, config: PreprocessingConfig, splits: Mapping[str, str
     ]
 
 
-def _manifest(site: str, samples: Sequence[Sample], sizes: np.ndarray, settled: Settled) -> pd.DataFrame:
+def _manifest(site: str, samples: Sequence[Sample], settled: Settled) -> pd.DataFrame:
     rows = [
         {
             "site": site,
@@ -409,8 +409,8 @@ def _manifest(site: str, samples: Sequence[Sample], sizes: np.ndarray, settled: 
             "label_map": json.dumps(sample.label_map),
             "sha256": sample.sha256,
             "mask_sha256": sample.mask_sha256,
-            "height": int(sizes[row, 0]),
-            "width": int(sizes[row, 1]),
+            "height": sample.fitted[0],
+            "width": sample.fitted[1],
             "original_height": sample.original[0],
             "original_width": sample.original[1],
             "row": row,

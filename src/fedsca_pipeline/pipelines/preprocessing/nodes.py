@@ -17,14 +17,18 @@ def prepare_for(site: str) -> Callable[..., tuple[Any, Any, dict[str, Any]]]:
 
     def prepare(
         raw_sites: Path,
+        model_input: Path,
         demo_sites_summary: dict[str, Any],
         previous_manifest: Any,
         preprocessing: PreprocessingConfig,
         run: RunConfig,
     ) -> tuple[Any, Any, dict[str, Any]]:
+        from fedsca_pipeline.files import remove_partial_files
         from fedsca_pipeline.sites.prepare import prepare_site
 
-        prepared = prepare_site(raw_sites, site, preprocessing, run.seed, previous_manifest)
+        # What a killed command left of this site may be as large as all its arrays.
+        remove_partial_files(model_input, f"{site}.*")
+        prepared = prepare_site(raw_sites, site, preprocessing, run.seed, previous_manifest, scratch=model_input)
         broken = prepared.report["broken"]
         logger.info("%s: %d images, %d broken", site, len(prepared.manifest), len(broken))
         for entry in broken:

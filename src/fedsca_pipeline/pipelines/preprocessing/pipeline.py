@@ -17,6 +17,7 @@ def create_pipeline(sites: Sequence[str]) -> Pipeline:
                 prepare_for(site),
                 inputs=[
                     "raw_sites",
+                    "model_input",
                     "demo_sites_summary",
                     f"{site}.previous_manifest",
                     "params:preprocessing",
