@@ -70,7 +70,8 @@ class PreparedSite:
 class Sample:
     """A usable image and its mask, without their pixels.
 
-    ``original`` is height and width, ``fitted`` those in the arrays, ``intensity`` raw extremes. ``class_pixels`` counts raw pixels of the classes 0..K.
+    ``original`` is height and width, ``fitted`` those in the arrays, ``intensity`` raw extremes. ``class_pixels``
+    counts raw pixels of the classes 0..K.
     """
 
     pair: Pair
