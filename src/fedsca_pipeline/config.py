@@ -10,9 +10,11 @@ import math
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+# What MLflow allows in the name of a metric, and file systems in a path.
+ClassName = Annotated[str, StringConstraints(pattern=r"^\w[\w .-]{0,39}$", strip_whitespace=True)]
 Positive = Annotated[float, Field(gt=0.0)]
 
 T = TypeVar("T")
@@ -89,11 +91,29 @@ class PreprocessingConfig(_Config):
 
     image_size: int = Field(256, ge=16, le=4096, multiple_of=16, description="pixels; images are padded to a square")
     classes: int = Field(1, ge=1, le=254, description="K, the number of foreground classes")
+    class_names: tuple[ClassName, ...] | None = Field(
+        None, description="K names, class 1 first, for tables, figures and metrics; null: class 1, class 2, ..."
+    )
     normalise: NormaliseConfig = NormaliseConfig()
     split: SplitConfig = SplitConfig()
     on_bad_sample: Literal["fail", "quarantine"] = "fail"
     allow_empty_masks: bool = True
     min_images: int = Field(4, ge=3, description="a site with fewer usable images is broken")
+
+    @model_validator(mode="after")
+    def _named(self) -> PreprocessingConfig:
+        if self.class_names is not None and len(self.class_names) != self.classes:
+            raise ValueError(
+                f"class_names: {len(self.class_names)} names for {self.classes} classes; name each, or none"
+            )
+        if self.class_names is not None and len(set(self.class_names)) < self.classes:
+            raise ValueError("class_names: two classes have one name")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the classes are called, class 1 first."""
+        return self.class_names or tuple(f"class {label}" for label in range(1, self.classes + 1))
 
 
 class FoundationConfig(_Config):

@@ -136,6 +136,7 @@ def make_site(tmp_path: Path) -> Callable[..., tuple[Path, pd.DataFrame]]:
                 "height": SIDE,
                 "width": SIDE,
                 "row": range(count),
+                "classes": "[1]",
             }
         )
         path = tmp_path / f"{name}.safetensors"

@@ -51,6 +51,7 @@ def write_site(tmp_path: Path) -> Callable[..., tuple[Path, pd.DataFrame]]:
                 "subject": stems,
                 "image": [f"images/{stem}.png" for stem in stems],
                 "split": splits,
+                "classes": "[1]",
                 "height": SIDE,
                 "width": SIDE,
                 "row": range(count),

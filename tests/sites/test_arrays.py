@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.sites import arrays as arrays_module
-from fedsca_pipeline.sites.arrays import SiteArrays, manifest_digest, write_arrays
+from fedsca_pipeline.sites.arrays import (
+    PooledArrays,
+    SiteArrays,
+    known_classes,
+    manifest_digest,
+    scored_classes,
+    write_arrays,
+)
 
 COUNT, SIDE = 6, 16
 
@@ -35,6 +42,7 @@ def manifest() -> pd.DataFrame:
             "subject": ["007", "007", "b", "c", "d", "e"],
             "split": ["train", "train", "test", "validation", "train", "unused"],
             "row": [5, 0, 1, 2, 3, 4],
+            "classes": ["[1]", "[]", "[1, 3]", "[2]", "[2, 1]", "[5]"],
         }
     )
 
@@ -53,6 +61,38 @@ def test_splits_list_rows_subjects_and_names_in_manifest_order(path: Path, manif
     assert site.names("train") == ["scan.0", "scan.1", "scan.4"]
     assert site.rows("nothing").tolist() == []
     assert (len(site), site.image_size) == (COUNT, SIDE)
+
+
+def test_classes_are_those_in_the_masks_of_the_named_splits(path: Path, manifest: pd.DataFrame) -> None:
+    site = SiteArrays(path, manifest)
+
+    assert site.classes("train") == (1, 2)
+    assert site.classes("train", "validation") == (1, 2)
+    assert site.classes("test") == (1, 3)
+    assert site.classes("nothing") == ()
+    assert site.classes() == (1, 2, 3, 5)
+    assert (known_classes(site, 5), scored_classes(site, 5)) == ((1, 2), (1, 2, 3, 5))
+
+
+def test_other_splits_have_other_classes_and_the_site_the_same(path: Path, manifest: pd.DataFrame) -> None:
+    site = SiteArrays(path, manifest).with_splits({"train": [0], "test": [1, 2]})
+
+    assert site.classes("train") == ()
+    assert site.classes("test") == (1, 2, 3)
+    assert (known_classes(site, 5), scored_classes(site, 5)) == ((1, 2, 3, 4, 5), (1, 2, 3, 5))
+
+
+def test_pooled_sites_have_the_classes_of_any(path: Path, manifest: pd.DataFrame) -> None:
+    whole = SiteArrays(path, manifest)
+    pooled = PooledArrays([whole.with_splits({"train": [1]}), whole.with_splits({"train": [2], "test": [4]})], [6, 6])
+
+    assert pooled.classes("train") == (1, 2, 3)
+    assert pooled.classes("validation") == ()
+
+
+def test_a_manifest_without_classes_is_refused_when_it_is_asked(path: Path, manifest: pd.DataFrame) -> None:
+    with pytest.raises(DataError, match=r"no column classes.*preprocessing"):
+        SiteArrays(path, manifest.drop(columns="classes")).classes()
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -169,6 +169,28 @@ def test_rgb_palette_and_grey_masks_mix_within_a_site_and_the_manifest_says_what
     assert json.loads(rows.loc["images/p0_0.png", "label_map"]) == {"255": 1}
 
 
+def test_the_manifest_names_the_classes_of_each_image_and_the_report_those_that_are_not_there(raw: Path) -> None:
+    site_file(raw, "label_map: {255: 1}\n")
+    config = CONFIG.model_copy(update={"classes": 3, "class_names": ("tumour", "cyst", "vessel")})
+    for name, split in splits(prepare(raw, config)).items():
+        if split == "test":
+            save(raw / SITE / "masks" / Path(name).name, spot(3))
+    save(raw / SITE / "masks" / "p0_0.png", spot(0))
+
+    prepared = prepare(raw, config)
+
+    told = dict(zip(prepared.manifest["image"], prepared.manifest["classes"], strict=True))
+    assert told["images/p0_0.png"] == "[]"
+    assert {told[name] for name, split in splits(prepared).items() if split == "test"} - {"[]"} == {"[3]"}
+    assert prepared.report["warnings"] == [
+        "cyst: in no mask, so it is neither trained nor scored here",
+        "vessel: in no mask of training and validation, so it is scored here, but never predicted",
+    ]
+    with_column = stored(prepared.manifest)
+    write_arrays(raw.parent / "north.safetensors", prepared.arrays)
+    assert SiteArrays(raw.parent / "north.safetensors", with_column).classes() == (1, 3)
+
+
 def test_a_label_map_turns_raw_values_into_classes(raw: Path) -> None:
     mask = spot(128)
     mask[18:22] = 40

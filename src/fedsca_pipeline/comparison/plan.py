@@ -243,7 +243,11 @@ def _cell(method: Method, setting: Setting, seed: int, count: int | None, rate: 
         key: value for key, value in groups["federation"].items() if key not in CHANGES_NO_NUMBER
     } | {"strategy": method.strategy.name}
     options = method.strategy.options.model_dump(mode="json", exclude_defaults=True)
-    fixed = {name: setting.base[name] for name in ("preprocessing", "foundation")}
+    # What classes are called changes no number.
+    fixed = {
+        "preprocessing": {**setting.base["preprocessing"], "class_names": None},
+        "foundation": setting.base["foundation"],
+    }
     description = {
         "configuration": {
             **{name: _told(name, values) for name, values in {**fixed, **groups}.items()},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,6 +31,10 @@ class Arrays(Protocol):
         """Return the image stem of each of ``rows(split)``."""
         ...
 
+    def classes(self, *splits: str) -> tuple[int, ...]:
+        """Return the classes, of 1..K, in the masks of these splits, sorted; in all masks where no split is named."""
+        ...
+
     def batch(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Read these rows: images uint8 [B, 3, S, S], masks uint8 [B, S, S], bool [B, S, S] True off the padding."""
         ...
@@ -51,6 +55,8 @@ class SiteArrays:
         self._splits = manifest["split"].to_numpy(dtype=object)
         self._rows = manifest["row"].to_numpy(dtype=np.int64)
         self._subjects = [str(subject) for subject in manifest["subject"]]
+        # Only what trains or is scored asks for classes.
+        self._classes = manifest.get("classes")
         self._names = [split_name(PurePosixPath(image).name)[0] for image in manifest["image"]]
         try:
             self._file = safe_open(path, framework="numpy")
@@ -88,6 +94,16 @@ class SiteArrays:
     def names(self, split: str) -> list[str]:
         """Return the image stem of each of ``rows(split)``."""
         return [name for name, own in zip(self._names, self._splits, strict=True) if own == split]
+
+    def classes(self, *splits: str) -> tuple[int, ...]:
+        """Return the classes, of 1..K, in the masks of these splits, sorted; in all masks where no split is named.
+
+        Raises:
+            DataError: an older version made the manifest, which does not say.
+        """
+        if self._classes is None:
+            raise self._unusable("its manifest has no column classes")
+        return classes_in(self._classes[np.isin(self._splits, splits)] if splits else self._classes)
 
     def with_splits(self, splits: Mapping[str, Sequence[int]]) -> SiteArrays:
         """Return the same images in other splits: of each name these rows; rows that are not named are in none."""
@@ -140,6 +156,10 @@ class PooledArrays:
         """Return the image stem of each of ``rows(split)``; two sites may have the same."""
         return [name for site in self._sites for name in site.names(split)]
 
+    def classes(self, *splits: str) -> tuple[int, ...]:
+        """Return the classes in the masks of these splits at any of the sites; see ``Arrays``."""
+        return tuple(sorted({label for site in self._sites for label in site.classes(*splits)}))
+
     def batch(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Read these rows, in this order; see ``Arrays``. No row: IndexError, for nobody knows the image size."""
         owners = np.searchsorted(self._starts, rows, side="right") - 1
@@ -148,6 +168,24 @@ class PooledArrays:
             raise IndexError("no row to read")
         images, masks, valid = (np.concatenate(part) for part in zip(*parts, strict=True))
         return images, masks, valid
+
+
+def classes_in(column: Iterable[str]) -> tuple[int, ...]:
+    """Return the classes that cells of a manifest's column ``classes`` name, sorted; none for no cell."""
+    return tuple(sorted({label for cell in column for label in json.loads(cell)}))
+
+
+def known_classes(data: Arrays, classes: int) -> tuple[int, ...]:
+    """Return the classes that a site can learn: those in its training and validation masks.
+
+    All of 1..``classes`` where every such mask is empty: that says of each class alike that it was not there.
+    """
+    return data.classes("train", "validation") or tuple(range(1, classes + 1))
+
+
+def scored_classes(data: Arrays, classes: int) -> tuple[int, ...]:
+    """Return the classes that a site is scored on: those in any of its masks; all of 1..``classes`` if that is none."""
+    return data.classes() or tuple(range(1, classes + 1))
 
 
 def manifest_digest(manifest: pd.DataFrame) -> np.ndarray:

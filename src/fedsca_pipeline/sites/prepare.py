@@ -35,6 +35,7 @@ MANIFEST_DTYPES: Mapping[str, str] = MappingProxyType(
         "mask": "str",
         "split": "str",
         "label_map": "str",
+        "classes": "str",
         "sha256": "str",
         "mask_sha256": "str",
         "height": "int64",
@@ -55,10 +56,10 @@ class PreparedSite:
     """What the later stages need of one site.
 
     ``manifest`` has one row an image, in stem order, with the columns of ``MANIFEST_DTYPES``: ``split`` is train,
-    validation, test or unused; ``height`` and ``width`` are the valid area in the arrays; paths are relative to the
-    site folder. ``arrays`` is a finished file of ``images`` uint8 [N, 3, S, S], ``masks`` uint8 [N, S, S] (0
-    background, 1..K, padding 0), ``sizes`` int32 [N, 2] and ``manifest`` uint8 [32], the manifest's digest.
-    ``report`` is JSON-able.
+    validation, test or unused; ``classes`` a JSON list of the classes in the resized mask; ``height`` and ``width`` are
+    the valid area in the arrays; paths are relative to the site folder. ``arrays`` is a finished file of ``images``
+    uint8 [N, 3, S, S], ``masks`` uint8 [N, S, S] (0 background, 1..K, padding 0), ``sizes`` int32 [N, 2] and
+    ``manifest`` uint8 [32], the manifest's digest. ``report`` is JSON-able.
     """
 
     manifest: pd.DataFrame
@@ -71,7 +72,7 @@ class Sample:
     """A usable image and its mask, without their pixels.
 
     ``original`` is height and width, ``fitted`` those in the arrays, ``intensity`` raw extremes. ``class_pixels``
-    counts raw pixels of the classes 0..K.
+    counts raw pixels of the classes 0..K; ``classes`` are those of 1..K that the resized mask shows.
     """
 
     pair: Pair
@@ -86,6 +87,7 @@ class Sample:
     intensity: tuple[float, float]
     kind: str
     class_pixels: np.ndarray
+    classes: tuple[int, ...]
     warnings: list[str]
 
 
@@ -210,7 +212,7 @@ def settle(
     if kept:
         try:
             splits = _draw(site, kept, config, seed, previous)
-            warnings += _shortfalls(site, config, splits)
+            warnings += _shortfalls(site, config, splits) + _absent_classes(config, kept, splits)
         except DataError as error:
             refusals.append(str(error))
     return Settled(rows, splits, settings, drawn, warnings, refusals)
@@ -269,6 +271,7 @@ def _sample(
         intensity=(float(image.min()), float(image.max())),
         kind=f"{image.dtype} {'grey' if image.ndim == 2 else 'RGB'}",
         class_pixels=counts,
+        classes=tuple(int(label) for label in np.unique(small) if label),
         warnings=warnings,
     )
     return sample, fit_image(levels, config.image_size), small
@@ -399,6 +402,22 @@ def _shortfalls(site: str, config: PreprocessingConfig, splits: Mapping[str, str
     ]
 
 
+def _absent_classes(config: PreprocessingConfig, samples: Sequence[Sample], splits: Mapping[str, str]) -> list[str]:
+    if config.classes == 1:
+        return []
+    there = {label for sample in samples for label in sample.classes}
+    known = {
+        label for sample in samples for label in sample.classes if splits[sample.pair.image] in ("train", "validation")
+    }
+    warnings = []
+    for label, name in enumerate(config.names, start=1):
+        if label not in there:
+            warnings.append(f"{name}: in no mask, so it is neither trained nor scored here")
+        elif label not in known:
+            warnings.append(f"{name}: in no mask of training and validation, so it is scored here, but never predicted")
+    return warnings
+
+
 def _manifest(site: str, samples: Sequence[Sample], settled: Settled) -> pd.DataFrame:
     rows = [
         {
@@ -408,6 +427,7 @@ def _manifest(site: str, samples: Sequence[Sample], settled: Settled) -> pd.Data
             "mask": sample.pair.mask,
             "split": settled.splits[sample.pair.image],
             "label_map": json.dumps(sample.label_map),
+            "classes": json.dumps(sample.classes),
             "sha256": sample.sha256,
             "mask_sha256": sample.mask_sha256,
             "height": sample.fitted[0],
