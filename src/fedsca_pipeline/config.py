@@ -86,6 +86,26 @@ class SplitConfig(_Config):
         return self
 
 
+class VolumeConfig(_Config):
+    """``preprocessing.volume``: how a volume becomes slices, of which each is an image."""
+
+    axis: Literal[0, 1, 2] = Field(2, description="of RAS+, to cut along: 0 sagittal, 1 coronal, 2 axial slices")
+    channels: Literal[1, 3] = Field(1, description="1: the slice alone; 3: the slice between its two neighbours")
+    modalities: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None,
+        min_length=1,
+        max_length=3,
+        description="indices of the fourth axis, as channels; null: there is none",
+    )
+    empty_slices: Fraction = Field(1.0, description="share of a training volume's slices without foreground to keep")
+
+    @model_validator(mode="after")
+    def _three_channels(self) -> VolumeConfig:
+        if self.channels == 3 and len(self.modalities or ()) > 1:
+            raise ValueError("channels: 3 takes neighbouring slices of one modality; name one, or set channels: 1")
+        return self
+
+
 class PreprocessingConfig(_Config):
     """``preprocessing``: from raw site folders to cached arrays."""
 
@@ -95,6 +115,7 @@ class PreprocessingConfig(_Config):
         None, description="K names, class 1 first, for tables, figures and metrics; null: class 1, class 2, ..."
     )
     normalise: NormaliseConfig = NormaliseConfig()
+    volume: VolumeConfig = VolumeConfig()
     split: SplitConfig = SplitConfig()
     on_bad_sample: Literal["fail", "quarantine"] = "fail"
     allow_empty_masks: bool = True
@@ -219,6 +240,7 @@ class EvaluationConfig(_Config):
     threshold: float = Field(0.5, gt=0.0, lt=1.0, description="sigmoid head: probability above which a pixel is in")
     every: int = Field(1, ge=1, le=100_000, description="rounds from one validation to the next; the last is validated")
     after_training: bool = Field(True, description="whether a site validates right after local training, too")
+    surface_tolerance: Positive = Field(2.0, description="mm; surfaces of volumes nearer than this agree (NSD)")
 
 
 class MethodConfig(_Config):

@@ -28,7 +28,7 @@ class Arrays(Protocol):
         ...
 
     def names(self, split: str) -> list[str]:
-        """Return the image stem of each of ``rows(split)``."""
+        """Return the image's stem, or ``<stem>#<slice>``, of each of ``rows(split)``."""
         ...
 
     def classes(self, *splits: str) -> tuple[int, ...]:
@@ -57,7 +57,7 @@ class SiteArrays:
         self._subjects = [str(subject) for subject in manifest["subject"]]
         # Only what trains or is scored asks for classes.
         self._classes = manifest.get("classes")
-        self._names = [split_name(PurePosixPath(image).name)[0] for image in manifest["image"]]
+        self._names = sample_names(manifest)
         try:
             self._file = safe_open(path, framework="numpy")
             self._images = self._file.get_slice("images")
@@ -92,7 +92,7 @@ class SiteArrays:
         return [subject for subject, own in zip(self._subjects, self._splits, strict=True) if own == split]
 
     def names(self, split: str) -> list[str]:
-        """Return the image stem of each of ``rows(split)``."""
+        """Return the image's stem, or ``<stem>#<slice>``, of each of ``rows(split)``."""
         return [name for name, own in zip(self._names, self._splits, strict=True) if own == split]
 
     def classes(self, *splits: str) -> tuple[int, ...]:
@@ -188,9 +188,21 @@ def scored_classes(data: Arrays, classes: int) -> tuple[int, ...]:
     return data.classes() or tuple(range(1, classes + 1))
 
 
+def sample_names(manifest: pd.DataFrame) -> list[str]:
+    """Return the name of each row in tables: the image's stem, of a slice ``<stem>#<index>``, three digits or more."""
+    stems = [split_name(PurePosixPath(image).name)[0] for image in manifest["image"]]
+    return [stem if index < 0 else f"{stem}#{index:03d}" for stem, index in zip(stems, _slices(manifest), strict=True)]
+
+
+def _slices(manifest: pd.DataFrame) -> list[int]:
+    # A manifest of before there were volumes has no such column.
+    return manifest["slice"].tolist() if "slice" in manifest else [-1] * len(manifest)
+
+
 def manifest_digest(manifest: pd.DataFrame) -> np.ndarray:
     """Return what ties arrays to their manifest, uint8 [32]: SHA-256 over which image stands in which row and split."""
     rows = manifest[["row", "image", "split"]].astype(str).to_numpy().tolist()
+    rows = [row if index < 0 else [*row, str(index)] for row, index in zip(rows, _slices(manifest), strict=True)]
     return np.frombuffer(hashlib.sha256(json.dumps(rows).encode()).digest(), np.uint8)
 
 

@@ -22,8 +22,9 @@ from fedsca_pipeline.config import DemoSitesConfig
 from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.files import write_bytes
 from fedsca_pipeline.sites.discovery import DEMO_SITES, SITES_READY, discover_sites, settle_sites
+from fedsca_pipeline.sites.pairing import SUFFIXES
 from fedsca_pipeline.sites.phantoms import Phantom, make_phantom
-from fedsca_pipeline.sites.readers import READERS, split_name
+from fedsca_pipeline.sites.readers import split_name
 
 _EMPTY_EVERY = 10
 
@@ -80,7 +81,7 @@ def write_demo_sites(raw: Path, config: DemoSitesConfig) -> dict[str, dict[str, 
 def _count(folder: Path) -> int:
     if not folder.is_dir():
         return 0
-    return sum(split_name(path.name)[1] in READERS for path in folder.iterdir() if not path.name.startswith("."))
+    return sum(split_name(path.name)[1] in SUFFIXES for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _write_site(folder: Path, index: int, scanner: _Scanner, config: DemoSitesConfig) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fedsca_pipeline.sites.readers import BrokenSampleError, read_image, read_mask, refuse_lossy_mask
+from fedsca_pipeline.sites.volumes import Volume, read_volume_mask
 
 _COLOUR = re.compile(r"#[0-9a-f]{6}")
 _SHOWN = 8
@@ -48,8 +49,21 @@ def read_classes(path: Path, rule: LabelRule, classes: int) -> tuple[np.ndarray,
     return by_number(read_mask(path), rule.numbers, classes)
 
 
+def read_volume_classes(path: Path, image: Volume, rule: LabelRule, classes: int) -> tuple[np.ndarray, dict[str, int]]:
+    """Read the mask of a volume as classes uint8 [X, Y, Z], as ``read_classes`` does that of a flat image.
+
+    Raises:
+        BrokenSampleError: as ``volumes.read_volume_mask``, or a value has no class in 0..``classes``.
+    """
+    values = read_volume_mask(path, image)
+    if rule.threshold is None:
+        return by_number(values, rule.numbers, classes)
+    mask, applied = by_threshold(values.reshape(len(values), -1), rule.threshold)
+    return mask.reshape(values.shape), applied
+
+
 def by_number(values: np.ndarray, numbers: Mapping[int, int], classes: int) -> tuple[np.ndarray, dict[str, int]]:
-    """Map integers [H, W] to classes; see ``LabelRule.numbers`` and ``read_classes``."""
+    """Map integers, of any shape, to classes; see ``LabelRule.numbers`` and ``read_classes``."""
     applied = dict(numbers)
     if not applied and values.size and values.max() == 255 and set(np.unique(values).tolist()) <= {0, 255}:
         applied = {255: 1}

@@ -8,6 +8,10 @@ from pathlib import Path
 
 from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.sites.readers import READERS, BrokenSampleError, no_reader, split_name
+from fedsca_pipeline.sites.volumes import IMAGE_READERS, is_volume
+
+SUFFIXES: tuple[str, ...] = (*READERS, *IMAGE_READERS)
+"""Of every file that is read, flat images first."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ def pair_files(folder: Path) -> tuple[list[Pair], list[Broken]]:
         if len(here) == len(there) == 1:
             pairs.append(Pair(stem, here[0], there[0]))
         elif not there:
-            cure = f"add masks/{stem}.png (all zero if it shows none) or take the image away"
+            suffix = ".nii.gz" if is_volume(here[0]) else ".png"
+            cure = f"add masks/{stem}{suffix} (all zero if it shows none) or take the image away"
             broken.extend(Broken(file, "image without a mask", cure) for file in here)
         elif not here:
             broken.extend(Broken(file, "mask without an image", f"add images/{stem}.* or rename it") for file in there)
@@ -84,8 +89,8 @@ def _by_stem(folder: Path, kind: str, broken: list[Broken]) -> dict[str, list[st
             broken.append(Broken(file, "a link that leads out of the site folder", "copy the file itself here"))
         elif path.is_dir():
             broken.append(Broken(file, f"a folder within {kind}/ is not read", f"move its files up into {kind}/"))
-        elif suffix not in READERS:
-            broken.append(Broken.of(file, no_reader(suffix)))
+        elif suffix not in SUFFIXES:
+            broken.append(Broken.of(file, no_reader(suffix, SUFFIXES)))
         else:
             found[stem].append(file)
     if empty:

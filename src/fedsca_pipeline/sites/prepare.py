@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -17,14 +16,14 @@ import pandas as pd
 
 from fedsca_pipeline.config import PreprocessingConfig
 from fedsca_pipeline.errors import DataError
-from fedsca_pipeline.files import fingerprint, sha256_file
+from fedsca_pipeline.files import fingerprint
 from fedsca_pipeline.sites.array_writer import ArraysFile, ArraysWriter
 from fedsca_pipeline.sites.discovery import fingerprint_site
-from fedsca_pipeline.sites.geometry import fit_image, fit_mask, normalise
-from fedsca_pipeline.sites.labels import read_classes
-from fedsca_pipeline.sites.pairing import Broken, Pair, pair_files
-from fedsca_pipeline.sites.readers import BrokenSampleError, read_image
+from fedsca_pipeline.sites.pairing import Broken, pair_files
+from fedsca_pipeline.sites.readers import split_name
+from fedsca_pipeline.sites.samples import Sample, read_samples
 from fedsca_pipeline.sites.site_file import SiteFile, read_site_file
+from fedsca_pipeline.sites.slices import choose_slices
 from fedsca_pipeline.sites.split import SPLITS, draw_split, split_targets
 
 MANIFEST_DTYPES: Mapping[str, str] = MappingProxyType(
@@ -43,6 +42,8 @@ MANIFEST_DTYPES: Mapping[str, str] = MappingProxyType(
         "original_height": "int64",
         "original_width": "int64",
         "row": "int64",
+        "volume": "str",
+        "slice": "int64",
         "split_settings": "str",
     }
 )
@@ -55,9 +56,10 @@ _LISTED = 20
 class PreparedSite:
     """What the later stages need of one site.
 
-    ``manifest`` has one row an image, in stem order, with the columns of ``MANIFEST_DTYPES``: ``split`` is train,
-    validation, test or unused; ``classes`` a JSON list of the classes in the resized mask; ``height`` and ``width`` are
-    the valid area in the arrays; paths are relative to the site folder. ``arrays`` is a finished file of ``images``
+    ``manifest`` has one row an image, or slice of a volume, in stem order, with the columns of ``MANIFEST_DTYPES``:
+    ``split`` is train, validation, test or unused; ``classes`` a JSON list of the classes in the resized mask;
+    ``height`` and ``width`` are the valid area in the arrays; paths are relative to the site folder; ``volume`` is the
+    stem of a slice's volume, "" for a flat image, whose ``slice`` is -1. ``arrays`` is a finished file of ``images``
     uint8 [N, 3, S, S], ``masks`` uint8 [N, S, S] (0 background, 1..K, padding 0), ``sizes`` int32 [N, 2] and
     ``manifest`` uint8 [32], the manifest's digest. ``report`` is JSON-able.
     """
@@ -68,40 +70,18 @@ class PreparedSite:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A usable image and its mask, without their pixels.
-
-    ``original`` is height and width, ``fitted`` those in the arrays, ``intensity`` raw extremes. ``class_pixels``
-    counts raw pixels of the classes 0..K; ``classes`` are those of 1..K that the resized mask shows.
-    """
-
-    pair: Pair
-    subject: str
-    label_map: dict[str, int]
-    sha256: str
-    mask_sha256: str
-    pixels: bytes
-    """Digest of the decoded image: a copy saved in another format is a copy too."""
-    original: tuple[int, int]
-    fitted: tuple[int, int]
-    intensity: tuple[float, float]
-    kind: str
-    class_pixels: np.ndarray
-    classes: tuple[int, ...]
-    warnings: list[str]
-
-
-@dataclass(frozen=True)
 class Settled:
     """What becomes of the samples that were read.
 
-    ``rows`` are those to keep, in order; ``splits`` is by image path, empty where none could be drawn; ``settings`` and
-    ``drawn`` say by what and how they were drawn. ``refusals`` say why the site cannot train, with the cure, the first
-    reason first.
+    ``rows`` are those to keep, in order; ``splits`` is by image path, empty where none could be drawn; ``planes`` are,
+    by image path too, which rows of the sample stay in the arrays: of a training volume not every empty slice;
+    ``settings`` and ``drawn`` say by what and how splits were drawn. ``refusals`` say why the site cannot train, with
+    the cure, the first reason first.
     """
 
     rows: list[int]
     splits: dict[str, str]
+    planes: dict[str, list[int]]
     settings: str
     drawn: str
     warnings: list[str]
@@ -117,7 +97,7 @@ def prepare_site(
     *,
     scratch: Path | None = None,
 ) -> PreparedSite:
-    """Read, check, split and resize one site's images, in memory for one image however many there are.
+    """Read, check, split and resize one site's images, in memory for one image, or volume, however many there are.
 
     The arrays grow in a hidden folder within ``scratch``, which is on the disk where they shall end up (left out: in
     the system's folder for temporary files).
@@ -139,16 +119,18 @@ def prepare_site(
 
     samples: list[Sample] = []
     with ArraysWriter(scratch or Path(tempfile.gettempdir()), site, config.image_size) as writer:
-        for sample, image, mask in read_samples(folder, pairs, site_file, config, broken):
-            writer.append(image, mask)
+        for sample, planes in read_samples(folder, pairs, site_file, config, broken):
+            for image, mask in planes:
+                writer.append(image, mask)
             samples.append(sample)
 
         settled = settle(site, samples, broken, site_file, config, seed, previous_manifest)
         if settled.refusals:
             raise DataError(settled.refusals[0])
+        rows = _array_rows(samples, settled)
         samples = [samples[row] for row in settled.rows]
         manifest = _manifest(site, samples, settled)
-        arrays = writer.finish(settled.rows, manifest)
+        arrays = writer.finish(rows, manifest)
     report = site_report(raw, site, found, samples, broken, settled, site_file, config, seed)
     return PreparedSite(manifest, arrays, report)
 
@@ -178,6 +160,7 @@ def site_report(
         },
         "empty_masks": sum(_is_empty(sample) for sample in samples),
         **_summary(samples, config.classes),
+        **_volumes(samples, settled),
         "split": {
             **_split_settings(site, config, seed, site_file),
             "settings": settled.settings,
@@ -215,66 +198,23 @@ def settle(
             warnings += _shortfalls(site, config, splits) + _absent_classes(config, kept, splits)
         except DataError as error:
             refusals.append(str(error))
-    return Settled(rows, splits, settings, drawn, warnings, refusals)
+    planes = {sample.pair.image: _planes_to_keep(site, sample, splits, config, seed) for sample in kept}
+    return Settled(rows, splits, planes, settings, drawn, warnings, refusals)
 
 
-def read_samples(
-    folder: Path, pairs: Sequence[Pair], site_file: SiteFile, config: PreprocessingConfig, broken: list[Broken]
-) -> Iterator[tuple[Sample, np.ndarray, np.ndarray]]:
-    """Yield the usable samples with their fitted image and mask, one at a time; list the others in ``broken``."""
-    for pair in pairs:
-        file = pair.image
-        try:
-            subject = site_file.subject(pair.stem)
-            image = read_image(folder / pair.image)
-            file = pair.mask
-            mask, label_map = read_classes(folder / pair.mask, site_file.label_rule, config.classes)
-            if image.shape[:2] != mask.shape:
-                raise BrokenSampleError(
-                    f"is {mask.shape[0]} x {mask.shape[1]} pixels (rows x columns), its image upright is "
-                    f"{image.shape[0]} x {image.shape[1]}",
-                    "export both at one size and orientation",
-                )
-            if not config.allow_empty_masks and not mask.any():
-                raise BrokenSampleError("empty mask", "label it, or set preprocessing.allow_empty_masks: true")
-            yield _sample(folder, pair, subject, image, mask, label_map, config)
-        except BrokenSampleError as error:
-            broken.append(Broken.of(file, error))
+def _planes_to_keep(
+    site: str, sample: Sample, splits: Mapping[str, str], config: PreprocessingConfig, seed: int
+) -> list[int]:
+    image = sample.pair.image
+    if not sample.is_volume or splits.get(image) in ("validation", "test"):
+        return list(range(len(sample.planes)))
+    return choose_slices([bool(classes) for classes in sample.planes], config.volume.empty_slices, seed, site, image)
 
 
-def _sample(
-    folder: Path,
-    pair: Pair,
-    subject: str,
-    image: np.ndarray,
-    mask: np.ndarray,
-    label_map: dict[str, int],
-    config: PreprocessingConfig,
-) -> tuple[Sample, np.ndarray, np.ndarray]:
-    levels, warnings = normalise(image, config.normalise)
-    small = fit_mask(mask, config.image_size)
-    counts = np.bincount(mask.ravel(), minlength=config.classes + 1)
-    lost = sorted(set(np.flatnonzero(counts)) - set(np.unique(small)))
-    if lost:
-        warnings.append(f"its mask loses class {', '.join(map(str, lost))} at {config.image_size} pixels")
-    pixels = hashlib.sha256(f"{image.shape}{image.dtype}".encode())
-    pixels.update(np.ascontiguousarray(image).data)
-    sample = Sample(
-        pair=pair,
-        subject=subject,
-        label_map=label_map,
-        sha256=sha256_file(folder / pair.image),
-        mask_sha256=sha256_file(folder / pair.mask),
-        pixels=pixels.digest(),
-        original=(int(mask.shape[0]), int(mask.shape[1])),
-        fitted=(int(small.shape[0]), int(small.shape[1])),
-        intensity=(float(image.min()), float(image.max())),
-        kind=f"{image.dtype} {'grey' if image.ndim == 2 else 'RGB'}",
-        class_pixels=counts,
-        classes=tuple(int(label) for label in np.unique(small) if label),
-        warnings=warnings,
-    )
-    return sample, fit_image(levels, config.image_size), small
+def _array_rows(samples: Sequence[Sample], settled: Settled) -> list[int]:
+    """Return which of the rows that all samples filled, one after the other, are kept."""
+    starts = np.cumsum([0, *(len(sample.planes) for sample in samples)])
+    return [int(starts[row]) + plane for row in settled.rows for plane in settled.planes[samples[row].pair.image]]
 
 
 def _is_empty(sample: Sample) -> bool:
@@ -310,7 +250,7 @@ def _settle_duplicates(samples: Sequence[Sample], known: set[str], broken: list[
 
 
 def _unused_subjects(site_file: SiteFile, samples: Sequence[Sample], broken: Sequence[Broken]) -> list[str]:
-    there = {sample.pair.stem for sample in samples} | {Path(entry.file).stem for entry in broken}
+    there = {sample.pair.stem for sample in samples} | {split_name(Path(entry.file).name)[0] for entry in broken}
     absent = sorted(set(site_file.subjects or {}) - there)
     return [f"site.yml: subjects names {len(absent)} stems without an image: {', '.join(absent[:8])}"] if absent else []
 
@@ -427,19 +367,21 @@ def _manifest(site: str, samples: Sequence[Sample], settled: Settled) -> pd.Data
             "mask": sample.pair.mask,
             "split": settled.splits[sample.pair.image],
             "label_map": json.dumps(sample.label_map),
-            "classes": json.dumps(sample.classes),
+            "classes": json.dumps(sample.planes[plane]),
             "sha256": sample.sha256,
             "mask_sha256": sample.mask_sha256,
             "height": sample.fitted[0],
             "width": sample.fitted[1],
             "original_height": sample.original[0],
             "original_width": sample.original[1],
-            "row": row,
+            "volume": sample.pair.stem if sample.is_volume else "",
+            "slice": plane if sample.is_volume else -1,
             "split_settings": settled.settings,
         }
-        for row, sample in enumerate(samples)
+        for sample in samples
+        for plane in settled.planes[sample.pair.image]
     ]
-    return pd.DataFrame(rows).astype(dict(MANIFEST_DTYPES))
+    return pd.DataFrame(rows).assign(row=range(len(rows)))[list(MANIFEST_DTYPES)].astype(dict(MANIFEST_DTYPES))
 
 
 def _summary(samples: Sequence[Sample], classes: int) -> dict[str, Any]:
@@ -452,4 +394,28 @@ def _summary(samples: Sequence[Sample], classes: int) -> dict[str, Any]:
         "sizes": {"height": [min(heights), max(heights)], "width": [min(widths), max(widths)]},
         "intensity": {"range": [min(lows), max(highs)], "kinds": dict(Counter(sample.kind for sample in samples))},
         "class_shares": {str(label): float(pixels[label] / pixels.sum()) for label in range(classes + 1)},
+    }
+
+
+def _volumes(samples: Sequence[Sample], settled: Settled) -> dict[str, Any]:
+    """Return what there is to say of volumes only; nothing where there is none."""
+    volumes = [sample for sample in samples if sample.is_volume]
+    if not volumes:
+        return {}
+    slices: Counter[str] = Counter()
+    for sample in volumes:
+        kept = settled.planes[sample.pair.image]
+        slices[settled.splits.get(sample.pair.image, "unused")] += len(kept)
+        slices["left_out"] += len(sample.planes) - len(kept)
+    spacing = np.array([sample.spacing for sample in volumes])
+    return {
+        "volumes": {
+            "count": len(volumes),
+            "slices": {key: slices[key] for key in (*SPLITS, "unused", "left_out")},
+            "empty_slices": sum(sample.planes.count(()) for sample in volumes),
+            "spacing_mm": {
+                name: [float(column.min()), float(column.max())]
+                for name, column in zip(("slice", "row", "column"), spacing.T, strict=True)
+            },
+        }
     }

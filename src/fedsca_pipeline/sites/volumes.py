@@ -56,6 +56,11 @@ class Volume:
         return x, y, z
 
 
+def is_volume(name: str) -> bool:
+    """Whether a file of this name, or path, is read as a volume."""
+    return split_name(name)[1] in IMAGE_READERS
+
+
 def read_volume(path: Path) -> Volume:
     """Read an image volume.
 

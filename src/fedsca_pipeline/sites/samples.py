@@ -1,0 +1,181 @@
+"""An image file and its mask as rows of the arrays: a flat image is one row, a volume one row a slice."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsca_pipeline.config import PreprocessingConfig
+from fedsca_pipeline.files import sha256_file
+from fedsca_pipeline.sites.geometry import fit_image, fit_mask, normalise
+from fedsca_pipeline.sites.labels import LabelRule, read_classes, read_volume_classes
+from fedsca_pipeline.sites.pairing import Broken, Pair
+from fedsca_pipeline.sites.readers import BrokenSampleError, read_image
+from fedsca_pipeline.sites.site_file import SiteFile
+from fedsca_pipeline.sites.slices import VolumeSlices
+from fedsca_pipeline.sites.volumes import is_volume, read_volume
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A usable image file and its mask, without their pixels.
+
+    ``original`` is height and width, ``fitted`` those in the arrays, ``intensity`` raw extremes. ``class_pixels``
+    counts raw pixels of the classes 0..K; ``planes`` are those of 1..K that each resized slice of the mask shows, a
+    flat image being one. ``spacing`` of a volume is mm from slice to slice, row to row and column to column.
+    """
+
+    pair: Pair
+    subject: str
+    label_map: dict[str, int]
+    sha256: str
+    mask_sha256: str
+    pixels: bytes
+    """Digest of the decoded image: a copy saved in another format is a copy too."""
+    original: tuple[int, int]
+    fitted: tuple[int, int]
+    intensity: tuple[float, float]
+    kind: str
+    class_pixels: np.ndarray
+    planes: tuple[tuple[int, ...], ...]
+    warnings: list[str]
+    spacing: tuple[float, float, float] | None = None
+
+    @property
+    def is_volume(self) -> bool:
+        """Whether the file is a volume."""
+        return self.spacing is not None
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """The classes, of 1..K, that the resized mask shows, sorted."""
+        return tuple(sorted({label for plane in self.planes for label in plane}))
+
+
+Planes = Iterable[tuple[np.ndarray, np.ndarray]]
+"""What a sample is in the arrays: image uint8 [3, h, w] and mask uint8 [h, w] of each of its rows."""
+
+
+def read_samples(
+    folder: Path, pairs: Sequence[Pair], site_file: SiteFile, config: PreprocessingConfig, broken: list[Broken]
+) -> Iterator[tuple[Sample, Planes]]:
+    """Yield the usable samples, one at a time, with what they are in the arrays; list the others in ``broken``.
+
+    Planes are made when they are asked for, from the image in memory: ask for them before the next sample.
+    """
+    for pair in pairs:
+        file = pair.image
+        try:
+            subject = site_file.subject(pair.stem)
+            kind = _VOLUME if is_volume(pair.image) else _FLAT
+            image = kind.read_image(folder / pair.image, config)
+            file = pair.mask
+            if is_volume(pair.mask) != is_volume(pair.image):
+                raise BrokenSampleError(
+                    f"of {pair.image} and its mask one is a volume, one is flat",
+                    "export both as volumes, or both slice by slice",
+                )
+            mask, label_map = kind.read_mask(folder / pair.mask, image, site_file.label_rule, config.classes)
+            if not config.allow_empty_masks and not mask.any():
+                raise BrokenSampleError("empty mask", "label it, or set preprocessing.allow_empty_masks: true")
+            described = {
+                "pair": pair,
+                "subject": subject,
+                "label_map": label_map,
+                "sha256": sha256_file(folder / pair.image),
+                "mask_sha256": sha256_file(folder / pair.mask),
+                "class_pixels": np.bincount(mask.ravel(), minlength=config.classes + 1),
+            }
+            yield kind.sample(image, mask, described, config)
+        except BrokenSampleError as error:
+            broken.append(Broken.of(file, error))
+
+
+def _flat_image(path: Path, _config: PreprocessingConfig) -> np.ndarray:
+    return read_image(path)
+
+
+def _flat_mask(path: Path, image: np.ndarray, rule: LabelRule, classes: int) -> tuple[np.ndarray, dict[str, int]]:
+    mask, label_map = read_classes(path, rule, classes)
+    if image.shape[:2] != mask.shape:
+        raise BrokenSampleError(
+            f"is {mask.shape[0]} x {mask.shape[1]} pixels (rows x columns), its image upright is "
+            f"{image.shape[0]} x {image.shape[1]}",
+            "export both at one size and orientation",
+        )
+    return mask, label_map
+
+
+def _flat_sample(
+    image: np.ndarray, mask: np.ndarray, described: Mapping[str, Any], config: PreprocessingConfig
+) -> tuple[Sample, Planes]:
+    levels, warnings = normalise(image, config.normalise)
+    small = fit_mask(mask, config.image_size)
+    sample = Sample(
+        **described,
+        **_content(image, f"{image.dtype} {'grey' if image.ndim == 2 else 'RGB'}"),
+        original=(int(mask.shape[0]), int(mask.shape[1])),
+        fitted=(int(small.shape[0]), int(small.shape[1])),
+        warnings=warnings + _lost(described["class_pixels"], [small], config.image_size),
+        planes=_shown([small]),
+    )
+    return sample, [(fit_image(levels, config.image_size), small)]
+
+
+def _slices(path: Path, config: PreprocessingConfig) -> VolumeSlices:
+    return VolumeSlices(read_volume(path), config.volume, config.normalise, config.image_size)
+
+
+def _volume_mask(path: Path, slices: VolumeSlices, rule: LabelRule, classes: int) -> tuple[np.ndarray, dict[str, int]]:
+    return read_volume_classes(path, slices.volume, rule, classes)
+
+
+def _volume_sample(
+    slices: VolumeSlices, mask: np.ndarray, described: Mapping[str, Any], config: PreprocessingConfig
+) -> tuple[Sample, Planes]:
+    voxels, small = slices.volume.voxels, slices.masks(mask)
+    modalities = f" of {voxels.shape[3]} modalities" if voxels.ndim == 4 else ""
+    sample = Sample(
+        **described,
+        **_content(voxels, f"{voxels.dtype} volume{modalities}"),
+        original=slices.size,
+        fitted=(int(small[0].shape[0]), int(small[0].shape[1])),
+        warnings=slices.warnings + _lost(described["class_pixels"], small, config.image_size),
+        planes=_shown(small),
+        spacing=slices.spacing,
+    )
+    return sample, ((slices.image(index), small[index]) for index in range(len(slices)))
+
+
+def _content(image: np.ndarray, kind: str) -> dict[str, Any]:
+    pixels = hashlib.sha256(f"{image.shape}{image.dtype}".encode())
+    pixels.update(np.ascontiguousarray(image).data)
+    return {"pixels": pixels.digest(), "intensity": (float(image.min()), float(image.max())), "kind": kind}
+
+
+def _shown(small: Sequence[np.ndarray]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(label for label in np.unique(plane).tolist() if label) for plane in small)
+
+
+def _lost(class_pixels: np.ndarray, small: Sequence[np.ndarray], side: int) -> list[str]:
+    left = {label for plane in small for label in np.unique(plane).tolist()}
+    lost = sorted(set(np.flatnonzero(class_pixels).tolist()) - left)
+    return [f"its mask loses class {', '.join(map(str, lost))} at {side} pixels"] if lost else []
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How flat images, or volumes, are read: the image, its mask as classes on its grid, and both as a sample."""
+
+    read_image: Callable[[Path, PreprocessingConfig], Any]
+    read_mask: Callable[[Path, Any, LabelRule, int], tuple[np.ndarray, dict[str, int]]]
+    sample: Callable[[Any, np.ndarray, Mapping[str, Any], PreprocessingConfig], tuple[Sample, Planes]]
+
+
+_FLAT = _Kind(_flat_image, _flat_mask, _flat_sample)
+_VOLUME = _Kind(_slices, _volume_mask, _volume_sample)
