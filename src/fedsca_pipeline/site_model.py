@@ -28,7 +28,10 @@ CARD, DECODER, ENCODER = "site_model.json", "decoder.safetensors", "encoder.safe
 
 
 class SiteModelCard(BaseModel):
-    """What ``site_model.json`` holds: enough to rebuild the model, and where it came from."""
+    """What ``site_model.json`` holds: enough to rebuild the model, and where it came from.
+
+    ``known_classes`` are those that the model may predict, which is all of 1..``classes`` for None.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -42,6 +45,8 @@ class SiteModelCard(BaseModel):
     foundation_root: str
     image_size: int
     classes: int
+    class_names: tuple[str, ...] | None = None
+    known_classes: tuple[int, ...] | None = None
     normalise: NormaliseConfig
     threshold: float
     note: str = ""
@@ -51,7 +56,7 @@ class SiteModel(nn.Module):
     """A personalised segmentation model.
 
     ``model.segment(image)`` takes a raw image as an array, grey [H,W] or colour [H,W,3], of any size and integer or
-    floating dtype, and returns its mask, uint8 [H,W]: 0 background, 1..K classes.
+    floating dtype, and returns its mask, uint8 [H,W]: 0 background, 1..K classes, those of ``card.known_classes``.
     """
 
     def __init__(self, network: SegmentationModel, card: SiteModelCard) -> None:
@@ -76,7 +81,7 @@ class SiteModel(nn.Module):
         valid[..., :height, :width] = True
         logits = self.network(self.network.normalise(pixels, valid))[..., :height, :width]
         full = nn.functional.interpolate(logits, size=image.shape[:2], mode="bilinear", align_corners=False)
-        masks = predict_masks(full, self.network.head, self.card.threshold)[0]
+        masks = predict_masks(full, self.network.head, self.card.threshold, self.card.known_classes)[0]
         labels = torch.arange(1, masks.shape[0] + 1, device=device, dtype=torch.uint8).view(-1, 1, 1)
         return (masks * labels).amax(dim=0).cpu().numpy()
 

@@ -95,6 +95,19 @@ def test_an_unknown_head_names_the_parameter_and_the_choices() -> None:
         predict_masks(torch.zeros(1, 1, 2, 2), "tanh", 0.5)
 
 
+@pytest.mark.parametrize(("head", "channels"), [("sigmoid", 3), ("softmax", 4)])
+def test_a_class_that_is_not_known_is_never_predicted_and_takes_no_pixel(head: str, channels: int) -> None:
+    logits = torch.full((1, channels, 2, 2), -1.0)
+    logits[:, channels - 2] = 9.0
+    logits[:, channels - 1, 0] = 2.0
+
+    masks = predict_masks(logits, head, 0.5, known=(1, 3))
+
+    assert not masks[:, :2].any()
+    assert masks[0, 2].tolist() == [[True, True], [False, False]]
+    assert torch.equal(predict_masks(logits, head, 0.5, known=(1, 2, 3)), predict_masks(logits, head, 0.5))
+
+
 def test_truth_masks_split_the_label_map_by_class() -> None:
     labels = torch.tensor([[[0, 1], [2, 254]]], dtype=torch.uint8)
 

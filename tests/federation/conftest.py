@@ -30,17 +30,20 @@ SIDE = 32
 
 @pytest.fixture
 def write_site(tmp_path: Path) -> Callable[..., tuple[Path, pd.DataFrame]]:
-    """Write one site of bright squares on noise, with 2 validation images and 1 for test; return file and manifest."""
+    """Write one site of bright squares on noise, with 2 validation images and 1 for test; return file and manifest.
 
-    def write(name: str, seed: int = 0, training: int = 5) -> tuple[Path, pd.DataFrame]:
+    The squares are of the classes ``labels``, in turn.
+    """
+
+    def write(name: str, seed: int = 0, training: int = 5, labels: Sequence[int] = (1,)) -> tuple[Path, pd.DataFrame]:
         draw = np.random.default_rng(seed)
         count = training + 3
         images = draw.integers(0, 100, (count, 3, SIDE, SIDE), dtype=np.uint8)
         masks = np.zeros((count, SIDE, SIDE), np.uint8)
         for index in range(count):
             top, left = draw.integers(0, SIDE // 2, 2)
-            masks[index, top : top + 10, left : left + 10] = 1
-            images[index, :, masks[index] == 1] += 120
+            masks[index, top : top + 10, left : left + 10] = labels[index % len(labels)]
+            images[index, :, masks[index] > 0] += 120
         sizes = np.full((count, 2), SIDE, np.int32)
         path = tmp_path / f"{name}.safetensors"
         splits = ["train"] * training + ["validation"] * 2 + ["test"]
@@ -51,7 +54,7 @@ def write_site(tmp_path: Path) -> Callable[..., tuple[Path, pd.DataFrame]]:
                 "subject": stems,
                 "image": [f"images/{stem}.png" for stem in stems],
                 "split": splits,
-                "classes": "[1]",
+                "classes": [f"[{labels[index % len(labels)] or ''}]" for index in range(count)],
                 "height": SIDE,
                 "width": SIDE,
                 "row": range(count),
@@ -67,7 +70,7 @@ def write_site(tmp_path: Path) -> Callable[..., tuple[Path, pd.DataFrame]]:
 @pytest.fixture
 def make_site(write_site: Callable[..., tuple[Path, pd.DataFrame]]) -> Callable[..., SiteArrays]:
     """Write one site (see ``write_site``) and open it."""
-    return lambda name, seed=0: SiteArrays(*write_site(name, seed))
+    return lambda name, seed=0, **options: SiteArrays(*write_site(name, seed, **options))
 
 
 @pytest.fixture
@@ -81,13 +84,15 @@ def make_worker() -> Callable[..., LocalWorker]:
         cache_bytes: int = 0,
         options: Mapping[str, Any] | None = None,
         settings: Mapping[str, Any] | None = None,
+        classes: int = 1,
+        head: str = "sigmoid",
         **training: Any,
     ) -> LocalWorker:
-        model = _model(adapters)
+        model = _model(adapters, classes, head)
         alike = LocalSettings(
             run="run",
             seed=0,
-            classes=1,
+            classes=classes,
             wire_dtype=wire_dtype,
             evaluation_batch=4,
             threshold=0.5,
@@ -100,8 +105,9 @@ def make_worker() -> Callable[..., LocalWorker]:
     return make
 
 
-def _model(adapters: AdaptersConfig | None) -> SegmentationModel:
-    model = load_foundation(FoundationConfig(name="random"), Path("unused"), image_size=SIDE, classes=1)
+def _model(adapters: AdaptersConfig | None, classes: int = 1, head: str = "sigmoid") -> SegmentationModel:
+    foundation = FoundationConfig(name="random", head=head)
+    model = load_foundation(foundation, Path("unused"), image_size=SIDE, classes=classes)
     return attach_adapters(model, adapters or AdaptersConfig(width=4))
 
 

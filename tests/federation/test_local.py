@@ -9,8 +9,8 @@ import zstandard
 
 from fedsca_pipeline.config import AdaptersConfig
 from fedsca_pipeline.errors import MessageError, SiteError
-from fedsca_pipeline.federation.batches import SiteBatches, build_augmentation
-from fedsca_pipeline.federation.local import LocalWorker, ignore_step, warm_up
+from fedsca_pipeline.federation.batches import Batch, SiteBatches, build_augmentation, plain_batches
+from fedsca_pipeline.federation.local import LocalWorker, ignore_step, mean_dice, warm_up
 from fedsca_pipeline.federation.messages import Manifest, decode, encode, hash_tensors
 from fedsca_pipeline.federation.prefix import FeatureCache
 from fedsca_pipeline.federation.store import SiteStore
@@ -334,3 +334,48 @@ def _layout(worker: LocalWorker):
     from fedsca_pipeline.adapters.attach import tensor_layout
 
     return tensor_layout(worker.model)
+
+
+@pytest.mark.parametrize("head", ["sigmoid", "softmax"])
+def test_what_draws_a_class_that_a_site_lacks_is_not_trained_there(make_worker, make_site, tmp_path, head) -> None:
+    worker = make_worker("fedavg", classes=3, head=head, weight_decay=0.0)
+    worker.work(payload(worker), 1, "a", make_site("a", labels=(1, 3)), SiteStore(tmp_path / "a"), ignore_step)
+    first = int(head == "softmax")
+
+    changed = {
+        channel: any(
+            not torch.equal(parameter, worker.initial[name])
+            for name, parameter in worker.parameters.items()
+            if f"output_hypernetworks_mlps.{channel}." in name
+        )
+        for channel in range(first + 3)
+    }
+
+    assert not changed.pop(first + 1)
+    assert all(changed.values())
+
+
+@pytest.mark.parametrize("head", ["sigmoid", "softmax"])
+def test_validation_dice_is_over_the_classes_that_the_site_has(make_worker, make_site, head: str) -> None:
+    worker, site = make_worker(classes=3, head=head), make_site("a", labels=(1, 3))
+
+    def truth_but_class_2_everywhere(batch: Batch) -> torch.Tensor:
+        classes = torch.arange(1 - (head == "softmax"), 4)[:, None, None]
+        logits = torch.where(batch.masks[:, None] == classes, 9.0, -9.0)
+        logits[:, -2] = 99.0
+        return logits
+
+    batches = list(plain_batches(site, "validation", 2))
+
+    assert mean_dice(worker.model, truth_but_class_2_everywhere, batches, (1, 3), 0.5) == 1.0
+    assert mean_dice(worker.model, truth_but_class_2_everywhere, batches, (1, 2, 3), 0.5) < 1.0
+
+
+def test_a_site_with_nothing_but_empty_masks_to_learn_from_learns_that_no_class_is_there(
+    make_worker, make_site, tmp_path
+) -> None:
+    worker, data = make_worker(classes=3), make_site("a", labels=(0,))
+
+    reply = decode(worker.work(payload(worker), 1, "a", data, SiteStore(tmp_path / "a"), ignore_step))
+
+    assert sum(float(update.abs().sum()) for update in reply.tensors.values()) > 0

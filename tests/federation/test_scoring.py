@@ -82,3 +82,17 @@ def test_no_batch_has_no_score_and_the_model_trains_on_afterwards(make_worker, m
     score_batches(worker.model, whole_model(worker.model), plain_batches(make_site("a"), "test", 1), 1, 0.5)
 
     assert worker.model.training
+
+
+def test_only_scored_classes_have_records_under_their_own_numbers(make_worker, make_site) -> None:
+    model, site = make_worker(classes=3).model, make_site("a", labels=(1, 3))
+
+    def truth(batch: Batch) -> torch.Tensor:
+        return torch.where(batch.masks[:, None] == torch.arange(1, 4)[:, None, None], 9.0, -9.0)
+
+    scores = score_batches(model, truth, plain_batches(site, "train", 2), 3, 0.5, known=(1,), scored=(1, 3))
+
+    assert [score["class"] for score in scores] == [1, 3] * 5
+    shown = [batch.masks.max().item() for batch in plain_batches(site, "train", 1)]
+    assert [score["dice"] for score in scores if score["class"] == 1] == [1.0] * 5
+    assert [score["dice"] for score in scores if score["class"] == 3] == [float(label != 3) for label in shown]

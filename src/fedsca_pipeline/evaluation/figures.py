@@ -24,6 +24,7 @@ from plotly.subplots import make_subplots
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 _SITE_MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-down")
 _CLASS_COLOURS = ("#F0E442", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#FFFFFF")
+_CLASS_STYLES = ("solid", "dashed", "dotted")
 _MISSED, _EXTRA = "#D55E00", "#0072B2"
 _WEIGHT_SCALE = ((0.0, "#FFFFFF"), (0.5, "#56B4E9"), (1.0, "#003A5C"))
 INK, GRID, ABSENT, _MEAN = "#222222", "#DDDDDD", "#E2E2E2", "rgba(34, 34, 34, 0.28)"
@@ -193,17 +194,27 @@ def weight_heatmap_image(weights: Mapping[int, pd.DataFrame]) -> Figure:
     return figure
 
 
-def overlays(examples: Sequence[OverlayExample]) -> Figure:
+def overlays(
+    examples: Sequence[OverlayExample], names: Sequence[str] | None = None, shown: Sequence[int] | None = None
+) -> Figure:
     """One row per example: the image, the truth's outline, the prediction's outline with its errors tinted.
 
-    Outlines have one colour per class. A pixel is missed if any class of the truth lacks it in the prediction, else
-    extra if any class of the prediction lacks it in the truth.
+    A pixel is missed if any class of the truth lacks it in the prediction, else extra if any class of the prediction
+    lacks it in the truth.
+
+    Args:
+        examples: what to draw.
+        names: of the K classes in the legend, class 1 first; None: their numbers.
+        shown: classes, of 1..K, to draw and to list; None: all. A class has the same look whichever others are shown;
+            the looks, a colour and a dash, come again after 18.
     """
     if not examples:
         return note("No test image")
     heights = [3.0 * min(2.0, image.shape[1] / image.shape[2]) for image in (example.image for example in examples)]
     figure = Figure(figsize=(9.0, sum(heights) + 0.55 * len(examples) + 0.4), layout="constrained")
     rows = figure.subfigures(len(examples), 1, height_ratios=[height + 0.55 for height in heights], squeeze=False)[:, 0]
+    classes = len(examples[0].truth)
+    looks = _class_looks(classes, shown)
     for row, example in zip(rows, examples, strict=True):
         title = f"{example.label} · Dice {example.dice:.3f} · {_short(example.name)}"
         row.suptitle(title, fontsize=10, x=0.01, ha="left", color=INK)
@@ -213,10 +224,12 @@ def overlays(examples: Sequence[OverlayExample]) -> Figure:
             axes.imshow(example.image.transpose(1, 2, 0))
             axes.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
             axes.set_title(name, fontsize=9, color=INK)
-        _draw_outlines(panels[1], example.truth)
-        _draw_errors(panels[2], example)
-        _draw_outlines(panels[2], example.prediction)
-    figure.legend(handles=_overlay_legend(len(examples[0].truth)), loc="outside lower center", ncols=8, fontsize=8)
+        _draw_outlines(panels[1], example.truth, looks)
+        _draw_errors(panels[2], example, list(looks))
+        _draw_outlines(panels[2], example.prediction, looks)
+    numbers = [f"class {label}" for label in range(1, classes + 1)] if classes > 1 else ["mask outline"]
+    legend = _overlay_legend(looks, names or numbers)
+    figure.legend(handles=legend, loc="outside lower center", ncols=6, fontsize=8)
     return figure
 
 
@@ -341,31 +354,45 @@ def _draw_weights(figure: SubFigure, table: pd.DataFrame, title: str, scale: Lin
     figure.colorbar(image, ax=axes, label="weight", shrink=0.75)
 
 
-def _draw_outlines(axes: Axes, masks: NDArray[np.bool_]) -> None:
+def _class_looks(classes: int, shown: Sequence[int] | None) -> dict[int, tuple[str, str]]:
+    """Colour and line style of each class to draw, by its channel."""
+    looks = zip(range(classes), cycle((colour, style) for style in _CLASS_STYLES for colour in _CLASS_COLOURS))
+    return {channel: look for channel, look in looks if shown is None or channel + 1 in shown}
+
+
+def _draw_outlines(axes: Axes, masks: NDArray[np.bool_], looks: Mapping[int, tuple[str, str]]) -> None:
     height, width = masks.shape[1:]
     # One pixel of background around, so that an object cut by the image border is still closed.
     x, y = np.arange(-1, width + 1), np.arange(-1, height + 1)
-    for mask, colour in zip(masks, cycle(_CLASS_COLOURS), strict=False):
-        if mask.any():
-            lines = axes.contour(x, y, np.pad(mask, 1).astype(float), levels=[0.5], colors=[colour], linewidths=1.0)
+    for channel, (colour, style) in looks.items():
+        if masks[channel].any():
+            outline = np.pad(masks[channel], 1).astype(float)
+            lines = axes.contour(x, y, outline, levels=[0.5], colors=[colour], linewidths=1.0, linestyles=[style])
             lines.set_path_effects([withStroke(linewidth=2.0, foreground="black")])
 
 
-def _draw_errors(axes: Axes, example: OverlayExample) -> None:
-    extra = (example.prediction & ~example.truth).any(axis=0)
-    missed = (example.truth & ~example.prediction).any(axis=0)
+def _draw_errors(axes: Axes, example: OverlayExample, channels: Sequence[int]) -> None:
+    prediction, truth = example.prediction[channels], example.truth[channels]
+    extra, missed = (prediction & ~truth).any(axis=0), (truth & ~prediction).any(axis=0)
     tint = np.zeros((*missed.shape, 4))
     tint[extra] = to_rgba(_EXTRA, 0.55)
     tint[missed] = to_rgba(_MISSED, 0.55)
     axes.imshow(tint)
 
 
-def _overlay_legend(classes: int) -> list[Line2D | Patch]:
+def _overlay_legend(looks: Mapping[int, tuple[str, str]], names: Sequence[str]) -> list[Line2D | Patch]:
     halo = [withStroke(linewidth=3, foreground="black")]
-    names = ["mask outline"] if classes == 1 else [f"class {number}" for number in range(1, classes + 1)]
     lines = [
-        Line2D([], [], color=colour, linewidth=1.6, label=name, path_effects=halo)
-        for name, colour in zip(names, cycle(_CLASS_COLOURS), strict=False)
+        Line2D(
+            [],
+            [],
+            color=colour,
+            linestyle=style,
+            linewidth=1.6,
+            label=names[channel],
+            path_effects=halo,
+        )
+        for channel, (colour, style) in looks.items()
     ]
     return [*lines, Patch(color=_MISSED, alpha=0.55, label="missed"), Patch(color=_EXTRA, alpha=0.55, label="extra")]
 

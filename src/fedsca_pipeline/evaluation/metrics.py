@@ -15,7 +15,7 @@ from torch import Tensor
 from fedsca_pipeline.errors import ConfigError
 
 
-def predict_masks(logits: Tensor, head: str, threshold: float) -> Tensor:
+def predict_masks(logits: Tensor, head: str, threshold: float, known: Sequence[int] | None = None) -> Tensor:
     """Turn logits into one boolean mask per foreground class.
 
     Args:
@@ -23,6 +23,7 @@ def predict_masks(logits: Tensor, head: str, threshold: float) -> Tensor:
         head: ``sigmoid``: C foreground channels, each in where its probability exceeds ``threshold``; classes may
             overlap. ``softmax``: channel 0 is the background, the largest channel wins (the lowest one at a tie).
         threshold: probability in (0, 1); the softmax head does not use it.
+        known: classes, of 1..K, that may be predicted; the masks of the others are empty. None: all.
 
     Returns:
         bool [B, K, H, W], K = C for sigmoid and C - 1 for softmax.
@@ -32,6 +33,12 @@ def predict_masks(logits: Tensor, head: str, threshold: float) -> Tensor:
     """
     if head not in _HEADS:
         raise ConfigError(f"foundation.head: {head!r} is unknown; choose one of {', '.join(_HEADS)}")
+    first = 1 if head == "softmax" else 0
+    classes = logits.shape[1] - first
+    unknown = [first + label - 1 for label in range(1, classes + 1) if known is not None and label not in known]
+    if unknown:
+        # A channel that nothing has trained would win pixels by chance.
+        logits = logits.index_fill(1, torch.tensor(unknown, device=logits.device), -torch.inf)
     return _HEADS[head](logits, threshold)
 
 

@@ -17,7 +17,7 @@ from fedsca_pipeline.errors import SiteError
 from fedsca_pipeline.evaluation.metrics import dice_per_image, predict_masks, truth_masks
 from fedsca_pipeline.federation.batches import AS_IT_STANDS, VIEWS, Batch, SiteBatches, build_augmentation
 from fedsca_pipeline.federation.devices import autocast, stream_seed
-from fedsca_pipeline.federation.losses import SegmentationLoss, build_loss
+from fedsca_pipeline.federation.losses import SegmentationLoss, among, build_loss
 from fedsca_pipeline.federation.messages import (
     Compression,
     Manifest,
@@ -34,7 +34,7 @@ from fedsca_pipeline.federation.prefix import FeatureCache, SplitModel
 from fedsca_pipeline.federation.store import SiteState, SiteStore, Snapshot
 from fedsca_pipeline.federation.strategies.base import LocalRule, Phase, Strategy
 from fedsca_pipeline.foundation.model import SegmentationModel
-from fedsca_pipeline.sites.arrays import Arrays
+from fedsca_pipeline.sites.arrays import Arrays, known_classes
 
 Tensors = Mapping[str, Tensor]
 Forward = Callable[[Batch], Tensor]
@@ -136,10 +136,10 @@ class LocalWorker:
         private = dict(state.private) if state else {n: t for n, t in self.initial.items() if n not in self.shapes}
         received = {**private, **base}
         self.install({**received, **(state.personal if state else {})})
-        batches = self._batches(data, store)
+        batches, known = self._batches(data, store), known_classes(data, self.settings.classes)
         metrics = {}
         if final or self._validates(round_ - 1):
-            metrics["dice_validation"] = self._validate(batches)
+            metrics["dice_validation"] = self._validate(batches, known)
             if state is not None or final:
                 self._keep(store, Snapshot(round_ - 1, metrics["dice_validation"], self._tensors()), final=final)
         samples = len(data.rows("train"))
@@ -157,14 +157,14 @@ class LocalWorker:
         if final:
             return encode(reply, {}, self.settings.compression)
         self.install(received)
-        trained = self._train(batches, site, round_, base, state, on_step)
+        trained = self._train(batches, known, site, round_, base, state, on_step)
         for tensors in (trained.tensors, trained.personal, trained.kept, trained.carried):
             if not all(tensor.isfinite().all() for tensor in tensors.values()):
                 raise _diverged(site, round_, "the trained tensors are")
         ends = {**trained.tensors, **trained.carried}
         sent, residual = self._round_update({name: ends[name] - base[name] for name in self.shapes}, state)
         if self.settings.validate_after_training and self._validates(round_):
-            metrics["dice_local"] = self._validate(batches)
+            metrics["dice_local"] = self._validate(batches, known)
         metrics |= {"loss": trained.loss, "steps": trained.steps, "seconds": time.perf_counter() - started}
         answer = encode(replace(reply, metrics=metrics), sent, self.settings.compression)
         own = {name: tensor for name, tensor in trained.tensors.items() if name not in self.shapes}
@@ -192,8 +192,9 @@ class LocalWorker:
         phase = Phase(tuple(name for name in self.parameters if name in names))
         batches = SiteBatches(data, self._embed, self.augmentation, FeatureCache(_NO_FILE, (), (), 0))
         stream = islice(self._stream(batches, site, round_=0), steps)
+        loss = self._loss_among(known_classes(data, self.settings.classes))
         with self._training(site, round_=0):
-            self._run_phase(phase, stream, self._optimiser(phase, {}), LocalRule({}, {}), lambda _: None)
+            self._run_phase(phase, stream, self._optimiser(phase, {}), loss, LocalRule({}, {}), lambda _: None)
         found = self._tensors()
         if not all(tensor.isfinite().all() for tensor in found.values()):
             raise _diverged(site, 0, "the tuned tensors are")
@@ -252,13 +253,17 @@ class LocalWorker:
     def _forward(self, batch: Batch) -> Tensor:
         return self.split.logits(batch.inputs)
 
-    def _validate(self, batches: SiteBatches) -> float:
+    def _validate(self, batches: SiteBatches, known: Sequence[int]) -> float:
         validation = batches.plain("validation", self.settings.evaluation_batch)
-        return mean_dice(self.model, self._forward, validation, self.settings.classes, self.settings.threshold)
+        return mean_dice(self.model, self._forward, validation, known, self.settings.threshold)
+
+    def _loss_among(self, known: Sequence[int]) -> SegmentationLoss:
+        return among(self.loss, self.model.head, known, self.settings.classes)
 
     def _train(
         self,
         batches: SiteBatches,
+        known: Sequence[int],
         site: str,
         round_: int,
         base: Tensors,
@@ -270,7 +275,7 @@ class LocalWorker:
             raise SiteError(f"{site}: no training image in round {round_}; lower preprocessing.split, or leave it out")
         lengths = phase_lengths(self.phases, self._steps(batches))
         stream, progress = self._stream(batches, site, round_), _Progress(site, sum(lengths), on_step)
-        personal = state.personal if state else {}
+        loss, personal = self._loss_among(known), state.personal if state else {}
         shared: Tensors = {}
         moments: dict[str, Tensor] = {}
         with self._training(site, round_):
@@ -279,7 +284,7 @@ class LocalWorker:
                     shared = self._tensors()
                     self.install(personal or self._received(base, state))
                 optimiser = self._optimiser(phase, state.moments if state and not phase.personal else {})
-                self._run_phase(phase, islice(stream, length), optimiser, rule, progress)
+                self._run_phase(phase, islice(stream, length), optimiser, loss, rule, progress)
                 if not phase.personal:
                     moments |= self._moments(phase, optimiser)
         if not torch.isfinite(torch.stack(progress.losses)).all():
@@ -308,6 +313,7 @@ class LocalWorker:
         phase: Phase,
         stream: Iterable[Batch],
         optimiser: torch.optim.Optimizer,
+        loss_of: SegmentationLoss,
         rule: LocalRule,
         told: Callable[[Tensor], None],
     ) -> None:
@@ -317,7 +323,7 @@ class LocalWorker:
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in trained)
         for batch in stream:
-            loss = local_step(self._forward, batch.to(self.device), self.loss, optimiser, training.clip_norm,
+            loss = local_step(self._forward, batch.to(self.device), loss_of, optimiser, training.clip_norm,
                               lambda: rule.penalty(trained, phase), lambda: rule.correct(trained, phase))  # fmt: skip
             schedule.step()
             told(loss)
@@ -446,16 +452,16 @@ def warm_up(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sche
 
 
 def mean_dice(
-    model: SegmentationModel, forward: Forward, batches: Iterable[Batch], classes: int, threshold: float
+    model: SegmentationModel, forward: Forward, batches: Iterable[Batch], known: Sequence[int], threshold: float
 ) -> float:
-    """Return the mean over images of the mean Dice over classes, in [0, 1]; 0 where there is no image."""
+    """Return the mean over images of the mean Dice over the known classes, in [0, 1]; 0 where there is no image."""
     device = next(iter(model.parameters())).device
-    scores = [
-        dice_per_image(
-            predict_masks(logits, model.head, threshold), truth_masks(batch.masks, classes), batch.valid
-        ).mean(dim=1)
-        for batch, logits in predictions(model, forward, (batch.to(device) for batch in batches))
-    ]
+    channels = [label - 1 for label in known]
+    scores = []
+    for batch, logits in predictions(model, forward, (batch.to(device) for batch in batches)):
+        predicted = predict_masks(logits, model.head, threshold, known)
+        dice = dice_per_image(predicted, truth_masks(batch.masks, predicted.shape[1]), batch.valid)
+        scores.append(dice[:, channels].mean(dim=1))
     return float(torch.cat(scores).mean()) if scores else 0.0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -37,6 +37,26 @@ def build_loss(head: str, dice_weight: float) -> SegmentationLoss:
         return dice_weight * overlap + (1 - dice_weight) * cross_entropy
 
     return loss
+
+
+def among(loss: SegmentationLoss, head: str, known: Sequence[int], classes: int) -> SegmentationLoss:
+    """Return the loss of a site whose masks show the ``known`` of 1..``classes`` and say nothing of the others.
+
+    It is the loss of a model that has the known classes only: the other channels are left out of the softmax, of Dice
+    and of cross-entropy, and their logits have a gradient of exactly 0. Masks may hold known classes only. All known:
+    ``loss`` itself.
+    """
+    if len(known) == classes:
+        return loss
+    background = [0] if head == "softmax" else []
+    channels = [*background, *(label - 1 + len(background) for label in known)]
+    numbers = torch.zeros(classes + 1, dtype=torch.long)
+    numbers[list(known)] = torch.arange(1, len(known) + 1)
+
+    def partial(logits: Tensor, masks: Tensor, valid: Tensor) -> Tensor:
+        return loss(logits[:, channels], numbers.to(masks.device)[masks.long()], valid)
+
+    return partial
 
 
 def _sigmoid_parts(logits: Tensor, masks: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:

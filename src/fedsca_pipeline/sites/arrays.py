@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_LEARNED_FROM = ("train", "validation")
+
+
 class Arrays(Protocol):
     """Images and masks in splits, read row by row; what training and evaluation need of a site's data."""
 
@@ -180,7 +183,13 @@ def known_classes(data: Arrays, classes: int) -> tuple[int, ...]:
 
     All of 1..``classes`` where every such mask is empty: that says of each class alike that it was not there.
     """
-    return data.classes("train", "validation") or tuple(range(1, classes + 1))
+    return data.classes(*_LEARNED_FROM) or tuple(range(1, classes + 1))
+
+
+def known_in(manifest: pd.DataFrame, classes: int) -> tuple[int, ...]:
+    """Return ``known_classes`` of the site that a manifest describes."""
+    learned = manifest["split"].isin(_LEARNED_FROM)
+    return classes_in(manifest.loc[learned, "classes"]) or tuple(range(1, classes + 1))
 
 
 def scored_classes(data: Arrays, classes: int) -> tuple[int, ...]:

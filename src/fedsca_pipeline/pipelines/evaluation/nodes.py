@@ -65,19 +65,18 @@ def draw_overlays(
 ) -> Any:
     """Draw the best, median and worst test image of one site, as the chosen model (or the foundation) segments them."""
     from fedsca_pipeline.evaluation.figures import choose_examples, overlays
-    from fedsca_pipeline.sites.arrays import SiteArrays
+    from fedsca_pipeline.sites.arrays import SiteArrays, scored_classes
 
     data = SiteArrays(arrays, manifest)
     model = "chosen" if "chosen" in set(scores["model"]) else "before"
     folder = models / str(manifest["site"].iloc[0])
     network = _network(model, folder, foundations, foundation, preprocessing)
     scored = scores[scores["model"] == model]
-    return overlays(
-        [
-            _example(label, name, scored, data, network, preprocessing.classes, evaluation)
-            for label, name in choose_examples(scored).items()
-        ]
-    )
+    examples = [
+        _example(label, name, scored, data, network, preprocessing.classes, evaluation)
+        for label, name in choose_examples(scored).items()
+    ]
+    return overlays(examples, preprocessing.class_names, scored_classes(data, preprocessing.classes))
 
 
 def tabulate(
@@ -182,9 +181,17 @@ def _score(network: Any, data: SiteArrays, classes: int, evaluation: EvaluationC
     from fedsca_pipeline.federation.batches import plain_batches
     from fedsca_pipeline.federation.local import whole_model
     from fedsca_pipeline.federation.scoring import score_batches
+    from fedsca_pipeline.sites.arrays import known_classes, scored_classes
 
-    batches = plain_batches(data, "test", evaluation.batch_size)
-    return score_batches(network, whole_model(network), batches, classes, evaluation.threshold)
+    return score_batches(
+        network,
+        whole_model(network),
+        plain_batches(data, "test", evaluation.batch_size),
+        classes,
+        evaluation.threshold,
+        known=known_classes(data, classes),
+        scored=scored_classes(data, classes),
+    )
 
 
 def _example(
@@ -194,7 +201,9 @@ def _example(
 
     from fedsca_pipeline.evaluation.figures import OverlayExample
     from fedsca_pipeline.evaluation.metrics import predict_masks, truth_masks
+    from fedsca_pipeline.sites.arrays import known_classes
 
+    known = known_classes(data, classes)
     row = data.rows("test")[data.names("test").index(name)]
     images, masks, valid = map(torch.from_numpy, data.batch([row]))
     with torch.inference_mode():
@@ -206,5 +215,5 @@ def _example(
         dice=float(table.loc[table["image"] == name, "dice"].mean()),
         image=images[0, :, :height, :width].numpy(),
         truth=truth_masks(masks, classes)[0, :, :height, :width].numpy(),
-        prediction=predict_masks(logits, network.head, config.threshold)[0, :, :height, :width].numpy(),
+        prediction=predict_masks(logits, network.head, config.threshold, known)[0, :, :height, :width].numpy(),
     )

@@ -168,11 +168,15 @@ def export_site_models(
     from fedsca_pipeline.federation.strategies import build_strategy
     from fedsca_pipeline.runs import RunFolder
     from fedsca_pipeline.site_model import GENERAL_MODEL, discard_site_model, save_site_model
+    from fedsca_pipeline.sites.arrays import known_in
 
     folder = RunFolder(checkpoints, description["fingerprint"])
     model, layout = _trainable(foundation, adapters, foundations, preprocessing)
     strategy = build_strategy(federation.strategy, strategies.get(federation.strategy, {}))
     start = _start_values(model, strategy.trained(layout))
+
+    known = {str(manifest["site"].iloc[0]): known_in(manifest, preprocessing.classes) for manifest in manifests}
+    known[GENERAL_MODEL] = sorted(set().union(*known.values()))
 
     def save(target: Path, site: str, snapshot: Snapshot, note: str = "") -> None:
         card = {
@@ -186,6 +190,8 @@ def export_site_models(
             "foundation_root": foundations,
             "image_size": preprocessing.image_size,
             "classes": preprocessing.classes,
+            "class_names": preprocessing.names,
+            "known_classes": known[site],
             "normalise": preprocessing.normalise,
             "threshold": evaluation.threshold,
             "note": note,
@@ -193,7 +199,7 @@ def export_site_models(
         save_site_model(target, model, snapshot.tensors, card, layout.encoder)
 
     written = {}
-    for site in (str(manifest["site"].iloc[0]) for manifest in manifests):
+    for site in (site for site in known if site != GENERAL_MODEL):
         store = SiteStore(folder.sites / (POOLED if strategy.pools else site))
         kept = {name: store.snapshot(name) for name in ("best", "last")}
         for name, target in (("best", models / site), ("last", models / site / "last_round")):
