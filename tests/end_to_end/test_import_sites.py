@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel
 import numpy as np
 from PIL import Image
 
 from fedsca_pipeline.files import read_json
+from fedsca_pipeline.sites.importers.fets2022 import MODALITIES
 
 
 def polyps(folder: Path, images: int) -> Path:
@@ -30,12 +32,32 @@ def test_a_data_set_becomes_a_site_that_preprocessing_takes(new_workplace, tmp_p
     done = place.run("import_sites", f"importer=polyps,source={polyps(tmp_path / 'polyps', 8)}")
 
     assert done.code == 0, done.output
+    assert "Kvasir-SEG: 8 images of 8 subjects, 0 broken" in done.words
+    assert "Classes: 1 polyp; train them with preprocessing.classes=1" in done.words
     assert (place.data / "01_raw" / "Kvasir-SEG" / "site.yml").is_file()
     assert read_json(place.data / "02_intermediate" / "import.json")["Kvasir-SEG"]["images"] == 8
     prepared = place.run("preprocessing")
     assert prepared.code == 0, prepared.output
     assert read_json(place.data / "02_intermediate" / "Kvasir-SEG" / "report.json")["counts"]["used"] == 8
     assert not (place.data / "01_raw" / "harbour_ct").exists()
+
+
+def test_volumes_come_by_the_same_command_with_an_option(new_workplace, tmp_path: Path) -> None:
+    place = new_workplace()
+    source = tmp_path / "fets"
+    for subject in ("FeTS2022_00000", "FeTS2022_00002"):
+        (source / subject).mkdir(parents=True)
+        for kind in (*MODALITIES, "seg"):
+            voxels = np.resize(np.array([0, 1, 2, 4], np.int16), (6, 5, 4))
+            nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), source / subject / f"{subject}_{kind}.nii.gz")
+    (source / "partitioning_2.csv").write_text("Partition_ID,Subject_ID\n1,FeTS2022_00000\n2,FeTS2022_00002\n")
+
+    done = place.run("import_sites", f"importer=fets2022,source={source},import_options.partitioning=2")
+
+    assert done.code == 0, done.output
+    assert "3 enhancing tumour; train them with preprocessing.classes=3" in done.words
+    assert sorted(read_json(place.data / "02_intermediate" / "import.json")) == ["Partition_01", "Partition_02"]
+    assert (place.raw / "Partition_02" / "masks" / "FeTS2022_00002.nii.gz").is_file()
 
 
 def test_what_is_missing_or_wrong_is_said_without_a_traceback(new_workplace, tmp_path: Path) -> None:

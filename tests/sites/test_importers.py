@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -162,10 +163,228 @@ class TestLayouts:
             },
         )
 
-        imported("busi", source)
+        imported("breast_ultrasound", source)
 
         masks, _ = stored(tmp_path / "raw", "BUSI")
         assert {stem: int(mask.sum()) for stem, mask in masks.items()} == {"benign_1": 192, "normal_2": 0}
+
+    def test_bus_bra_groups_the_views_of_a_case_by_its_table(self, imported, tmp_path) -> None:
+        source = tree(
+            tmp_path / "BUSBRA",
+            {
+                "Images/bus_0001-l.png": photograph(),
+                "Images/bus_0001-r.png": photograph(1),
+                "Images/bus_0003-s.png": photograph(2),
+                "Masks/mask_0001-l.png": two_valued(),
+                "Masks/mask_0001-r.png": two_valued(),
+                "Masks/mask_0003-s.png": two_valued(),
+            },
+        )
+        (source / "bus_data.csv").write_text(
+            "ID,Case,Histology,Pathology,BIRADS\nbus_0001-l,1,x,benign,2\nbus_0001-r,1,x,benign,2\n"
+        )
+
+        with pytest.raises(DataError, match=r"bus_0003-s\.png: bus_data\.csv has no ID bus_0003-s"):
+            imported("breast_ultrasound", source)
+        assert imported("breast_ultrasound", source, quarantine=True)["BUS-BRA"]["subjects"] == 1
+
+        assert stored(tmp_path / "raw", "BUS-BRA")[1]["subjects"] == {"bus_0001-l": "1", "bus_0001-r": "1"}
+
+    def test_bus_uclm_has_its_patient_in_the_name_and_either_colour_is_a_lesion(self, imported, tmp_path) -> None:
+        painted = np.zeros((*SIZE, 3), np.uint8)
+        painted[:2], painted[4:6] = (0, 255, 0), (255, 0, 0)
+        source = tree(
+            tmp_path / "BUS-UCLM",
+            {
+                "BUS-UCLM/images/ANFO_000.png": photograph(),
+                "BUS-UCLM/images/ANFO_001.png": photograph(1),
+                "BUS-UCLM/masks/ANFO_000.png": Image.fromarray(painted),
+                "BUS-UCLM/masks/ANFO_001.png": Image.fromarray(painted * np.uint8(0)),
+            },
+        )
+
+        assert imported("breast_ultrasound", source)["BUS-UCLM"]["subjects"] == 1
+        masks, _ = stored(tmp_path / "raw", "BUS-UCLM")
+        np.testing.assert_array_equal(masks["ANFO_000"], painted.any(axis=2))
+        assert not masks["ANFO_001"].any()
+
+    def test_udiat_is_originals_beside_their_ground_truth(self, imported, tmp_path) -> None:
+        source = tree(tmp_path / "BUS", {"original/000001.png": photograph(), "GT/000001.png": two_valued()})
+
+        imported("breast_ultrasound", source)
+
+        np.testing.assert_array_equal(stored(tmp_path / "raw", "UDIAT")[0]["000001"], HALF)
+
+    def test_refuge_as_published_is_a_site_a_camera(self, imported, tmp_path) -> None:
+        classes = np.zeros(SIZE, np.uint8)
+        classes[2:10, 2:10], classes[4:6, 4:6] = 1, 2
+        grey = Image.fromarray(np.array([255, 128, 0], np.uint8)[classes])
+        source = tree(
+            tmp_path / "REFUGE",
+            {
+                "REFUGE-Training400/Training400/Glaucoma/g0001.jpg": photograph(),
+                "Annotation-Training400/Annotation-Training400/Disc_Cup_Masks/Glaucoma/g0001.bmp": grey,
+                "REFUGE-Training400/Training400/Non-Glaucoma/n0001.jpg": photograph(1),
+                "Annotation-Training400/Annotation-Training400/Disc_Cup_Masks/Non-Glaucoma/n0001.bmp": grey,
+                "REFUGE-Validation400/REFUGE-Validation400/V0001.jpg": photograph(2),
+                "REFUGE-Validation400-GT/Disc_Cup_Masks/V0001.bmp": grey.convert("RGB"),
+                "REFUGE-Test400/Test400/T0001.jpg": photograph(3),
+                "REFUGE-Test-GT/Disc_Cup_Masks/G/T0001.bmp": grey,
+            },
+        )
+
+        summary = imported("fundus_glaucoma", source)
+
+        assert {site: found["images"] for site, found in summary.items()} == {"REFUGE-Canon": 2, "REFUGE-Zeiss": 2}
+        for site in summary:
+            for mask in stored(tmp_path / "raw", site)[0].values():
+                np.testing.assert_array_equal(mask, classes)
+
+    def test_the_collected_fundus_sets_have_numbered_masks(self, imported, tmp_path) -> None:
+        numbers = np.arange(12 * 16, dtype=np.uint8).reshape(SIZE) % 3
+        mask = Image.fromarray(numbers)
+        source = tree(
+            tmp_path / "glaucoma",
+            {
+                "REFUGE/train/Images/g0001.jpg": photograph(),
+                "REFUGE/train/Masks/g0001.png": mask,
+                "REFUGE/val/Images/V0001.jpg": photograph(1),
+                "REFUGE/val/Masks/V0001.png": mask,
+                "ORIGA/Images/001.jpg": photograph(2),
+                "ORIGA/Masks/001.png": mask,
+                "ORIGA/Images_Square/001.jpg": photograph(3),
+                "ORIGA/Masks_Square/001.png": mask,
+                "G1020/Images/image_0.jpg": photograph(4),
+                "G1020/Masks/image_0.png": mask,
+            },
+        )
+        (source / "G1020" / "Images" / "image_0.json").write_text('{"shapes": []}')
+
+        summary = imported("fundus_glaucoma", source)
+
+        assert {site: found["images"] for site, found in summary.items()} == {
+            "G1020": 1,
+            "ORIGA": 1,
+            "REFUGE-Canon": 1,
+            "REFUGE-Zeiss": 1,
+        }
+        for site in summary:
+            for stem_mask in stored(tmp_path / "raw", site)[0].values():
+                np.testing.assert_array_equal(stem_mask, numbers)
+
+    def test_origa_and_g1020_as_published_have_matlab_files_and_polygons(self, imported, tmp_path) -> None:
+        from scipy.io import savemat
+
+        numbers = np.zeros(SIZE, np.uint8)
+        numbers[2:10, 2:10], numbers[4:6, 4:6] = 1, 2
+        images = {"ORIGA/ORIGA/Images/001.jpg": photograph(), "G1020/Images/image_0.jpg": photograph(1)}
+        source = tree(tmp_path / "fundus", images)
+        (source / "ORIGA" / "ORIGA" / "Semi-automatic-annotations").mkdir()
+        savemat(source / "ORIGA" / "ORIGA" / "Semi-automatic-annotations" / "001.mat", {"mask": numbers})
+        square = {"disc": (2, 9), "cup": (4, 5), "discLoc": (0, 11)}
+        shapes = [
+            {"label": name, "points": [[low, low], [high, low], [high, high], [low, high]]}
+            for name, (low, high) in square.items()
+        ]
+        (source / "G1020" / "Images" / "image_0.json").write_text(json.dumps({"shapes": shapes}))
+
+        imported("fundus_glaucoma", source)
+
+        np.testing.assert_array_equal(stored(tmp_path / "raw", "ORIGA")[0]["001"], numbers)
+        np.testing.assert_array_equal(stored(tmp_path / "raw", "G1020")[0]["image_0"], numbers)
+
+    def test_drishti_takes_the_half_of_both_soft_maps(self, imported, tmp_path) -> None:
+        disc, cup = np.zeros(SIZE, np.uint8), np.zeros(SIZE, np.uint8)
+        disc[2:10, 2:10], disc[0, 0], cup[4:6, 4:6], cup[5, 7] = 191, 64, 255, 128
+        source = tree(
+            tmp_path / "Drishti-GS1_files",
+            {
+                "Training/Images/drishtiGS_002.png": photograph(),
+                "Training/GT/drishtiGS_002/SoftMap/drishtiGS_002_ODsegSoftmap.png": Image.fromarray(disc),
+                "Training/GT/drishtiGS_002/SoftMap/drishtiGS_002_cupsegSoftmap.png": Image.fromarray(cup),
+                "Test/Images/glaucoma/drishtiGS_001.png": photograph(1),
+                "Test/Test_GT/drishtiGS_001/SoftMap/drishtiGS_001_ODsegSoftmap.png": Image.fromarray(disc),
+            },
+        )
+
+        found = imported("fundus_glaucoma", source, quarantine=True)["Drishti-GS"]
+
+        assert [entry["reason"] for entry in found["broken"]] == ["its mask *_cupsegSoftmap.png is missing"]
+        masks, _ = stored(tmp_path / "raw", "Drishti-GS")
+        np.testing.assert_array_equal(masks["drishtiGS_002"], np.where(cup >= 128, 2, disc >= 128))
+
+    def test_monusac_fills_the_outlines_by_class_and_groups_slides_by_patient(self, imported, tmp_path) -> None:
+        def outlines(*named: tuple[str, int, int]) -> str:
+            return "<Annotations>{}</Annotations>".format(
+                "".join(
+                    f'<Annotation Id="1"><Attributes><Attribute Name="{name}" Id="0" Value=""/></Attributes><Regions>'
+                    f'<RegionAttributeHeaders/><Region Id="1"><Vertices><Vertex X="{low}" Y="{low}" Z="0"/>'
+                    f'<Vertex X="{high}" Y="{low}" Z="0"/><Vertex X="{high}" Y="{high}" Z="0"/>'
+                    f'<Vertex X="{low}" Y="{high}" Z="0"/></Vertices></Region></Regions></Annotation>'
+                    for name, low, high in named
+                )
+            )
+
+        first, second = "TCGA-2Z-A9JG-01Z-00-DX1", "TCGA-2Z-A9JG-01Z-00-DX2"
+        rgba = photograph(1).convert("RGBA")
+        source = tree(tmp_path / "MoNuSAC", {f"{first}/{first}_1.tif": photograph(), f"{second}/{second}_1.tif": rgba})
+        (source / first / f"{first}_1.svs").write_bytes(b"a slide")
+        (source / first / f"{first}_2.svs").write_bytes(b"a slide")
+        (source / first / f"{first}_2.xml").write_text(outlines())
+        (source / first / f"{first}_1.xml").write_text(outlines(("Epithelial", 1, 4), ("Neutrophil", 4, 6)))
+        (source / second / f"{second}_1.xml").write_text(outlines(("Ambiguous", 1, 4), ("Lymphocyte", 8, 9)))
+
+        found = imported("monusac", source, quarantine=True)["MoNuSAC"]
+
+        assert (found["images"], found["subjects"]) == (2, 1)
+        assert [(entry["file"], entry["reason"]) for entry in found["broken"]] == [
+            (f"{first}/{first}_2.svs", "no reader for .svs")
+        ]
+        masks, _ = stored(tmp_path / "raw", "MoNuSAC")
+        expected = np.zeros(SIZE, np.uint8)
+        expected[1:5, 1:5] = 1
+        expected[4:7, 4:7] = 4
+        np.testing.assert_array_equal(masks[f"{first}_1"], expected)
+        assert np.unique(masks[f"{second}_1"]).tolist() == [0, 2]
+
+    def test_pannuke_is_a_site_a_tissue(self, imported, tmp_path) -> None:
+        fold = self.pannuke(tmp_path / "pannuke", types=np.array(["Breast", "Bile-duct", "Breast"]))
+
+        summary = imported("pannuke", fold)
+
+        assert {site: found["images"] for site, found in summary.items()} == {"Bile-duct": 1, "Breast": 2}
+        masks, _ = stored(tmp_path / "raw", "Breast")
+        assert {stem: np.unique(mask).tolist() for stem, mask in masks.items()} == {
+            "fold1_0000": [0, 1, 5],
+            "fold1_0002": [0, 1, 5],
+        }
+        picture = np.array(Image.open(tmp_path / "raw" / "Breast" / "images" / "fold1_0002.png"))
+        np.testing.assert_array_equal(picture, np.load(fold / "Fold 1/images/fold1/images.npy")[2])
+
+    def test_pannuke_unpickles_nothing(self, imported, tmp_path) -> None:
+        pickled = self.pannuke(tmp_path / "pannuke", types=np.array(["Breast"] * 3, object))
+
+        with pytest.raises(DataError, match=r"types\.npy: not an array of numbers or text"):
+            imported("pannuke", pickled)
+
+    def test_pannuke_arrays_of_two_folds_are_refused(self, imported, tmp_path) -> None:
+        mixed = self.pannuke(tmp_path / "pannuke", types=np.array(["Breast"] * 2))
+
+        with pytest.raises(DataError, match=r"types\.npy: an array of shape \(2,\), beside 3 images"):
+            imported("pannuke", mixed)
+
+    def pannuke(self, source: Path, types: np.ndarray) -> Path:
+        masks = np.zeros((3, 256, 256, 6))
+        masks[:, :9, :9, 0], masks[:, 5:12, 5:12, 4], masks[..., 5] = 7, 3, 1
+        arrays = {
+            "images/fold1/images.npy": np.random.default_rng(0).integers(0, 256, (3, 256, 256, 3)).astype(float),
+            "images/fold1/types.npy": types,
+            "masks/fold1/masks.npy": masks,
+        }
+        for name, array in arrays.items():
+            (source / "Fold 1" / name).parent.mkdir(parents=True, exist_ok=True)
+            np.save(source / "Fold 1" / name, array)
+        return source
 
     def test_tnbc_has_numbered_nuclei_and_a_patient_a_slide(self, imported, tmp_path) -> None:
         source = tree(
@@ -218,6 +437,10 @@ class TestFolders:
         [
             ({}, "patterns"),
             ({"patterns": [{"images": "{stem}.png"}]}, r"patterns\.0\.masks"),
+            (
+                {"patterns": [{"images": "{a}", "masks": "m", "site": "x"}]},
+                r"stem is made of \{stem\}, which images does",
+            ),
             ({"patterns": [{"images": "i", "masks": "m"}], "colour": {}}, "colour: Extra"),
             ({"patterns": [{"images": "i", "masks": "m"}], "classes": ["a", "b"]}, "several classes need values"),
             ({"patterns": [{"images": "i", "masks": "m"}], "values": {1: 2}}, "class 2, but classes names 1"),

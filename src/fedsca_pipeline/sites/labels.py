@@ -104,10 +104,14 @@ def look_up(values: np.ndarray, classes: Mapping[int, int]) -> tuple[np.ndarray,
     Returns:
         uint8 of the same shape, and the values that ``classes`` does not name, the most frequent first; these are 0.
     """
-    raw, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    numbers = np.array([classes.get(int(value), 0) for value in raw], np.uint8)
+    raw, counts = np.unique(values, return_counts=True)
+    # A number's place among all is eight bytes a pixel, which a volume has not to spare.
+    mask = np.zeros(values.shape, np.uint8)
+    for value in raw:
+        if number := classes.get(int(value)):
+            mask[values == value] = number
     unknown = [int(raw[index]) for index in np.argsort(-counts, kind="stable") if int(raw[index]) not in classes]
-    return numbers[places].reshape(values.shape), unknown
+    return mask, unknown
 
 
 def packed(pixels: np.ndarray) -> np.ndarray:

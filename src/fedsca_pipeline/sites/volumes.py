@@ -87,16 +87,25 @@ def read_volume_mask(path: Path, image: Volume) -> np.ndarray:
         raise BrokenSampleError(
             f"a mask of {volume.voxels.shape[3]} modalities", "save one label map: one whole number a voxel"
         )
-    if volume.shape != image.shape:
+    check_grid(volume, image)
+    return whole_numbers(volume.voxels)
+
+
+def check_grid(mask: Volume, image: Volume) -> None:
+    """Do nothing where a mask lies on its image's grid.
+
+    Raises:
+        BrokenSampleError: another shape, or a corner more than a tenth of the smallest spacing away.
+    """
+    if mask.shape != image.shape:
         raise BrokenSampleError(
-            f"is {_by(volume.shape)} voxels, its image is {_by(image.shape)}", "export the mask on the image's grid"
+            f"is {_by(mask.shape)} voxels, its image is {_by(image.shape)}", "export the mask on the image's grid"
         )
-    if (away := _largest_distance(volume.affine, image.affine, image.shape)) > _TOLERANCE * min(image.spacing):
+    if (away := _largest_distance(mask.affine, image.affine, image.shape)) > _TOLERANCE * min(image.spacing):
         raise BrokenSampleError(
             f"lies elsewhere than its image: their affines differ by up to {away:.3g} mm",
             "export the mask on the image's grid, in its orientation",
         )
-    return whole_numbers(volume.voxels)
 
 
 def write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:

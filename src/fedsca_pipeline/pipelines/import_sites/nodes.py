@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from fedsca_pipeline.config import PreprocessingConfig
 from fedsca_pipeline.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def import_sites(
@@ -17,6 +20,8 @@ def import_sites(
     preprocessing: PreprocessingConfig,
 ) -> dict[str, Any]:
     """Write the source's images as site folders; what is broken follows ``preprocessing.on_bad_sample``.
+
+    Says what each site has, and which classes to train.
 
     Raises:
         ConfigError: importer or source is not named, or there is no such importer.
@@ -33,12 +38,24 @@ def import_sites(
             f'--params="importer=<name>,source=<folder>" with one of {", ".join(importer_names())}'
         )
     folder = Path(source).expanduser()
+    layout = find_importer(importer, folder, import_options)
     with Progress(transient=True) as progress:
         task = progress.add_task("importing")
-        return import_sites(
+        summary = import_sites(
             raw_sites,
-            find_importer(importer, folder, import_options),
+            layout,
             folder,
             quarantine=preprocessing.on_bad_sample == "quarantine",
             progress=lambda done, of: progress.update(task, completed=done, total=of),
         )
+    for site, found in summary.items():
+        logger.info(
+            "%s: %d images of %d subjects, %d broken", site, found["images"], found["subjects"], len(found["broken"])
+        )
+    logger.info("Terms: %s", layout.licence)
+    logger.info(
+        "Classes: %s; train them with preprocessing.classes=%d",
+        ", ".join(f"{number} {name}" for number, name in enumerate(layout.classes, start=1)),
+        len(layout.classes),
+    )
+    return summary

@@ -11,7 +11,7 @@ from pathlib import Path
 from fedsca_pipeline.errors import ConfigError
 from fedsca_pipeline.sites.importers.layout import Importer
 
-_MACHINERY = ("labels", "layout", "write")
+_MACHINERY = ("labels", "layout", "pictures", "tables", "write")
 
 
 def importer_names() -> tuple[str, ...]:

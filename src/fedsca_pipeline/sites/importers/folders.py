@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedsca_pipeline.errors import ConfigError
 from fedsca_pipeline.sites.importers.labels import Label, colours, seen_values, stored_values, two_values
-from fedsca_pipeline.sites.importers.layout import Importer, Patterns
+from fedsca_pipeline.sites.importers.layout import Importer, Patterns, Sample
+from fedsca_pipeline.sites.importers.tables import check_inside, listed_file, read_table
 from fedsca_pipeline.sites.labels import number_of
 
 Class = Annotated[int, Field(ge=0, le=254)]
@@ -29,18 +31,49 @@ class _Part(BaseModel):
     empty_without_mask: bool = False
 
 
+class _Table(BaseModel):
+    """A CSV or TSV below the source, a row a subject; ``key`` is its column of what ``subject`` of the patterns is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: str
+    key: str
+    site: str
+
+    def sites(self, source: Path, samples: list[Sample]) -> Iterator[Sample]:
+        """Give each sample the site in its subject's row; one without is broken."""
+        path = listed_file(source / "import.yml", self.file)
+        check_inside(source, path)
+        rows = read_table(path, self.key, (self.site,))
+        for sample in samples:
+            site = rows[sample.subject][self.site] if sample.subject in rows else "n/a"
+            if site == "n/a":
+                fault = f"{self.file} has no {self.site} for {sample.subject!r}", "add it, or take the image away"
+                yield replace(sample, fault=sample.fault or fault)
+            else:
+                yield replace(sample, site=site)
+
+
 class Layout(BaseModel):
     """The keys of a layout file; one of ``values``, ``indices``, ``colours`` says what masks hold, or none of them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     patterns: tuple[_Part, ...] = Field(min_length=1)
+    table: _Table | None = None
     classes: tuple[str, ...] = ("foreground",)
     values: dict[int, Class] | None = Field(None, description="grey value as seen: class")
     indices: dict[int, Class] | None = Field(None, description="number as stored (palette index): class")
     colours: dict[str, Class] | None = Field(None, description="'#rrggbb': class")
     title: str = "a folder of your own"
     licence: str = "not stated"
+
+    @field_validator("colours")
+    @classmethod
+    def _written_so(cls, value: dict[str, int] | None) -> dict[str, int] | None:
+        for colour in value or {}:
+            number_of(colour)
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Layout:
@@ -60,7 +93,7 @@ class Layout(BaseModel):
         if self.indices is not None:
             return stored_values(self.indices)
         if self.colours is not None:
-            return colours({_rgb(colour): number for colour, number in self.colours.items()})
+            return colours(self.colours)
         return two_values()
 
 
@@ -79,12 +112,15 @@ def configure(source: Path, options: Mapping[str, str]) -> Importer:
             classes=layout.classes,
             label=layout.label(),
             patterns=tuple(Patterns(**part.model_dump()) for part in layout.patterns),
+            refine=layout.table.sites if layout.table else None,
         )
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, fault['loc'])) or 'layout'}: {fault['msg']}" for fault in error.errors()
         )
         raise ConfigError(f"{path}: {problems}. Known keys: {', '.join(Layout.model_fields)}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     except FileNotFoundError as error:
         raise ConfigError(
             f"{path}: no such file; importer 'folders' needs a layout file there, or its path in import_options.layout "
@@ -92,14 +128,6 @@ def configure(source: Path, options: Mapping[str, str]) -> Importer:
         ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from error
-
-
-def _rgb(colour: str) -> tuple[int, int, int]:
-    try:
-        red, green, blue = number_of(colour).to_bytes(3, "big")
-    except ValueError as error:
-        raise ConfigError(f"colours: {error}") from error
-    return red, green, blue
 
 
 IMPORTER = Importer(

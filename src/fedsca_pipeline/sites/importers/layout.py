@@ -1,4 +1,4 @@
-"""What an importer is: patterns that say which files of a source are images of which site, and how masks are read.
+"""What an importer is: patterns that say which files of a source are images of which site, and how they are read.
 
 A pattern is a path relative to the source with ``{placeholders}``: ``{site}/images/{stem}.png``. A placeholder stands
 for one or more characters within one name, and for the same characters wherever it comes again; ``*`` stands for any
@@ -17,23 +17,28 @@ import numpy as np
 
 from fedsca_pipeline.errors import ConfigError, DataError
 from fedsca_pipeline.sites.importers.labels import Label
+from fedsca_pipeline.sites.importers.pictures import Picture, read_picture
 
 _TOKEN = re.compile(r"\{(\w*)\}|(\*\*/)|(\*)")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image and the files that make its mask, all below the source; more than one are one object each.
+    """The files of one image and those that make its mask, all below the source.
 
-    No file at all is an image without foreground, unless ``fault``, a reason and a cure, says why it cannot be used.
+    No mask file is an image without foreground, unless ``fault``, a reason and a cure, says why it cannot be used.
+    ``item`` is the row or frame of files that hold many images. ``label`` reads the mask where it is not the
+    importer's that does.
     """
 
     site: str
     stem: str
     subject: str
-    image: Path
+    images: tuple[Path, ...]
     masks: tuple[Path, ...]
     fault: tuple[str, str] | None = None
+    item: int | None = None
+    label: Label | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class Patterns:
 
     ``site``, ``stem`` and ``subject`` are made of the placeholders of ``images``; those of ``masks`` have the values
     that they have there. ``site`` may be a plain word. A mask may be missing only with ``empty_without_mask``, and is
-    made of several files only with ``joined``.
+    made of several files only with ``joined``. An image that several patterns match is taken by the first that has
+    its mask.
     """
 
     images: str
@@ -52,15 +58,27 @@ class Patterns:
     subject: str = "{stem}"
     joined: bool = False
     empty_without_mask: bool = False
+    label: Label | None = None
+
+    def __post_init__(self) -> None:
+        known = _placeholders(self.images)
+        for name in ("site", "stem", "subject"):
+            if unknown := _placeholders(getattr(self, name)) - known:
+                raise ConfigError(
+                    f"{self.images}: {name} is made of {{{min(unknown)}}}, which images does not have; "
+                    f"it has {', '.join(sorted(known)) or 'none'}"
+                )
 
 
 @dataclass(frozen=True)
 class Importer:
     """A published layout.
 
-    ``label`` turns the files of one mask, and the image's height and width, into uint8 [H, W] of classes, 0 background
-    (``labels.py``); ``classes`` names them from 1 on. ``regroup`` may give an image another site once it is read.
-    ``options`` are the keys of ``import_options``, from which, and the source, ``configure`` makes the importer.
+    ``label`` turns the files of one mask, and the image's shape, into uint8 classes of that shape, 0 background
+    (``labels.py``); ``classes`` names them from 1 on. ``refine`` says of the samples that the patterns found, and the
+    source, what a table in it knows better: sites, subjects, several images in one file. ``read`` is for images that
+    are not a file each. ``regroup`` may give an image another site once it is read. ``options`` are the keys of
+    ``import_options``, from which, and the source, ``configure`` makes the importer.
     """
 
     title: str
@@ -68,6 +86,8 @@ class Importer:
     classes: tuple[str, ...]
     label: Label
     patterns: tuple[Patterns, ...]
+    refine: Callable[[Path, list[Sample]], Iterable[Sample]] | None = None
+    read: Callable[[Sample, Label], Picture] = read_picture
     regroup: Callable[[np.ndarray], str] | None = None
     options: tuple[str, ...] = ()
     configure: Callable[[Path, Mapping[str, str]], Importer] | None = None
@@ -76,13 +96,15 @@ class Importer:
         """Return the samples below ``source``, by site and stem.
 
         Raises:
-            DataError: there is none.
+            DataError: there is none, or a table in the source cannot be used.
         """
-        samples = sorted(_samples(source, self.patterns), key=lambda sample: (sample.site, sample.stem))
+        samples = _samples(source, self.patterns)
+        if samples and self.refine is not None:
+            samples = list(self.refine(source, samples))
         if not samples:
             wanted = "; ".join(pattern.images for pattern in self.patterns)
             raise DataError(f"{source}: holds nothing of the layout of {self.title} ({wanted})")
-        return samples
+        return sorted(samples, key=lambda sample: (sample.site, sample.stem))
 
 
 def match_files(names: Iterable[str], pattern: str) -> Iterator[tuple[str, dict[str, str]]]:
@@ -97,33 +119,45 @@ def match_files(names: Iterable[str], pattern: str) -> Iterator[tuple[str, dict[
             yield name, match.groupdict()
 
 
-def _samples(source: Path, patterns: Iterable[Patterns]) -> Iterator[Sample]:
+def _samples(source: Path, patterns: Iterable[Patterns]) -> list[Sample]:
     names = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
+    found: dict[tuple[Path, ...], Sample] = {}
     for pattern in patterns:
-        images = list(match_files(names, pattern.images))
-        shared = sorted(_placeholders(pattern.images) & _placeholders(pattern.masks))
-        masks: dict[tuple[str, ...], list[str]] = defaultdict(list)
-        for name, values in match_files(names, pattern.masks):
-            masks[tuple(values[key] for key in shared)].append(name)
-        taken = {name for found in masks.values() for name in found}
-        for name, values in images:
-            # A pattern such as {stem}.png for images matches {stem}_mask.png, too.
-            if name in taken:
-                continue
-            own = masks.get(tuple(values[key] for key in shared), [])
-            fault = None
-            if len(own) > 1 and not pattern.joined:
-                fault = f"{len(own)} masks: {', '.join(own[:3])}", "keep one, or say by the layout which is whose"
-            elif not own and not pattern.empty_without_mask:
-                fault = f"no mask as {pattern.masks}", "add it, or take the image away"
-            yield Sample(
-                pattern.site.format(**values),
-                pattern.stem.format(**values),
-                pattern.subject.format(**values),
-                source / name,
-                tuple(source / mask for mask in own),
-                fault,
-            )
+        for sample in _of_pattern(source, names, pattern):
+            if sample.images not in found or (found[sample.images].fault and not sample.fault):
+                found[sample.images] = sample
+    return list(found.values())
+
+
+def _of_pattern(source: Path, names: Iterable[str], pattern: Patterns) -> Iterator[Sample]:
+    shared = sorted(_placeholders(pattern.images) & _placeholders(pattern.masks))
+    masks: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for name, values in match_files(names, pattern.masks):
+        masks[tuple(values[key] for key in shared)].append(name)
+    taken = {name for found in masks.values() for name in found}
+    for name, values in match_files(names, pattern.images):
+        # A pattern such as {stem}.png for images matches {stem}_mask.png, too.
+        if name in taken:
+            continue
+        own = masks.get(tuple(values[key] for key in shared), [])
+        fault = None
+        if len(own) > 1 and not pattern.joined:
+            fault = f"{len(own)} masks: {', '.join(own[:3])}", "keep one, or say by the layout which is whose"
+        elif not own and not pattern.empty_without_mask:
+            fault = f"no mask as {pattern.masks}", "add it, or take the image away"
+        yield Sample(
+            _filled(pattern.site, values),
+            _filled(pattern.stem, values),
+            _filled(pattern.subject, values),
+            (source / name,),
+            tuple(source / mask for mask in own),
+            fault,
+            label=pattern.label,
+        )
+
+
+def _filled(name: str, values: Mapping[str, str]) -> str:
+    return re.sub(r"\{(\w+)\}", lambda token: values[token[1]], name)
 
 
 def _placeholders(pattern: str) -> set[str]:

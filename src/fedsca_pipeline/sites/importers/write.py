@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,10 @@ from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.files import write_bytes
 from fedsca_pipeline.sites.discovery import SITES_READY, settle_sites
 from fedsca_pipeline.sites.importers.layout import Importer, Sample
+from fedsca_pipeline.sites.importers.pictures import Picture, UnusableError, blaming
 from fedsca_pipeline.sites.pairing import Broken
-from fedsca_pipeline.sites.readers import BrokenSampleError, read_image, split_name
+from fedsca_pipeline.sites.readers import BrokenSampleError, split_name
+from fedsca_pipeline.sites.volumes import Volume, write_nifti
 
 _LISTED = 20
 
@@ -33,10 +34,11 @@ def import_sites(
     quarantine: bool = False,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, dict[str, Any]]:
-    """Write the samples of ``source`` as site folders below ``raw``: images as they are, masks as PNG of classes.
+    """Write the samples of ``source`` as site folders below ``raw``.
 
-    Every site comes with a ``site.yml`` of subjects and notes. All are built beside their place and renamed into it:
-    a killed call leaves no half site. Nothing of the source is changed, nothing outside it is read.
+    Images stay as they are, masks become PNG or NIfTI of classes; one sample at a time is in memory. Every site comes
+    with a ``site.yml`` of subjects and notes. All are built beside their place and renamed into it: a killed call
+    leaves no half site. Nothing of the source is changed, nothing outside it is read.
 
     Args:
         raw: the folder of the sites.
@@ -88,22 +90,6 @@ def _refuse_existing(raw: Path, sites: set[str]) -> None:
         )
 
 
-class _UnusableError(Exception):
-    """A sample cannot be imported: which file of it, and why."""
-
-    def __init__(self, file: Path, error: BrokenSampleError) -> None:
-        super().__init__(str(error))
-        self.file, self.error = file, error
-
-
-@contextmanager
-def _blaming(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except BrokenSampleError as error:
-        raise _UnusableError(file, error) from error
-
-
 @dataclass
 class _Site:
     """What has been written of one site."""
@@ -121,19 +107,20 @@ def _write(
     workshop.mkdir(parents=True)
     for done, sample in enumerate(samples, start=1):
         try:
-            name, mask = _read(importer, sample, source)
+            picture = _read(importer, sample, source)
+            name = _plain(importer.regroup(picture.image)) if importer.regroup else sample.site
             site, stem = sites[name], _plain(sample.stem)
             if stem in site.subjects:
-                raise _UnusableError(
-                    sample.image, BrokenSampleError(f"another image of {name} has the stem {stem!r}", "rename one")
+                raise UnusableError(
+                    sample.images[0], BrokenSampleError(f"another image of {name} has the stem {stem!r}", "rename one")
                 )
-        except _UnusableError as unusable:
+        except UnusableError as unusable:
             entry = Broken.of(unusable.file.relative_to(source).as_posix(), unusable.error)
             sites[sample.site].broken.append(entry.as_dict())
         else:
-            _place(workshop / name, stem, sample.image, mask)
+            _place(workshop / name, stem, picture)
             site.subjects[stem] = _plain(sample.subject)
-            numbers, counts = np.unique(mask, return_counts=True)
+            numbers, counts = np.unique(picture.mask, return_counts=True)
             site.pixels.update(dict(zip(map(int, numbers), map(int, counts), strict=True)))
         progress(done, len(samples))
     for name, site in sites.items():
@@ -151,28 +138,30 @@ def _write(
     }
 
 
-def _read(importer: Importer, sample: Sample, source: Path) -> tuple[str, np.ndarray]:
-    """Return the image's site and its mask's classes, uint8 [H, W]."""
+def _read(importer: Importer, sample: Sample, source: Path) -> Picture:
     if sample.fault is not None:
-        raise _UnusableError(sample.image, BrokenSampleError(*sample.fault))
+        raise UnusableError(sample.images[0], BrokenSampleError(*sample.fault))
     inside = source.resolve()
-    for file in (sample.image, *sample.masks):
-        with _blaming(file):
+    for file in (*sample.images, *sample.masks):
+        with blaming(file):
             if not file.resolve().is_relative_to(inside):
                 raise BrokenSampleError("a link that leads out of the source", "copy the file itself there")
-    with _blaming(sample.image):
-        image = read_image(sample.image)
-    with _blaming(sample.masks[0] if sample.masks else sample.image):
-        mask = importer.label(sample.masks, image.shape[:2])
-    return _plain(importer.regroup(image)) if importer.regroup else sample.site, mask
+    return importer.read(sample, sample.label or importer.label)
 
 
-def _place(folder: Path, stem: str, image: Path, mask: np.ndarray) -> None:
-    suffix = split_name(image.name)[1]
+def _place(folder: Path, stem: str, picture: Picture) -> None:
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(image, folder / "images" / f"{stem}{suffix}")
-    Image.fromarray(mask).save(folder / "masks" / f"{stem}.png")
+    if picture.copied is not None:
+        shutil.copyfile(picture.copied, folder / "images" / f"{stem}{split_name(picture.copied.name)[1]}")
+    elif isinstance(picture.image, Volume):
+        write_nifti(folder / "images" / f"{stem}.nii.gz", picture.image.voxels, picture.image.affine)
+    else:
+        Image.fromarray(picture.image).save(folder / "images" / f"{stem}.png")
+    if isinstance(picture.image, Volume):
+        write_nifti(folder / "masks" / f"{stem}.nii.gz", picture.mask, picture.image.affine)
+    else:
+        Image.fromarray(picture.mask).save(folder / "masks" / f"{stem}.png")
 
 
 def _write_site_file(folder: Path, importer: Importer, subjects: Mapping[str, str]) -> None:

@@ -1,0 +1,62 @@
+"""Breast ultrasound, a site a data set: BUSI, BUS-BRA, BUS-UCLM, UDIAT (Dataset B).
+
+BUSI keeps further lesions of an image in ``_mask_1`` ...; BUS-BRA's patients are the ``Case`` of its table, BUS-UCLM's
+the first part of a file name; BUS-UCLM paints benign lesions green and malignant ones red.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from fedsca_pipeline.sites.importers.labels import coloured, two_values
+from fedsca_pipeline.sites.importers.layout import Importer, Patterns, Sample
+from fedsca_pipeline.sites.importers.tables import find_file, read_table
+
+
+def _with_cases(source: Path, samples: list[Sample]) -> Iterator[Sample]:
+    table = None
+    for sample in samples:
+        if sample.site != "BUS-BRA":
+            yield sample
+            continue
+        table = table or read_table(find_file(source, "bus_data.csv"), "ID", ("Case",))
+        row = table.get(sample.stem)
+        fault = None if row else (f"bus_data.csv has no ID {sample.stem}", "take the table that came with the images")
+        yield replace(sample, subject=row["Case"] if row else sample.subject, fault=sample.fault or fault)
+
+
+IMPORTER = Importer(
+    title="Breast ultrasound (BUSI, BUS-BRA, BUS-UCLM, UDIAT)",
+    licence="BUSI, BUS-BRA, BUS-UCLM: CC BY 4.0; UDIAT: research, on request; cite each (docs/benchmarks.md)",
+    classes=("lesion",),
+    label=two_values(),
+    patterns=(
+        Patterns(
+            "**/{kind}/{kind} ({number}).png",
+            "**/{kind}/{kind} ({number})_mask*.png",
+            site="BUSI",
+            stem="{kind}_{number}",
+            subject="{kind}_{number}",
+            joined=True,
+        ),
+        Patterns(
+            "**/Images/bus_{number}.png",
+            "**/Masks/mask_{number}.png",
+            site="BUS-BRA",
+            stem="bus_{number}",
+            subject="bus_{number}",
+        ),
+        Patterns(
+            "**/BUS-UCLM/images/{patient}_{number}.png",
+            "**/BUS-UCLM/masks/{patient}_{number}.png",
+            site="BUS-UCLM",
+            stem="{patient}_{number}",
+            subject="{patient}",
+            label=coloured(),
+        ),
+        Patterns("**/original/{stem}.png", "**/GT/{stem}.png", site="UDIAT"),
+    ),
+    refine=_with_cases,
+)

@@ -1,0 +1,76 @@
+"""Tables and lists that a data set comes with. No name in them leads out of the source."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from fedsca_pipeline.errors import DataError
+
+
+def find_file(source: Path, pattern: str) -> Path:
+    """Return the one file below ``source`` whose name matches a glob pattern.
+
+    Raises:
+        DataError: there is none, or several, or it is a link that leads out of the source.
+    """
+    found = sorted(path for path in source.rglob(pattern) if path.is_file())
+    if len(found) != 1:
+        names = ", ".join(path.relative_to(source).as_posix() for path in found[:3])
+        raise DataError(
+            f"{source}: {f'{len(found)} files {pattern} ({names})' if found else f'no file {pattern}'}; "
+            "unpack the data set whole, into a folder of its own"
+        )
+    check_inside(source, found[0])
+    return found[0]
+
+
+def check_inside(source: Path, file: Path) -> None:
+    """Do nothing where a file lies in the source.
+
+    Raises:
+        DataError: it is a link that leads out of it.
+    """
+    if not file.resolve().is_relative_to(source.resolve()):
+        raise DataError(f"{file}: a link that leads out of the source; copy the file itself there")
+
+
+def listed_file(table: Path, name: str) -> Path:
+    """Return the path of a file that a list names relative to its own folder, whether it is there or not.
+
+    Raises:
+        DataError: the name is absolute, or goes up.
+    """
+    if PureWindowsPath(name).is_absolute() or PureWindowsPath(name).drive or name.startswith(("/", "\\")):
+        raise DataError(f"{table}: names {name!r}, an absolute path; only files below it are read")
+    if ".." in PurePosixPath(name.replace("\\", "/")).parts:
+        raise DataError(f"{table}: names {name!r}, which leads out of its folder; only files below it are read")
+    return table.parent / PurePosixPath(name)
+
+
+def read_table(path: Path, key: str, columns: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Read a CSV, or TSV, with a head row as ``key``'s value to the row, all of it text without outer blanks.
+
+    Raises:
+        DataError: it is no readable CSV, a column is missing, a row is short, or a key comes twice.
+    """
+    try:
+        # utf-8-sig: spreadsheets start their files with a byte order mark.
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            rows = csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ",")
+            head = [name.strip() for name in rows.fieldnames or ()]
+            if missing := [column for column in (key, *columns) if column not in head]:
+                raise DataError(f"{path}: no column {missing[0]!r}; there are {', '.join(head) or 'none'}")
+            rows.fieldnames = head
+            table: dict[str, dict[str, str]] = {}
+            for row in rows:
+                values = {name: (row[name] or "").strip() for name in (key, *columns)}
+                if empty := [name for name, value in values.items() if not value]:
+                    raise DataError(f"{path}: line {rows.line_num} has no {empty[0]}; mend it")
+                if values[key] in table:
+                    raise DataError(f"{path}: {key} {values[key]!r} comes twice; keep one row")
+                table[values[key]] = values
+            return table
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a readable CSV ({' '.join(str(error).split())})") from error
