@@ -184,7 +184,7 @@ class TestLayouts:
             "ID,Case,Histology,Pathology,BIRADS\nbus_0001-l,1,x,benign,2\nbus_0001-r,1,x,benign,2\n"
         )
 
-        with pytest.raises(DataError, match=r"bus_0003-s\.png: bus_data\.csv has no ID bus_0003-s"):
+        with pytest.raises(DataError, match=r"bus_0003-s\.png: bus_data\.csv has no Case of bus_0003-s"):
             imported("breast_ultrasound", source)
         assert imported("breast_ultrasound", source, quarantine=True)["BUS-BRA"]["subjects"] == 1
 
@@ -361,6 +361,17 @@ class TestLayouts:
         picture = np.array(Image.open(tmp_path / "raw" / "Breast" / "images" / "fold1_0002.png"))
         np.testing.assert_array_equal(picture, np.load(fold / "Fold 1/images/fold1/images.npy")[2])
 
+    def test_the_classes_of_any_layout_can_be_merged(self, imported, tmp_path) -> None:
+        fold = self.pannuke(tmp_path / "pannuke", types=np.array(["Breast"] * 3))
+
+        summary = imported("pannuke", fold, {"merge": "nucleus"})
+
+        assert list(summary["Breast"]["pixels"]) == ["background", "nucleus"]
+        masks, site_file = stored(tmp_path / "raw", "Breast")
+        assert np.unique(masks["fold1_0000"]).tolist() == [0, 1]
+        assert "Classes: 1 nucleus." in site_file["notes"]
+        assert site_file["label_map"] == {0: 0, 1: 1}
+
     def test_pannuke_unpickles_nothing(self, imported, tmp_path) -> None:
         pickled = self.pannuke(tmp_path / "pannuke", types=np.array(["Breast"] * 3, object))
 
@@ -469,7 +480,7 @@ class TestRefusals:
         assert {"folders", "dsb2018", "polyps"} <= set(importer_names())
 
     def test_an_option_of_another_importer_is_refused(self, tmp_path) -> None:
-        with pytest.raises(ConfigError, match=r"import_options\.layout: importer 'polyps' has no options"):
+        with pytest.raises(ConfigError, match=r"import_options\.layout: importer 'polyps' has merge$"):
             find_importer("polyps", tmp_path, {"layout": "x"})
 
     def test_a_folder_without_the_layout_says_what_was_looked_for(self, imported, tmp_path) -> None:

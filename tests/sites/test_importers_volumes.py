@@ -11,11 +11,16 @@ import nibabel
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
+from fedsca_pipeline.config import PreprocessingConfig
 from fedsca_pipeline.errors import ConfigError, DataError
 from fedsca_pipeline.sites.importers import find_importer
 from fedsca_pipeline.sites.importers.fets2022 import MODALITIES
+from fedsca_pipeline.sites.importers.tables import listed_file
 from fedsca_pipeline.sites.importers.write import import_sites
+from fedsca_pipeline.sites.prepare import prepare_site
 from fedsca_pipeline.sites.volumes import read_volume, read_volume_mask
 
 SHAPE = (6, 5, 4)
@@ -213,12 +218,20 @@ class TestMnMs:
         with pytest.raises(DataError, match=r"A0S9V9_sa\.nii\.gz: its shape is \(6, 5, 4, 3\).*has a frame 9"):
             imported("mnms", source)
 
+    def test_an_empty_row_of_an_unlabelled_study_does_no_harm(self, imported, tmp_path) -> None:
+        source = self.source(tmp_path / "OpenDataset")
+        table = next(source.glob("*.csv"))
+        table.write_text(table.read_text().replace("B1A2C3,GE,C,4,0,1,40", "B1A2C3,GE,C,4,,"))
+
+        assert len(imported("mnms", source)) == 2
+
     @pytest.mark.parametrize(
         ("change", "said"),
         [
             (("Centre", "Center"), "no column 'Centre'"),
-            (("A0S9V9,Siemens,A,1,2", "A0S9V9,Siemens,A,1,-2"), "ED of A0S9V9 is '-2', not the number of a frame"),
-            (("A0S9V9,Siemens,A,1", "A0S9V9,Siemens,A,"), "line 2 has no Centre"),
+            (("A0S9V9,Siemens,A,1,2", "A0S9V9,Siemens,A,1,-2"), "has no Centre and frame ED of it"),
+            (("A0S9V9,Siemens,A,1", "A0S9V9,Siemens,A,"), "has no Centre and frame ED of it"),
+            (("A0S9V9", "A0S9V8"), "has no Centre and frame ED of it"),
             (("B1A2C3", "A0S9V9"), "External code 'A0S9V9' comes twice"),
         ],
     )
@@ -400,6 +413,32 @@ def test_what_is_written_can_be_read_as_a_site_s_volume(imported, tmp_path) -> N
     assert image.voxels.shape == (*SHAPE, 4)
     mask = read_volume_mask(folder / "masks" / "FeTS2022_00000.nii.gz", image)
     assert np.unique(mask).tolist() == [0, 1, 2, 3]
+
+
+@given(name=st.text(alphabet="ab./\\:~ C", max_size=12))
+def test_no_name_of_a_list_leads_out_of_its_folder(name: str) -> None:
+    folder = Path("/data/task")
+
+    try:
+        found = listed_file(folder / "dataset.json", name)
+    except DataError:
+        return
+
+    assert found.resolve().is_relative_to(folder)
+
+
+def test_imported_volumes_can_be_prepared(imported, tmp_path) -> None:
+    shape = (24, 20, 6)
+    files = {}
+    for case in range(6):
+        files[f"HK/Case{case:02d}.nii.gz"] = volume(case, shape=shape)
+        files[f"HK/Case{case:02d}_segmentation.nii.gz"] = labelled(1, 2, shape=shape)
+
+    imported("prostate_saml", tree(tmp_path / "source", files))
+
+    prepared = prepare_site(tmp_path / "raw", "HK", PreprocessingConfig(image_size=32), seed=0)
+    assert prepared.manifest["subject"].nunique() == 6
+    assert prepared.report["broken"] == []
 
 
 def test_one_volume_at_a_time_is_in_memory(imported, tmp_path) -> None:

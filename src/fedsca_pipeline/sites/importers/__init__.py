@@ -12,6 +12,7 @@ from fedsca_pipeline.errors import ConfigError
 from fedsca_pipeline.sites.importers.layout import Importer
 
 _MACHINERY = ("labels", "layout", "pictures", "tables", "write")
+_MERGE = "merge"
 
 
 def importer_names() -> tuple[str, ...]:
@@ -31,8 +32,11 @@ def find_importer(name: str | None, source: Path, options: Mapping[str, str]) ->
         hint = f", did you mean {near[0]!r}?" if near else ";"
         raise ConfigError(f"importer: no importer {name!r}{hint} there are: {', '.join(names)}")
     importer: Importer = import_module(f"{__name__}.{name}").IMPORTER
-    if unknown := sorted(set(options) - set(importer.options)):
+    own = {option: value for option, value in options.items() if option != _MERGE}
+    if unknown := sorted(set(own) - set(importer.options)):
         raise ConfigError(
-            f"import_options.{unknown[0]}: importer {name!r} has {', '.join(importer.options) or 'no options'}"
+            f"import_options.{unknown[0]}: importer {name!r} has {', '.join((*importer.options, _MERGE))}"
         )
-    return importer.configure(source, options) if importer.configure else importer
+    if importer.configure:
+        importer = importer.configure(source, own)
+    return importer.merge(str(options[_MERGE])) if _MERGE in options else importer

@@ -22,9 +22,9 @@ def _with_cases(source: Path, samples: list[Sample]) -> Iterator[Sample]:
             yield sample
             continue
         table = table or read_table(find_file(source, "bus_data.csv"), "ID", ("Case",))
-        row = table.get(sample.stem)
-        fault = None if row else (f"bus_data.csv has no ID {sample.stem}", "take the table that came with the images")
-        yield replace(sample, subject=row["Case"] if row else sample.subject, fault=sample.fault or fault)
+        case = table.get(sample.stem, {}).get("Case")
+        fault = (f"bus_data.csv has no Case of {sample.stem}", "take the table that came with the images")
+        yield replace(sample, subject=case or sample.subject, fault=sample.fault or (None if case else fault))
 
 
 IMPORTER = Importer(

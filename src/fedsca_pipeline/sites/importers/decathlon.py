@@ -16,7 +16,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field, ValidationError
 
 from fedsca_pipeline.errors import ConfigError, DataError
-from fedsca_pipeline.sites.importers.labels import objects, stored_values
+from fedsca_pipeline.sites.importers.labels import stored_values
 from fedsca_pipeline.sites.importers.layout import Importer, Patterns, Sample
 from fedsca_pipeline.sites.importers.tables import find_file, listed_file
 from fedsca_pipeline.sites.readers import split_name
@@ -106,7 +106,6 @@ IMPORTER = Importer(
     title="Medical Segmentation Decathlon",
     licence="see dataset.json",
     classes=(),
-    label=objects(),
     patterns=_PATTERNS,
     options=("site", "subject"),
     configure=configure,

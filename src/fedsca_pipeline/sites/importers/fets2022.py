@@ -30,13 +30,13 @@ def _partitioned(source: Path, samples: list[Sample], *, partitioning: str) -> I
     for sample in samples:
         first = sample.images[0]
         images = tuple(first.with_name(f"{sample.subject}_{modality}.nii.gz") for modality in MODALITIES)
+        partition = table.get(sample.subject, {}).get("Partition_ID")
         fault = sample.fault
         if missing := [image.name for image in images if not image.is_file()]:
             fault = f"{missing[0]} is missing", "unpack the data set whole"
-        elif sample.subject not in table:
+        elif not partition:
             fault = f"partitioning_{partitioning}.csv does not name it", "take the table that came with the images"
-        site = table[sample.subject]["Partition_ID"].zfill(2) if sample.subject in table else "none"
-        yield replace(sample, site=f"Partition_{site}", images=images, fault=fault)
+        yield replace(sample, site=f"Partition_{(partition or 'none').zfill(2)}", images=images, fault=fault)
 
 
 def read_modalities(sample: Sample, label: Label) -> Picture:

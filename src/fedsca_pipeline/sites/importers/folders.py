@@ -133,8 +133,7 @@ def configure(source: Path, options: Mapping[str, str]) -> Importer:
 IMPORTER = Importer(
     title="a folder of your own",
     licence="not stated",
-    classes=("foreground",),
-    label=two_values(),
+    classes=(),
     patterns=(),
     options=("layout",),
     configure=configure,

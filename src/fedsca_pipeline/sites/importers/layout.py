@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -74,23 +74,38 @@ class Patterns:
 class Importer:
     """A published layout.
 
-    ``label`` turns the files of one mask, and the image's shape, into uint8 classes of that shape, 0 background
-    (``labels.py``); ``classes`` names them from 1 on. ``refine`` says of the samples that the patterns found, and the
-    source, what a table in it knows better: sites, subjects, several images in one file. ``read`` is for images that
-    are not a file each. ``regroup`` may give an image another site once it is read. ``options`` are the keys of
-    ``import_options``, from which, and the source, ``configure`` makes the importer.
+    ``label`` turns the files of one mask, and their image, into uint8 classes, 0 background (``labels.py``);
+    ``classes`` names them from 1 on. ``refine`` says of the samples that the patterns found, and the source, what a
+    table in it knows better: sites, subjects, several images in one file. ``read`` is for images that are not a file
+    each; it may do without a label. ``regroup`` may give an image another site once it is read. ``options`` are the
+    keys of ``import_options``, from which, and the source, ``configure`` makes the importer. ``merged`` makes one class
+    of all.
     """
 
     title: str
     licence: str
     classes: tuple[str, ...]
-    label: Label
     patterns: tuple[Patterns, ...]
+    label: Label | None = None
     refine: Callable[[Path, list[Sample]], Iterable[Sample]] | None = None
-    read: Callable[[Sample, Label], Picture] = read_picture
+    read: Callable[[Sample, Label | None], Picture] = read_picture
     regroup: Callable[[np.ndarray], str] | None = None
     options: tuple[str, ...] = ()
     configure: Callable[[Path, Mapping[str, str]], Importer] | None = None
+    merged: bool = False
+
+    def merge(self, name: str) -> Importer:
+        """Return an importer whose one class ``name`` is all that is not background."""
+        return replace(self, classes=(name,), merged=True)
+
+    def picture(self, sample: Sample) -> Picture:
+        """Read a sample.
+
+        Raises:
+            UnusableError: a file of it, and what is wrong with that.
+        """
+        picture = self.read(sample, sample.label or self.label)
+        return replace(picture, mask=(picture.mask > 0).astype(np.uint8)) if self.merged else picture
 
     def find(self, source: Path) -> list[Sample]:
         """Return the samples below ``source``, by site and stem.

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-from fedsca_pipeline.errors import ConfigError, DataError
-from fedsca_pipeline.sites.importers.labels import Label, objects, to_classes
+from fedsca_pipeline.errors import ConfigError
+from fedsca_pipeline.sites.importers.labels import Label, to_classes
 from fedsca_pipeline.sites.importers.layout import Importer, Patterns, Sample
 from fedsca_pipeline.sites.importers.pictures import Picture, blaming, read_nifti
 from fedsca_pipeline.sites.importers.tables import find_file, read_table
@@ -30,19 +30,22 @@ def _frames(source: Path, films: list[Sample], *, column: str) -> Iterator[Sampl
     for film in films:
         if "Unlabeled" in film.images[0].relative_to(source).parts:
             continue
-        if film.subject not in table:
-            fault = f"{path.name} does not name it", "take the table that came with the images"
-            yield replace(film, fault=film.fault or fault)
-            continue
-        row = table[film.subject]
+        row = table.get(film.subject, {})
+        site = row.get(column)
         for phase in ("ED", "ES"):
-            if not row[phase].isdecimal():
-                raise DataError(f"{path}: {phase} of {film.subject} is {row[phase]!r}, not the number of a frame")
-            stem = f"{film.stem}_{phase}"
-            yield replace(film, site=f"{column}_{row[column]}", stem=stem, item=int(row[phase]))
+            frame = row.get(phase, "")
+            known = bool(site) and frame.isdecimal()
+            fault = (f"{path.name} has no {column} and frame {phase} of it", "take the table that came with the images")
+            yield replace(
+                film,
+                site=f"{column}_{site or 'unknown'}",
+                stem=f"{film.stem}_{phase}",
+                item=int(frame) if known else None,
+                fault=film.fault or (None if known else fault),
+            )
 
 
-def read_frame(sample: Sample, _: Label) -> Picture:
+def read_frame(sample: Sample, _: Label | None) -> Picture:
     """Read one frame of a film and of its mask.
 
     Raises:
@@ -73,7 +76,6 @@ IMPORTER = Importer(
     title="Cardiac MRI of several centres and vendors (M&Ms)",
     licence="research only, by agreement; cite Campello et al. 2021, IEEE TMI",
     classes=("left ventricle", "myocardium", "right ventricle"),
-    label=objects(),
     patterns=(
         Patterns(
             "**/{code}/{code}_sa.nii.gz",

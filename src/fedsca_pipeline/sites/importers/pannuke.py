@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fedsca_pipeline.errors import DataError
-from fedsca_pipeline.sites.importers.labels import Label, objects
+from fedsca_pipeline.sites.importers.labels import Label
 from fedsca_pipeline.sites.importers.layout import Importer, Patterns, Sample
 from fedsca_pipeline.sites.importers.pictures import Picture, blaming
 from fedsca_pipeline.sites.importers.tables import check_inside
@@ -51,7 +51,7 @@ def _mapped(file: Path) -> np.ndarray:
     return array
 
 
-def read_row(sample: Sample, _: Label) -> Picture:
+def read_row(sample: Sample, _: Label | None) -> Picture:
     """Read one row of a fold's arrays: an RGB image of whole numbers, and a channel of numbered nuclei a class.
 
     Where classes overlap, the higher one is on top.
@@ -73,7 +73,6 @@ IMPORTER = Importer(
     title="Nuclei of 19 tissues (PanNuke)",
     licence="CC BY-NC-SA 4.0; cite Gamper et al. 2019 and 2020",
     classes=_CLASSES,
-    label=objects(),
     patterns=(
         Patterns(
             "**/images/{fold}/images.npy",

@@ -52,8 +52,10 @@ def listed_file(table: Path, name: str) -> Path:
 def read_table(path: Path, key: str, columns: Sequence[str]) -> dict[str, dict[str, str]]:
     """Read a CSV, or TSV, with a head row as ``key``'s value to the row, all of it text without outer blanks.
 
+    What a short row lacks is empty text.
+
     Raises:
-        DataError: it is no readable CSV, a column is missing, a row is short, or a key comes twice.
+        DataError: it is no readable CSV, a column is missing, or a key comes twice.
     """
     try:
         # utf-8-sig: spreadsheets start their files with a byte order mark.
@@ -66,8 +68,6 @@ def read_table(path: Path, key: str, columns: Sequence[str]) -> dict[str, dict[s
             table: dict[str, dict[str, str]] = {}
             for row in rows:
                 values = {name: (row[name] or "").strip() for name in (key, *columns)}
-                if empty := [name for name, value in values.items() if not value]:
-                    raise DataError(f"{path}: line {rows.line_num} has no {empty[0]}; mend it")
                 if values[key] in table:
                     raise DataError(f"{path}: {key} {values[key]!r} comes twice; keep one row")
                 table[values[key]] = values

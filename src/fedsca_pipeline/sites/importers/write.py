@@ -146,7 +146,7 @@ def _read(importer: Importer, sample: Sample, source: Path) -> Picture:
         with blaming(file):
             if not file.resolve().is_relative_to(inside):
                 raise BrokenSampleError("a link that leads out of the source", "copy the file itself there")
-    return importer.read(sample, sample.label or importer.label)
+    return importer.picture(sample)
 
 
 def _place(folder: Path, stem: str, picture: Picture) -> None:
