@@ -8,7 +8,7 @@ import sys
 from rich.console import Console
 
 from fedsca_pipeline.evaluation import MEAN
-from fedsca_pipeline.summary import FinalTable, render_final_table, show_comparison
+from fedsca_pipeline.summary import FinalTable, render_class_table, render_final_table, show_comparison
 
 
 def row(chosen: float | None, up: int = 500_000, best: int | None = 7) -> dict[str, float | int | None]:
@@ -46,6 +46,29 @@ def test_it_shows_human_sizes_and_sets_the_mean_apart() -> None:
     assert max(map(len, lines)) <= 80
     assert any("round" in line for line in lines)
     assert any("Lowest chosen Dice: a_site (0.750)" in line for line in lines)
+
+
+def test_several_classes_have_a_table_of_their_own_over_the_sites_that_have_them() -> None:
+    classes = {
+        "Dice chosen tumour": (0.6, 0.8, 0.7),
+        "Dice chosen cyst": (0.5, None, 0.5),
+        "Dice chosen x": (None,) * 3,
+    }
+    table = {
+        site: {**values, **{column: dice[place] for column, dice in classes.items()}}
+        for place, (site, values) in enumerate(TWO_SITES.items())
+    }
+    console = Console(width=80, file=io.StringIO())
+
+    console.print(render_class_table(table))
+
+    lines = [line.split() for line in console.file.getvalue().splitlines()]
+    assert ["tumour", "2", "of", "2", "0.700", "0.600", "a_site"] in lines
+    assert ["cyst", "1", "of", "2", "0.500", "0.500", "a_site"] in lines
+    assert ["x", "0", "of", "2", "–", "–"] in lines
+    assert render_class_table(TWO_SITES) is None
+    assert render_class_table({}) is None
+    assert "tumour" not in printed(table)
 
 
 def test_what_is_missing_is_a_dash_and_no_lowest_dice() -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from fedsca_pipeline.evaluation import MEAN
+from fedsca_pipeline.evaluation import CLASS_DICE, MEAN
 
 FinalTable = Mapping[str, Mapping[str, Any]]
 """``{site: {column: value}}``, the mean over sites last; None where a value is missing."""
@@ -24,6 +24,8 @@ def show_result(table: FinalTable, mlflow: Mapping[str, str]) -> None:
     """Print the final table, the MLflow run and the next commands."""
     console = Console()
     console.print(render_final_table(table))
+    if by_class := render_class_table(table):
+        console.print(by_class)
     if mlflow["run_id"]:
         console.print(f"MLflow run: {mlflow['run_id']}", highlight=False)
     console.print("Next: kedro viz", highlight=False)
@@ -53,6 +55,36 @@ def render_final_table(table: FinalTable) -> Table:
         if site == MEAN:
             view.add_section()
         view.add_row(site, *(_cell(column, row[column]) for column in _COLUMNS), style="bold" if site == MEAN else "")
+    return view
+
+
+def render_class_table(table: FinalTable) -> Table | None:
+    """Draw each class's Dice of the chosen models over the sites that have it; None where there is one class only."""
+    prefix = CLASS_DICE.format("")
+    columns = [column for column in next(iter(table.values()), {}) if column.startswith(prefix)]
+    if not columns:
+        return None
+    view = Table(
+        title="Dice of the chosen models per class",
+        title_justify="left",
+        box=box.SIMPLE,
+        pad_edge=False,
+        show_edge=False,
+    )
+    view.add_column("class", no_wrap=True)
+    for heading in ("sites", "mean", "lowest"):
+        view.add_column(heading, justify="right", no_wrap=True)
+    view.add_column("at", no_wrap=True)
+    sites = [site for site in table if site != MEAN]
+    for column in columns:
+        known = {site: table[site][column] for site in sites if table[site][column] is not None}
+        lowest = min(known, key=known.__getitem__, default="")
+        view.add_row(
+            column.removeprefix(prefix),
+            f"{len(known)} of {len(sites)}",
+            *("–" if value is None else f"{value:.3f}" for value in (table[MEAN][column], known.get(lowest))),
+            lowest,
+        )
     return view
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsca_pipeline.evaluation import ALL_CLASSES
 from fedsca_pipeline.evaluation.tables import (
     IMAGE_COLUMNS,
     MEAN,
@@ -220,3 +221,92 @@ def test_a_model_evaluated_at_some_sites_only_has_no_mean() -> None:
     table = final_table(site_table(images), {})
 
     assert table["Dice before"].isna().tolist() == [False, True, True]
+
+
+CLASSES = ("tumour", "cyst", "vessel")
+
+
+Classes = Mapping[int, Sequence[float]]
+
+
+def several_classes(dice: Mapping[str, Classes], models: Sequence[str] = ("before", "chosen")) -> pd.DataFrame:
+    """Scores by site and class, an image each."""
+    return pd.concat([image_table(*_of_site(site, dice[site]), model) for site in dice for model in models])
+
+
+def _of_site(site: str, classes: Classes) -> tuple[str, list[str], list[dict[str, object]]]:
+    images = range(len(next(iter(classes.values()))))
+    scores = [score(values[image], label) for image in images for label, values in classes.items()]
+    return site, [f"image_{image}" for image in images], scores
+
+
+TWO_AND_THREE = {"a": {1: [0.2, 0.4], 2: [0.6, 0.6], 3: [1.0, 1.0]}, "b": {1: [0.5], 3: [0.7]}}
+
+
+def class_row(table: pd.DataFrame, site: str, name: str) -> Mapping[str, object]:
+    wanted = (table["site"] == site) & (table["class"] == name) & (table["model"] == "chosen")
+    (record,) = table[wanted].to_dict("records")
+    return record
+
+
+def test_a_class_is_averaged_over_the_sites_that_have_it_which_the_note_says() -> None:
+    table = site_table(several_classes(TWO_AND_THREE), CLASSES)
+
+    assert class_row(table, "a", ALL_CLASSES)["dice"] == pytest.approx((0.3 + 0.6 + 1.0) / 3)
+    assert class_row(table, "b", ALL_CLASSES)["dice"] == pytest.approx((0.5 + 0.7) / 2)
+    assert class_row(table, "b", ALL_CLASSES)["note"] == "without cyst"
+    assert class_row(table, MEAN, "tumour")["dice"] == pytest.approx((0.3 + 0.5) / 2)
+    assert class_row(table, MEAN, "cyst")["dice"] == pytest.approx(0.6)
+    assert class_row(table, MEAN, "cyst")["note"] == "unweighted, over 1 of 2 sites: not at b"
+    assert class_row(table, MEAN, "vessel")["note"] == "unweighted, over 2 sites"
+    assert class_row(table, WORST, "vessel")["note"] == "lowest Dice: b"
+    assert not ((table["site"] == "b") & (table["class"] == "cyst")).any()
+    assert not table.drop(columns="note").isna().any().any()
+
+
+def test_the_final_table_has_the_classes_of_the_chosen_model_missing_where_a_site_has_none() -> None:
+    final = final_table(site_table(several_classes(TWO_AND_THREE), CLASSES), {}).set_index("site")
+
+    assert list(final.columns)[:6] == [
+        "Dice before", "Dice after", "Dice chosen", "Dice chosen tumour", "Dice chosen cyst", "Dice chosen vessel",
+    ]  # fmt: skip
+    assert final.loc["b", "Dice chosen"] == pytest.approx(0.6)
+    assert pd.isna(final.loc["b", "Dice chosen cyst"])
+    assert final.loc[MEAN, ["Dice chosen tumour", "Dice chosen cyst"]].tolist() == pytest.approx([0.4, 0.6])
+
+
+def test_the_mean_of_a_class_is_missing_where_a_site_that_has_it_has_no_model() -> None:
+    images = several_classes(TWO_AND_THREE)
+    images = images[(images["site"] != "a") | (images["model"] != "chosen")]
+
+    final = final_table(site_table(images, CLASSES), {}).set_index("site")
+
+    assert final.loc[MEAN, ["Dice chosen tumour", "Dice chosen cyst", "Dice chosen vessel"]].isna().all()
+    assert final.loc["b", "Dice chosen vessel"] == pytest.approx(0.7)
+
+
+two_images = st.lists(st.floats(0, 1), min_size=2, max_size=2)
+owned = st.dictionaries(
+    st.sampled_from(["a", "b", "c"]),
+    st.sets(st.integers(1, 3), min_size=1).flatmap(
+        lambda labels: st.fixed_dictionaries(dict.fromkeys(sorted(labels), two_images))
+    ),
+    min_size=1,
+)
+
+
+@settings(max_examples=40)
+@given(dice=owned)
+def test_whatever_classes_sites_have_no_mean_is_missing_and_none_counts_what_is_not_there(dice) -> None:
+    table = site_table(several_classes(dice), CLASSES)
+    final = final_table(table, {}).set_index("site")
+
+    assert not table.drop(columns="note").isna().any().any()
+    for label, name in enumerate(CLASSES, start=1):
+        means = [sum(classes[label]) / 2 for classes in dice.values() if label in classes]
+        if means:
+            assert final.loc[MEAN, f"Dice chosen {name}"] == pytest.approx(sum(means) / len(means))
+        else:
+            assert f"Dice chosen {name}" not in final
+    means = [sum(sum(values) / 2 for values in classes.values()) / len(classes) for classes in dice.values()]
+    assert final.loc[MEAN, "Dice chosen"] == pytest.approx(sum(means) / len(means))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedsca_pipeline.evaluation import MEAN, WORST
+from fedsca_pipeline.evaluation import ALL_CLASSES, CLASS_DICE, MEAN, WORST
 
 METRICS = ("dice", "iou", "hd95", "asd")
 MODELS = ("before", "after", "chosen")
@@ -46,7 +46,7 @@ def image_table(site: str, names: Sequence[str], scores: Sequence[Mapping[str, A
     return pd.DataFrame(rows, columns=list(IMAGE_COLUMNS))
 
 
-def site_table(images: pd.DataFrame) -> pd.DataFrame:
+def site_table(images: pd.DataFrame, names: Sequence[str] = ("class 1",)) -> pd.DataFrame:
     """One row per model and site, then the mean over sites and the worst site of each model.
 
     Every metric is averaged over the classes of an image, then over the images of the site; ``<metric>_std`` is the
@@ -55,16 +55,27 @@ def site_table(images: pd.DataFrame) -> pd.DataFrame:
     counting once, with the spread over sites and the counts summed. Row ``worst site`` repeats the row of the lowest
     Dice (the first name at a tie); ``note`` says which site it is.
 
+    Of several classes, these rows are of the class ``ALL_CLASSES``, over the classes that a site has, and the same rows
+    follow for each class by itself, over the sites that have it; ``note`` tells where one is not there.
+
     Args:
         images: rows of ``image_table``, any number of sites and models.
+        names: of all K classes, class 1 first.
 
     Returns:
-        Columns ``SITE_COLUMNS``, models in the order before, after, chosen. No image: no row.
+        Columns ``SITE_COLUMNS``, with ``class`` after ``model`` where K > 1; models in the order before, after, chosen.
+        No image: no row.
     """
     models = [*MODELS, *sorted(set(images["model"]) - set(MODELS))]
-    blocks = [_site_block(images[images["model"] == model], model) for model in models if model in set(images["model"])]
+    columns = SITE_COLUMNS if len(names) == 1 else (*SITE_COLUMNS[:2], "class", *SITE_COLUMNS[2:])
+    blocks = [
+        block
+        for model in models
+        if model in set(images["model"])
+        for block in _model_blocks(images[images["model"] == model], names)
+    ]
     table = pd.concat(blocks, ignore_index=True) if blocks else pd.DataFrame()
-    return table.reindex(columns=list(SITE_COLUMNS))
+    return table.reindex(columns=list(columns))
 
 
 def final_table(sites: pd.DataFrame, traffic: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
@@ -76,14 +87,18 @@ def final_table(sites: pd.DataFrame, traffic: Mapping[str, Mapping[str, float]])
             the one validation chose. A site that is not named sent nothing and has no best round.
 
     Returns:
-        Columns site, Dice before, Dice after, Dice chosen, HD95 (of the chosen model, pixels), bytes up, bytes down
-        (int), best round (nullable int; missing in the mean row). Metrics of a model that was not evaluated are
-        missing. The last row is ``mean over sites``, unless there is no site.
+        Columns site, Dice before, Dice after, Dice chosen, of several classes ``CLASS_DICE`` of each, HD95 (of the
+        chosen model, pixels), bytes up, bytes down (int), best round (nullable int; missing in the mean row). Metrics
+        of a model that was not evaluated are missing, and so is the Dice of a class that a site does not have. The last
+        row is ``mean over sites``, that of a class over the sites that have it, unless there is no site.
     """
-    real = sites[~sites["site"].isin([MEAN, WORST])]
+    every_class = sites[~sites["site"].isin([MEAN, WORST])]
+    real = every_class if "class" not in sites else every_class[every_class["class"] == ALL_CLASSES]
     dice = real.pivot_table(index="site", columns="model", values="dice").reindex(columns=list(MODELS))
     hd95 = real[real["model"] == "chosen"].set_index("site")["hd95"]
     table = pd.DataFrame({f"Dice {model}": dice[model] for model in MODELS}).sort_index()
+    by_class = _class_dice(every_class)
+    table = table.join(by_class)
     table["HD95"] = hd95.reindex(table.index)
     for direction in ("up", "down"):
         table[f"bytes {direction}"] = [
@@ -92,12 +107,61 @@ def final_table(sites: pd.DataFrame, traffic: Mapping[str, Mapping[str, float]])
     if not table.empty:
         # A mean that left out a site without a value would not be the mean over sites: it is missing too.
         table.loc[MEAN] = table.mean(skipna=False)
+        table.loc[MEAN, by_class.columns] = _class_means(every_class, by_class)
     table = table.round(dict.fromkeys(_BYTES, 0)).astype(dict.fromkeys(_BYTES, "int64"))
     table["best round"] = pd.array([traffic.get(site, {}).get("best_round") for site in table.index], dtype="Int64")
     return table.rename_axis(index="site").reset_index()
 
 
 _BYTES = ("bytes up", "bytes down")
+
+
+def _class_dice(sites: pd.DataFrame) -> pd.DataFrame:
+    """Dice of the chosen model by site and class, a column each; none where there is one class only."""
+    if "class" not in sites:
+        return pd.DataFrame(index=pd.Index(sites["site"].unique(), name="site"))
+    rows = sites[sites["class"] != ALL_CLASSES]
+    names = list(dict.fromkeys(rows["class"]))
+    chosen = rows[rows["model"] == "chosen"].pivot_table(index="site", columns="class", values="dice")
+    return chosen.reindex(columns=names).rename(columns=CLASS_DICE.format)
+
+
+def _class_means(sites: pd.DataFrame, by_class: pd.DataFrame) -> pd.Series:
+    """Mean of each class over the sites that have it; missing if one of these has no chosen model."""
+    return pd.Series(
+        {
+            column: by_class[column].reindex(owners["site"].unique()).mean(skipna=False)
+            for column in by_class
+            for owners in [sites[sites["class"].map(CLASS_DICE.format) == column]]
+        },
+        dtype=float,
+    )
+
+
+def _model_blocks(images: pd.DataFrame, names: Sequence[str]) -> list[pd.DataFrame]:
+    """The rows of one model: over all classes, and of several classes of each that any site has."""
+    (model,) = images["model"].unique()
+    block = _site_block(images, model)
+    if len(names) == 1:
+        return [block]
+    numbers = images.groupby("site")["class"].unique()
+    lacking = {
+        site: [name for label, name in enumerate(names, start=1) if label not in numbers[site]]
+        for site in numbers.index
+    }
+    told = {site: f"without {', '.join(missing)}" for site, missing in lacking.items() if missing}
+    block["note"] = block["site"].map(told).fillna(block["note"])
+    blocks = [block.assign(**{"class": ALL_CLASSES})]
+    for label, name in enumerate(names, start=1):
+        if label not in set(images["class"]):
+            continue
+        block = _site_block(images[images["class"] == label], model)
+        if absent := [site for site in numbers.index if name in lacking[site]]:
+            there = len(numbers) - len(absent)
+            said = f"unweighted, over {there} of {_count(numbers.index)}: not at {', '.join(absent)}"
+            block.loc[block["site"] == MEAN, "note"] = said
+        blocks.append(block.assign(**{"class": name}))
+    return blocks
 
 
 def _site_block(images: pd.DataFrame, model: str) -> pd.DataFrame:

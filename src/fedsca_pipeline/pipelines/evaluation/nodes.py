@@ -80,7 +80,11 @@ def draw_overlays(
 
 
 def tabulate(
-    description: dict[str, Any], round_metrics: Mapping[str, Any], site_models: Mapping[str, Any], *scores: Any
+    preprocessing: PreprocessingConfig,
+    description: dict[str, Any],
+    round_metrics: Mapping[str, Any],
+    site_models: Mapping[str, Any],
+    *scores: Any,
 ) -> tuple[Any, Any, Any, Any]:
     """Gather the sites' scores: per image, per site, the final table, and that as ``{site: {column: value}}``."""
     import json
@@ -90,7 +94,7 @@ def tabulate(
     from fedsca_pipeline.evaluation.tables import final_table, site_table
 
     images = pd.concat(scores, ignore_index=True)
-    sites = site_table(images)
+    sites = site_table(images, preprocessing.names)
     records = records_of(description, round_metrics)
     # Of a model trained on pooled data no site has a record.
     traffic = {

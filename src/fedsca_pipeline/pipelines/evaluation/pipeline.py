@@ -33,7 +33,13 @@ def create_scores(sites: Sequence[str]) -> Pipeline:
     ]
     tables = node(
         tabulate,
-        inputs=["run_description", "round_metrics", "site_models", *(f"{site}.test_scores" for site in sites)],
+        inputs=[
+            "params:preprocessing",
+            "run_description",
+            "round_metrics",
+            "site_models",
+            *(f"{site}.test_scores" for site in sites),
+        ],
         outputs=["image_scores", "site_scores", "final_table", "final_metrics"],
         name="tabulate",
     )
