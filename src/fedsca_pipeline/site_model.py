@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedsca_pipeline.adapters.attach import load_adapters
-from fedsca_pipeline.config import FoundationConfig, NormaliseConfig
+from fedsca_pipeline.config import FoundationConfig, NormaliseConfig, VolumeConfig
 from fedsca_pipeline.errors import WeightsError
 from fedsca_pipeline.evaluation.metrics import predict_masks
 from fedsca_pipeline.files import move, read_json, read_tensors, write_bytes, write_json, write_tensors
 from fedsca_pipeline.foundation import load_foundation, prepare_foundation
 from fedsca_pipeline.foundation.model import SegmentationModel
 from fedsca_pipeline.sites.geometry import fit_image, normalise
+from fedsca_pipeline.sites.slices import VolumeSlices
+from fedsca_pipeline.sites.volumes import Volume, read_volume
 
 GENERAL_MODEL = "_general_model"
 CARD, DECODER, ENCODER = "site_model.json", "decoder.safetensors", "encoder.safetensors"
@@ -48,6 +50,7 @@ class SiteModelCard(BaseModel):
     class_names: tuple[str, ...] | None = None
     known_classes: tuple[int, ...] | None = None
     normalise: NormaliseConfig
+    volume: VolumeConfig = VolumeConfig()
     threshold: float
     note: str = ""
 
@@ -57,6 +60,7 @@ class SiteModel(nn.Module):
 
     ``model.segment(image)`` takes a raw image as an array, grey [H,W] or colour [H,W,3], of any size and integer or
     floating dtype, and returns its mask, uint8 [H,W]: 0 background, 1..K classes, those of ``card.known_classes``.
+    ``model.segment_volume(volume)`` does the same for a volume, or for the file that holds one, slice by slice.
     """
 
     def __init__(self, network: SegmentationModel, card: SiteModelCard) -> None:
@@ -68,22 +72,85 @@ class SiteModel(nn.Module):
         """Normalised pixels float32 [B,3,S,S] to logits [B,C,S,S]."""
         return self.network(pixels)
 
-    @torch.inference_mode()
     def segment(self, image: np.ndarray) -> np.ndarray:
         """Segment one raw image; see the class."""
         levels, _ = normalise(image, self.card.normalise)
-        fitted = torch.from_numpy(fit_image(levels, self.card.image_size).copy())
-        height, width = fitted.shape[-2:]
-        device = next(self.network.parameters()).device
-        pixels = torch.zeros(1, 3, self.card.image_size, self.card.image_size, dtype=torch.uint8, device=device)
-        pixels[..., :height, :width] = fitted
-        valid = torch.zeros(1, 1, *pixels.shape[-2:], dtype=torch.bool, device=device)
-        valid[..., :height, :width] = True
-        logits = self.network(self.network.normalise(pixels, valid))[..., :height, :width]
-        full = nn.functional.interpolate(logits, size=image.shape[:2], mode="bilinear", align_corners=False)
-        masks = predict_masks(full, self.network.head, self.card.threshold, self.card.known_classes)[0]
-        labels = torch.arange(1, masks.shape[0] + 1, device=device, dtype=torch.uint8).view(-1, 1, 1)
-        return (masks * labels).amax(dim=0).cpu().numpy()
+        height, width = image.shape[:2]
+        fitted = fit_image(levels, self.card.image_size)[None]
+        return _segment(
+            self.network, fitted, (height, width), self.card.image_size, self.card.threshold, self.card.known_classes
+        )[0]
+
+    def segment_volume(self, source: Volume | str | Path, batch_size: int = 8) -> np.ndarray:
+        """Segment a volume, in any orientation, on its own grid.
+
+        Args:
+            source: the volume, or a NIfTI, NRRD or MetaImage file.
+            batch_size: slices at a time.
+
+        Returns:
+            uint8 [X, Y, Z] of 0 = background, 1..K; with the volume's affine it can be saved
+            (``sites.volumes.write_nifti``).
+
+        Raises:
+            BrokenSampleError: the file cannot be read, or has other modalities than the model was trained on.
+        """
+        volume = source if isinstance(source, Volume) else read_volume(Path(source))
+        slices = VolumeSlices(volume, self.card.volume, self.card.normalise, self.card.image_size)
+        return segment_slices(
+            self.network, slices, self.card.image_size, self.card.threshold, self.card.known_classes, batch_size
+        )
+
+
+def segment_slices(
+    network: SegmentationModel,
+    slices: VolumeSlices,
+    side: int,
+    threshold: float,
+    known: Sequence[int] | None = None,
+    batch_size: int = 8,
+) -> np.ndarray:
+    """Segment a volume slice by slice; of classes that overlap the highest wins.
+
+    Args:
+        network: on any device.
+        slices: of the volume, resized to ``side``.
+        side: S, the network's image size.
+        threshold: as in ``metrics.predict_masks``.
+        known: classes that may be predicted; None: all.
+        batch_size: slices at a time.
+
+    Returns:
+        uint8 [X, Y, Z] of 0 = background, 1..K, on the volume's own grid.
+    """
+    planes: list[np.ndarray] = []
+    for start in range(0, len(slices), batch_size):
+        fitted = np.stack([slices.image(index) for index in range(start, min(start + batch_size, len(slices)))])
+        planes.extend(_segment(network, fitted, slices.size, side, threshold, known))
+    return slices.restack(planes)
+
+
+@torch.inference_mode()
+def _segment(
+    network: SegmentationModel,
+    fitted: np.ndarray,
+    size: tuple[int, int],
+    side: int,
+    threshold: float,
+    known: Sequence[int] | None,
+) -> np.ndarray:
+    """Resized images uint8 [B, 3, h, w] to labels uint8 [B, *size]: logits are resized, then cut."""
+    count, _, height, width = fitted.shape
+    device = next(network.parameters()).device
+    pixels = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device)
+    pixels[..., :height, :width] = torch.from_numpy(fitted.copy())
+    valid = torch.zeros(count, 1, side, side, dtype=torch.bool, device=device)
+    valid[..., :height, :width] = True
+    logits = network(network.normalise(pixels, valid))[..., :height, :width]
+    full = nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    masks = predict_masks(full, network.head, threshold, known)
+    labels = torch.arange(1, masks.shape[1] + 1, device=device, dtype=torch.uint8).view(-1, 1, 1)
+    return (masks * labels).amax(dim=1).cpu().numpy()
 
 
 def save_site_model(

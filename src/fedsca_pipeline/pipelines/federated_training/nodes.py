@@ -193,6 +193,7 @@ def export_site_models(
             "class_names": preprocessing.names,
             "known_classes": known[site],
             "normalise": preprocessing.normalise,
+            "volume": preprocessing.volume,
             "threshold": evaluation.threshold,
             "note": note,
         }
