@@ -208,6 +208,23 @@ class TestLayouts:
         np.testing.assert_array_equal(masks["ANFO_000"], painted.any(axis=2))
         assert not masks["ANFO_001"].any()
 
+    def test_breast_takes_the_tumours_and_no_other_mask(self, imported, tmp_path) -> None:
+        other = Image.fromarray((1 - HALF) * np.uint8(255))
+        source = tree(
+            tmp_path / "BrEaST-Lesions_USG-images_and_masks",
+            {
+                "BrEaST-Lesions_USG-images_and_masks/case001.png": photograph(),
+                "BrEaST-Lesions_USG-images_and_masks/case001_tumor.png": two_valued(),
+                "BrEaST-Lesions_USG-images_and_masks/case001_other1.png": other,
+                "BrEaST-Lesions_USG-images_and_masks/case045.png": photograph(1),
+            },
+        )
+
+        found = imported("breast_ultrasound", source, quarantine=True)["BrEaST"]
+
+        assert (found["images"], [Path(entry["file"]).name for entry in found["broken"]]) == (1, ["case045.png"])
+        np.testing.assert_array_equal(stored(tmp_path / "raw", "BrEaST")[0]["case001"], HALF)
+
     def test_udiat_is_originals_beside_their_ground_truth(self, imported, tmp_path) -> None:
         source = tree(tmp_path / "BUS", {"original/000001.png": photograph(), "GT/000001.png": two_valued()})
 

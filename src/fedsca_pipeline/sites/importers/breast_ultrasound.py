@@ -1,7 +1,8 @@
-"""Breast ultrasound, a site a data set: BUSI, BUS-BRA, BUS-UCLM, UDIAT (Dataset B).
+"""Breast ultrasound, a site a data set: BUSI, BUS-BRA, BUS-UCLM, BrEaST, UDIAT (Dataset B).
 
 BUSI keeps further lesions of an image in ``_mask_1`` ...; BUS-BRA's patients are the ``Case`` of its table, BUS-UCLM's
-the first part of a file name; BUS-UCLM paints benign lesions green and malignant ones red.
+the first part of a file name; BUS-UCLM paints benign lesions green and malignant ones red. BrEaST has ``_tumor`` and
+``_other1`` ... beside an image, of which the tumours are taken.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from fedsca_pipeline.sites.importers.layout import Importer, Patterns, Sample
 from fedsca_pipeline.sites.importers.tables import find_file, read_table
 
 
-def _with_cases(source: Path, samples: list[Sample]) -> Iterator[Sample]:
+def _refined(source: Path, samples: list[Sample]) -> Iterator[Sample]:
     table = None
     for sample in samples:
         if sample.site != "BUS-BRA":
-            yield sample
+            # BrEaST's masks of other things look like images without a mask.
+            if sample.site != "BrEaST" or "_other" not in sample.stem:
+                yield sample
             continue
         table = table or read_table(find_file(source, "bus_data.csv"), "ID", ("Case",))
         case = table.get(sample.stem, {}).get("Case")
@@ -28,8 +31,8 @@ def _with_cases(source: Path, samples: list[Sample]) -> Iterator[Sample]:
 
 
 IMPORTER = Importer(
-    title="Breast ultrasound (BUSI, BUS-BRA, BUS-UCLM, UDIAT)",
-    licence="BUSI, BUS-BRA, BUS-UCLM: CC BY 4.0; UDIAT: research, on request; cite each (docs/benchmarks.md)",
+    title="Breast ultrasound (BUSI, BUS-BRA, BUS-UCLM, BrEaST, UDIAT)",
+    licence="BUSI, BUS-BRA, BUS-UCLM, BrEaST: CC BY 4.0; UDIAT: research, on request; cite each (docs/benchmarks.md)",
     classes=("lesion",),
     label=two_values(),
     patterns=(
@@ -56,7 +59,15 @@ IMPORTER = Importer(
             subject="{patient}",
             label=coloured(),
         ),
+        Patterns(
+            "**/BrEaST-Lesions_USG-images_and_masks*/case{number}.png",
+            "**/BrEaST-Lesions_USG-images_and_masks*/case{number}_tumor*.png",
+            site="BrEaST",
+            stem="case{number}",
+            subject="case{number}",
+            joined=True,
+        ),
         Patterns("**/original/{stem}.png", "**/GT/{stem}.png", site="UDIAT"),
     ),
-    refine=_with_cases,
+    refine=_refined,
 )

@@ -104,8 +104,10 @@ def _storable(voxels: np.ndarray) -> np.ndarray:
     """Return 64 bit integers, which viewers do not read, as 32 bit ones.
 
     Raises:
-        BrokenSampleError: they do not fit.
+        BrokenSampleError: they do not fit, or are no plain numbers.
     """
+    if voxels.dtype.kind not in "uif":
+        raise BrokenSampleError(f"holds voxels of type {voxels.dtype}", "save one plain number a voxel")
     if voxels.dtype not in (np.int64, np.uint64):
         return voxels
     if not (voxels == voxels.astype(np.int32)).all():
