@@ -115,6 +115,8 @@ class TestLayouts:
                 "CHASE_DB1/Image_01L_2ndHO.png": two_valued().convert("1"),
                 "CHASE_DB1/Image_01R.jpg": photograph(4),
                 "CHASE_DB1/Image_01R_1stHO.png": two_valued().convert("1"),
+                "CHASE_DB1/Image_02R.jpg": photograph(8),
+                "CHASE_DB1/Image_02R_1stHO.png": two_valued().convert("1"),
                 "HRF/images/01_dr.JPG": photograph(5),
                 "HRF/images/01_h.jpg": photograph(6),
                 "HRF/manual1/01_dr.tif": two_valued(),
@@ -127,10 +129,17 @@ class TestLayouts:
         summary = imported("vessels", source)
 
         counts = {site: (found["images"], found["subjects"]) for site, found in summary.items()}
-        assert counts == {"CHASE_DB1": (2, 1), "DRIVE": (2, 2), "HRF": (2, 2), "LES-AV": (1, 1), "STARE": (1, 1)}
+        assert counts == {"CHASE_DB1": (3, 2), "DRIVE": (2, 2), "HRF": (2, 2), "LES-AV": (1, 1), "STARE": (1, 1)}
         for site in summary:
             for mask in stored(tmp_path / "raw", site)[0].values():
                 np.testing.assert_array_equal(mask, HALF)
+
+    def test_chase_may_lie_in_folders_of_images_and_masks(self, imported, tmp_path) -> None:
+        files = {"CHASEDB1/Images/Image_14L.jpg": photograph(), "CHASEDB1/Masks/Image_14L_1stHO.png": two_valued()}
+
+        imported("vessels", tree(tmp_path / "chase", files))
+
+        assert stored(tmp_path / "raw", "CHASE_DB1")[1]["subjects"] == {"14L": "14"}
 
     @pytest.mark.parametrize("form", ["grey", "palette", "rgb"])
     def test_fundus_dofe_reads_cup_and_rim_however_they_are_stored(self, imported, tmp_path, form: str) -> None:

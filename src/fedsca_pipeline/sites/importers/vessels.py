@@ -19,12 +19,15 @@ IMPORTER = Importer(
             subject="{number}",
         ),
         Patterns("**/STARE/stare-images/{stem}.ppm", "**/STARE/labels-ah/{stem}.ah.ppm", site="STARE"),
-        Patterns(
-            "**/CHASE_DB1/Image_{number}{eye}.jpg",
-            "**/CHASE_DB1/Image_{number}{eye}_1stHO.png",
-            site="CHASE_DB1",
-            stem="{number}{eye}",
-            subject="{number}",
+        *(
+            Patterns(
+                f"**/CHASE*DB1/**/Image_{{number}}{eye}.jpg",
+                f"**/CHASE*DB1/**/Image_{{number}}{eye}_1stHO.png",
+                site="CHASE_DB1",
+                stem=f"{{number}}{eye}",
+                subject="{number}",
+            )
+            for eye in "LR"
         ),
         *(
             Patterns(
