@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from fedsca_pipeline.config import NormaliseConfig
-from fedsca_pipeline.sites.geometry import fit_image, fit_mask, fitted_size, normalise
+from fedsca_pipeline.sites.geometry import Channels, fit_image, fit_mask, fitted_size, normalise, normalise_and_fit
+
+SIDES = st.integers(1, 40)
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([16, 64, 256]))
@@ -103,3 +106,55 @@ def test_unnormalised_values_beyond_a_byte_are_clipped_with_a_warning() -> None:
 
     np.testing.assert_array_equal(levels, [[0, 255]])
     assert "clipped" in warnings[0]
+
+
+@settings(deadline=None)
+@given(
+    image=hnp.arrays(np.uint8, st.one_of(st.tuples(SIDES, SIDES), st.tuples(SIDES, SIDES, st.just(3)))),
+    at=st.lists(st.floats(0, 100), min_size=1, max_size=4),
+)
+def test_percentiles_of_counted_bytes_are_numpy_s_to_the_last_bit(image: np.ndarray, at: list[float]) -> None:
+    counts = Channels.of(image).counts
+
+    assert counts.percentiles(at) == np.percentile(image, at).tolist()
+    assert (counts.min(), counts.max()) == (image.min(), image.max())
+
+
+@pytest.mark.parametrize("method", ["percentile", "minmax", "window", "none"])
+@settings(deadline=None)
+@given(
+    shape=st.one_of(st.tuples(SIDES, SIDES), st.tuples(SIDES, SIDES, st.just(3))),
+    kind=st.sampled_from(["any", "grey", "constant", "dark"]),
+    planar=st.booleans(),
+    side=st.sampled_from([16, 32]),
+    seed=st.integers(0, 2**16),
+)
+def test_bytes_by_tables_become_the_same_bits_as_by_arithmetic(
+    method: str, shape: tuple[int, ...], kind: str, planar: bool, side: int, seed: int
+) -> None:
+    image = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    if kind == "grey" and len(shape) == 3:
+        image[...] = image[..., :1]
+    elif kind == "constant":
+        image[...] = seed % 256
+    elif kind == "dark":
+        image //= 80
+    if planar and len(shape) == 3:
+        image = np.moveaxis(np.ascontiguousarray(np.moveaxis(image, -1, 0)), 0, -1)
+    config = NormaliseConfig(method=method, window_centre=90, window_width=77)
+    levels, warnings = normalise(image, config)
+
+    fitted, told = normalise_and_fit(Channels.of(image), config, side)
+
+    assert told == warnings
+    assert fitted.dtype == np.uint8
+    np.testing.assert_array_equal(fitted, fit_image(levels, side))
+
+
+def test_deeper_images_go_the_way_of_arithmetic() -> None:
+    image = np.random.default_rng(0).integers(0, 4000, (20, 30, 3), dtype=np.uint16)
+    levels, _ = normalise(image, NormaliseConfig())
+
+    fitted, _ = normalise_and_fit(Channels.of(image), NormaliseConfig(), 16)
+
+    np.testing.assert_array_equal(fitted, fit_image(levels, 16))

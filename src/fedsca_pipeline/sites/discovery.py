@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from fedsca_pipeline.errors import DataError
 
@@ -49,17 +50,20 @@ def settle_sites(raw: Path) -> None:
         ready.rmdir()
 
 
-def fingerprint_site(raw: Path, site: str) -> str:
+def fingerprint_site(raw: Path, site: str, known: Mapping[str, str] = MappingProxyType({})) -> str:
     """Return 16 hex digits of the SHA-256 over every file's relative name and content, in name order.
 
-    Hidden files are passed over. A file that cannot be read counts by its name: what is wrong with it is for the
-    data report to say. A missing or empty site folder has a fingerprint too.
+    Hidden files are passed over. A file that cannot be read, or lies elsewhere, counts by its name: what is wrong with
+    it is for the data report to say. A missing or empty site folder has a fingerprint too. ``known`` are SHA-256 of
+    files that have been read already, by name relative to the site folder.
     """
     folder = raw / site
     digest = hashlib.sha256()
     for path in sorted(_files(folder)):
+        name = path.relative_to(folder).as_posix()
+        content = known.get(name) or _content(path, folder)
         # A digest per file keeps name and content apart, so no two folders share one stream of bytes.
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{_content(path)}\n".encode(errors="surrogateescape"))
+        digest.update(f"{name}\0{content}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
 
@@ -69,8 +73,11 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in names if not name.startswith("."))
 
 
-def _content(path: Path) -> str:
+def _content(path: Path, folder: Path) -> str:
     try:
+        # A link out of the site is not followed, and a pipe would never end.
+        if not path.is_file() or (path.is_symlink() and not path.resolve().is_relative_to(folder.resolve())):
+            return "unreadable"
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError:

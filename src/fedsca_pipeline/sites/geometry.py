@@ -2,13 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
 from PIL import Image
 
 from fedsca_pipeline.config import NormaliseConfig
+
+
+@dataclass(frozen=True)
+class ByteCounts:
+    """How often each value occurs in 8 bit pixels, int64 [256], at least one of them: all that their order tells."""
+
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, planes: Iterable[np.ndarray], times: int = 1) -> ByteCounts:
+        """Count the values of uint8 [H, W] planes together, each plane so many times."""
+        return cls(times * sum(np.array(Image.fromarray(plane).histogram()) for plane in planes))
+
+    @property
+    def values(self) -> np.ndarray:
+        """The values that occur, rising."""
+        return np.flatnonzero(self.counts)
+
+    def min(self) -> int:
+        """Return the smallest value."""
+        return int(self.values[0])
+
+    def max(self) -> int:
+        """Return the largest value."""
+        return int(self.values[-1])
+
+    def percentiles(self, at: Sequence[float]) -> list[float]:
+        """Return what ``np.percentile`` gives for all pixels (linear between two), to the last bit."""
+        upto = np.cumsum(self.counts)
+        found = []
+        for share in at:
+            place = (upto[-1] - 1) * np.true_divide(share, 100)
+            below, above = np.searchsorted(upto, [np.floor(place), min(np.floor(place) + 1, upto[-1] - 1)], "right")
+            step, part = above - below, place - np.floor(place)
+            found.append(float(above - step * (1 - part) if part >= 0.5 else below + step * part))
+        return found
+
+
+@dataclass(frozen=True)
+class Channels:
+    """An image [H, W] or [H, W, 3] by its channels: ``distinct`` [1, H, W], or [3, H, W] where they differ.
+
+    ``counts`` are those of all channels of an 8 bit image, None for other types.
+    """
+
+    image: np.ndarray
+    distinct: np.ndarray
+    counts: ByteCounts | None
+
+    @classmethod
+    def of(cls, image: np.ndarray) -> Channels:
+        """Take an image apart; one that lies channel by channel in memory is not copied."""
+        planes = np.ascontiguousarray(image[None] if image.ndim == 2 else np.moveaxis(image, -1, 0))
+        grey = all(np.array_equal(planes[0], plane) for plane in planes[1:])
+        distinct = planes[:1] if grey else planes
+        counts = ByteCounts.of(distinct, len(planes) // len(distinct)) if image.dtype == np.uint8 else None
+        return cls(image, distinct, counts)
+
+    @property
+    def extremes(self) -> tuple[float, float]:
+        """The smallest and the largest value."""
+        values = self.distinct if self.counts is None else self.counts
+        return float(values.min()), float(values.max())
 
 
 def normalise(image: np.ndarray, config: NormaliseConfig) -> tuple[np.ndarray, list[str]]:
@@ -21,7 +85,7 @@ def normalise(image: np.ndarray, config: NormaliseConfig) -> tuple[np.ndarray, l
     return to_levels(image, low, high), warnings
 
 
-def intensity_range(image: np.ndarray, config: NormaliseConfig) -> tuple[float, float, list[str]]:
+def intensity_range(image: np.ndarray | ByteCounts, config: NormaliseConfig) -> tuple[float, float, list[str]]:
     """Return the raw intensities that become 0 and 255, and warnings; of a constant image they are not in order."""
     low, high, warnings = _RANGES[config.method](image, config)
     return low, high, warnings if low < high else ["constant image: all zero after normalisation"]
@@ -33,6 +97,30 @@ def to_levels(image: np.ndarray, low: float, high: float) -> np.ndarray:
         return np.zeros(image.shape, np.float32)
     scaled = (image.astype(np.float64) - low) * (255.0 / (high - low))
     return np.clip(scaled, 0.0, 255.0).astype(np.float32)
+
+
+def normalise_and_fit(channels: Channels, config: NormaliseConfig, side: int) -> tuple[np.ndarray, list[str]]:
+    """Do ``normalise`` and ``fit_image`` in one, to the same bits; 8 bit images by tables, which is faster.
+
+    Returns:
+        uint8 [3, height, width], and warnings.
+    """
+    if channels.counts is None:
+        levels, warnings = normalise(channels.image, config)
+        return fit_image(levels, side), warnings
+    low, high, warnings = intensity_range(channels.counts, config)
+    table = to_levels(np.arange(256, dtype=np.uint8), low, high)
+    height, width = fitted_size(*channels.image.shape[:2], side)
+    planes = [Image.fromarray(plane) for plane in channels.distinct]
+    if (height, width) == channels.image.shape[:2]:
+        numbers = np.rint(table).astype(np.uint8).tolist()
+        levels = np.stack([np.asarray(plane.point(numbers)) for plane in planes])
+    else:
+        # Pillow looks up floats too, where the table holds them.
+        scaled = [plane.point(table.tolist(), "F") for plane in planes]
+        resized = [np.asarray(plane.resize((width, height), Image.Resampling.BILINEAR)) for plane in scaled]
+        levels = np.rint(np.stack(resized)).astype(np.uint8)
+    return np.broadcast_to(levels, (3, height, width)), warnings
 
 
 def fitted_size(height: float, width: float, side: int) -> tuple[int, int]:
@@ -63,30 +151,32 @@ def _resize(plane: np.ndarray, height: int, width: int, method: Image.Resampling
     return np.asarray(Image.fromarray(plane).resize((width, height), method))
 
 
-def _percentile(image: np.ndarray, config: NormaliseConfig) -> tuple[float, float, list[str]]:
-    low, high = np.percentile(image, (config.lower, config.upper))
+def _percentile(image: np.ndarray | ByteCounts, config: NormaliseConfig) -> tuple[float, float, list[str]]:
+    at = config.lower, config.upper
+    low, high = image.percentiles(at) if isinstance(image, ByteCounts) else np.percentile(image, at)
     if low < high:
         return low, high, []
     low, high, _ = _minmax(image, config)
     return low, high, [f"percentiles {config.lower:g} and {config.upper:g} coincide: its full range is used"]
 
 
-def _minmax(image: np.ndarray, _config: NormaliseConfig) -> tuple[float, float, list[str]]:
+def _minmax(image: np.ndarray | ByteCounts, _config: NormaliseConfig) -> tuple[float, float, list[str]]:
     return float(image.min()), float(image.max()), []
 
 
-def _window(_image: np.ndarray, config: NormaliseConfig) -> tuple[float, float, list[str]]:
+def _window(_image: np.ndarray | ByteCounts, config: NormaliseConfig) -> tuple[float, float, list[str]]:
     centre, width = config.window_centre, config.window_width
     if centre is None or width is None:
         raise ValueError("method: window needs window_centre and window_width")
     return centre - width / 2, centre + width / 2, []
 
 
-def _none(image: np.ndarray, _config: NormaliseConfig) -> tuple[float, float, list[str]]:
+def _none(image: np.ndarray | ByteCounts, _config: NormaliseConfig) -> tuple[float, float, list[str]]:
     outside = image.min() < 0 or image.max() > 255
     return 0.0, 255.0, ["normalise: none, but values leave 0..255 and are clipped"] if outside else []
 
 
-_RANGES: Mapping[str, Callable[[np.ndarray, NormaliseConfig], tuple[float, float, list[str]]]] = MappingProxyType(
+_Range = Callable[[np.ndarray | ByteCounts, NormaliseConfig], tuple[float, float, list[str]]]
+_RANGES: Mapping[str, _Range] = MappingProxyType(
     {"percentile": _percentile, "minmax": _minmax, "window": _window, "none": _none}
 )

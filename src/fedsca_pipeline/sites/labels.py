@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedsca_pipeline.sites.geometry import ByteCounts
 from fedsca_pipeline.sites.readers import BrokenSampleError, read_image, read_mask, refuse_lossy_mask
 from fedsca_pipeline.sites.volumes import Volume, read_volume_mask
 
@@ -65,7 +66,7 @@ def read_volume_classes(path: Path, image: Volume, rule: LabelRule, classes: int
 def by_number(values: np.ndarray, numbers: Mapping[int, int], classes: int) -> tuple[np.ndarray, dict[str, int]]:
     """Map integers, of any shape, to classes; see ``LabelRule.numbers`` and ``read_classes``."""
     applied = dict(numbers)
-    if not applied and values.size and values.max() == 255 and set(np.unique(values).tolist()) <= {0, 255}:
+    if not applied and values.size and values.max() == 255 and ((values == 0) | (values == 255)).all():
         applied = {255: 1}
     meant = {**{number: number for number in range(classes + 1)}, **applied}
     mask, unknown = look_up(values, {value: number for value, number in meant.items() if number <= classes})
@@ -104,13 +105,21 @@ def look_up(values: np.ndarray, classes: Mapping[int, int]) -> tuple[np.ndarray,
     Returns:
         uint8 of the same shape, and the values that ``classes`` does not name, the most frequent first; these are 0.
     """
-    raw, counts = np.unique(values, return_counts=True)
-    # A number's place among all is eight bytes a pixel, which a volume has not to spare.
-    mask = np.zeros(values.shape, np.uint8)
-    for value in raw:
-        if number := classes.get(int(value)):
-            mask[values == value] = number
-    unknown = [int(raw[index]) for index in np.argsort(-counts, kind="stable") if int(raw[index]) not in classes]
+    if values.dtype == np.uint8:
+        # Counting and a table of 256 are much faster than sorting.
+        counts = ByteCounts.of([values.reshape(len(values), -1)])
+        raw, often = counts.values, counts.counts[counts.values]
+        table = np.zeros(256, np.uint8)
+        table[raw] = [classes.get(int(value), 0) for value in raw]
+        mask = table.take(values)
+    else:
+        raw, often = np.unique(values, return_counts=True)
+        # A number's place among all is eight bytes a pixel, which a volume has not to spare.
+        mask = np.zeros(values.shape, np.uint8)
+        for value in raw:
+            if number := classes.get(int(value)):
+                mask[values == value] = number
+    unknown = [int(value) for value in raw[np.argsort(-often, kind="stable")] if int(value) not in classes]
     return mask, unknown
 
 

@@ -77,7 +77,7 @@ def _by_stem(folder: Path, kind: str, broken: list[Broken]) -> dict[str, list[st
     if not (folder / kind).is_dir():
         raise DataError(f"{folder}: no {kind} folder; put the site's {kind} into {folder / kind}, one file an image")
     found: dict[str, list[str]] = defaultdict(list)
-    inside = folder.resolve()
+    inside, here = folder.resolve(), (folder / kind).resolve()
     empty = True
     for path in sorted((folder / kind).iterdir()):
         if path.name.startswith("."):
@@ -85,7 +85,8 @@ def _by_stem(folder: Path, kind: str, broken: list[Broken]) -> dict[str, list[st
         empty = False
         file = f"{kind}/{path.name}"
         stem, suffix = split_name(path.name)
-        if not path.resolve().is_relative_to(inside):
+        # Only a link can lead elsewhere; asking the system about every part of every path takes its time.
+        if not (path.resolve() if path.is_symlink() else here).is_relative_to(inside):
             broken.append(Broken(file, "a link that leads out of the site folder", "copy the file itself here"))
         elif path.is_dir():
             broken.append(Broken(file, f"a folder within {kind}/ is not read", f"move its files up into {kind}/"))

@@ -148,9 +148,11 @@ def site_report(
 ) -> dict[str, Any]:
     """Return the data report (docs/data.md), JSON-able, of the samples that are kept; there may be none."""
     splits = list(settled.splits.values())
+    read = {sample.pair.image: sample.sha256 for sample in samples}
+    read |= {sample.pair.mask: sample.mask_sha256 for sample in samples}
     return {
         "site": site,
-        "fingerprint": fingerprint_site(raw, site),
+        "fingerprint": fingerprint_site(raw, site, read),
         "counts": {
             "found": found,
             "used": len(samples),

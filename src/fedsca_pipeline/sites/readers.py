@@ -161,7 +161,8 @@ def _read_pillow(path: Path, labels: bool) -> np.ndarray:
             return _read_png_16bit_colour(path)
         # Pillow stretches 2 and 4 bit grey to 0..255; labels need the stored number.
         stretched = {"L;2": 85, "L;4": 17}.get(str(image.tile[0].args), 1) if labels and image.tile else 1
-        pixels = np.array(_plain(ImageOps.exif_transpose(image), labels))
+        ImageOps.exif_transpose(image, in_place=True)
+        pixels = _pixels(_plain(image, labels))
         return pixels // np.uint8(stretched) if stretched > 1 else pixels
 
 
@@ -171,6 +172,16 @@ def _plain(image: Image.Image, labels: bool) -> Image.Image:
     if labels and image.mode == "PA":
         return image.getchannel(0)
     return image.convert("RGB")
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """Return [H, W] or [H, W, C]; RGB channel by channel in memory, as all that follows goes through it."""
+    if image.mode != "RGB":
+        return np.array(image)
+    planes = np.empty((3, image.height, image.width), np.uint8)
+    for plane, band in zip(planes, image.split(), strict=True):
+        plane[...] = band
+    return np.moveaxis(planes, 0, -1)
 
 
 def _read_png_16bit_colour(path: Path) -> np.ndarray:

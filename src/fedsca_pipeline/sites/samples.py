@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,17 @@ import numpy as np
 
 from fedsca_pipeline.config import PreprocessingConfig
 from fedsca_pipeline.files import sha256_file
-from fedsca_pipeline.sites.geometry import fit_image, fit_mask, normalise
+from fedsca_pipeline.sites.ahead import map_ahead
+from fedsca_pipeline.sites.geometry import ByteCounts, Channels, fit_mask, normalise_and_fit
 from fedsca_pipeline.sites.labels import LabelRule, read_classes, read_volume_classes
 from fedsca_pipeline.sites.pairing import Broken, Pair
 from fedsca_pipeline.sites.readers import BrokenSampleError, read_image
 from fedsca_pipeline.sites.site_file import SiteFile
 from fedsca_pipeline.sites.slices import VolumeSlices
 from fedsca_pipeline.sites.volumes import is_volume, read_volume
+
+# Flat images read while those before them go to disk; Pillow and hashing work outside the interpreter's lock.
+_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -68,32 +74,42 @@ def read_samples(
 
     Planes are made when they are asked for, from the image in memory: ask for them before the next sample.
     """
-    for pair in pairs:
-        file = pair.image
-        try:
-            subject = site_file.subject(pair.stem)
-            kind = _VOLUME if is_volume(pair.image) else _FLAT
-            image = kind.read_image(folder / pair.image, config)
-            file = pair.mask
-            if is_volume(pair.mask) != is_volume(pair.image):
-                raise BrokenSampleError(
-                    f"of {pair.image} and its mask one is a volume, one is flat",
-                    "export both as volumes, or both slice by slice",
-                )
-            mask, label_map = kind.read_mask(folder / pair.mask, image, site_file.label_rule, config.classes)
-            if not config.allow_empty_masks and not mask.any():
-                raise BrokenSampleError("empty mask", "label it, or set preprocessing.allow_empty_masks: true")
-            described = {
-                "pair": pair,
-                "subject": subject,
-                "label_map": label_map,
-                "sha256": sha256_file(folder / pair.image),
-                "mask_sha256": sha256_file(folder / pair.mask),
-                "class_pixels": np.bincount(mask.ravel(), minlength=config.classes + 1),
-            }
-            yield kind.sample(image, mask, described, config)
-        except BrokenSampleError as error:
-            broken.append(Broken.of(file, error))
+    read = partial(_read, folder, site_file, config)
+    # A volume is large enough to be the only one in memory.
+    ahead = 0 if any(is_volume(pair.image) for pair in pairs) else min(_AHEAD, os.cpu_count() or 1)
+    for outcome in map_ahead(read, pairs, ahead=ahead):
+        if isinstance(outcome, Broken):
+            broken.append(outcome)
+        else:
+            yield outcome
+
+
+def _read(folder: Path, site_file: SiteFile, config: PreprocessingConfig, pair: Pair) -> tuple[Sample, Planes] | Broken:
+    file = pair.image
+    try:
+        subject = site_file.subject(pair.stem)
+        kind = _VOLUME if is_volume(pair.image) else _FLAT
+        image = kind.read_image(folder / pair.image, config)
+        file = pair.mask
+        if is_volume(pair.mask) != is_volume(pair.image):
+            raise BrokenSampleError(
+                f"of {pair.image} and its mask one is a volume, one is flat",
+                "export both as volumes, or both slice by slice",
+            )
+        mask, label_map = kind.read_mask(folder / pair.mask, image, site_file.label_rule, config.classes)
+        if not config.allow_empty_masks and not mask.any():
+            raise BrokenSampleError("empty mask", "label it, or set preprocessing.allow_empty_masks: true")
+        described = {
+            "pair": pair,
+            "subject": subject,
+            "label_map": label_map,
+            "sha256": sha256_file(folder / pair.image),
+            "mask_sha256": sha256_file(folder / pair.mask),
+            "class_pixels": ByteCounts.of(mask.reshape(1, len(mask), -1)).counts[: config.classes + 1],
+        }
+        return kind.sample(image, mask, described, config)
+    except BrokenSampleError as error:
+        return Broken.of(file, error)
 
 
 def _flat_image(path: Path, _config: PreprocessingConfig) -> np.ndarray:
@@ -114,17 +130,21 @@ def _flat_mask(path: Path, image: np.ndarray, rule: LabelRule, classes: int) -> 
 def _flat_sample(
     image: np.ndarray, mask: np.ndarray, described: Mapping[str, Any], config: PreprocessingConfig
 ) -> tuple[Sample, Planes]:
-    levels, warnings = normalise(image, config.normalise)
+    channels = Channels.of(image)
+    levels, warnings = normalise_and_fit(channels, config.normalise, config.image_size)
     small = fit_mask(mask, config.image_size)
+    occurring = _occurring([small])
     sample = Sample(
         **described,
-        **_content(image, f"{image.dtype} {'grey' if image.ndim == 2 else 'RGB'}"),
+        pixels=_digest(image, channels.distinct),
+        intensity=channels.extremes,
+        kind=f"{image.dtype} {'grey' if image.ndim == 2 else 'RGB'}",
         original=(int(mask.shape[0]), int(mask.shape[1])),
         fitted=(int(small.shape[0]), int(small.shape[1])),
-        warnings=warnings + _lost(described["class_pixels"], [small], config.image_size),
-        planes=_shown([small]),
+        warnings=warnings + _lost(described["class_pixels"], occurring, config.image_size),
+        planes=_shown(occurring),
     )
-    return sample, [(fit_image(levels, config.image_size), small)]
+    return sample, [(levels, small)]
 
 
 def _slices(path: Path, config: PreprocessingConfig) -> VolumeSlices:
@@ -139,32 +159,39 @@ def _volume_sample(
     slices: VolumeSlices, mask: np.ndarray, described: Mapping[str, Any], config: PreprocessingConfig
 ) -> tuple[Sample, Planes]:
     voxels, small = slices.volume.voxels, slices.masks(mask)
+    occurring = _occurring(small)
     modalities = f" of {voxels.shape[3]} modalities" if voxels.ndim == 4 else ""
     sample = Sample(
         **described,
-        **_content(voxels, f"{voxels.dtype} volume{modalities}"),
+        pixels=_digest(voxels, voxels),
+        intensity=(float(voxels.min()), float(voxels.max())),
+        kind=f"{voxels.dtype} volume{modalities}",
         original=slices.size,
         fitted=(int(small[0].shape[0]), int(small[0].shape[1])),
-        warnings=slices.warnings + _lost(described["class_pixels"], small, config.image_size),
-        planes=_shown(small),
+        warnings=slices.warnings + _lost(described["class_pixels"], occurring, config.image_size),
+        planes=_shown(occurring),
         spacing=slices.spacing,
     )
     return sample, ((slices.image(index), small[index]) for index in range(len(slices)))
 
 
-def _content(image: np.ndarray, kind: str) -> dict[str, Any]:
-    pixels = hashlib.sha256(f"{image.shape}{image.dtype}".encode())
-    pixels.update(np.ascontiguousarray(image).data)
-    return {"pixels": pixels.digest(), "intensity": (float(image.min()), float(image.max())), "kind": kind}
+def _digest(image: np.ndarray, values: np.ndarray) -> bytes:
+    """Identify a decoded image by shape, type and those of its values that tell it."""
+    digest = hashlib.sha256(f"{image.shape}{image.dtype}".encode())
+    digest.update(np.ascontiguousarray(values).data)
+    return digest.digest()
 
 
-def _shown(small: Sequence[np.ndarray]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(label for label in np.unique(plane).tolist() if label) for plane in small)
+def _occurring(small: Iterable[np.ndarray]) -> list[list[int]]:
+    return [ByteCounts.of([plane]).values.tolist() for plane in small]
 
 
-def _lost(class_pixels: np.ndarray, small: Sequence[np.ndarray], side: int) -> list[str]:
-    left = {label for plane in small for label in np.unique(plane).tolist()}
-    lost = sorted(set(np.flatnonzero(class_pixels).tolist()) - left)
+def _shown(occurring: Iterable[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(label for label in labels if label) for labels in occurring)
+
+
+def _lost(class_pixels: np.ndarray, occurring: Iterable[Sequence[int]], side: int) -> list[str]:
+    lost = sorted(set(np.flatnonzero(class_pixels).tolist()).difference(*occurring))
     return [f"its mask loses class {', '.join(map(str, lost))} at {side} pixels"] if lost else []
 
 
