@@ -64,7 +64,7 @@ def _run(**options: Any) -> Any:
         return kedro_run.callback(**options)
     except RunUpToDate as done:
         click.echo("Everything is up to date: nothing was run (--params=force=true runs anyway).")
-        show_result(done.table, done.mlflow)
+        show_result(done.table, done.mlflow, done.volumes)
         return {}
     except ParameterValidationError as error:
         raise click.ClickException(by_key(str(error))) from error

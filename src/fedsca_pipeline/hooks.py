@@ -24,7 +24,7 @@ from fedsca_pipeline.errors import TrackingError
 from fedsca_pipeline.federation.strategies import check_names
 from fedsca_pipeline.files import read_json, write_json
 from fedsca_pipeline.sites.discovery import settle_sites
-from fedsca_pipeline.summary import show_comparison, show_result
+from fedsca_pipeline.summary import FinalTable, show_comparison, show_result
 from fedsca_pipeline.tracking import Tracker, TrackingConfig
 
 logger = logging.getLogger(__name__)
@@ -38,11 +38,11 @@ _ROOTS = {"data_root", "foundation_root"}
 
 
 class RunUpToDate(Exception):  # noqa: N818 - it ends a command well
-    """Nothing needs to run: ``table`` and ``mlflow`` are those of the run that made what is there."""
+    """Nothing needs to run: tables and ``mlflow`` are those of the run that made what is there."""
 
-    def __init__(self, table: Mapping[str, Mapping[str, Any]], mlflow: Mapping[str, str]) -> None:
+    def __init__(self, table: FinalTable, mlflow: Mapping[str, str], volumes: FinalTable | None) -> None:
         super().__init__("up to date")
-        self.table, self.mlflow = table, mlflow
+        self.table, self.mlflow, self.volumes = table, mlflow, volumes
 
 
 class ProjectHooks:
@@ -124,7 +124,7 @@ class ProjectHooks:
         if whole and not any(run_params.get(key) for key in _SLICES):
             last = {"pipelines": _covered(whole[-1]), "description": catalog.load("run_description"), "mlflow": mlflow}
             write_json(catalog.load("reporting") / _LAST_RUN, last)
-            show_result(catalog.load("final_metrics"), mlflow)
+            show_result(catalog.load("final_metrics"), mlflow, _volume_metrics(pipeline, catalog))
         self._tracker.close("FINISHED")
         if self._comparison is not None:
             if "comparison_page" in pipeline.outputs():
@@ -183,9 +183,11 @@ class ProjectHooks:
 
 
 # What `last_run.json` vouches for.
-_REPORTED = frozenset({"site_models", "final_metrics"})
+_REPORTED = frozenset({"site_models", "final_metrics", "volume_metrics"})
 # Saving one of these needs an MLflow run; they are what a pipeline that logs saves first.
-_OPENERS = frozenset({"run_description", "round_metrics", "site_models", "final_metrics", "learning_curves"})
+_OPENERS = frozenset(
+    {"run_description", "round_metrics", "site_models", "final_metrics", "volume_metrics", "learning_curves"}
+)
 
 
 def _tracking_config(context: KedroContext) -> TrackingConfig:
@@ -288,7 +290,13 @@ def _raise_if_up_to_date(pipeline: str, description: Mapping[str, Any], catalog:
         and made_by == {description["fingerprint"]}
         and all((models / site / "site_model.json").is_file() for site in trained)
     ):
-        raise RunUpToDate(catalog.load("final_metrics"), last["mlflow"])
+        volumes = _volume_metrics(pipelines[pipeline], catalog)
+        raise RunUpToDate(catalog.load("final_metrics"), last["mlflow"], volumes)
+
+
+def _volume_metrics(pipeline: Pipeline, catalog: DataCatalog) -> FinalTable | None:
+    """What ``volume_metrics`` holds, if any site has volumes."""
+    return catalog.load("volume_metrics") if "volume_metrics" in pipeline.outputs() else None
 
 
 def _is_on_disk(name: str, catalog: DataCatalog) -> bool:

@@ -20,12 +20,14 @@ FinalTable = Mapping[str, Mapping[str, Any]]
 """``{site: {column: value}}``, the mean over sites last; None where a value is missing."""
 
 
-def show_result(table: FinalTable, mlflow: Mapping[str, str]) -> None:
-    """Print the final table, the MLflow run and the next commands."""
+def show_result(table: FinalTable, mlflow: Mapping[str, str], volumes: FinalTable | None = None) -> None:
+    """Print the final table, that of volumes where there are any, the MLflow run and the next commands."""
     console = Console()
     console.print(render_final_table(table))
     if by_class := render_class_table(table):
         console.print(by_class)
+    if volumes:
+        console.print(render_volume_table(volumes))
     if mlflow["run_id"]:
         console.print(f"MLflow run: {mlflow['run_id']}", highlight=False)
     console.print("Next: kedro viz", highlight=False)
@@ -88,7 +90,34 @@ def render_class_table(table: FinalTable) -> Table | None:
     return view
 
 
+def render_volume_table(table: FinalTable) -> Table:
+    """Draw the table of ``evaluation.volume_tables.final_volume_table``; a dash for what is missing."""
+    view = Table(
+        title="Chosen models by volume, on the volumes' own grids",
+        title_justify="left",
+        box=box.SIMPLE,
+        pad_edge=False,
+        show_edge=False,
+    )
+    view.add_column("site", no_wrap=True)
+    for heading, _ in _VOLUME_COLUMNS.values():
+        view.add_column(heading, justify="right", no_wrap=True)
+    for site, row in table.items():
+        if site == MEAN:
+            view.add_section()
+        cells = ("–" if row[key] is None else shown(row[key]) for key, (_, shown) in _VOLUME_COLUMNS.items())
+        view.add_row(site, *cells, style="bold" if site == MEAN else "")
+    return view
+
+
 # Heading and format of each column.
+_VOLUME_COLUMNS = {
+    "volume Dice": ("Dice", "{:.3f}".format),
+    "volume HD95 mm": ("HD95\n(mm)", "{:.1f}".format),
+    "volume ASD mm": ("ASD\n(mm)", "{:.2f}".format),
+    "volume NSD": ("NSD", "{:.3f}".format),
+    "volumes": ("volumes", str),
+}
 _COLUMNS = {
     "Dice before": ("Dice\nbefore", "{:.3f}".format),
     "Dice after": ("Dice\nafter", "{:.3f}".format),

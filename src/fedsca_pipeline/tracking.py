@@ -125,6 +125,7 @@ class Tracker(MlflowWriter):
             "round_metrics": self._log_round,
             "site_models": self._log_models,
             "final_metrics": self._log_final,
+            "volume_metrics": self._log_final,
         }
 
     @property
@@ -313,6 +314,9 @@ _FILES = {
     "test_scores": "tables",
     "image_scores": "tables",
     "site_scores": "tables",
+    "volume_scores": "tables",
+    "site_volume_scores": "tables",
+    "volume_metrics": "tables",
     "final_table": "tables",
     "final_metrics": "tables",
     "overlays": "figures",

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance, compute_surface_dice
 
-from fedsca_pipeline.evaluation.volumes import VOLUME_COLUMNS, score_volume, volume_table
+from fedsca_pipeline.evaluation.volumes import score_volume
 
 SPACING = (0.5, 1.25, 3.0)
 
@@ -105,12 +105,3 @@ def test_scores_are_those_of_monai(seed: int, shape: tuple[int, int, int], share
     assert found["hd95_mm"] == pytest.approx(hd95, rel=1e-5)
     assert found["nsd"] == pytest.approx(nsd, rel=1e-5)
     assert found["asd_mm"] == pytest.approx(there, rel=1e-5)
-
-
-def test_the_table_has_a_row_a_volume_and_class() -> None:
-    truth = ball((8, 8, 8), 3.0)
-    scores = {name: score_volume(truth, truth, SPACING, [1, 2], 1.0) for name in ("a", "b")}
-    table = volume_table("north", "chosen", scores)
-    assert list(table.columns) == list(VOLUME_COLUMNS)
-    assert table[["volume", "class"]].to_numpy().tolist() == [["a", 1], ["a", 2], ["b", 1], ["b", 2]]
-    assert list(volume_table("north", "chosen", {}).columns) == list(VOLUME_COLUMNS)

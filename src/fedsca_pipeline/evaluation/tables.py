@@ -13,14 +13,14 @@ METRICS = ("dice", "iou", "hd95", "asd")
 MODELS = ("before", "after", "chosen")
 
 IMAGE_COLUMNS = ("site", "image", "model", "class", *METRICS, "empty")
-SITE_COLUMNS = (
-    "site",
-    "model",
-    *(column for metric in METRICS for column in (metric, f"{metric}_std")),
-    "images",
-    "one_empty",
-    "note",
-)
+
+
+def _site_columns(metrics: Sequence[str]) -> tuple[str, ...]:
+    averages = (column for metric in metrics for column in (metric, f"{metric}_std"))
+    return ("site", "model", *averages, "images", "one_empty", "note")
+
+
+SITE_COLUMNS = _site_columns(METRICS)
 
 
 def image_table(site: str, names: Sequence[str], scores: Sequence[Mapping[str, Any]], model: str) -> pd.DataFrame:
@@ -46,7 +46,9 @@ def image_table(site: str, names: Sequence[str], scores: Sequence[Mapping[str, A
     return pd.DataFrame(rows, columns=list(IMAGE_COLUMNS))
 
 
-def site_table(images: pd.DataFrame, names: Sequence[str] = ("class 1",)) -> pd.DataFrame:
+def site_table(
+    images: pd.DataFrame, names: Sequence[str] = ("class 1",), metrics: Sequence[str] = METRICS
+) -> pd.DataFrame:
     """One row per model and site, then the mean over sites and the worst site of each model.
 
     Every metric is averaged over the classes of an image, then over the images of the site; ``<metric>_std`` is the
@@ -61,18 +63,21 @@ def site_table(images: pd.DataFrame, names: Sequence[str] = ("class 1",)) -> pd.
     Args:
         images: rows of ``image_table``, any number of sites and models.
         names: of all K classes, class 1 first.
+        metrics: the columns to average; ``dice`` is among them.
 
     Returns:
-        Columns ``SITE_COLUMNS``, with ``class`` after ``model`` where K > 1; models in the order before, after, chosen.
-        No image: no row.
+        Columns ``SITE_COLUMNS``, of these metrics, with ``class`` after ``model`` where K > 1; models in the order
+        before, after, chosen. No image: no row.
     """
     models = [*MODELS, *sorted(set(images["model"]) - set(MODELS))]
-    columns = SITE_COLUMNS if len(names) == 1 else (*SITE_COLUMNS[:2], "class", *SITE_COLUMNS[2:])
+    columns = _site_columns(metrics)
+    if len(names) > 1:
+        columns = (*columns[:2], "class", *columns[2:])
     blocks = [
         block
         for model in models
         if model in set(images["model"])
-        for block in _model_blocks(images[images["model"] == model], names)
+        for block in _model_blocks(images[images["model"] == model], names, list(metrics))
     ]
     table = pd.concat(blocks, ignore_index=True) if blocks else pd.DataFrame()
     return table.reindex(columns=list(columns))
@@ -138,10 +143,10 @@ def _class_means(sites: pd.DataFrame, by_class: pd.DataFrame) -> pd.Series:
     )
 
 
-def _model_blocks(images: pd.DataFrame, names: Sequence[str]) -> list[pd.DataFrame]:
+def _model_blocks(images: pd.DataFrame, names: Sequence[str], metrics: list[str]) -> list[pd.DataFrame]:
     """The rows of one model: over all classes, and of several classes of each that any site has."""
     (model,) = images["model"].unique()
-    block = _site_block(images, model)
+    block = _site_block(images, model, metrics)
     if len(names) == 1:
         return [block]
     numbers = images.groupby("site")["class"].unique()
@@ -155,7 +160,7 @@ def _model_blocks(images: pd.DataFrame, names: Sequence[str]) -> list[pd.DataFra
     for label, name in enumerate(names, start=1):
         if label not in set(images["class"]):
             continue
-        block = _site_block(images[images["class"] == label], model)
+        block = _site_block(images[images["class"] == label], model, metrics)
         if absent := [site for site in numbers.index if name in lacking[site]]:
             there = len(numbers) - len(absent)
             said = f"unweighted, over {there} of {_count(numbers.index)}: not at {', '.join(absent)}"
@@ -164,9 +169,9 @@ def _model_blocks(images: pd.DataFrame, names: Sequence[str]) -> list[pd.DataFra
     return blocks
 
 
-def _site_block(images: pd.DataFrame, model: str) -> pd.DataFrame:
+def _site_block(images: pd.DataFrame, model: str, metrics: list[str]) -> pd.DataFrame:
     """The rows of one model: its sites by name, their mean, the worst."""
-    per_image = images.groupby(["site", "image"])[list(METRICS)].mean()
+    per_image = images.groupby(["site", "image"])[metrics].mean()
     means, spreads = per_image.groupby("site").mean(), per_image.groupby("site").std(ddof=0)
     one_empty = images["empty"].isin(["truth", "prediction"]).groupby(images["site"]).sum()
     rows = means.join(spreads.add_suffix("_std"))

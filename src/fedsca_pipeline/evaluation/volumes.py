@@ -1,20 +1,16 @@
-"""Scores of whole volumes, in mm, and their tables."""
+"""Scores of whole volumes, in mm."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from monai.metrics import compute_dice
 
 from fedsca_pipeline.evaluation.metrics import EMPTY_DIAGONALS, asd_of, hd95_of, surface_distances, which_is_empty
-
-VOLUME_METRICS = ("dice", "hd95_mm", "asd_mm", "nsd")
-VOLUME_COLUMNS = ("site", "volume", "model", "class", *VOLUME_METRICS, "empty")
 
 
 def score_volume(
@@ -42,25 +38,6 @@ def score_volume(
         names the empty mask: ``both``, ``truth``, ``prediction`` or "" for neither.
     """
     return [{"class": label, **_score(pred == label, truth == label, spacing, tolerance)} for label in classes]
-
-
-def volume_table(site: str, model: str, scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> pd.DataFrame:
-    """One row per volume and class.
-
-    Args:
-        site: its name.
-        model: ``before``, ``after`` or ``chosen``, as in ``tables.image_table``.
-        scores: by volume the records of ``score_volume``.
-
-    Returns:
-        Columns ``VOLUME_COLUMNS``. No volume: no row.
-    """
-    rows = [
-        {"site": site, "volume": volume, "model": model, **record}
-        for volume, records in scores.items()
-        for record in records
-    ]
-    return pd.DataFrame(rows, columns=list(VOLUME_COLUMNS))
 
 
 def _score(

@@ -16,6 +16,9 @@ DEMO_SITES: tuple[str, ...] = ("harbour_ct", "meadow_mri", "summit_ultrasound", 
 SITES_READY = ".sites.ready"
 """Where sites that were written together stand before they are moved into place one after the other."""
 
+VOLUME_SUFFIXES: tuple[str, ...] = (".nii", ".nii.gz", ".nrrd", ".mha")
+"""Of the image files that are read as volumes: the keys of ``volumes.IMAGE_READERS``."""
+
 _SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -39,6 +42,12 @@ def discover_sites(raw: Path) -> tuple[str, ...]:
                 f"or digit; rename the folder, for instance to {cure!r}"
             )
     return tuple(sites)
+
+
+def holds_volumes(folder: Path) -> bool:
+    """Whether a site folder has an image that is a volume, by its file's name."""
+    images = folder / "images"
+    return images.is_dir() and any(path.name.lower().endswith(VOLUME_SUFFIXES) for path in images.iterdir())
 
 
 def settle_sites(raw: Path) -> None:

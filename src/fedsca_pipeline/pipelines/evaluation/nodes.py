@@ -41,13 +41,13 @@ def score_site(
     data, kept = SiteArrays(arrays, manifest), site_models["sites"][site]
     tables: dict[str, pd.DataFrame] = {}
     with deterministic(run, resolve_threads(run.threads)) as device:
-        for model, snapshot in _SNAPSHOTS.items():
+        for model, snapshot in SNAPSHOTS.items():
             if snapshot not in kept and model != "before":
                 continue
             if model == "chosen" and "after" in tables and kept["best"]["round"] == kept["last"]["round"]:
                 tables[model] = tables["after"].assign(model=model)
                 continue
-            network = _network(model, models / site, foundations, foundation, preprocessing).to(device)
+            network = network_of(model, models / site, foundations, foundation, preprocessing).to(device)
             scores = _score(network, data, preprocessing.classes, evaluation)
             tables[model] = image_table(site, data.names("test"), scores, model)
     return pd.concat(tables.values(), ignore_index=True)
@@ -70,7 +70,7 @@ def draw_overlays(
     data = SiteArrays(arrays, manifest)
     model = "chosen" if "chosen" in set(scores["model"]) else "before"
     folder = models / str(manifest["site"].iloc[0])
-    network = _network(model, folder, foundations, foundation, preprocessing)
+    network = network_of(model, folder, foundations, foundation, preprocessing)
     scored = scores[scores["model"] == model]
     examples = [
         _example(label, name, scored, data, network, preprocessing.classes, evaluation)
@@ -158,13 +158,14 @@ def history_table(records: list[Any]) -> pd.DataFrame:
     )
 
 
-# Reported model: the snapshot it is.
-_SNAPSHOTS = {"before": "", "after": "last", "chosen": "best"}
+SNAPSHOTS = {"before": "", "after": "last", "chosen": "best"}
+"""Reported model: the snapshot of a site's that it is, in the order of tables."""
 
 
-def _network(
+def network_of(
     model: str, folder: Path, foundations: Path, foundation: FoundationConfig, preprocessing: PreprocessingConfig
 ) -> SegmentationModel:
+    """Load one of the reported models of the site whose models are in ``folder``."""
     from fedsca_pipeline.foundation import load_foundation
     from fedsca_pipeline.site_model import load_site_model
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from kedro.pipeline import Pipeline, node, pipeline
 
 from fedsca_pipeline.pipelines.evaluation.nodes import draw_curves, draw_overlays, score_site, tabulate
+from fedsca_pipeline.pipelines.evaluation.volume_nodes import score_volumes, tabulate_volumes
 
 
-def create_scores(sites: Sequence[str]) -> Pipeline:
-    """Test scores of each site and the tables over all sites."""
+def create_scores(sites: Sequence[str], volume_sites: Sequence[str] = ()) -> Pipeline:
+    """Test scores of each site and the tables over all sites; of ``volume_sites``, which hold volumes, by these too."""
     scores = [
         node(
             score_site,
@@ -42,6 +43,40 @@ def create_scores(sites: Sequence[str]) -> Pipeline:
         ],
         outputs=["image_scores", "site_scores", "final_table", "final_metrics"],
         name="tabulate",
+    )
+    return pipeline([*scores, tables]) + _create_volume_scores(volume_sites)
+
+
+def _create_volume_scores(sites: Sequence[str]) -> Pipeline:
+    if not sites:
+        return pipeline([])
+    scores = [
+        node(
+            score_volumes,
+            inputs=[
+                "params:run",
+                "params:preprocessing",
+                "params:foundation",
+                "params:evaluation",
+                "site_models",
+                "foundations",
+                "models",
+                "raw_sites",
+                "predictions",
+                f"{site}.manifest",
+                f"{site}.arrays",
+            ],
+            outputs=f"{site}.volume_scores",
+            name="score_volumes",
+            namespace=f"evaluation.{site}",
+        )
+        for site in sites
+    ]
+    tables = node(
+        tabulate_volumes,
+        inputs=["params:preprocessing", *(f"{site}.volume_scores" for site in sites)],
+        outputs=["volume_scores", "site_volume_scores", "volume_metrics"],
+        name="tabulate_volumes",
     )
     return pipeline([*scores, tables])
 
@@ -76,6 +111,6 @@ def create_figures(sites: Sequence[str]) -> Pipeline:
     return pipeline([*drawings, curves])
 
 
-def create_pipeline(sites: Sequence[str]) -> Pipeline:
+def create_pipeline(sites: Sequence[str], volume_sites: Sequence[str] = ()) -> Pipeline:
     """Scores, tables and figures."""
-    return create_scores(sites) + create_figures(sites)
+    return create_scores(sites, volume_sites) + create_figures(sites)

@@ -1,0 +1,140 @@
+"""Nodes of evaluation by volume: of sites that hold volumes only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsca_pipeline.config import EvaluationConfig, FoundationConfig, PreprocessingConfig, RunConfig
+from fedsca_pipeline.pipelines.evaluation.nodes import SNAPSHOTS, network_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fedsca_pipeline.foundation.model import SegmentationModel
+    from fedsca_pipeline.sites.slices import VolumeSlices
+
+
+def score_volumes(
+    run: RunConfig,
+    preprocessing: PreprocessingConfig,
+    foundation: FoundationConfig,
+    evaluation: EvaluationConfig,
+    site_models: dict[str, Any],
+    foundations: Path,
+    models: Path,
+    raw_sites: Path,
+    predictions: Path,
+    manifest: Any,
+    arrays: Path,
+) -> Any:
+    """Score one site's test volumes on their own grids, with the models that ``score_site`` scores slices with.
+
+    What the chosen model makes of them is written to ``predictions/<site>/<stem>.nii.gz``; nothing else stays there.
+    """
+    import pandas as pd
+
+    from fedsca_pipeline.evaluation.volume_tables import volume_table
+    from fedsca_pipeline.federation.devices import deterministic
+    from fedsca_pipeline.runs import resolve_threads
+    from fedsca_pipeline.sites.arrays import SiteArrays
+
+    site = str(manifest["site"].iloc[0])
+    kept = site_models["sites"][site]
+    volumes = _TestVolumes(raw_sites / site, manifest, SiteArrays(arrays, manifest), preprocessing, evaluation)
+    same = {"best", "last"} <= kept.keys() and kept["best"]["round"] == kept["last"]["round"]
+    tables: dict[str, pd.DataFrame] = {"none": volume_table(site, "none", {})}
+    with deterministic(run, resolve_threads(run.threads)) as device:
+        for model, snapshot in SNAPSHOTS.items():
+            if snapshot not in kept and model != "before":
+                continue
+            if model == "after" and same:
+                # It is the chosen one, of which predictions are kept.
+                continue
+            network = network_of(model, models / site, foundations, foundation, preprocessing).to(device)
+            scores = volumes.score(network, predictions / site if model == "chosen" else None)
+            tables[model] = volume_table(site, model, scores)
+    if same:
+        tables["after"] = tables["chosen"].assign(model="after")
+    volumes.tidy(predictions / site, written="chosen" in tables)
+    return pd.concat([tables[model] for model in ("none", *SNAPSHOTS) if model in tables], ignore_index=True)
+
+
+def tabulate_volumes(preprocessing: PreprocessingConfig, *scores: Any) -> tuple[Any, Any, Any]:
+    """Gather the sites' scores: per volume, per site, and of the chosen models as ``{site: {column: value}}``."""
+    import json
+
+    import pandas as pd
+
+    from fedsca_pipeline.evaluation.volume_tables import final_volume_table, site_volume_table
+
+    volumes = pd.concat(scores, ignore_index=True)
+    sites = site_volume_table(volumes, preprocessing.names)
+    final = final_volume_table(sites)
+    return volumes, sites, json.loads(final.set_index("site").to_json(orient="index"))
+
+
+class _TestVolumes:
+    """The test volumes of one site, read anew for each model: one at a time is in memory."""
+
+    def __init__(
+        self, folder: Path, manifest: Any, data: Any, preprocessing: PreprocessingConfig, evaluation: EvaluationConfig
+    ) -> None:
+        from fedsca_pipeline.sites.arrays import known_classes, scored_classes
+        from fedsca_pipeline.sites.site_file import read_site_file
+
+        rows = manifest[(manifest["split"] == "test") & (manifest["volume"] != "")].drop_duplicates("volume")
+        self._files = rows.set_index("volume")[["image", "mask"]].to_dict("index")
+        self._folder, self._preprocessing, self._evaluation = folder, preprocessing, evaluation
+        self._rule = read_site_file(folder).label_rule
+        self._known = known_classes(data, preprocessing.classes)
+        self._scored = scored_classes(data, preprocessing.classes)
+
+    def score(self, network: SegmentationModel, kept: Path | None) -> dict[str, list[dict[str, Any]]]:
+        """Return the scores of each volume; write what was predicted into the folder ``kept``, if there is one."""
+        from fedsca_pipeline.evaluation.volumes import score_volume
+        from fedsca_pipeline.site_model import segment_slices
+        from fedsca_pipeline.sites.volumes import write_nifti
+
+        found = {}
+        for stem, files in self._files.items():
+            slices, truth = self._read(files)
+            predicted = segment_slices(
+                network,
+                slices,
+                self._preprocessing.image_size,
+                self._evaluation.threshold,
+                self._known,
+                self._evaluation.batch_size,
+            )
+            if kept is not None:
+                write_nifti(kept / f"{stem}.nii.gz", predicted, slices.volume.affine)
+            found[stem] = score_volume(
+                predicted, truth, slices.volume.spacing, self._scored, self._evaluation.surface_tolerance
+            )
+        return found
+
+    def tidy(self, folder: Path, *, written: bool) -> None:
+        """Remove predictions of another run's test volumes."""
+        own = {f"{stem}.nii.gz" for stem in self._files} if written else set()
+        for file in folder.glob("*.nii.gz"):
+            if file.name not in own:
+                file.unlink()
+
+    def _read(self, files: dict[str, str]) -> tuple[VolumeSlices, np.ndarray]:
+        from fedsca_pipeline.errors import DataError
+        from fedsca_pipeline.sites.labels import read_volume_classes
+        from fedsca_pipeline.sites.readers import BrokenSampleError
+        from fedsca_pipeline.sites.slices import VolumeSlices
+        from fedsca_pipeline.sites.volumes import read_volume
+
+        config = self._preprocessing
+        try:
+            volume = read_volume(self._folder / files["image"])
+            truth, _ = read_volume_classes(self._folder / files["mask"], volume, self._rule, config.classes)
+            return VolumeSlices(volume, config.volume, config.normalise, config.image_size), truth
+        except BrokenSampleError as error:
+            raise DataError(
+                f"{self._folder / files['image']}: it or its mask cannot be read any more ({error.reason}); put both "
+                "back, or run 'kedro run --pipeline=preprocessing' again"
+            ) from error
