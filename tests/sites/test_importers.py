@@ -100,6 +100,22 @@ class TestLayouts:
             np.testing.assert_array_equal(masks[stem], HALF)
             assert "polyp" in site_file["notes"]
 
+    def test_frames_of_one_sequence_share_a_subject_where_a_table_tells(self, imported, tmp_path) -> None:
+        files = {}
+        for number in (1, 2, 26):
+            files[f"CVC-ClinicDB/PNG/Original/{number}.png"] = photograph(number)
+            files[f"CVC-ClinicDB/PNG/Ground Truth/{number}.png"] = two_valued()
+        source = tree(tmp_path / "polyps", files)
+        (source / "CVC-ClinicDB" / "metadata.csv").write_text(
+            "frame_id,sequence_id,png_image_path\n"
+            "1,1,PNG/Original/1.png\n2,1,PNG/Original/2.png\n26,2,PNG/Original/26.png\n"
+        )
+
+        imported("polyps", source)
+
+        subjects = stored(tmp_path / "raw", "CVC-ClinicDB")[1]["subjects"]
+        assert subjects == {"1": "sequence_1", "2": "sequence_1", "26": "sequence_2"}
+
     def test_vessels_have_both_eyes_under_one_subject(self, imported, tmp_path) -> None:
         source = tree(
             tmp_path / "vessels",
@@ -404,6 +420,15 @@ class TestLayouts:
         with pytest.raises(DataError, match=r"types\.npy: not an array of numbers or text"):
             imported("pannuke", pickled)
 
+    def test_an_array_that_is_a_link_out_of_the_source_is_refused(self, imported, tmp_path) -> None:
+        fold = self.pannuke(tmp_path / "pannuke", types=np.array(["Breast"] * 3))
+        types = fold / "Fold 1" / "images" / "fold1" / "types.npy"
+        types.rename(tmp_path / "types.npy")
+        types.symlink_to(tmp_path / "types.npy")
+
+        with pytest.raises(DataError, match=r"types\.npy: a link that leads out of the source"):
+            imported("pannuke", fold)
+
     def test_pannuke_arrays_of_two_folds_are_refused(self, imported, tmp_path) -> None:
         mixed = self.pannuke(tmp_path / "pannuke", types=np.array(["Breast"] * 2))
 
@@ -569,6 +594,46 @@ class TestRefusals:
 
         with pytest.raises(DataError, match="a link that leads out of the source"):
             imported("polyps", source)
+
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [
+            (
+                '{"shapes": [{"label": "macula", "points": [[1, 1], [4, 1], [4, 4]]}]}',
+                "an outline named 'macula' means",
+            ),
+            ('{"shapes": [{"label": "disc", "points": [[1, 1], [NaN, 1], [4, 4]]}]}', "corners that are no numbers"),
+            ('{"shapes": [{"points": [[1, 1]]}]}', "cannot be read"),
+            ("[1, 2", "cannot be read"),
+        ],
+    )
+    def test_outlines_that_cannot_be_used_are_named(self, imported, tmp_path, content: str, reason: str) -> None:
+        source = tree(tmp_path / "fundus", {"G1020/Images/image_0.jpg": photograph()})
+        (source / "G1020" / "Images" / "image_0.json").write_text(content)
+
+        with pytest.raises(DataError, match=rf"image_0\.json: .*{reason}"):
+            imported("fundus_glaucoma", source)
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"",
+            b"<Annotations><Annotation>",
+            b'<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/hostname">]><Annotations>&x;</Annotations>',
+            b"MATLAB 5.0 MAT-file" + bytes(200),
+        ],
+    )
+    def test_damaged_mask_files_are_named(self, imported, tmp_path, content: bytes) -> None:
+        slide = "TCGA-2Z-A9JG-01Z-00-DX1"
+        source = tree(tmp_path / "s", {f"{slide}/{slide}_1.tif": photograph(), "ORIGA/Images/001.jpg": photograph()})
+        (source / slide / f"{slide}_1.xml").write_bytes(content)
+        (source / "ORIGA" / "Semi-automatic-annotations").mkdir()
+        (source / "ORIGA" / "Semi-automatic-annotations" / "001.mat").write_bytes(content)
+
+        with pytest.raises(DataError, match=r"_1\.xml: cannot be read"):
+            imported("monusac", source)
+        with pytest.raises(DataError, match=r"001\.mat: cannot be read"):
+            imported("fundus_glaucoma", source)
 
     def test_a_value_that_means_nothing_is_named(self, imported, tmp_path) -> None:
         files = {"D/train/ROIs/image/1.png": photograph(), "D/train/ROIs/mask/1.png": two_valued(77)}

@@ -174,6 +174,29 @@ class TestFeTS:
         assert list(imported("fets2022", source)) == ["Partition_-out"]
         assert {path.name for path in (tmp_path / "raw").iterdir()} == {"Partition_-out"}
 
+    def test_a_table_that_is_a_link_out_of_the_source_is_refused(self, imported, tmp_path) -> None:
+        source = self.source(tmp_path / "fets", "FeTS2022_00000")
+        (source / "partitioning_1.csv").rename(tmp_path / "table.csv")
+        (source / "partitioning_1.csv").symlink_to(tmp_path / "table.csv")
+
+        with pytest.raises(DataError, match=r"partitioning_1\.csv: a link that leads out of the source"):
+            imported("fets2022", source)
+
+    def test_two_tables_of_one_name_are_refused(self, imported, tmp_path) -> None:
+        source = self.source(tmp_path / "fets", "FeTS2022_00000")
+        (source / "FeTS2022_00000" / "partitioning_1.csv").write_text("Partition_ID,Subject_ID\n2,FeTS2022_00000\n")
+
+        with pytest.raises(DataError, match=r"2 files partitioning_1\.csv .*unpack the data set whole"):
+            imported("fets2022", source)
+
+    def test_a_damaged_modality_is_named_with_its_file(self, imported, tmp_path) -> None:
+        source = self.source(tmp_path / "fets", "FeTS2022_00000")
+        damaged = source / "FeTS2022_00000" / "FeTS2022_00000_flair.nii.gz"
+        damaged.write_bytes(damaged.read_bytes()[:200])
+
+        with pytest.raises(DataError, match=r"FeTS2022_00000_flair\.nii\.gz: cannot be read"):
+            imported("fets2022", source)
+
 
 class TestMnMs:
     def source(self, root: Path) -> Path:

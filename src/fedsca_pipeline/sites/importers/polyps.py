@@ -1,14 +1,42 @@
 """Colonoscopy polyps, a site a data set: Kvasir-SEG, CVC-ClinicDB, CVC-ColonDB, ETIS-LaribPolypDB, CVC-300.
 
-Masks are two-valued, some of them JPEG. Which frames are of one patient is published for none of these in its files.
+Masks are two-valued, some of them JPEG. Which frames are of one patient is in no file; of one sequence, only where
+CVC-ClinicDB comes with a ``metadata.csv``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
 from fedsca_pipeline.sites.importers.labels import two_values
-from fedsca_pipeline.sites.importers.layout import Importer, Patterns
+from fedsca_pipeline.sites.importers.layout import Importer, Patterns, Sample
+from fedsca_pipeline.sites.importers.tables import check_inside, read_table
 
 _SETS = ("CVC-ColonDB", "ETIS-LaribPolypDB", "CVC-300", "CVC-ClinicDB")
+_TABLE = "metadata.csv"
+
+
+def _with_sequences(source: Path, samples: list[Sample]) -> Iterator[Sample]:
+    tables: dict[Path, dict[str, str]] = {}
+    for sample in samples:
+        table = next((folder for folder in sample.images[0].parents if folder.name == "CVC-ClinicDB"), source) / _TABLE
+        if sample.site != "CVC-ClinicDB" or not table.is_file():
+            yield sample
+            continue
+        if table not in tables:
+            check_inside(source, table)
+            rows = read_table(table, "png_image_path", ("sequence_id",))
+            tables[table] = {PurePosixPath(name).stem: row["sequence_id"] for name, row in rows.items()}
+        sequence = tables[table].get(sample.stem)
+        fault = (f"{_TABLE} has no sequence_id of it", "take the table that came with the images, or take it away")
+        yield replace(
+            sample,
+            subject=f"sequence_{sequence}" if sequence else sample.subject,
+            fault=sample.fault or (None if sequence else fault),
+        )
+
 
 IMPORTER = Importer(
     title="Colonoscopy polyps (Kvasir-SEG, CVC-ClinicDB, CVC-ColonDB, ETIS-LaribPolypDB, CVC-300)",
@@ -26,4 +54,5 @@ IMPORTER = Importer(
         *(Patterns(f"**/{name}/images/{{stem}}.png", f"**/{name}/masks/{{stem}}.png", site=name) for name in _SETS),
         Patterns("**/Kvasir/images/{stem}.png", "**/Kvasir/masks/{stem}.png", site="Kvasir-SEG"),
     ),
+    refine=_with_sequences,
 )
