@@ -104,6 +104,10 @@ class ComparisonTracker(MlflowWriter):
                     {
                         "test dice": statistics.fmean(scores["dice"]),
                         "test hd95": statistics.fmean(scores["hd95"]),
+                        **{
+                            f"test dice class {label}": statistics.fmean(dice)
+                            for label, dice in scores.get("dice_by_class", {}).items()
+                        },
                         "dice_validation_best": scores["dice_validation"],
                         "best_round": scores["round"],
                     },

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +113,18 @@ def result_of() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def make_site(tmp_path: Path) -> Callable[..., tuple[Path, pd.DataFrame]]:
-    """Write one site of bright squares on noise: ``training`` images, 2 to validate, 2 to test; file and manifest."""
+    """Write one site of bright squares on noise: ``training`` images, 2 to validate, 2 to test; file and manifest.
+
+    The squares are of the classes ``labels``, in turn.
+    """
 
     def write(
-        name: str, seed: int = 0, *, training: int = 6, splits: list[str] | None = None
+        name: str,
+        seed: int = 0,
+        *,
+        training: int = 6,
+        splits: list[str] | None = None,
+        labels: Sequence[int] = (1,),
     ) -> tuple[Path, pd.DataFrame]:
         splits = splits or ["train"] * training + ["validation"] * 2 + ["test"] * 2
         draw, count = np.random.default_rng(seed), len(splits)
@@ -124,8 +132,8 @@ def make_site(tmp_path: Path) -> Callable[..., tuple[Path, pd.DataFrame]]:
         masks = np.zeros((count, SIDE, SIDE), np.uint8)
         for index in range(count):
             top, left = draw.integers(0, SIDE // 2, 2)
-            masks[index, top : top + 10, left : left + 10] = 1
-            images[index, :, masks[index] == 1] += 120
+            masks[index, top : top + 10, left : left + 10] = labels[index % len(labels)]
+            images[index, :, masks[index] > 0] += 120
         stems = [f"{index:03d}" for index in range(count)]
         manifest = pd.DataFrame(
             {
@@ -136,7 +144,7 @@ def make_site(tmp_path: Path) -> Callable[..., tuple[Path, pd.DataFrame]]:
                 "height": SIDE,
                 "width": SIDE,
                 "row": range(count),
-                "classes": "[1]",
+                "classes": [f"[{labels[index % len(labels)]}]" for index in range(count)],
             }
         )
         path = tmp_path / f"{name}.safetensors"

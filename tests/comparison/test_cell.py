@@ -399,7 +399,7 @@ class TestUnseen:
 
         def beside(training: Any, arrays: SiteArrays, batches: Any) -> dict[str, Any]:
             training.worker.install(training._store("a").snapshot("best").tensors)
-            singles.append(training._scores(arrays, "test", batches))
+            singles.append(training._scores(arrays, "test", batches, (1,)))
             return ensemble(training, arrays, batches)
 
         monkeypatch.setattr(cell_module._Training, "_ensemble", beside)
@@ -456,3 +456,52 @@ def test_sites_are_scored_by_their_own_chosen_model(make_setting, grid, place, k
         scores = score_batches(worker.model, training[0].forward, batches, 1, 0.5)
         assert found["dice"] == [round(score["dice"], 5) for score in scores]
         assert found["dice_validation"] == kept[site].dice
+
+
+class TestSeveralClasses:
+    @pytest.fixture
+    def place(self, make_site, tmp_path: Path) -> Place:
+        labels = {"a": (1, 2, 3), "b": (1, 3), "c": (2, 3)}
+        arrays = {site: SiteArrays(*make_site(site, seed, labels=labels[site])) for seed, site in enumerate(labels)}
+        return Place(arrays, tmp_path / "foundations", tmp_path / "scratch", "now")
+
+    @pytest.mark.parametrize("head", ["sigmoid", "softmax"])
+    @pytest.mark.parametrize("method", ["local", "fedavg"])
+    def test_every_score_is_the_mean_over_the_classes_that_the_site_has(
+        self, make_setting, grid, place, head: str, method: str
+    ) -> None:
+        base = {**FAST, "preprocessing": {"classes": 3}, "foundation": {"head": head}}
+        (cell,) = grid(make_setting({method: {}}, reference=method, base=base, unseen_sites=["c"], shots=[1],
+                                    release_private=True))  # fmt: skip
+
+        result = run_cell(cell, place, no_news)
+
+        told = {"a": result["sites"]["a"], "b": result["sites"]["b"]}
+        expected = {"a": {"1", "2", "3"}, "b": {"1", "3"}}
+        for received, found in result["unseen"]["c"].items():
+            told[received], expected[received] = found, {"2", "3"}
+        assert ("as it is" in told) == (method == "fedavg")
+        assert {"ensemble", "1 image"} < set(told)
+        for name, found in told.items():
+            assert set(found["dice_by_class"]) == expected[name]
+            means = np.mean(list(found["dice_by_class"].values()), axis=0)
+            assert found["dice"] == pytest.approx(means.tolist(), abs=2e-5)
+            assert np.isfinite([*found["dice"], *found["hd95"]]).all()
+
+    def test_an_ensemble_asks_for_a_class_only_the_models_that_know_it(self, make_setting, grid, place, monkeypatch):
+        """Every model is surest of class 2, which b's has never seen."""
+        base = {"preprocessing": {"classes": 3}}
+        (cell,) = grid(make_setting({"local": {}}, reference="local", base=base, unseen_sites=["c"], shots=[1],
+                                    release_private=True))  # fmt: skip
+
+        def sure_of_class_2(model: Any, forward: Any, batches: Any) -> Any:
+            for batch in batches:
+                logits = torch.full((len(batch.masks), 3, *batch.masks.shape[1:]), -9.0)
+                logits[:, 1] = torch.where(batch.masks == 2, 1.0, -9.0)
+                yield batch, logits
+
+        monkeypatch.setattr(cell_module, "predictions", sure_of_class_2)
+
+        found = run_cell(cell, place, no_news)["unseen"]["c"]["ensemble"]
+
+        assert found["dice_by_class"]["2"] == [1.0] * len(found["images"])

@@ -28,11 +28,12 @@ from fedsca_pipeline.config import (
     TrainingConfig,
 )
 from fedsca_pipeline.errors import DataError
+from fedsca_pipeline.evaluation.metrics import known_logits
 from fedsca_pipeline.federation.batches import Batch, plain_batches
 from fedsca_pipeline.federation.checkpoint import CheckpointFolder, RoundRecord
 from fedsca_pipeline.federation.devices import deterministic, stream_seed
 from fedsca_pipeline.federation.fleet import POOLED, InProcessFleet
-from fedsca_pipeline.federation.local import LocalSettings, LocalWorker, predictions, whole_model
+from fedsca_pipeline.federation.local import Forward, LocalSettings, LocalWorker, predictions, whole_model
 from fedsca_pipeline.federation.messages import TensorLayout, unflatten
 from fedsca_pipeline.federation.rounds import Server
 from fedsca_pipeline.federation.scoring import score_batches
@@ -41,7 +42,7 @@ from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.federation.strategies.base import Strategy
 from fedsca_pipeline.files import remove_partial_files
 from fedsca_pipeline.foundation import load_foundation
-from fedsca_pipeline.sites.arrays import Arrays, PooledArrays, SiteArrays
+from fedsca_pipeline.sites.arrays import Arrays, PooledArrays, SiteArrays, known_classes, scored_classes
 
 Result = dict[str, Any]
 Told = Callable[[int, int], None]
@@ -177,6 +178,9 @@ class _Training:
         attach_adapters(model, adapters)
         self.layout: TensorLayout = tensor_layout(model)
         self.data: dict[str, Arrays] = {site: self._arrays(site) for site in cell.sites}
+        classes = self.preprocessing.classes
+        self.known = {site: known_classes(arrays, classes) for site, arrays in self.data.items()}
+        self.known_anywhere = tuple(sorted(set().union(*self.known.values())))
         lengths = [len(place.arrays[site]) for site in cell.sites]
         if self.strategy.pools:
             training = training.times(len(self.data))
@@ -222,7 +226,8 @@ class _Training:
             raise DataError(f"{site}: it missed the rounds that would have made it a model")
         self.worker.install(snapshot.tensors)
         arrays = self.place.arrays[site]
-        found = self._scores(arrays, "test", plain_batches(arrays, "test", self.evaluation.batch_size))
+        batches = plain_batches(arrays, "test", self.evaluation.batch_size)
+        found = self._scores(arrays, "test", batches, self.known[site])
         return {"round": snapshot.round, "dice_validation": snapshot.dice, **found}
 
     def at_unseen(self, site: str) -> dict[str, Result]:
@@ -234,7 +239,7 @@ class _Training:
         batches = list(plain_batches(arrays, "test", self.evaluation.batch_size))
         if set(self.layout.decoder) <= set(self.strategy.shared(self.layout)) or self.strategy.pools:
             self.worker.install(general)
-            found["as it is"] = self._scores(arrays, "test", batches)
+            found["as it is"] = self._scores(arrays, "test", batches, self.known_anywhere)
         if self.unseen["release_private"]:
             found["ensemble"] = self._ensemble(arrays, batches)
         for count in self.unseen["shots"]:
@@ -243,7 +248,8 @@ class _Training:
             labelled = arrays.with_splits({"train": drawn[:count]})
             tuned = self.worker.tune(labelled, general, self._private(), self.unseen["steps"], site=site)
             self.worker.install(tuned)
-            found["1 image" if count == 1 else f"{count} images"] = self._scores(arrays, "test", batches)
+            known = known_classes(labelled, self.preprocessing.classes)
+            found["1 image" if count == 1 else f"{count} images"] = self._scores(arrays, "test", batches, known)
         return found
 
     def _arrays(self, site: str) -> Arrays:
@@ -271,36 +277,54 @@ class _Training:
         return tuple(name for name in trained if name not in shared) or trained
 
     def _ensemble(self, arrays: Arrays, batches: Sequence[Batch]) -> Result:
-        """Average the probabilities of the sites' chosen models."""
+        """Average the probabilities of the sites' chosen models, of a class those of the models that know it."""
         model, head = self.worker.model, self.worker.model.head
         probability = torch.sigmoid if head == "sigmoid" else (lambda logits: logits.softmax(dim=1))
+        known = dict.fromkeys(self.cell.sites, self.known_anywhere) if self.strategy.pools else self.known
         total: list[Tensor] = []
         for site in self.cell.sites:
             self.worker.install(self._store(site).snapshot("best").tensors)
-            given = [probability(logits).cpu() for _, logits in predictions(model, self.forward, self._here(batches))]
+            given = [
+                probability(known_logits(logits, head, known[site])).cpu()
+                for _, logits in predictions(model, self.forward, self._here(batches))
+            ]
             total = [old + new for old, new in zip(total, given, strict=True)] if total else given
-        means = iter([part / len(self.cell.sites) for part in total])
+        knowing = [
+            sum(label in labels for labels in known.values()) for label in range(1, self.preprocessing.classes + 1)
+        ]
+        models = torch.tensor([*([len(known)] if head == "softmax" else []), *knowing]).clamp(min=1).view(1, -1, 1, 1)
+        means = iter([part / models for part in total])
         # The inverse of the head, so that masks are cut at the same threshold.
         back = torch.logit if head == "sigmoid" else torch.log
-        scores = score_batches(
-            model, lambda _: back(next(means)).to(self.worker.device), batches, self.preprocessing.classes,
-            self.evaluation.threshold,
-        )  # fmt: skip
-        return _columns(arrays.names("test"), scores)
+        return self._scores(
+            arrays, "test", batches, self.known_anywhere, lambda _: back(next(means)).to(self.worker.device)
+        )
 
     def _here(self, batches: Sequence[Batch]) -> list[Batch]:
         return [batch.to(self.worker.device) for batch in batches]
 
-    def _scores(self, arrays: Arrays, split: str, batches: Any) -> Result:
+    def _scores(
+        self, arrays: Arrays, split: str, batches: Any, known: Sequence[int], forward: Forward | None = None
+    ) -> Result:
+        classes = self.preprocessing.classes
         scores = score_batches(
-            self.worker.model, self.forward, batches, self.preprocessing.classes, self.evaluation.threshold
+            self.worker.model,
+            forward or self.forward,
+            batches,
+            classes,
+            self.evaluation.threshold,
+            known=known,
+            scored=scored_classes(arrays, classes),
         )
-        return _columns(arrays.names(split), scores)
+        return _columns(arrays.names(split), scores, several=classes > 1)
 
 
-def _columns(names: Sequence[str], scores: Sequence[Mapping[str, Any]]) -> Result:
-    """Return images, dice and hd95, each averaged over the classes of an image."""
+def _columns(names: Sequence[str], scores: Sequence[Mapping[str, Any]], *, several: bool) -> Result:
+    """Return images, dice and hd95, each averaged over the classes that the site has, of several the Dice of each."""
     classes = len(scores) // max(len(names), 1)
+    by_class: dict[str, list[float]] = {}
+    for score in scores if several else ():
+        by_class.setdefault(str(score["class"]), []).append(round(score["dice"], _DIGITS))
     means = {
         metric: np.array([score[metric] for score in scores]).reshape(len(names), classes).mean(axis=1)
         for metric in ("dice", "hd95")
@@ -308,6 +332,7 @@ def _columns(names: Sequence[str], scores: Sequence[Mapping[str, Any]]) -> Resul
     return {
         "images": list(names),
         **{metric: [round(float(value), _DIGITS) for value in values] for metric, values in means.items()},
+        **({"dice_by_class": by_class} if several else {}),
     }
 
 

@@ -33,13 +33,19 @@ def predict_masks(logits: Tensor, head: str, threshold: float, known: Sequence[i
     """
     if head not in _HEADS:
         raise ConfigError(f"foundation.head: {head!r} is unknown; choose one of {', '.join(_HEADS)}")
+    return _HEADS[head](logits if known is None else known_logits(logits, head, known), threshold)
+
+
+def known_logits(logits: Tensor, head: str, known: Sequence[int]) -> Tensor:
+    """Return logits [B, C, H, W] with minus infinity, probability 0, in the channels of classes that are not known.
+
+    A channel that nothing has trained would win pixels by chance. All known: the logits themselves.
+    """
     first = 1 if head == "softmax" else 0
-    classes = logits.shape[1] - first
-    unknown = [first + label - 1 for label in range(1, classes + 1) if known is not None and label not in known]
-    if unknown:
-        # A channel that nothing has trained would win pixels by chance.
-        logits = logits.index_fill(1, torch.tensor(unknown, device=logits.device), -torch.inf)
-    return _HEADS[head](logits, threshold)
+    unknown = [channel for channel in range(first, logits.shape[1]) if channel - first + 1 not in known]
+    if not unknown:
+        return logits
+    return logits.index_fill(1, torch.tensor(unknown, device=logits.device), -torch.inf)
 
 
 def truth_masks(masks: Tensor, classes: int) -> Tensor:
