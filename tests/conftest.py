@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,3 +92,135 @@ def write_volume_site() -> Callable[..., None]:
                 )
 
     return write
+
+
+class DicomFiles:
+    """Writes DICOM files; ``elements`` of every method set or replace elements by keyword."""
+
+    AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+    def data_set(self, stored: np.ndarray, **elements: Any) -> Any:
+        """Return a CT slice with these stored pixels, [H, W] of integers or [H, W, 3] of uint8."""
+        from pydicom.dataset import Dataset, FileMetaDataset
+        from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+        data = Dataset()
+        data.file_meta = FileMetaDataset()
+        data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        values: dict[str, Any] = {
+            "SOPClassUID": CTImageStorage,
+            "SOPInstanceUID": generate_uid(),
+            "StudyInstanceUID": generate_uid(),
+            "SeriesInstanceUID": generate_uid(),
+            "FrameOfReferenceUID": generate_uid(),
+            "PatientID": "P1",
+            "PatientName": "Somebody^One",
+            "Modality": "CT",
+            "InstanceNumber": 1,
+            "ImageOrientationPatient": list(self.AXIAL),
+            "ImagePositionPatient": [0.0, 0.0, 0.0],
+            "PixelSpacing": [1.0, 1.0],
+            "SliceThickness": 1.0,
+            "Rows": stored.shape[0],
+            "Columns": stored.shape[1],
+            "SamplesPerPixel": 1 if stored.ndim == 2 else 3,
+            "PhotometricInterpretation": "MONOCHROME2" if stored.ndim == 2 else "RGB",
+            "BitsAllocated": stored.itemsize * 8,
+            "BitsStored": stored.itemsize * 8,
+            "HighBit": stored.itemsize * 8 - 1,
+            "PixelRepresentation": int(stored.dtype.kind == "i"),
+            **dict.fromkeys(("PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime")),
+            "ReferringPhysicianName": None,
+            "SeriesNumber": 1,
+            **elements,
+        }
+        if stored.ndim == 3:
+            values.setdefault("PlanarConfiguration", 0)
+        for keyword, value in values.items():
+            setattr(data, keyword, value)
+        data.PixelData = stored.tobytes()
+        data["PixelData"].VR = "OB" if stored.itemsize == 1 else "OW"
+        data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID
+        data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID
+        return data
+
+    def frame(self, path: Path, stored: np.ndarray, **elements: Any) -> Path:
+        """Write one frame."""
+        return self.save(path, self.data_set(stored, **elements))
+
+    def save(self, path: Path, data: Any) -> Path:
+        """Write a data set."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.save_as(path, enforce_file_format=True)
+        return path
+
+    def slices(self, stored: np.ndarray, affine: np.ndarray, **elements: Any) -> list[Any]:
+        """Return a series of stored [X, Y, Z], whose affine is that of nibabel (RAS+, mm)."""
+        from pydicom.uid import generate_uid
+
+        lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+        column, row = (np.linalg.norm(lps[:3, axis]) for axis in (0, 1))
+        shared = {
+            "StudyInstanceUID": generate_uid(),
+            "SeriesInstanceUID": generate_uid(),
+            "FrameOfReferenceUID": generate_uid(),
+            "ImageOrientationPatient": [*(lps[:3, 0] / column), *(lps[:3, 1] / row)],
+            "PixelSpacing": [row, column],
+            "SliceThickness": float(np.linalg.norm(lps[:3, 2])),
+            **elements,
+        }
+        return [
+            self.data_set(
+                np.ascontiguousarray(stored[:, :, index].T),
+                ImagePositionPatient=list(lps[:3, 3] + index * lps[:3, 2]),
+                InstanceNumber=index + 1,
+                **shared,
+            )
+            for index in range(stored.shape[2])
+        ]
+
+    def series(self, folder: Path, slices: Sequence[Any]) -> Path:
+        """Write a series in a folder, its files called by their place in the list."""
+        for index, data in enumerate(slices):
+            self.save(folder / f"{index:04d}.dcm", data)
+        return folder
+
+    def segmentation(self, path: Path, sources: Sequence[Any], labels: np.ndarray, kind: str = "BINARY") -> Path:
+        """Write labels [N, H, W, K], segment k + 1 being ``labels[..., k]`` of each source, as a DICOM SEG."""
+        import highdicom
+        from pydicom.sr.codedict import codes
+        from pydicom.uid import generate_uid
+
+        segments = [
+            highdicom.seg.SegmentDescription(
+                segment_number=number,
+                segment_label=f"segment {number}",
+                segmented_property_category=codes.SCT.Organ,
+                segmented_property_type=codes.SCT.Liver,
+                algorithm_type="MANUAL",
+            )
+            for number in range(1, labels.shape[3] + 1)
+        ]
+        found = highdicom.seg.Segmentation(
+            source_images=list(sources),
+            pixel_array=labels,
+            segmentation_type=kind,
+            segment_descriptions=segments,
+            series_instance_uid=generate_uid(),
+            series_number=2,
+            sop_instance_uid=generate_uid(),
+            instance_number=1,
+            manufacturer="maker",
+            manufacturer_model_name="model",
+            software_versions="1",
+            device_serial_number="1",
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found.save_as(path)
+        return path
+
+
+@pytest.fixture(scope="session")
+def dicom_files() -> DicomFiles:
+    """Writes DICOM files."""
+    return DicomFiles()

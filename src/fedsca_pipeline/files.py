@@ -140,6 +140,14 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def sha256_path(path: Path) -> str:
+    """Return ``sha256_file`` of a file; of a folder, one over those of its visible files, whatever they are called."""
+    if not path.is_dir():
+        return sha256_file(path)
+    digests = sorted(sha256_file(file) for file in path.iterdir() if not file.name.startswith("."))
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 def fingerprint(value: Any) -> str:
     """Return 16 hex digits that identify a JSON-serialisable value whatever the order of its keys."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)

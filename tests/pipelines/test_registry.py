@@ -64,7 +64,7 @@ def test_a_whole_run_starts_from_raw_data_and_parameters_alone(raw: Path) -> Non
     inputs = {name for name in register_pipelines()["__default__"].inputs() if not name.startswith("param")}
     previous = {f"{site}.previous_manifest" for site in DEMO_SITES}
 
-    assert inputs - previous == {"raw_sites", "model_input", "foundations", "checkpoints", "models"}
+    assert inputs - previous == {"raw_sites", "model_input", "private_sites", "foundations", "checkpoints", "models"}
 
 
 def test_a_folder_that_cannot_name_a_site_is_refused(raw: Path) -> None:

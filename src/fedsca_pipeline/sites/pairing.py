@@ -8,10 +8,12 @@ from pathlib import Path
 
 from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.sites.readers import READERS, BrokenSampleError, no_reader, split_name
-from fedsca_pipeline.sites.volumes import IMAGE_READERS, is_volume
+from fedsca_pipeline.sites.volumes import FRAMES, IMAGE_READERS, SEGMENTATION, SERIES, is_volume
 
-SUFFIXES: tuple[str, ...] = (*READERS, *IMAGE_READERS)
+SUFFIXES: tuple[str, ...] = (*READERS, *IMAGE_READERS, SEGMENTATION)
 """Of every file that is read, flat images first."""
+
+_OF_SITES = [suffix for suffix in SUFFIXES if suffix not in (SERIES, FRAMES, SEGMENTATION)]
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,19 @@ class Pair:
     mask: str
 
 
-def pair_files(folder: Path) -> tuple[list[Pair], list[Broken]]:
+def pair_files(folder: Path, home: Path | None = None) -> tuple[list[Pair], list[Broken]]:
     """Pair ``images/`` with ``masks/`` by stem; pairs come in stem order.
 
-    Hidden files are passed over; everything else is in a pair or broken.
+    Hidden files are passed over; everything else is in a pair or broken. No file may lie outside of ``home``; left out,
+    of ``folder``.
 
     Raises:
         DataError: a folder is missing or holds no file.
     """
     broken: list[Broken] = []
-    images = _by_stem(folder, "images", broken)
-    masks = _by_stem(folder, "masks", broken)
+    inside = (home or folder).resolve()
+    images = _by_stem(folder, "images", inside, broken)
+    masks = _by_stem(folder, "masks", inside, broken)
     pairs = []
     for stem in sorted(images.keys() | masks.keys()):
         here, there = images.get(stem, []), masks.get(stem, [])
@@ -73,11 +77,11 @@ def pair_files(folder: Path) -> tuple[list[Pair], list[Broken]]:
     return pairs, broken
 
 
-def _by_stem(folder: Path, kind: str, broken: list[Broken]) -> dict[str, list[str]]:
+def _by_stem(folder: Path, kind: str, inside: Path, broken: list[Broken]) -> dict[str, list[str]]:
     if not (folder / kind).is_dir():
         raise DataError(f"{folder}: no {kind} folder; put the site's {kind} into {folder / kind}, one file an image")
     found: dict[str, list[str]] = defaultdict(list)
-    inside, here = folder.resolve(), (folder / kind).resolve()
+    here = (folder / kind).resolve()
     empty = True
     for path in sorted((folder / kind).iterdir()):
         if path.name.startswith("."):
@@ -88,10 +92,10 @@ def _by_stem(folder: Path, kind: str, broken: list[Broken]) -> dict[str, list[st
         # Only a link can lead elsewhere; asking the system about every part of every path takes its time.
         if not (path.resolve() if path.is_symlink() else here).is_relative_to(inside):
             broken.append(Broken(file, "a link that leads out of the site folder", "copy the file itself here"))
-        elif path.is_dir():
+        elif path.is_dir() and suffix != SERIES:
             broken.append(Broken(file, f"a folder within {kind}/ is not read", f"move its files up into {kind}/"))
         elif suffix not in SUFFIXES:
-            broken.append(Broken.of(file, no_reader(suffix, SUFFIXES)))
+            broken.append(Broken.of(file, no_reader(suffix, _OF_SITES)))
         else:
             found[stem].append(file)
     if empty:

@@ -20,9 +20,10 @@ from fedsca_pipeline.files import fingerprint
 from fedsca_pipeline.sites.array_writer import ArraysFile, ArraysWriter
 from fedsca_pipeline.sites.discovery import fingerprint_site
 from fedsca_pipeline.sites.pairing import Broken, pair_files
+from fedsca_pipeline.sites.pseudonyms import open_site
 from fedsca_pipeline.sites.readers import split_name
 from fedsca_pipeline.sites.samples import Sample, read_samples
-from fedsca_pipeline.sites.site_file import SiteFile, read_site_file
+from fedsca_pipeline.sites.site_file import HiddenSiteFile, SiteFile
 from fedsca_pipeline.sites.slices import choose_slices
 from fedsca_pipeline.sites.split import SPLITS, draw_split, split_targets
 
@@ -96,11 +97,13 @@ def prepare_site(
     previous_manifest: pd.DataFrame | None = None,
     *,
     scratch: Path | None = None,
+    private: Path | None = None,
 ) -> PreparedSite:
     """Read, check, split and resize one site's images, in memory for one image, or volume, however many there are.
 
     The arrays grow in a hidden folder within ``scratch``, which is on the disk where they shall end up (left out: in
-    the system's folder for temporary files).
+    the system's folder for temporary files). ``private`` is the site's own folder of ``pseudonyms.open_site``
+    (left out: ``private/<site>`` beside ``raw``).
 
     Subjects in ``previous_manifest`` keep their split while seed, split settings and group rule are the same; under
     other settings all are drawn anew, which the report's warnings say.
@@ -110,23 +113,21 @@ def prepare_site(
         DataError: broken files with ``on_bad_sample: fail``, too few usable images, only empty masks, no images or
             masks folder, a wrong ``site.yml``, or a split without images. The message names them and the cure.
     """
-    folder = raw / site
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such site folder; make it with images/ and masks/ in it, or drop the site")
-    site_file = read_site_file(folder)
-    pairs, broken = pair_files(folder)
+    source = open_site(raw, site, private or raw.parent / "private" / site)
+    site_file = source.site_file
+    pairs, broken = pair_files(source.folder, source.home)
     found = len(pairs) + sum(entry.file.startswith("images/") for entry in broken)
 
     samples: list[Sample] = []
     with ArraysWriter(scratch or Path(tempfile.gettempdir()), site, config.image_size) as writer:
-        for sample, planes in read_samples(folder, pairs, site_file, config, broken):
+        for sample, planes in read_samples(source.folder, pairs, site_file, config, broken):
             for image, mask in planes:
                 writer.append(image, mask)
             samples.append(sample)
 
         settled = settle(site, samples, broken, site_file, config, seed, previous_manifest)
         if settled.refusals:
-            raise DataError(settled.refusals[0])
+            raise DataError("\n".join(filter(None, (settled.refusals[0], source.legend))))
         rows = _array_rows(samples, settled)
         samples = [samples[row] for row in settled.rows]
         manifest = _manifest(site, samples, settled)
@@ -146,7 +147,10 @@ def site_report(
     config: PreprocessingConfig,
     seed: int,
 ) -> dict[str, Any]:
-    """Return the data report (docs/data.md), JSON-able, of the samples that are kept; there may be none."""
+    """Return the data report (docs/data.md), JSON-able, of the samples that are kept; there may be none.
+
+    ``pseudonyms`` says whether names and subjects stand for others.
+    """
     splits = list(settled.splits.values())
     read = {sample.pair.image: sample.sha256 for sample in samples}
     read |= {sample.pair.mask: sample.mask_sha256 for sample in samples}
@@ -171,6 +175,7 @@ def site_report(
         },
         "spacing": list(site_file.spacing) if site_file.spacing else None,
         "notes": site_file.notes,
+        "pseudonyms": isinstance(site_file, HiddenSiteFile),
         "broken": [entry.as_dict() for entry in broken],
         "warnings": settled.warnings,
     }
@@ -287,7 +292,7 @@ def _split_settings(site: str, config: PreprocessingConfig, seed: int, site_file
         "validation": float(override.get("validation", config.split.validation)),
         "test": float(override.get("test", config.split.test)),
         "max_train": config.split.max_train,
-        "group": "subjects of site.yml" if site_file.subjects is not None else site_file.group,
+        "group": site_file.split_rule,
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fedsca_pipeline.config import PreprocessingConfig
-from fedsca_pipeline.files import sha256_file
+from fedsca_pipeline.files import sha256_path
 from fedsca_pipeline.sites.ahead import map_ahead
 from fedsca_pipeline.sites.geometry import ByteCounts, Channels, fit_mask, normalise_and_fit
 from fedsca_pipeline.sites.labels import LabelRule, read_classes, read_volume_classes
@@ -96,15 +96,16 @@ def _read(folder: Path, site_file: SiteFile, config: PreprocessingConfig, pair: 
                 f"of {pair.image} and its mask one is a volume, one is flat",
                 "export both as volumes, or both slice by slice",
             )
-        mask, label_map = kind.read_mask(folder / pair.mask, image, site_file.label_rule, config.classes)
+        files = (folder / pair.image, folder / pair.mask)
+        mask, label_map = kind.read_mask(*files, image, site_file.label_rule, config.classes)
         if not config.allow_empty_masks and not mask.any():
             raise BrokenSampleError("empty mask", "label it, or set preprocessing.allow_empty_masks: true")
         described = {
             "pair": pair,
             "subject": subject,
             "label_map": label_map,
-            "sha256": sha256_file(folder / pair.image),
-            "mask_sha256": sha256_file(folder / pair.mask),
+            "sha256": sha256_path(folder / pair.image),
+            "mask_sha256": sha256_path(folder / pair.mask),
             "class_pixels": ByteCounts.of(mask.reshape(1, len(mask), -1)).counts[: config.classes + 1],
         }
         return kind.sample(image, mask, described, config)
@@ -116,8 +117,10 @@ def _flat_image(path: Path, _config: PreprocessingConfig) -> np.ndarray:
     return read_image(path)
 
 
-def _flat_mask(path: Path, image: np.ndarray, rule: LabelRule, classes: int) -> tuple[np.ndarray, dict[str, int]]:
-    mask, label_map = read_classes(path, rule, classes)
+def _flat_mask(
+    file: Path, path: Path, image: np.ndarray, rule: LabelRule, classes: int
+) -> tuple[np.ndarray, dict[str, int]]:
+    mask, label_map = read_classes(path, rule, classes, file)
     if image.shape[:2] != mask.shape:
         raise BrokenSampleError(
             f"is {mask.shape[0]} x {mask.shape[1]} pixels (rows x columns), its image upright is "
@@ -151,7 +154,9 @@ def _slices(path: Path, config: PreprocessingConfig) -> VolumeSlices:
     return VolumeSlices(read_volume(path), config.volume, config.normalise, config.image_size)
 
 
-def _volume_mask(path: Path, slices: VolumeSlices, rule: LabelRule, classes: int) -> tuple[np.ndarray, dict[str, int]]:
+def _volume_mask(
+    _file: Path, path: Path, slices: VolumeSlices, rule: LabelRule, classes: int
+) -> tuple[np.ndarray, dict[str, int]]:
     return read_volume_classes(path, slices.volume, rule, classes)
 
 
@@ -197,10 +202,13 @@ def _lost(class_pixels: np.ndarray, occurring: Iterable[Sequence[int]], side: in
 
 @dataclass(frozen=True)
 class _Kind:
-    """How flat images, or volumes, are read: the image, its mask as classes on its grid, and both as a sample."""
+    """How flat images, or volumes, are read: the image, its mask as classes on its grid, and both as a sample.
+
+    ``read_mask`` is given both files, and the image as ``read_image`` gave it.
+    """
 
     read_image: Callable[[Path, PreprocessingConfig], Any]
-    read_mask: Callable[[Path, Any, LabelRule, int], tuple[np.ndarray, dict[str, int]]]
+    read_mask: Callable[[Path, Path, Any, LabelRule, int], tuple[np.ndarray, dict[str, int]]]
     sample: Callable[[Any, np.ndarray, Mapping[str, Any], PreprocessingConfig], tuple[Sample, Planes]]
 
 

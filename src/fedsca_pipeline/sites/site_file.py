@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.sites.labels import LabelRule, number_of
 from fedsca_pipeline.sites.readers import BrokenSampleError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Class = Annotated[int, Field(ge=0, le=254)]
 
@@ -34,6 +37,9 @@ class SiteFile(BaseModel):
         None, description="mm a pixel: [row, column]"
     )
     notes: str = ""
+    hide_names: bool = Field(
+        False, description="whether file names stay here also where no file is DICOM, of which they always do"
+    )
 
     @field_validator("label_map", mode="before")
     @classmethod
@@ -83,6 +89,11 @@ class SiteFile(BaseModel):
             threshold=self.mask_threshold,
         )
 
+    @property
+    def split_rule(self) -> str | None:
+        """What says whose an image is; None: every image is a subject of its own."""
+        return "subjects of site.yml" if self.subjects is not None else self.group
+
     def subject(self, stem: str) -> str:
         """Return the subject of an image.
 
@@ -104,6 +115,31 @@ class SiteFile(BaseModel):
         return match.group(1)
 
 
+class HiddenSiteFile(SiteFile):
+    """``site.yml`` of a site whose names stay private: ``subjects`` has pseudonyms for stems and subjects.
+
+    ``refusals``: stem to why nobody can say whose the image is, and the cure; ``rule``: what the subjects come from.
+    """
+
+    refusals: dict[str, tuple[str, str]]
+    rule: str
+
+    @property
+    def split_rule(self) -> str:
+        """What says whose an image is."""
+        return self.rule
+
+    def subject(self, stem: str) -> str:
+        """Return the subject's pseudonym.
+
+        Raises:
+            BrokenSampleError: nobody can say whose the image is.
+        """
+        if stem in self.refusals:
+            raise BrokenSampleError(*self.refusals[stem])
+        return super().subject(stem)
+
+
 def _label_key(raw: int | str) -> int | str:
     """Return a key of ``label_map`` as number, or as colour in small letters."""
     if isinstance(raw, int) or re.fullmatch(r"-?\d+", raw):
@@ -114,8 +150,10 @@ def _label_key(raw: int | str) -> int | str:
     return raw.lower()
 
 
-def read_site_file(folder: Path) -> SiteFile:
+def read_site_file(folder: Path, *, terse: bool = False) -> SiteFile:
     """Read ``site.yml`` of a site folder; the defaults if there is none.
+
+    ``terse``: an error quotes nothing of what the file says, for stems and subjects may name patients.
 
     Raises:
         DataError: it is not YAML, or a key is unknown or wrong; the message names the file and the key.
@@ -130,10 +168,19 @@ def read_site_file(folder: Path) -> SiteFile:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # noqa: S506
         return SiteFile.model_validate(content or {})
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in detail['loc']) or 'site.yml'}: {detail['msg']}"
-            for detail in error.errors()
-        )
-        raise DataError(f"{path}: {problems}. Known keys: {', '.join(SiteFile.model_fields)}") from error
+        problems = "; ".join((_problem_without_values if terse else _problem)(detail) for detail in error.errors())
+        known = ", ".join(SiteFile.model_fields)
+        raise DataError(f"{path}: {problems}. Known keys: {known}") from (None if terse else error)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: not readable YAML ({' '.join(str(error).split())}); mend or delete it") from error
+        detail = type(error).__name__ if terse else " ".join(str(error).split())
+        raise DataError(f"{path}: not readable YAML ({detail}); mend or delete it") from (None if terse else error)
+
+
+def _problem(detail: ErrorDetails) -> str:
+    return f"{'.'.join(str(part) for part in detail['loc']) or 'site.yml'}: {detail['msg']}"
+
+
+def _problem_without_values(detail: ErrorDetails) -> str:
+    """Name the key alone where it is one of ours; what stands below it, or in its place, may be a patient's name."""
+    key = detail["loc"][0] if detail["loc"] else None
+    return f"{key if key in SiteFile.model_fields else 'a key'}: not as it has to be ({detail['type']})"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -37,11 +37,12 @@ class Volume:
 
     ``voxels`` is [X, Y, Z], or [X, Y, Z, M] of M modalities, in the file's values after its own scaling; ``affine``
     float64 [4, 4] takes a voxel's index to mm in the patient's right, anterior and superior direction (RAS+), as in
-    nibabel.
+    nibabel. ``frame_of_reference`` is DICOM's identifier of where the affine's origin is, known here alone.
     """
 
     voxels: np.ndarray
     affine: np.ndarray
+    frame_of_reference: str | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -58,7 +59,7 @@ class Volume:
 
 def is_volume(name: str) -> bool:
     """Whether a file of this name, or path, is read as a volume."""
-    return split_name(name)[1] in IMAGE_READERS
+    return split_name(name)[1] in {*IMAGE_READERS, *MASK_READERS}
 
 
 def read_volume(path: Path) -> Volume:
@@ -147,7 +148,7 @@ def _checked(volume: Volume) -> Volume:
         voxels = voxels[..., None]
     if voxels.ndim == 4 and voxels.shape[3] == 1:
         voxels = voxels[..., 0]
-    return Volume(voxels, affine)
+    return replace(volume, voxels=voxels, affine=affine)
 
 
 def check_voxels(shape: Sequence[int]) -> None:
@@ -264,6 +265,24 @@ def _meta_image_header(path: Path) -> dict[str, str]:
     return dict(re.findall(r"^\s*(\w+)\s*=\s*(.*?)\s*$", lines.decode("latin-1"), flags=re.MULTILINE))
 
 
+def _read_dicom_series(path: Path) -> Volume:
+    from fedsca_pipeline.sites.dicom import read_series
+
+    return read_series(path)
+
+
+def _read_dicom_frames(path: Path) -> Volume:
+    from fedsca_pipeline.sites.dicom import read_multiframe
+
+    return read_multiframe(path)
+
+
+def _read_dicom_segmentation(path: Path, image: Volume) -> Volume:
+    from fedsca_pipeline.sites.dicom import read_segmentation
+
+    return read_segmentation(path, image)
+
+
 def _alone(read: Callable[[Path], Volume]) -> Callable[[Path, Volume], Volume]:
     """Return a mask reader of a format whose masks have a geometry of their own."""
     return lambda path, _image: read(path)
@@ -303,12 +322,19 @@ _NRRD_SPACES: Mapping[str, tuple[float, float, float]] = MappingProxyType(
     }
 )
 
-IMAGE_READERS: Mapping[str, Callable[[Path], Volume]] = MappingProxyType(
+SERIES, FRAMES, SEGMENTATION = ".series", ".frames", ".seg"
+"""What ``pseudonyms`` calls a folder of DICOM files, a DICOM file of several frames, and a DICOM SEG of a volume."""
+
+_PLAIN_READERS: Mapping[str, Callable[[Path], Volume]] = MappingProxyType(
     {".nii": _read_nifti, ".nii.gz": _read_nifti, ".nrrd": _read_nrrd, ".mha": _read_meta_image}
+)
+
+IMAGE_READERS: Mapping[str, Callable[[Path], Volume]] = MappingProxyType(
+    {**_PLAIN_READERS, SERIES: _read_dicom_series, FRAMES: _read_dicom_frames}
 )
 """Suffix to a function of a path. What it cannot parse it lets raise one of ``readers.UNREADABLE``."""
 
 MASK_READERS: Mapping[str, Callable[[Path, Volume], Volume]] = MappingProxyType(
-    {suffix: _alone(read) for suffix, read in IMAGE_READERS.items()}
+    {**{suffix: _alone(read) for suffix, read in _PLAIN_READERS.items()}, SEGMENTATION: _read_dicom_segmentation}
 )
 """Suffix to a function of a path and the image's volume, whose grid a format may need to lay out its content."""

@@ -18,6 +18,7 @@ def prepare_for(site: str) -> Callable[..., tuple[Any, Any, dict[str, Any]]]:
     def prepare(
         raw_sites: Path,
         model_input: Path,
+        private_sites: Path,
         demo_sites_summary: dict[str, Any],
         previous_manifest: Any,
         preprocessing: PreprocessingConfig,
@@ -28,11 +29,16 @@ def prepare_for(site: str) -> Callable[..., tuple[Any, Any, dict[str, Any]]]:
 
         # What a killed command left of this site may be as large as all its arrays.
         remove_partial_files(model_input, f"{site}.*")
-        prepared = prepare_site(raw_sites, site, preprocessing, run.seed, previous_manifest, scratch=model_input)
+        private = private_sites / site
+        prepared = prepare_site(
+            raw_sites, site, preprocessing, run.seed, previous_manifest, scratch=model_input, private=private
+        )
         broken = prepared.report["broken"]
         logger.info("%s: %d images, %d broken", site, len(prepared.manifest), len(broken))
         for entry in broken:
             logger.warning("%s: %s: %s (left out; %s)", site, entry["file"], entry["reason"], entry["cure"])
+        if broken and prepared.report["pseudonyms"]:
+            logger.warning("%s: names stand for files as %s lists them", site, private / "names.csv")
         return prepared.manifest, prepared.arrays, prepared.report
 
     return prepare
