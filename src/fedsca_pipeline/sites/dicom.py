@@ -84,11 +84,11 @@ def read_series(folder: Path) -> Volume:
         for place, index in enumerate(order):
             dataset = _numbered(index, files[index], pixels=True)
             voxels[:, :, place] = _values(next(_decoded(dataset)), dataset, dataset).T
-        return Volume(voxels, affine, str(headers[0].get("FrameOfReferenceUID") or "") or None)
+        return Volume(voxels, affine, _frame_of_reference(headers[0]))
 
 
 def read_multiframe(path: Path) -> Volume:
-    """Read a file of several frames that lie evenly in space: voxels [X, Y, Z] = [column, row, slice].
+    """Read a file whose frames lie evenly in space: voxels [X, Y, Z] = [column, row, slice]; it may be one alone.
 
     Raises:
         BrokenSampleError: as of ``read_series``; frames without a position (a film) are none of a volume.
@@ -99,6 +99,8 @@ def read_multiframe(path: Path) -> Volume:
         rows, columns = _size(dataset)
         _check_grey(dataset)
         check_voxels((columns, rows, count))
+        if count == 1 and "PerFrameFunctionalGroupsSequence" not in dataset:
+            return _volume_of_one(dataset)
         if "PerFrameFunctionalGroupsSequence" not in dataset:
             raise BrokenSampleError(
                 f"{count} frames without positions in space, as a film has",
@@ -111,7 +113,7 @@ def read_multiframe(path: Path) -> Volume:
         places = {index: place for place, index in enumerate(order)}
         for index, stored in enumerate(_decoded(dataset)):
             voxels[:, :, places[index]] = _values(stored, dataset, rescales[index]).T
-        return Volume(voxels, affine, str(dataset.get("FrameOfReferenceUID") or "") or None)
+        return Volume(voxels, affine, _frame_of_reference(dataset))
 
 
 def read_segmentation(path: Path, image: Volume) -> Volume:
@@ -239,6 +241,16 @@ def _lay(voxels: np.ndarray, labels: np.ndarray, to_index: np.ndarray, elsewhere
             "does not lie on its image's grid", "export the segmentation on the image's grid, of this very image"
         )
     np.maximum.at(voxels, tuple(places), labels[rows, columns])
+
+
+def _volume_of_one(dataset: Dataset) -> Volume:
+    _, affine = _stack([_plane(dataset)], dataset)
+    values = _values(next(_decoded(dataset)), dataset, dataset)
+    return Volume(values.T[..., None], affine, _frame_of_reference(dataset))
+
+
+def _frame_of_reference(dataset: Dataset) -> str | None:
+    return str(dataset.get("FrameOfReferenceUID") or "") or None
 
 
 def _stack(planes: Sequence[np.ndarray], header: Dataset) -> tuple[list[int], np.ndarray]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from fedsca_pipeline.files import atomic_path
 from fedsca_pipeline.sites.readers import (
+    DICOM,
     UNREADABLE,
     BrokenSampleError,
     check_not_empty,
@@ -63,7 +64,7 @@ def is_volume(name: str) -> bool:
 
 
 def read_volume(path: Path) -> Volume:
-    """Read an image volume.
+    """Read an image volume; a folder is a DICOM series.
 
     A two-dimensional file is a volume of one slice, and a fourth axis of length 1 is dropped.
 
@@ -120,7 +121,7 @@ def write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
 
 
 def _read(path: Path, readers: Mapping[str, Any], call: Callable[[Any], Volume]) -> Volume:
-    suffix = split_name(path.name)[1]
+    suffix = _kind(path)
     if suffix not in readers:
         raise no_reader(suffix, readers)
     try:
@@ -130,6 +131,12 @@ def _read(path: Path, readers: Mapping[str, Any], call: Callable[[Any], Volume])
     except UNREADABLE as error:
         raise unreadable(error) from error
     return _checked(volume)
+
+
+def _kind(path: Path) -> str:
+    """Return the suffix that a path has, or, of DICOM under its own name, would have in ``pseudonyms``."""
+    suffix = split_name(path.name)[1]
+    return SERIES if path.is_dir() else FRAMES if suffix == DICOM else suffix
 
 
 def _checked(volume: Volume) -> Volume:
