@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import struct
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -445,3 +446,20 @@ def test_warnings_and_log_of_pydicom_say_nothing(
         read_header(path)
     assert not warned
     assert not caplog.text
+
+
+def test_nothing_is_said_while_several_threads_read_and_warnings_come_back_after_them(
+    tmp_path: Path, dicom_files: Any
+) -> None:
+    paths = [
+        dicom_files.frame(tmp_path / f"{index}.dcm", GREY, FrameOfReferenceUID="1.2.3.4711") for index in range(24)
+    ]
+    for path in paths:
+        path.write_bytes(path.read_bytes().replace(b"1.2.3.4711", b"ZWEISTEIN1"))
+    with warnings.catch_warnings(record=True) as warned, ThreadPoolExecutor(4) as threads:
+        warnings.simplefilter("always")
+        frames = list(threads.map(lambda path: read_multiframe(path).frame_of_reference, paths))
+        assert frames == ["ZWEISTEIN1"] * 24
+        assert not warned
+        warnings.warn("heard", stacklevel=1)
+        assert len(warned) == 1

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import struct
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -504,23 +505,44 @@ def _discreet() -> Iterator[None]:
     """Keep a file's values out of what others see: pydicom and highdicom put them into warnings, log and errors."""
     from pydicom.errors import BytesLengthException, InvalidDicomError
 
-    loggers = [logging.getLogger(name) for name in _TALKATIVE]
-    levels = [logger.level for logger in loggers]
     try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL + 1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _SILENCE:
             yield
     # A missing element is a missing attribute.
     except (*UNREADABLE, InvalidDicomError, BytesLengthException, AttributeError) as error:
         raise BrokenSampleError(f"cannot be read as DICOM ({type(error).__name__})", COPY_AGAIN) from None
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
-_TALKATIVE = ("pydicom", "highdicom", "pylibjpeg", "libjpeg", "openjpeg")
+class _Silence:
+    """No warning, and no log line of the libraries, while any thread is within.
+
+    Warnings are filtered for the whole process, so that the first to come closes them and the last to leave opens them.
+    """
+
+    def __init__(self, *loggers: str) -> None:
+        self._loggers = loggers
+        self._lock = threading.Lock()
+        self._within = 0
+        self._undo = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._within += 1
+            if self._within == 1:
+                self._undo.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+                for logger in map(logging.getLogger, self._loggers):
+                    self._undo.callback(logger.setLevel, logger.level)
+                    logger.setLevel(logging.CRITICAL + 1)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._within -= 1
+            if not self._within:
+                self._undo.close()
+
+
+_SILENCE = _Silence("pydicom", "highdicom", "pylibjpeg", "libjpeg", "openjpeg")
 _LPS_TO_RAS: Any = np.diag([-1.0, -1.0, 1.0, 1.0])
 # Segmentation Storage and Label Map Segmentation Storage.
 _SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
