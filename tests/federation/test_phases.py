@@ -46,8 +46,8 @@ def test_a_round_has_the_steps_asked_for_however_many_images(steps: int, federat
 
     def watch(worker) -> None:
         run_phase = worker._run_phase
-        worker._run_phase = lambda phase, stream, optimiser, rule, tell: run_phase(
-            phase, stream, optimiser, rule, lambda loss: (told.append(loss), tell(loss))
+        worker._run_phase = lambda phase, stream, optimiser, loss_of, rule, tell: run_phase(
+            phase, stream, optimiser, loss_of, rule, lambda loss: (told.append(loss), tell(loss))
         )
 
     run = federate("fedavg", rounds=1, steps_per_round=steps, local_epochs=9, change=watch)
