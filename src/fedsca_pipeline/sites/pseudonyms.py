@@ -188,6 +188,8 @@ def _is_dicom(path: Path) -> bool:
     if split_name(path.name)[1] == ".dcm":
         return True
     try:
+        if not path.is_file():
+            return False
         with path.open("rb") as stream:
             return stream.read(132)[128:] == b"DICM"
     except OSError:
