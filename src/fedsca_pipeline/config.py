@@ -137,6 +137,20 @@ class PreprocessingConfig(_Config):
         return self.class_names or tuple(f"class {label}" for label in range(1, self.classes + 1))
 
 
+class DataReportConfig(_Config):
+    """``data_report``: what is shown of the raw data, and what counts as nearly the same image."""
+
+    thumbnails: int = Field(24, ge=0, le=96, description="images shown of a site")
+    near_duplicate_bits: int = Field(
+        32,
+        ge=0,
+        le=96,
+        description="images are near duplicates up to so many of the 256 bits of their hashes",
+    )
+    embedding: bool = Field(True, description="the foundation's features, for the distance between sites")
+    embedded_images: int = Field(32, ge=4, le=4096, description="of a site, chosen by the seed")
+
+
 class FoundationConfig(_Config):
     """``foundation``: the frozen pretrained model."""
 

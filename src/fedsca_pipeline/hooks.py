@@ -20,11 +20,11 @@ from pydantic import ValidationError
 
 from fedsca_pipeline.comparison_tracking import ComparisonTracker
 from fedsca_pipeline.config import FoundationConfig
-from fedsca_pipeline.errors import TrackingError
+from fedsca_pipeline.errors import DataError, TrackingError
 from fedsca_pipeline.federation.strategies import check_names
 from fedsca_pipeline.files import read_json, write_json
 from fedsca_pipeline.sites.discovery import settle_sites
-from fedsca_pipeline.summary import FinalTable, show_comparison, show_result
+from fedsca_pipeline.summary import FinalTable, show_comparison, show_data_report, show_result
 from fedsca_pipeline.tracking import Tracker, TrackingConfig
 
 logger = logging.getLogger(__name__)
@@ -132,6 +132,8 @@ class ProjectHooks:
                 mlflow = {"run_id": self._comparison.run_id or "", "uri": self._comparison.uri}
                 show_comparison(table, str(self._filepath("comparison_page")), mlflow)
             self._comparison.close("FINISHED")
+        if "data_report_index" in pipeline.outputs():
+            _show_data_report(catalog.load("data_report_index"), self._filepath("data_report_page"))
 
     @hook_impl
     def on_pipeline_error(self, error: Exception) -> None:
@@ -190,6 +192,20 @@ _OPENERS = frozenset(
 )
 
 
+def _show_data_report(index: Mapping[str, Any], page: Path | None) -> None:
+    """Print the sites; the report is whole then, and what cannot train still ends the command with status 1.
+
+    Raises:
+        DataError: preprocessing would refuse a site.
+    """
+    show_data_report(index["sites"], str(page))
+    if refused := index["refused"]:
+        raise DataError(
+            f"{len(refused)} of {len(index['sites'])} sites cannot train under the present parameters: "
+            f"{', '.join(refused)}. What is broken, and the cure, is in {page}"
+        )
+
+
 def _tracking_config(context: KedroContext) -> TrackingConfig:
     try:
         return TrackingConfig.model_validate(context.config_loader["mlflow"])
@@ -213,7 +229,7 @@ def _refuse_unknown_keys(parameters: Mapping[str, Any]) -> None:
 
     read = {
         name.removeprefix("params:")
-        for pipeline in ("__default__", "comparison", "import_sites")
+        for pipeline in ("__default__", "comparison", "import_sites", "data_report")
         for name in pipelines[pipeline].inputs()
         if is_parameter(name)
     }

@@ -10,6 +10,7 @@ from kedro.pipeline import Pipeline
 from kedro.utils import find_kedro_project
 
 from fedsca_pipeline.pipelines.comparison import pipeline as comparison_pipeline
+from fedsca_pipeline.pipelines.data_report import pipeline as data_report_pipeline
 from fedsca_pipeline.pipelines.demo_sites import pipeline as demo_sites_pipeline
 from fedsca_pipeline.pipelines.evaluation import pipeline as evaluation_pipeline
 from fedsca_pipeline.pipelines.federated_training import pipeline as training_pipeline
@@ -37,6 +38,7 @@ def register_pipelines() -> dict[str, Pipeline]:
     return {
         "import_sites": import_pipeline.create_pipeline(),
         "demo_sites": demo,
+        "data_report": demo + data_report_pipeline.create_pipeline(sites),
         "preprocessing": prepared,
         "foundation": foundation_,
         "training": trained,

@@ -164,3 +164,29 @@ def show_comparison(table: Sequence[Mapping[str, Any]], page: str, mlflow: Mappi
     if mlflow["run_id"]:
         console.print(f"MLflow run: {mlflow['run_id']}", highlight=False)
     console.print(f"Next: mlflow ui --backend-store-uri {mlflow['uri']}", highlight=False, soft_wrap=True)
+
+
+def show_data_report(sites: Mapping[str, Mapping[str, Any]], page: str) -> None:
+    """Print a row a site (``data_report.across.across_sites``), why some are refused, and where the page is."""
+    console = Console()
+    view = Table(title="Sites", title_justify="left", box=box.SIMPLE, pad_edge=False, show_edge=False)
+    view.add_column("site", overflow="fold")
+    for heading in ("trains", "images", "broken", "sub-\njects", "train/\nval/test", "near\ncopies", "warn-\nings"):
+        view.add_column(heading, justify="right", no_wrap=True)
+    for site, row in sites.items():
+        counts = row["counts"]
+        view.add_row(
+            site,
+            "[bold red]no[/]" if row["refusals"] else "yes",
+            str(counts["used"]),
+            f"[red]{counts['broken']}[/]" if counts["broken"] else "0",
+            str(counts["subjects"]),
+            "/".join(str(counts[split]) for split in ("train", "validation", "test")),
+            str(row["near_duplicates"]),
+            str(row["warnings"]),
+        )
+    console.print(view)
+    for site, row in sites.items():
+        for refusal in row["refusals"]:
+            console.print(f"{site}: {refusal}", markup=False, highlight=False)
+    console.print(f"Data report: {page}", highlight=False, soft_wrap=True, markup=False)

@@ -23,9 +23,8 @@ def nodes(name: str) -> set[str]:
 
 
 def test_the_documented_pipelines_are_there(raw: Path) -> None:
-    assert {"demo_sites", "preprocessing", "foundation", "federated_training", "evaluation", "__default__"} <= set(
-        register_pipelines()
-    )
+    documented = {"demo_sites", "data_report", "preprocessing", "foundation", "federated_training", "evaluation"}
+    assert documented | {"__default__"} <= set(register_pipelines())
 
 
 def test_without_raw_data_the_sites_are_the_demonstration_s(raw: Path) -> None:
@@ -65,6 +64,19 @@ def test_a_whole_run_starts_from_raw_data_and_parameters_alone(raw: Path) -> Non
     previous = {f"{site}.previous_manifest" for site in DEMO_SITES}
 
     assert inputs - previous == {"raw_sites", "model_input", "private_sites", "foundations", "checkpoints", "models"}
+
+
+def test_the_data_report_needs_raw_data_and_changes_no_data_set_of_training(raw: Path) -> None:
+    report, training = (register_pipelines()[name] for name in ("data_report", "federated_training"))
+    inputs = {name for name in report.inputs() if not name.startswith("param")}
+
+    assert inputs == {
+        "raw_sites",
+        "private_sites",
+        "foundations",
+        *(f"{site}.previous_manifest" for site in DEMO_SITES),
+    }
+    assert report.all_outputs() & training.all_outputs() == {"demo_sites_summary"}
 
 
 def test_a_folder_that_cannot_name_a_site_is_refused(raw: Path) -> None:

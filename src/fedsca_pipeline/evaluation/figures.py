@@ -23,7 +23,7 @@ from plotly.subplots import make_subplots
 # are colours, so that a repeated colour comes with another marker.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 _SITE_MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-down")
-_CLASS_COLOURS = ("#F0E442", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#FFFFFF")
+CLASS_COLOURS = ("#F0E442", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#FFFFFF")
 _CLASS_STYLES = ("solid", "dashed", "dotted")
 _MISSED, _EXTRA = "#D55E00", "#0072B2"
 _WEIGHT_SCALE = ((0.0, "#FFFFFF"), (0.5, "#56B4E9"), (1.0, "#003A5C"))
@@ -356,7 +356,7 @@ def _draw_weights(figure: SubFigure, table: pd.DataFrame, title: str, scale: Lin
 
 def _class_looks(classes: int, shown: Sequence[int] | None) -> dict[int, tuple[str, str]]:
     """Colour and line style of each class to draw, by its channel."""
-    looks = zip(range(classes), cycle((colour, style) for style in _CLASS_STYLES for colour in _CLASS_COLOURS))
+    looks = zip(range(classes), cycle((colour, style) for style in _CLASS_STYLES for colour in CLASS_COLOURS))
     return {channel: look for channel, look in looks if shown is None or channel + 1 in shown}
 
 

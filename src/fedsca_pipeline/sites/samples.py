@@ -26,14 +26,18 @@ from fedsca_pipeline.sites.volumes import is_volume, read_volume
 # Flat images read while those before them go to disk; Pillow and hashing work outside the interpreter's lock.
 _AHEAD = 2
 
+# Raw values kept of an image: over a site's images they are thousands.
+_VALUES = 64
+
 
 @dataclass(frozen=True)
 class Sample:
     """A usable image file and its mask, without their pixels.
 
-    ``original`` is height and width, ``fitted`` those in the arrays, ``intensity`` raw extremes. ``class_pixels``
-    counts raw pixels of the classes 0..K; ``planes`` are those of 1..K that each resized slice of the mask shows, a
-    flat image being one. ``spacing`` of a volume is mm from slice to slice, row to row and column to column.
+    ``original`` is height and width, ``fitted`` those in the arrays, ``intensity`` raw extremes, ``values`` a few raw
+    values from all over the image, float32. ``class_pixels`` counts raw pixels of the classes 0..K; ``planes`` are
+    those of 1..K that each resized slice of the mask shows, a flat image being one. ``spacing`` of a volume is mm from
+    slice to slice, row to row and column to column.
     """
 
     pair: Pair
@@ -46,6 +50,7 @@ class Sample:
     original: tuple[int, int]
     fitted: tuple[int, int]
     intensity: tuple[float, float]
+    values: np.ndarray
     kind: str
     class_pixels: np.ndarray
     planes: tuple[tuple[int, ...], ...]
@@ -110,7 +115,12 @@ def _read(folder: Path, site_file: SiteFile, config: PreprocessingConfig, pair: 
         }
         return kind.sample(image, mask, described, config)
     except BrokenSampleError as error:
-        return Broken.of(file, error)
+        return Broken(file, _within(folder, error.reason), error.cure)
+
+
+def _within(folder: Path, reason: str) -> str:
+    """Return what a library says of a file without where that lies: the report is read elsewhere, too."""
+    return reason.replace(f"{folder}{os.sep}", "").replace(f"{repr(str(folder))[1:-1]}{os.sep}", "")
 
 
 def _flat_image(path: Path, _config: PreprocessingConfig) -> np.ndarray:
@@ -141,6 +151,7 @@ def _flat_sample(
         **described,
         pixels=_digest(image, channels.distinct),
         intensity=channels.extremes,
+        values=_scattered(image),
         kind=f"{image.dtype} {'grey' if image.ndim == 2 else 'RGB'}",
         original=(int(mask.shape[0]), int(mask.shape[1])),
         fitted=(int(small.shape[0]), int(small.shape[1])),
@@ -170,6 +181,7 @@ def _volume_sample(
         **described,
         pixels=_digest(voxels, voxels),
         intensity=(float(voxels.min()), float(voxels.max())),
+        values=_scattered(voxels),
         kind=f"{voxels.dtype} volume{modalities}",
         original=slices.size,
         fitted=(int(small[0].shape[0]), int(small[0].shape[1])),
@@ -185,6 +197,10 @@ def _digest(image: np.ndarray, values: np.ndarray) -> bytes:
     digest = hashlib.sha256(f"{image.shape}{image.dtype}".encode())
     digest.update(np.ascontiguousarray(values).data)
     return digest.digest()
+
+
+def _scattered(image: np.ndarray) -> np.ndarray:
+    return image.flat[np.linspace(0, image.size - 1, _VALUES).astype(np.int64)].astype(np.float32)
 
 
 def _occurring(small: Iterable[np.ndarray]) -> list[list[int]]:

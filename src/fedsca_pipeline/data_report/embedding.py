@@ -1,0 +1,45 @@
+"""Images as the frozen foundation sees them: one vector each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fedsca_pipeline.federation.devices import autocast
+from fedsca_pipeline.foundation import SegmentationModel
+
+_BATCH = 8
+
+
+def embed_images(
+    model: SegmentationModel,
+    images: np.ndarray,
+    valid: np.ndarray,
+    device: torch.device,
+    progress: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """Return the encoder's features, averaged over the area off the padding.
+
+    Args:
+        model: the foundation, on ``device``.
+        images: uint8 [N, 3, S, S].
+        valid: bool [N, S, S], True off the padding.
+        device: where the model is.
+        progress: called with the number of images just done.
+
+    Returns:
+        float32 [N, D]; [0, D] without images.
+    """
+    found = []
+    with torch.inference_mode(), autocast(device):
+        for start in range(0, len(images), _BATCH):
+            pixels = torch.from_numpy(images[start : start + _BATCH]).to(device)
+            area = torch.from_numpy(valid[start : start + _BATCH]).to(device).unsqueeze(1)
+            features = model.embed(model.normalise(pixels, area)).float()
+            weights = F.adaptive_avg_pool2d(area.float(), features.shape[2:])
+            found.append(((features * weights).sum((2, 3)) / weights.sum((2, 3))).cpu().numpy())
+            progress(len(pixels))
+    return np.concatenate(found) if found else np.zeros((0, 1), np.float32)

@@ -1,0 +1,1 @@
+"""What the sites' raw data are like and what is wrong with them, as pages; nothing is trained."""

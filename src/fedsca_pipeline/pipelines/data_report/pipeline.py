@@ -1,0 +1,51 @@
+"""Wiring of the data report: one node a site, in namespace ``data_report.<site>``, then one across sites."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kedro.pipeline import Pipeline, node, pipeline
+
+from fedsca_pipeline.pipelines.data_report.nodes import compare, inspect_for
+
+
+def create_pipeline(sites: Sequence[str]) -> Pipeline:
+    """Raw site folders to facts and pages, however broken they are."""
+    inspections = [
+        node(
+            inspect_for(site),
+            inputs=[
+                "raw_sites",
+                "private_sites",
+                "demo_sites_summary",
+                f"{site}.previous_manifest",
+                "params:preprocessing",
+                "params:run",
+                "params:data_report",
+            ],
+            outputs=[f"{site}.inspection", f"{site}.data_facts", f"{site}.data_sheet"],
+            name="inspect",
+            namespace=f"data_report.{site}",
+        )
+        for site in sites
+    ]
+    across = node(
+        compare,
+        inputs=[
+            "raw_sites",
+            "foundations",
+            "params:run",
+            "params:foundation",
+            "params:data_report",
+            *(f"{site}.inspection" for site in sites),
+        ],
+        outputs=[
+            "data_report_page",
+            "data_report_index",
+            "data_report_table",
+            "data_report_map",
+            *(f"{site}.data_page" for site in sites),
+        ],
+        name="compare_sites",
+    )
+    return pipeline([*inspections, across])

@@ -1,0 +1,94 @@
+"""The distance between sites is what its definition says, near 0 for alike sites and large for others."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedsca_pipeline.data_report.distance import FEWEST, plane, site_distances
+
+
+def features(seed: int, count: int, shift: float = 0.0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(shift, 1.0, (count, 6)).astype(np.float32)
+
+
+def by_definition(one: np.ndarray, other: np.ndarray) -> float:
+    """The unbiased squared MMD, pair by pair, of features scaled with both sites weighing the same."""
+    centre = (one.mean(0) + other.mean(0)) / 2
+    spread = np.sqrt((((one - centre) ** 2).mean(0) + ((other - centre) ** 2).mean(0)) / 2)
+    one, other = (one - centre) / spread, (other - centre) / spread
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> float:
+        return (x @ y / len(x) + 1) ** 3
+
+    within = [
+        np.mean([kernel(x, y) for i, x in enumerate(rows) for j, y in enumerate(rows) if i != j])
+        for rows in (one, other)
+    ]
+    return sum(within) - 2 * np.mean([kernel(x, y) for x in one for y in other])
+
+
+@given(st.integers(0, 1000), st.integers(FEWEST, 9), st.integers(FEWEST, 9), st.floats(0, 3))
+def test_it_is_the_squared_maximum_mean_discrepancy(seed: int, first: int, other: int, shift: float) -> None:
+    one, two = features(seed, first).astype(float), features(seed + 5000, other, shift).astype(float)
+
+    (found,) = site_distances({"a": one, "b": two}, 0)
+
+    assert found["distance"] == pytest.approx(by_definition(one, two), rel=1e-6, abs=1e-6)
+    assert 0.005 <= found["p"] <= 1
+
+
+def test_it_is_symmetric() -> None:
+    a, b = features(0, 12), features(1, 9, 0.5)
+
+    (one,), (other,) = site_distances({"a": a, "b": b}, 0), site_distances({"b": b, "a": a}, 0)
+
+    assert one["distance"] == pytest.approx(other["distance"], rel=1e-6)
+
+
+def test_of_alike_sites_it_is_0_on_average_and_seldom_significant() -> None:
+    found = [site_distances({"a": features(n, 16), "b": features(n + 100, 16)}, n)[0] for n in range(60)]
+
+    values = np.array([pair["distance"] for pair in found])
+    assert abs(values.mean()) < 3 * values.std() / np.sqrt(len(values))
+    assert sum(pair["p"] <= 0.05 for pair in found) <= 9
+
+
+def test_sites_apart_are_farther_than_sites_nearby_and_no_deal_is_as_far() -> None:
+    found = {
+        tuple(pair["sites"]): pair
+        for pair in site_distances({"a": features(0, 20), "b": features(1, 20, 0.3), "c": features(2, 20, 3.0)}, 0)
+    }
+
+    assert set(found) == set(combinations("abc", 2))
+    assert found["a", "c"]["distance"] > 3 * found["a", "b"]["distance"]
+    assert found["a", "c"]["p"] == pytest.approx(0.005)
+
+
+def test_of_too_few_images_nothing_is_said() -> None:
+    sites = {"few": features(0, FEWEST - 1), "none": np.zeros((0, 6)), "enough": features(1, FEWEST)}
+
+    assert site_distances(sites, 0) == []
+    assert plane(sites) == ({}, 0.0)
+    assert site_distances({}, 0) == []
+
+
+def test_a_feature_that_never_changes_counts_for_nothing() -> None:
+    a, b = features(0, 8), features(1, 8)
+    constant = np.full((8, 1), 7.0)
+
+    found = site_distances({"a": np.hstack([a, constant]), "b": np.hstack([b, constant])}, 0)
+
+    assert np.isfinite(found[0]["distance"])
+
+
+def test_the_plane_keeps_far_sites_apart() -> None:
+    places, explained = plane({"a": features(0, 10), "b": features(1, 7, 4.0)})
+
+    assert {site: points.shape for site, points in places.items()} == {"a": (10, 2), "b": (7, 2)}
+    assert 0 < explained <= 1
+    assert (places["a"][:, 0] < 0).all() != (places["b"][:, 0] < 0).all()

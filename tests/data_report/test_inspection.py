@@ -1,0 +1,285 @@
+"""A site is looked at as preprocessing would, and what is broken is told instead of stopping."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from fedsca_pipeline.config import DataReportConfig, PreprocessingConfig, SplitConfig
+from fedsca_pipeline.data_report.across import across_sites
+from fedsca_pipeline.data_report.inspection import Inspection, inspect_site, subject_hash
+from fedsca_pipeline.data_report.page import render_site
+from fedsca_pipeline.sites.prepare import MANIFEST_DTYPES, prepare_site
+
+CONFIG = PreprocessingConfig(image_size=64, split=SplitConfig(validation=2, test=3))
+QUARANTINE = CONFIG.model_copy(update={"on_bad_sample": "quarantine"})
+OPTIONS = DataReportConfig(thumbnails=6, embedded_images=4)
+
+
+def inspect(
+    raw: Path, site: str = "north", config: PreprocessingConfig = CONFIG, manifest: pd.DataFrame | None = None
+) -> Inspection:
+    return inspect_site(raw, site, config, 0, manifest, OPTIONS)
+
+
+def stored(manifest: pd.DataFrame) -> pd.DataFrame:
+    return pd.read_csv(io.StringIO(manifest.to_csv(index=False)), dtype=dict(MANIFEST_DTYPES), keep_default_na=False)
+
+
+def contents(folder: Path) -> dict[Path, str]:
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_sound_site_s_facts_are_those_of_its_data_report(raw: Path) -> None:
+    report = prepare_site(raw, "north", CONFIG, 0).report
+
+    facts = inspect(raw).facts
+
+    assert {key: facts[key] for key in report} == report
+    assert facts["refusals"] == []
+    assert json.loads(json.dumps(facts, allow_nan=False)) == facts
+
+
+def test_looking_writes_nothing(raw: Path) -> None:
+    before = contents(raw.parent)
+
+    inspect(raw)
+
+    assert contents(raw.parent) == before
+
+
+def test_a_broken_file_is_listed_and_refuses_the_site_unless_it_may_be_left_out(raw: Path) -> None:
+    (raw / "north" / "masks" / "north03.png").unlink()
+
+    strict, lenient = inspect(raw).facts, inspect(raw, config=QUARANTINE).facts
+
+    assert strict["broken"] == lenient["broken"]
+    assert strict["broken"][0]["file"] == "images/north03.png"
+    assert strict["counts"]["used"] == lenient["counts"]["used"] == 9
+    assert lenient["refusals"] == []
+    (refusal,) = strict["refusals"]
+    assert refusal.startswith("1 file cannot be used")
+    assert "quarantine" in refusal
+
+
+def lose_the_masks(site: Path) -> None:
+    shutil.rmtree(site / "masks")
+
+
+def lose_the_images(site: Path) -> None:
+    shutil.rmtree(site / "images")
+
+
+def empty_every_mask(site: Path) -> None:
+    for path in (site / "masks").iterdir():
+        Image.fromarray(np.zeros((64, 64), np.uint8)).save(path)
+
+
+def keep_two_images(site: Path) -> None:
+    for number in range(2, 10):
+        (site / "images" / f"north{number:02d}.png").unlink()
+        (site / "masks" / f"north{number:02d}.png").unlink()
+
+
+def misspell_the_site_file(site: Path) -> None:
+    (site / "site.yml").write_text("lable_map: {1: 1}\n")
+
+
+def break_every_file(site: Path) -> None:
+    for path in (site / "images").iterdir():
+        path.write_bytes(b"no image")
+
+
+@pytest.mark.parametrize(
+    ("breakage", "why", "used"),
+    [
+        (lose_the_masks, "no masks folder; put the site's masks into north/masks", 0),
+        (lose_the_images, "no images folder; put the site's images into north/images", 0),
+        (empty_every_mask, "all 10 masks are empty", 10),
+        (keep_two_images, "2 usable images", 2),
+        (misspell_the_site_file, "north/site.yml: lable_map", 0),
+        (break_every_file, "0 usable images", 0),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_site_that_would_be_refused_is_told_why_in_one_line_and_shown_all_the_same(
+    raw: Path, breakage: Callable[[Path], None], why: str, used: int
+) -> None:
+    breakage(raw / "north")
+
+    found = inspect(raw, config=QUARANTINE)
+
+    assert why in found.facts["refusals"][0]
+    assert "\n" not in "".join(found.facts["refusals"])
+    assert str(raw) not in json.dumps(found.facts)
+    assert found.facts["counts"]["used"] == used
+    assert len(found.pictures) == min(used, OPTIONS.thumbnails)
+    assert len(found.embedded.images) == min(used, OPTIONS.embedded_images)
+
+
+def test_a_copy_in_another_split_is_found_and_comes_first(raw: Path, add_image: Callable[..., None]) -> None:
+    splits = {image["image"]: image["split"] for image in inspect(raw).facts["images"]}
+    test = next(image for image, split in splits.items() if split == "test")
+    with Image.open(raw / "north" / test) as picture:
+        darker = (np.asarray(picture) * 0.7).astype(np.uint8)
+    # Whatever split this name falls into: many of them, one is training.
+    for number in range(4):
+        add_image("north", f"copy{number}.png", darker + np.uint8(number))
+
+    (group,) = inspect(raw, config=QUARANTINE).facts["near_duplicates"]
+
+    assert {image["image"] for image in group["images"]} == {test, *(f"images/copy{n}.png" for n in range(4))}
+    assert group["across_splits"] == (len({image["split"] for image in group["images"]}) > 1)
+    assert group["across_splits"]
+
+
+def test_alike_images_of_one_subject_are_no_near_duplicates(raw: Path, add_image: Callable[..., None], scene) -> None:
+    for number in range(3):
+        add_image("north", f"p7_{number}.png", scene(7000, 64) // 2 + np.uint8(number))
+    (raw / "north" / "site.yml").write_text(r"group: '^(p7|north\d\d)'")
+
+    assert inspect(raw).facts["near_duplicates"] == []
+
+
+def test_pictures_of_the_near_duplicates_are_there(raw: Path, add_image: Callable[..., None], scene) -> None:
+    add_image("north", "copy.png", scene(3, 64) // 2)
+
+    found = inspect(raw)
+
+    assert set(found.duplicates) == {"images/north03.png", "images/copy.png"}
+
+
+def test_a_subject_whose_images_stand_in_two_splits_of_the_stored_manifest_is_named(raw: Path) -> None:
+    images = [f"north{number:02d}" for number in range(10)]
+    subjects = {stem: stem for stem in images}
+    (raw / "north" / "site.yml").write_text(json.dumps({"subjects": subjects}))
+    manifest = stored(prepare_site(raw, "north", CONFIG, 0).manifest)
+    train, test = (manifest.loc[manifest["split"] == split, "image"].iloc[0] for split in ("train", "test"))
+    (raw / "north" / "site.yml").write_text(
+        json.dumps({"subjects": subjects | {Path(train).stem: "one", Path(test).stem: "one"}})
+    )
+
+    facts = inspect(raw, manifest=manifest).facts
+
+    (torn,) = facts["torn_subjects"]
+    assert {(image["image"], image["split"]) for image in torn["images"]} == {(train, "train"), (test, "test")}
+    assert torn["subject"] == subject_hash("one")
+    assert "before its images were regrouped" in facts["refusals"][0]
+
+
+def test_the_split_shown_is_the_stored_one(raw: Path) -> None:
+    other = CONFIG.model_copy(update={"split": SplitConfig(validation=3, test=2)})
+    manifest = prepare_site(raw, "north", CONFIG, 0).manifest
+
+    kept, anew = inspect(raw, manifest=manifest).facts, inspect(raw, config=other, manifest=manifest).facts
+
+    assert {image["image"]: image["split"] for image in kept["images"]} == dict(
+        zip(manifest["image"], manifest["split"], strict=True)
+    )
+    assert (kept["split"]["drawn"], anew["split"]["drawn"]) == ("kept", "anew")
+
+
+@pytest.mark.parametrize(
+    ("names", "rule", "found"),
+    [
+        ([f"p{number // 3}_{number}" for number in range(12)], "", True),
+        ([f"p{number // 3}_{number}" for number in range(12)], "group: '^(p\\d+)_'", False),
+        ([f"scan_{number}" for number in range(12)], "", False),
+        ([f"{number}_scan" for number in range(12)], "", False),
+    ],
+)
+def test_names_that_look_like_several_images_a_patient_are_pointed_out(
+    tmp_path: Path, add_image: Callable[..., None], names: list[str], rule: str, found: bool
+) -> None:
+    for seed, name in enumerate(names):
+        add_image("clinic", f"{name}.png", seed)
+    (tmp_path / "raw" / "clinic" / "site.yml").write_text(rule)
+
+    assert (inspect(tmp_path / "raw", "clinic").facts["grouped_names"] is not None) == found
+
+
+def test_an_image_of_one_colour_has_no_hash(raw: Path, add_image: Callable[..., None]) -> None:
+    for level in (10, 200):
+        add_image("north", f"flat{level}.png", np.full((64, 64), level, np.uint8))
+
+    facts = inspect(raw).facts
+
+    assert [image["hash"] is None for image in facts["images"]] == [
+        "flat" in image["image"] for image in facts["images"]
+    ]
+    assert facts["near_duplicates"] == []
+
+
+def test_intensities_are_the_raw_ones(tmp_path: Path, add_image: Callable[..., None], scene) -> None:
+    for number in range(6):
+        add_image("ct", f"{number}.png", scene(number, 64).astype(np.uint16) * 16 + 1000)
+
+    facts = inspect(tmp_path / "raw", "ct").facts
+
+    low, high = facts["intensity"]["range"]
+    edges, shares = (facts["intensity_values"]["histogram"][key] for key in ("edges", "shares"))
+    assert 1000 <= low <= edges[0] < facts["intensity_values"]["quantiles"]["50"] < edges[-1] <= high <= 1000 + 255 * 16
+    assert 0.98 <= sum(shares) <= 1
+
+
+def test_a_volume_is_one_image_shown_by_a_slice_with_a_class(tmp_path: Path, scene) -> None:
+    for number in range(6):
+        voxels = np.stack([scene(10 * number + place, 32) for place in range(8)], axis=2)
+        classes = np.zeros(voxels.shape, np.uint8)
+        classes[8:16, 8:16, 5:7] = 1
+        for kind, values in (("images", voxels), ("masks", classes)):
+            path = tmp_path / "raw" / "mri" / kind / f"v{number}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(values, np.diag([0.5, 0.5, 3.0, 1.0])), path)
+
+    found = inspect(tmp_path / "raw", "mri")
+
+    assert found.facts["counts"]["used"] == found.facts["volumes"]["count"] == 6
+    assert found.facts["volumes"]["spacing_mm"]["slice"] == [3.0, 3.0]
+    assert all(picture.slice is not None and picture.classes.any() for picture in found.pictures)
+    assert len({image["hash"] for image in found.facts["images"]}) == 6
+
+
+def test_subjects_are_compared_whatever_their_capitals() -> None:
+    assert subject_hash(" Pat-7") == subject_hash("pat-7 ") != subject_hash("pat-8")
+
+
+def test_the_seed_chooses_what_is_shown(raw: Path) -> None:
+    def shown(seed: int) -> list[str]:
+        return [picture.image for picture in inspect_site(raw, "north", CONFIG, seed, None, OPTIONS).pictures]
+
+    assert shown(0) == shown(0)
+    assert any(shown(0) != shown(seed) for seed in range(1, 4))
+
+
+def test_a_site_that_hides_names_shows_none_of_them(raw: Path, add_image: Callable[..., None], scene) -> None:
+    add_image("north", "Miller_Anna.png", scene(3, 64) // 2)
+    add_image("north", "Miller_Anna_2.png", 60)
+    (raw / "north" / "images" / "Miller_Anna_2.png").write_bytes(b"no image")
+    (raw / "north" / "site.yml").write_text("hide_names: true\ngroup: '^(north..|Miller_Anna)'")
+
+    found = inspect(raw)
+    page = render_site(found, across_sites([found.facts], 32, []))
+
+    for text in (json.dumps(found.facts), page, str([picture.image for picture in found.pictures])):
+        assert "Miller" not in text
+        assert "north03" not in text
+    assert found.facts["counts"] | {"used": 11, "broken": 1} == found.facts["counts"]
+    assert len(found.facts["near_duplicates"]) == 1
+    assert "private/north/names.csv" in page
+
+
+def test_of_a_site_whose_rules_cannot_be_read_no_name_is_shown(raw: Path) -> None:
+    (raw / "north" / "site.yml").write_text("hide_names: true\nlable_map: {1: 1}\n")
+
+    assert "north03" not in json.dumps(inspect(raw).facts)

@@ -1,0 +1,216 @@
+"""Pages show what was found, hold all they need, and let no file name become part of the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedsca_pipeline.config import DataReportConfig, PreprocessingConfig
+from fedsca_pipeline.data_report.across import across_sites
+from fedsca_pipeline.data_report.distance import plane, site_distances
+from fedsca_pipeline.data_report.figures import interactive_map
+from fedsca_pipeline.data_report.inspection import Inspection, Picture, inspect_site
+from fedsca_pipeline.data_report.page import Distances, render_index, render_site
+from fedsca_pipeline.data_report.thumbnails import data_uri, outlined, sheet
+from fedsca_pipeline.evaluation.figures import CLASS_COLOURS
+
+HOSTILE = "<script>alert(1)</script>"
+NAME = "<img src=x onerror=alert(1)>\"'&{{ 7*7 }}"
+OPTIONS = DataReportConfig(thumbnails=4, embedded_images=4)
+NOT_MEASURED = Distances([], {}, 0.0, 4, "Not measured.")
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and the text, of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def values(self, attribute: str) -> list[str]:
+        return [attributes[attribute] or "" for _, attributes in self.elements if attribute in attributes]
+
+    def tags(self) -> set[str]:
+        return {tag for tag, _ in self.elements}
+
+
+def inspect(raw: Path, *sites: str, classes: int = 1) -> list[Inspection]:
+    config = PreprocessingConfig(image_size=64, classes=classes)
+    return [inspect_site(raw, site, config, 0, None, OPTIONS) for site in sites]
+
+
+def across(found: list[Inspection]) -> dict:
+    return across_sites([site.facts for site in found], OPTIONS.near_duplicate_bits, ["St. Mary's"])
+
+
+@pytest.fixture
+def hostile(raw: Path, add_image: Callable[..., None], scene) -> list[Inspection]:
+    """Sites whose names of files, subjects and notes try to become markup, and which are broken in every way."""
+    stem = NAME.replace("/", "")
+    add_image("north", f"{stem}.png", 50)
+    add_image("north", f"{stem} copy.png", scene(50, 64) // 2)
+    add_image("south", f"{stem} export.png", scene(50, 64) // 2)
+    add_image("north", f"{stem} broken.png", 51)
+    (raw / "north" / "images" / f"{stem} broken.png").write_bytes(b"no image")
+    add_image("north", f"{stem} flat.png", np.zeros((64, 64), np.uint8))
+    (raw / "south" / "site.yml").write_text(json.dumps({"notes": HOSTILE, "spacing": [0.5, 0.7]}))
+    return inspect(raw, "north", "south")
+
+
+def test_names_and_notes_are_text_and_never_markup(hostile: list[Inspection]) -> None:
+    together = across(hostile)
+    pages = [render_site(site, together) for site in hostile]
+    pages.append(render_index([site.facts for site in hostile], together, NOT_MEASURED))
+
+    for page in map(Page, pages):
+        assert "script" not in page.tags()
+        assert all(not name.startswith("on") for _, attributes in page.elements for name in attributes)
+        assert all(source.startswith("data:image/") for source in page.values("src") + page.values("srcset"))
+    north, south, index = map(Page, pages)
+    assert HOSTILE in south.text
+    assert f"images/{NAME}.png" in north.text
+    assert f"images/{NAME} broken.png" in north.text
+    assert f"images/{NAME} broken.png" in index.text
+    assert f"images/{NAME} export.png" in index.text
+    assert "49" not in north.text.split(NAME)[0][-5:]
+
+
+def test_a_page_asks_nobody_for_anything(hostile: list[Inspection]) -> None:
+    pages = [render_site(site, across(hostile)) for site in hostile]
+
+    for page in pages:
+        assert "default-src 'none'" in "".join(Page(page).values("content"))
+        assert all(link.split("#")[0] in ("index.html", "") for link in Page(page).values("href"))
+        assert "url(" not in page
+        assert "@import" not in page
+
+
+def test_links_lead_to_pages_and_places_that_are_there(hostile: list[Inspection]) -> None:
+    together = across(hostile)
+    pages = {f"{site.facts['site']}.html": Page(render_site(site, together)) for site in hostile}
+    pages["index.html"] = Page(render_index([site.facts for site in hostile], together, NOT_MEASURED))
+
+    for page in pages.values():
+        for link in page.values("href"):
+            target, _, place = link.partition("#")
+            assert not place or place in pages[target].values("id")
+
+
+def test_the_page_across_sites_holds_no_image(hostile: list[Inspection]) -> None:
+    page = Page(render_index([site.facts for site in hostile], across(hostile), NOT_MEASURED))
+
+    assert "img" not in page.tags()
+
+
+def test_what_is_broken_stands_there_with_its_cure(hostile: list[Inspection]) -> None:
+    north, south = (Page(render_site(site, across(hostile))).text for site in hostile)
+
+    assert "This site cannot train" in north
+    assert "copy or export the file again" in north
+    assert "This site can train" in south
+    assert "0.5 × 0.7" in south
+    assert "Images that other sites have, too" in north
+
+
+def test_a_site_of_which_nothing_can_be_read_has_a_page(raw: Path) -> None:
+    for path in (raw / "south" / "masks").iterdir():
+        path.unlink()
+    found = inspect(raw, "north", "south")
+
+    page = Page(render_site(found[1], across(found)))
+    index = Page(render_index([site.facts for site in found], across(found), NOT_MEASURED))
+
+    assert "put the site's masks there" in page.text
+    assert "img" not in page.tags()
+    assert "1 of 2 sites cannot train" in index.text
+    assert "St. Mary's" in index.text
+    assert "Not measured." in index.text
+
+
+def test_distances_are_a_symmetric_table_and_a_map(raw: Path) -> None:
+    found = inspect(raw, "north", "south")
+    rng = np.random.default_rng(0)
+    features = {"north": rng.normal(size=(8, 5)), "south": rng.normal(3, 1, size=(8, 5))}
+    pairs = site_distances(features, 0)
+    places, explained = plane(features)
+
+    page = Page(render_index([s.facts for s in found], across(found), Distances(pairs, places, explained, 8)))
+
+    assert page.text.count(f"{pairs[0]['distance']:.1f}") >= 2
+    assert len(page.values("srcset")) == 1
+
+
+def test_the_same_data_give_the_same_page(raw: Path) -> None:
+    (one,), (other,) = inspect(raw, "north"), inspect(raw, "north")
+
+    assert render_site(one, across([one])) == render_site(other, across([other]))
+
+
+def test_the_interactive_map_names_each_image() -> None:
+    figure = interactive_map({"a": np.zeros((2, 2)), "b": np.ones((1, 2))}, {"a": ["x", "y"], "b": ["z"]})
+
+    assert [(trace.name, list(trace.text)) for trace in figure.data] == [("a", ["x", "y"]), ("b", ["z"])]
+    assert not interactive_map({}, {}).data
+
+
+class TestThumbnails:
+    @staticmethod
+    def picture(side: int, classes: int) -> Picture:
+        labels = np.zeros((side, side // 2), np.uint8)
+        for label in range(1, classes + 1):
+            labels[2 + 8 * label : 8 + 8 * label, 4:10] = label
+        return Picture("x", None, "train", np.full((3, side, side // 2), 100, np.uint8), labels)
+
+    def test_each_class_has_its_colour_and_the_rest_is_the_image(self) -> None:
+        drawn = outlined(self.picture(200, 3))
+
+        colours = {tuple(colour) for colour in drawn.reshape(-1, 3).tolist()}
+        expected = {tuple(bytes.fromhex(colour[1:])) for colour in CLASS_COLOURS[:3]}
+        assert colours == expected | {(100, 100, 100), (0, 0, 0)}
+
+    def test_without_a_class_nothing_is_drawn(self) -> None:
+        assert (outlined(self.picture(200, 0)) == 100).all()
+
+    def test_a_small_image_is_shown_larger_pixel_by_pixel(self) -> None:
+        assert outlined(self.picture(64, 0)).shape == (192, 96, 3)
+
+    def test_the_address_is_the_image(self) -> None:
+        kind, data = data_uri(outlined(self.picture(200, 0))).split(",")
+
+        image = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert kind == "data:image/jpeg;base64"
+        assert image.size == (100, 200)
+
+    @pytest.mark.parametrize(("count", "shape"), [(0, (192, 192, 3)), (1, (192, 192, 3)), (5, (576, 576, 3))])
+    def test_a_sheet_holds_all(self, count: int, shape: tuple[int, ...]) -> None:
+        assert sheet([self.picture(64, 1)] * count).shape == shape
+
+
+def test_classes_are_told_apart_by_name(tmp_path: Path, add_image: Callable[..., None]) -> None:
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:10], mask[20:30] = 1, 2
+    for number in range(6):
+        add_image("clinic", f"{number}.png", number, mask)
+    config = PreprocessingConfig(image_size=64, classes=2, class_names=("cup", "disc rim"))
+    found = inspect_site(tmp_path / "raw", "clinic", config, 0, None, OPTIONS)
+
+    text = Page(render_site(found, across([found]))).text
+
+    assert "cup" in text
+    assert "disc rim" in text
