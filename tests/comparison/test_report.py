@@ -323,3 +323,27 @@ def test_what_was_tuned_is_what_had_a_choice(compare) -> None:
 
     assert "| fedsca | 0.1, 0.2 | 0.1 |" in page
     assert "| local | " not in page[page.index("## What was tuned") :]
+
+
+def test_several_classes_have_a_table_each_over_the_sites_that_have_it(compare) -> None:
+    classes = {"a": {"1": [0.2, 0.4], "2": [0.5, 0.7]}, "b": {"1": [0.9, 0.9]}, "c": {"1": [0.6, 0.6]}}
+    comparison = compare(
+        METHODS,
+        by_method(fedsca=0.5, local=0.4, fedavg=0.3),
+        base={"preprocessing": {"classes": 3, "class_names": ["tumour", "cyst", "vessel"]}},
+    )
+    shifts = {"fedsca": 0.1, "local": 0.0, "fedavg": -0.1}
+    for result in comparison.results.values():
+        for site, found in result["sites"].items():
+            shift = shifts[result["method"]]
+            found["dice_by_class"] = {label: [value + shift for value in dice] for label, dice in classes[site].items()}
+
+    page = built(comparison).page
+
+    assert "| Method | tumour (3 sites) | cyst (1 site) |" in page
+    assert page.index("| fedsca | 0.700 | 0.700 |") < page.index("| local | 0.600 | 0.600 |")
+    assert "vessel" not in page
+
+
+def test_one_class_has_no_table_of_classes(compare) -> None:
+    assert "by class" not in built(compare(METHODS, by_method(fedsca=0.5, local=0.4, fedavg=0.3))).page

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -29,6 +29,7 @@ class Section:
     """The comparison with one number of training images a site, None for all: tables, and the figures' folder.
 
     ``fedavg_fp32``: bytes a site and round, both ways, of fedavg without rounding; None where it was not run.
+    ``by_class``: Dice by method and class, as ``report.class_means`` has it; nothing to show of one class.
     """
 
     train_images: int | None
@@ -37,6 +38,7 @@ class Section:
     tests: pd.DataFrame
     behaviour: Behaviour
     fedavg_fp32: float | None = None
+    by_class: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def title(self) -> str:
@@ -101,6 +103,7 @@ def _section(section: Section, reference: str, methods: Mapping[str, Method]) ->
         for part in (
             f"## {section.title}",
             render_markdown(section.table).rstrip(),
+            _by_class(section.by_class),
             _verdict(section, reference, methods),
             _tests(section.tests, reference),
             f"![Dice against bytes]({picture}/dice_against_bytes.png)",
@@ -111,6 +114,13 @@ def _section(section: Section, reference: str, methods: Mapping[str, Method]) ->
         )
         if part
     )
+
+
+def _by_class(table: pd.DataFrame) -> str:
+    if table.empty:
+        return ""
+    rows = ([str(method), *(f"{value:.3f}" for value in values)] for method, *values in table.itertuples())
+    return "Dice by class, mean over the sites that have it:\n\n" + _table(["Method", *table.columns], rows)
 
 
 def _verdict(section: Section, reference: str, methods: Mapping[str, Method]) -> str:

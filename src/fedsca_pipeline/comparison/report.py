@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from fedsca_pipeline.comparison.page import Section, describe_versions, render_page
 from fedsca_pipeline.comparison.plan import Cell, Method, Setting, cells, unique
 from fedsca_pipeline.comparison.results import Frames, Result, frames
+from fedsca_pipeline.config import PreprocessingConfig
 from fedsca_pipeline.evaluation.comparison_figures import (
     critical_difference,
     dice_against_bytes,
@@ -104,6 +105,11 @@ class Comparison:
         }
         return {name: name + _OTHER_CODE * (name in marked) for name in self.methods}
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the classes are called, class 1 first."""
+        return PreprocessingConfig(**self.setting.base["preprocessing"]).names
+
     @cached_property
     def ablations(self) -> dict[str, list[str]]:
         """The variants of the reference by what they vary."""
@@ -131,7 +137,9 @@ def build_report(comparison: Comparison) -> Report:
         tables.append(table.assign(train_images=count))
         tests.append(paired.assign(train_images=count))
         behaviour = _behaviour(comparison, count)
-        sections.append(Section(count, name, table, paired, behaviour, _fedavg_fp32(comparison.methods, found)))
+        by_class = class_means(_only(found.classes, main), comparison.labels, comparison.class_names)
+        fp32 = _fedavg_fp32(comparison.methods, found)
+        sections.append(Section(count, name, table, paired, behaviour, fp32, by_class))
     ablated = _ablations(comparison)
     unseen = pd.concat(
         [_unseen_table(_only(comparison.of_size(count).unseen, main)).assign(train_images=count)
@@ -168,6 +176,26 @@ def _fedavg_fp32(methods: Mapping[str, Method], found: Frames) -> float | None:
     ]
     sent = _only(found.costs, names)[["bytes_up", "bytes_down"]].sum(axis=1, skipna=False)
     return float(sent.mean()) if sent.notna().any() else None
+
+
+def class_means(classes: pd.DataFrame, labels: Mapping[str, str], names: Sequence[str]) -> pd.DataFrame:
+    """Mean Dice of each class: over seeds, then over the sites that have it, each counting once.
+
+    Args:
+        classes: as in ``Frames``.
+        labels: what to call each method.
+        names: of the classes, class 1 first.
+
+    Returns:
+        Methods by label, sorted by their mean over classes, best first; a column for each class that a site has, which
+        says how many have it. No row in, no row out.
+    """
+    sites = classes.groupby(["method", "class", "site"], as_index=False)["dice"].mean()
+    means = sites.pivot_table(index="method", columns="class", values="dice")
+    order = means.mean(axis=1).sort_values(ascending=False, kind="stable").index
+    counts = classes.groupby("class")["site"].nunique()
+    said = {label: f"{names[label - 1]} ({count} site{'s' * (count > 1)})" for label, count in counts.items()}
+    return means.loc[order].rename(index=labels, columns=said)
 
 
 def _only(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:

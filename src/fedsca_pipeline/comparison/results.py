@@ -55,13 +55,15 @@ class Frames:
     ``scores``: method, seed, site, image, dice, hd95 (pixels). ``costs``: method, seed, bytes_up and bytes_down (a site
     and training round), bytes_to_95, seconds (CPU), peak_memory (bytes). ``curves``: method, seed, round,
     dice_validation (mean over sites), bytes (all sites, both ways, so far). ``unseen``: method, seed, site, received,
-    image, dice, hd95.
+    image, dice, hd95. ``classes``: method, seed, site, class (number), dice (mean over images), of those that the site
+    has; no row where there is one class only.
     """
 
     scores: pd.DataFrame
     costs: pd.DataFrame
     curves: pd.DataFrame
     unseen: pd.DataFrame
+    classes: pd.DataFrame
 
 
 def frames(results: Sequence[tuple[Cell, Result]]) -> Frames:
@@ -75,12 +77,14 @@ def frames(results: Sequence[tuple[Cell, Result]]) -> Frames:
         costs=_table(_COSTS, (_cost(*pair) for pair in seen)),
         curves=_table(_CURVES, (row for pair in seen for row in _curve(*pair))),
         unseen=_table(_UNSEEN, (row for pair in results for row in _unseen(*pair))),
+        classes=_table(_CLASSES, (row for pair in seen for row in _classes(*pair))),
     )
 
 
 _SCORES = ("method", "seed", "site", "image", "dice", "hd95")
 _COSTS = ("method", "seed", "bytes_up", "bytes_down", "bytes_to_95", "seconds", "peak_memory")
 _CURVES = ("method", "seed", "round", "dice_validation", "bytes")
+_CLASSES = ("method", "seed", "site", "class", "dice")
 _UNSEEN = ("method", "seed", "site", "received", "image", "dice", "hd95")
 
 
@@ -96,6 +100,12 @@ def _scores(cell: Cell, result: Result) -> Iterable[dict[str, Any]]:
     for site, found in result["sites"].items():
         for image, dice, hd95 in zip(found["images"], found["dice"], found["hd95"], strict=True):
             yield {**_named(cell), "site": site, "image": image, "dice": dice, "hd95": hd95}
+
+
+def _classes(cell: Cell, result: Result) -> Iterable[dict[str, Any]]:
+    for site, found in result["sites"].items():
+        for label, dice in found.get("dice_by_class", {}).items():
+            yield {**_named(cell), "site": site, "class": int(label), "dice": sum(dice) / len(dice)}
 
 
 def _cost(cell: Cell, result: Result) -> dict[str, Any]:
