@@ -15,6 +15,8 @@ from fedsca_pipeline.config import AdaptersConfig, FoundationConfig, NormaliseCo
 from fedsca_pipeline.errors import WeightsError
 from fedsca_pipeline.foundation import load_foundation, prepare_foundation
 from fedsca_pipeline.site_model import save_site_model
+from fedsca_pipeline.sites.readers import BrokenSampleError
+from fedsca_pipeline.sites.volumes import Volume, write_nifti
 
 SIZE = 32
 GREY, COLOUR = (40, 28), (28, 40, 3)
@@ -100,6 +102,42 @@ def test_several_classes_are_numbered_from_one(tmp_path: Path, head: str) -> Non
     assert mask.shape == COLOUR[:2]
     assert set(np.unique(mask)) <= {0, 1, 2, 3}
     assert len(np.unique(mask)) > 1
+
+
+def a_volume(shape: tuple[int, ...] = (20, 24, 3)) -> np.ndarray:
+    return image(shape, np.float32)
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_a_volume_is_segmented_alike_however_it_lies(folder: Path, axes: tuple[int, ...], tmp_path: Path) -> None:
+    model, voxels = load_site_model(folder), a_volume()
+    affine = np.diag([0.8, 0.8, 2.5, 1.0])
+    ahead = model.segment_volume(Volume(voxels, affine))
+    assert (ahead.shape, ahead.dtype) == (voxels.shape, np.uint8)
+    assert ahead.any()
+
+    turned = affine.copy()
+    turned[:, :3] = -affine[:, axes]
+    there = model.segment_volume(Volume(np.flip(voxels.transpose(axes)), turned), batch_size=2)
+    assert np.array_equal(np.flip(there).transpose(np.argsort(axes)), ahead)
+
+    write_nifti(tmp_path / "v.nii.gz", voxels, affine)
+    assert np.array_equal(model.segment_volume(str(tmp_path / "v.nii.gz")), ahead)
+
+
+def test_a_slice_of_a_volume_is_segmented_as_an_image_with_the_volumes_intensities(folder: Path) -> None:
+    model, voxels = load_site_model(folder), a_volume()
+    voxels[0, 0], voxels[0, 1] = -9.0, 9.0
+    whole = model.segment_volume(Volume(voxels, np.eye(4)))
+    # A picture's rows run to the back and its columns to the left; a grid of RAS+ runs the other way.
+    upright = [plane[::-1, ::-1].T for plane in np.moveaxis(voxels, 2, 0)]
+    for index, plane in enumerate(upright):
+        assert np.array_equal(whole[..., index][::-1, ::-1].T, model.segment(plane))
+
+
+def test_a_volume_of_other_modalities_is_refused(folder: Path) -> None:
+    with pytest.raises(BrokenSampleError, match="has 2 modalities"):
+        load_site_model(folder).segment_volume(Volume(a_volume((8, 8, 3, 2)), np.eye(4)))
 
 
 def test_a_loaded_model_computes_what_the_saved_one_did(folder: Path, tmp_path: Path) -> None:

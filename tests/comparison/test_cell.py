@@ -67,6 +67,18 @@ class TestUnseenHalves:
 
         assert (len(test), len(drawn)) == (3, 4)
 
+    def test_slices_of_a_volume_are_in_one_half(self, make_site) -> None:
+        path, manifest = make_site("sliced", training=12)
+        volumes = [f"images/v{row // 4}.nii.gz" for row in range(16)]
+        arrays = SiteArrays(path, manifest)
+        arrays._images_of_rows = volumes
+
+        test, drawn = unseen_halves(arrays, "sliced", 0)
+
+        assert sorted([*test, *drawn]) == list(range(16))
+        assert len(test) == 8
+        assert {volumes[row] for row in test}.isdisjoint(volumes[row] for row in drawn)
+
 
 def record(round_: int, dice: Mapping[str, float | None], *, final: bool = False, up: int = 10, down: int = 5) -> Any:
     sites = {site: SiteRecord(bytes_up=up, bytes_down=down, dice_validation=value) for site, value in dice.items()}

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import nibabel
 import nrrd
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from fedsca_pipeline.sites.discovery import VOLUME_SUFFIXES, holds_volumes
 from fedsca_pipeline.sites.readers import BrokenSampleError
-from fedsca_pipeline.sites.volumes import MAX_VOXELS, Volume, read_volume, read_volume_mask, write_nifti
+from fedsca_pipeline.sites.volumes import (
+    IMAGE_READERS,
+    MASK_READERS,
+    MAX_VOXELS,
+    Volume,
+    read_volume,
+    read_volume_mask,
+    write_nifti,
+)
 
 AFFINE = np.array([[-0.5, 0.0, 0.0, 20.0], [0.0, 0.75, 0.0, -30.0], [0.0, 0.0, 3.0, 40.0], [0.0, 0.0, 0.0, 1.0]])
 VOXELS = np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6) - 60
@@ -85,6 +97,32 @@ def test_an_empty_and_an_alien_file_are_broken_in_every_format(tmp_path: Path, s
     assert reason(path) == "the file is empty"
     path.write_bytes(b"something else\n" * 99)
     assert "cannot be read" in reason(path)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), suffix=st.sampled_from([".nii", ".nrrd", ".mha"]))
+def test_damaged_bytes_never_raise_anything_but_a_broken_sample(
+    tmp_path: Path, data: st.DataObject, suffix: str
+) -> None:
+    path = WRITERS[suffix](tmp_path / f"a{suffix}", VOXELS, AFFINE)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):
+        content[data.draw(st.integers(0, min(400, len(content)) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(len(content) // 2, len(content)))])
+
+    with contextlib.suppress(BrokenSampleError):
+        assert read_volume(path).voxels.ndim in (3, 4)
+
+
+def test_sites_of_volumes_are_known_by_the_suffixes_that_are_read(tmp_path: Path) -> None:
+    assert set(VOLUME_SUFFIXES) == set(IMAGE_READERS) == set(MASK_READERS)
+    (tmp_path / "images").mkdir()
+    assert not holds_volumes(tmp_path)
+    (tmp_path / "images" / "a.png").touch()
+    assert not holds_volumes(tmp_path)
+    (tmp_path / "images" / "B.NII.GZ").touch()
+    assert holds_volumes(tmp_path)
+    assert not holds_volumes(tmp_path / "nowhere")
 
 
 def test_nan_and_infinity_are_refused(tmp_path: Path, suffix: str) -> None:

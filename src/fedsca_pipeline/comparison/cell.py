@@ -124,10 +124,13 @@ def training_rows(arrays: Arrays, site: str, seed: int, count: int | None) -> li
 def unseen_halves(arrays: SiteArrays, site: str, seed: int) -> tuple[list[int], list[int]]:
     """Return the rows of an unseen site to test on, and those to draw labelled images from, in the order of drawing.
 
-    The halves are fixed; the seed decides the draw alone, of which k images are always the first k.
+    The halves are fixed, and a volume is in one of them; the seed decides the draw alone, of which k images are always
+    the first k.
     """
-    rows = np.random.default_rng(stream_seed(site, "unseen half")).permutation(len(arrays))
-    test, rest = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    files = arrays.files()
+    order = np.random.default_rng(stream_seed(site, "unseen half")).permutation(len(files))
+    parts = order[: len(order) // 2], order[len(order) // 2 :]
+    test, rest = ([row for file in part for row in files[file]] for part in parts)
     draw = np.random.default_rng(stream_seed(seed, site, "shots")).permutation(rest)
     return sorted(map(int, test)), [int(row) for row in draw]
 

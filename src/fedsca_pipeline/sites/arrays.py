@@ -61,6 +61,7 @@ class SiteArrays:
         # Only what trains or is scored asks for classes.
         self._classes = manifest.get("classes")
         self._names = sample_names(manifest)
+        self._images_of_rows = manifest["image"].tolist()
         try:
             self._file = safe_open(path, framework="numpy")
             self._images = self._file.get_slice("images")
@@ -93,6 +94,13 @@ class SiteArrays:
     def subjects(self, split: str) -> list[str]:
         """Return the subject of each of ``rows(split)``."""
         return [subject for subject, own in zip(self._subjects, self._splits, strict=True) if own == split]
+
+    def files(self) -> list[list[int]]:
+        """Return the rows of each image file, by the first of them: one of a flat image, of a volume its slices."""
+        found: dict[str, list[int]] = {}
+        for row, image in sorted(zip(self._rows.tolist(), self._images_of_rows, strict=True)):
+            found.setdefault(image, []).append(row)
+        return list(found.values())
 
     def names(self, split: str) -> list[str]:
         """Return the image's stem, or ``<stem>#<slice>``, of each of ``rows(split)``."""
