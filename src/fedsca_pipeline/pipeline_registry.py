@@ -17,7 +17,7 @@ from fedsca_pipeline.pipelines.federated_training import pipeline as training_pi
 from fedsca_pipeline.pipelines.foundation import pipeline as foundation_pipeline
 from fedsca_pipeline.pipelines.import_sites import pipeline as import_pipeline
 from fedsca_pipeline.pipelines.preprocessing import pipeline as preprocessing_pipeline
-from fedsca_pipeline.sites.discovery import DEMO_SITES, discover_sites, holds_volumes
+from fedsca_pipeline.sites.discovery import DEMO_SITES, discover_sites, may_hold_volumes
 
 # Kedro asks for pipelines without saying for which data; the hook that sees the context leaves the folder here.
 raw_folder: ContextVar[Path | None] = ContextVar("raw_folder", default=None)
@@ -29,7 +29,7 @@ def register_pipelines() -> dict[str, Pipeline]:
     warnings.filterwarnings("ignore", message="One or more dataset names contain '.'", category=UserWarning)
     raw = raw_folder.get() or (find_kedro_project(Path.cwd()) or Path.cwd()) / "data" / "01_raw"
     sites = discover_sites(raw) or DEMO_SITES
-    volume_sites = [site for site in sites if holds_volumes(raw / site)]
+    volume_sites = [site for site in sites if may_hold_volumes(raw / site)]
     demo = demo_sites_pipeline.create_pipeline()
     prepared = demo + preprocessing_pipeline.create_pipeline(sites)
     foundation_ = foundation_pipeline.create_pipeline()

@@ -186,6 +186,9 @@ def test_nothing_that_a_run_writes_or_prints_tells_who_the_patients_are(dicom_si
     assert manifests[FLAT]["subject"].nunique() == 7
     assert manifests[STACKED]["volume"].nunique() == 5
     assert len(place.parents()) == 1
+    predicted = {path.name for path in (place.data / "07_model_output" / "predictions" / STACKED).iterdir()}
+    test = manifests[STACKED][manifests[STACKED]["split"] == "test"]
+    assert predicted == {f"{name}.nii.gz" for name in test["volume"]} != set()
 
     # The owner finds the file behind a message.
     with (private / FLAT / "names.csv").open(newline="") as stream:

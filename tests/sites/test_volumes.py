@@ -12,12 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedsca_pipeline.sites.discovery import VOLUME_SUFFIXES, holds_volumes
+from fedsca_pipeline.sites.discovery import VOLUME_SUFFIXES, may_hold_volumes
 from fedsca_pipeline.sites.readers import BrokenSampleError
 from fedsca_pipeline.sites.volumes import (
+    FRAMES,
     IMAGE_READERS,
-    MASK_READERS,
     MAX_VOXELS,
+    SERIES,
     Volume,
     read_volume,
     read_volume_mask,
@@ -115,14 +116,18 @@ def test_damaged_bytes_never_raise_anything_but_a_broken_sample(
 
 
 def test_sites_of_volumes_are_known_by_the_suffixes_that_are_read(tmp_path: Path) -> None:
-    assert set(VOLUME_SUFFIXES) == set(IMAGE_READERS) == set(MASK_READERS)
-    (tmp_path / "images").mkdir()
-    assert not holds_volumes(tmp_path)
-    (tmp_path / "images" / "a.png").touch()
-    assert not holds_volumes(tmp_path)
-    (tmp_path / "images" / "B.NII.GZ").touch()
-    assert holds_volumes(tmp_path)
-    assert not holds_volumes(tmp_path / "nowhere")
+    assert set(VOLUME_SUFFIXES) - {".dcm"} == set(IMAGE_READERS) - {SERIES, FRAMES}
+    assert not may_hold_volumes(tmp_path)
+    for name, expected in {
+        "a.png": False, ".hidden": False, "B.NII.GZ": True, "c.dcm": True, "IM0001": True, "d.mha": True,
+    }.items():  # fmt: skip
+        images = tmp_path / name / "images"
+        images.mkdir(parents=True)
+        assert not may_hold_volumes(tmp_path / name)
+        (images / name).touch()
+        assert may_hold_volumes(tmp_path / name) == expected, name
+    (tmp_path / "a.png" / "images" / "series.1").mkdir()
+    assert may_hold_volumes(tmp_path / "a.png")
 
 
 def test_nan_and_infinity_are_refused(tmp_path: Path, suffix: str) -> None:

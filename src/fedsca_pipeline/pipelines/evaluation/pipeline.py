@@ -62,6 +62,7 @@ def _create_volume_scores(sites: Sequence[str]) -> Pipeline:
                 "foundations",
                 "models",
                 "raw_sites",
+                "private_sites",
                 "predictions",
                 f"{site}.manifest",
                 f"{site}.arrays",

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from fedsca_pipeline.foundation.model import SegmentationModel
+    from fedsca_pipeline.sites.arrays import SiteArrays
+    from fedsca_pipeline.sites.labels import LabelRule
     from fedsca_pipeline.sites.slices import VolumeSlices
 
 
@@ -24,6 +26,7 @@ def score_volumes(
     foundations: Path,
     models: Path,
     raw_sites: Path,
+    private_sites: Path,
     predictions: Path,
     manifest: Any,
     arrays: Path,
@@ -38,10 +41,14 @@ def score_volumes(
     from fedsca_pipeline.federation.devices import deterministic
     from fedsca_pipeline.runs import resolve_threads
     from fedsca_pipeline.sites.arrays import SiteArrays
+    from fedsca_pipeline.sites.pseudonyms import readable_folder
+    from fedsca_pipeline.sites.site_file import read_site_file
 
     site = str(manifest["site"].iloc[0])
     kept = site_models["sites"][site]
-    volumes = _TestVolumes(raw_sites / site, manifest, SiteArrays(arrays, manifest), preprocessing, evaluation)
+    folder = readable_folder(raw_sites, site, private_sites / site)
+    rule = read_site_file(raw_sites / site, terse=True).label_rule
+    volumes = _TestVolumes(folder, rule, manifest, SiteArrays(arrays, manifest), preprocessing, evaluation)
     same = {"best", "last"} <= kept.keys() and kept["best"]["round"] == kept["last"]["round"]
     tables: dict[str, pd.DataFrame] = {"none": volume_table(site, "none", {})}
     with deterministic(run, resolve_threads(run.threads)) as device:
@@ -78,15 +85,19 @@ class _TestVolumes:
     """The test volumes of one site, read anew for each model: one at a time is in memory."""
 
     def __init__(
-        self, folder: Path, manifest: Any, data: Any, preprocessing: PreprocessingConfig, evaluation: EvaluationConfig
+        self,
+        folder: Path,
+        rule: LabelRule,
+        manifest: Any,
+        data: SiteArrays,
+        preprocessing: PreprocessingConfig,
+        evaluation: EvaluationConfig,
     ) -> None:
         from fedsca_pipeline.sites.arrays import known_classes, scored_classes
-        from fedsca_pipeline.sites.site_file import read_site_file
 
         rows = manifest[(manifest["split"] == "test") & (manifest["volume"] != "")].drop_duplicates("volume")
         self._files = rows.set_index("volume")[["image", "mask"]].to_dict("index")
-        self._folder, self._preprocessing, self._evaluation = folder, preprocessing, evaluation
-        self._rule = read_site_file(folder).label_rule
+        self._folder, self._rule, self._preprocessing, self._evaluation = folder, rule, preprocessing, evaluation
         self._known = known_classes(data, preprocessing.classes)
         self._scored = scored_classes(data, preprocessing.classes)
 
