@@ -22,7 +22,7 @@ SIZE = 32
 GREY, COLOUR = (40, 28), (28, 40, 3)
 
 
-def make_model(folder: Path, root: Path, classes: int = 1, head: str = "sigmoid") -> Path:
+def make_model(folder: Path, root: Path, classes: int = 1, head: str = "sigmoid", **card_fields: Any) -> Path:
     """Save a tiny random model with trained-looking tensors; return its folder."""
     config = FoundationConfig(name="random", head=head)
     network = load_foundation(config, root, image_size=SIZE, classes=classes)
@@ -46,6 +46,7 @@ def make_model(folder: Path, root: Path, classes: int = 1, head: str = "sigmoid"
         "classes": classes,
         "normalise": NormaliseConfig(),
         "threshold": 0.5,
+        **card_fields,
     }
     save_site_model(folder, network, tensors, card)
     return folder
@@ -138,6 +139,24 @@ def test_a_slice_of_a_volume_is_segmented_as_an_image_with_the_volumes_intensiti
 def test_a_volume_of_other_modalities_is_refused(folder: Path) -> None:
     with pytest.raises(BrokenSampleError, match="has 2 modalities"):
         load_site_model(folder).segment_volume(Volume(a_volume((8, 8, 3, 2)), np.eye(4)))
+
+
+@pytest.mark.parametrize("head", ["sigmoid", "softmax"])
+def test_a_class_that_the_model_does_not_know_is_never_drawn(tmp_path: Path, head: str) -> None:
+    """One that takes most pixels of a model that knows all."""
+    root, picture = tmp_path / "foundations", image(COLOUR, np.uint8)
+    every = load_site_model(make_model(tmp_path / "every", root, 3, head, threshold=0.001)).segment(picture)
+    most = int(np.bincount(every.ravel(), minlength=4)[1:].argmax()) + 1
+    known = [label for label in (1, 2, 3) if label != most]
+
+    some = load_site_model(make_model(tmp_path / "some", root, 3, head, threshold=0.001, known_classes=known))
+
+    drawn = some.segment(picture)
+    assert most in every
+    assert most not in drawn
+    assert np.isin(drawn[every == most], [0, *known]).all()
+    if head == "softmax":
+        assert np.array_equal(drawn[every != most], every[every != most])
 
 
 def test_a_loaded_model_computes_what_the_saved_one_did(folder: Path, tmp_path: Path) -> None:

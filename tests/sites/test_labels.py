@@ -57,13 +57,14 @@ def test_rgb_palette_and_grey_files_of_one_mask_are_the_same(tmp_path_factory, m
     Image.fromarray(picture).save(folder / "rgb.bmp")
     indexed = Image.fromarray(mask).convert("P")
     indexed.putpalette([channel for number in (0, *colours) for channel in number.to_bytes(3, "big")])
-    indexed.save(folder / "palette.png")
+    for name in ("palette.png", "palette.tif", "palette.bmp", "palette.gif"):
+        indexed.save(folder / name)
     Image.fromarray(mask).save(folder / "grey.png")
     by_colours = LabelRule(colours={colour_of(number): label for label, number in enumerate(colours, start=1)})
 
-    for name in ("rgb.png", "rgb.tif", "rgb.bmp", "palette.png"):
+    for name in ("rgb.png", "rgb.tif", "rgb.bmp", "palette.png", "palette.tif", "palette.bmp", "palette.gif"):
         assert np.array_equal(read_classes(folder / name, by_colours, CLASSES)[0], mask), name
-    for name in ("palette.png", "grey.png"):
+    for name in ("palette.png", "palette.tif", "palette.bmp", "grey.png"):
         assert np.array_equal(read_classes(folder / name, LabelRule(), CLASSES)[0], mask), name
 
 
@@ -85,6 +86,13 @@ def test_numbers_that_are_not_named_stay_and_the_map_is_told() -> None:
 
     assert mask.tolist() == [[0, 1, 3]]
     assert applied == {"85": 3}
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
+def test_numbers_of_16_bit_are_mapped(tmp_path: Path, name: str) -> None:
+    Image.fromarray(np.array([[0, 300, 40_000]], np.uint16)).save(tmp_path / name)
+
+    assert read_classes(tmp_path / name, LabelRule(numbers={300: 1, 40_000: 3}), CLASSES)[0].tolist() == [[0, 1, 3]]
 
 
 def test_255_beside_nothing_but_0_is_class_1() -> None:

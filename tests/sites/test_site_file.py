@@ -65,6 +65,7 @@ def test_stems_and_subjects_of_digits_stay_text(tmp_path: Path) -> None:
         ("label_map: {a: 1}", "label_map"),
         ("label_map: {1: 300}", "label_map"),
         ("label_map: {'#f00': 1}", "#rrggbb"),
+        ("label_map: {#ff0000: 1}", "a colour needs quotes"),
         ("label_map: {'#ff0000': 1, '#FF0000': 2}", "two classes, 1 and 2"),
         ("mask_threshold: 0", "mask_threshold"),
         ("mask_threshold: inf", "mask_threshold"),

@@ -173,7 +173,8 @@ def read_site_file(folder: Path, *, terse: bool = False) -> SiteFile:
         raise DataError(f"{path}: {problems}. Known keys: {known}") from (None if terse else error)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         detail = type(error).__name__ if terse else " ".join(str(error).split())
-        raise DataError(f"{path}: not readable YAML ({detail}); mend or delete it") from (None if terse else error)
+        cure = "mend it (a colour needs quotes: '#ff0000'), or delete it"
+        raise DataError(f"{path}: not readable YAML ({detail}); {cure}") from (None if terse else error)
 
 
 def _problem(detail: ErrorDetails) -> str:
