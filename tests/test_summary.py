@@ -8,7 +8,13 @@ import sys
 from rich.console import Console
 
 from fedsca_pipeline.evaluation import MEAN
-from fedsca_pipeline.summary import FinalTable, render_class_table, render_final_table, show_comparison
+from fedsca_pipeline.summary import (
+    FinalTable,
+    render_class_table,
+    render_final_table,
+    show_comparison,
+    show_data_report,
+)
 
 
 def row(chosen: float | None, up: int = 500_000, best: int | None = 7) -> dict[str, float | int | None]:
@@ -102,3 +108,19 @@ def test_printing_it_needs_no_pandas() -> None:
     code += "{'run_id': '1', 'uri': 'sqlite:///x'}); sys.exit('pandas' in sys.modules)"
 
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_data_report_s_table_fits_80_columns_and_says_why_a_site_is_refused(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    counts = {"used": 1234, "broken": 12, "subjects": 400, "train": 800, "validation": 134, "test": 300}
+    site = {"counts": counts, "refusals": [], "near_duplicates": 3, "warnings": 7}
+    refused = {**site, "refusals": ["12 files [of many] cannot be used"]}
+
+    show_data_report({"a_hospital_with_a_name": site, "b_hospital": refused}, "data/index.html")
+
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert any(line.split()[:3] == ["a_hospital_with_a_name", "yes", "1234"] for line in lines)
+    assert any(line.split()[:2] == ["b_hospital", "no"] for line in lines)
+    assert "b_hospital: 12 files [of many] cannot be used" in lines
+    assert "Data report: data/index.html" in lines

@@ -53,7 +53,10 @@ def test_a_second_repro_runs_nothing_and_a_changed_site_only_what_depends_on_it(
     Image.fromarray(pixels).save(path)
     changed = run(clone, "dvc", "repro")
 
-    assert stages_run(changed) == [f"preprocessing@{TOUCHED}", "training", "evaluation"]
+    # The data report stands beside training; which of them comes first is DVC's to choose.
+    ran = stages_run(changed)
+    assert [stage for stage in ran if stage != "data_report"] == [f"preprocessing@{TOUCHED}", "training", "evaluation"]
+    assert ran.count("data_report") == 1
     assert json.loads(run(clone, "dvc", "metrics", "show", "--json"))
 
 

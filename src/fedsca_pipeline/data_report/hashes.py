@@ -31,8 +31,8 @@ class Group:
 def perceptual_hash(image: np.ndarray) -> str | None:
     """Return the pHash of an image uint8 [3, H, W] as 64 hex digits; None where it has one colour only.
 
-    The same picture at another size, brightness or in another file format is a few bits away (docs/data.md); flipped
-    or turned it is another picture.
+    The same picture at another size, brightness or in another file format is a few bits away, which
+    docs/data_report.md has measured; flipped or turned it is another picture.
     """
     if image.min() == image.max():
         return None

@@ -66,8 +66,8 @@ class Inspection:
     """What was found at one site.
 
     ``facts`` is JSON-able: the fields of the site's data report, ``refusals`` (why the site cannot train, with the
-    cure; empty where it can) and those of docs/data.md. ``pictures`` are some images, ``duplicates`` those of the first
-    groups of near duplicates, by name.
+    cure; empty where it can) and those of docs/data_report.md. ``pictures`` are some images, ``duplicates`` those of
+    the first groups of near duplicates, by name.
     """
 
     facts: dict[str, Any]

@@ -1,4 +1,7 @@
-"""Wiring of the data report: one node a site, in namespace ``data_report.<site>``, then one across sites."""
+"""Wiring of the data report: one node a site, in namespace ``data_report.<site>``, then one across sites.
+
+All of it is in namespace ``data_report``, so that ``dvc.yaml`` can run it without the demonstration sites.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +49,7 @@ def create_pipeline(sites: Sequence[str]) -> Pipeline:
             "data_report_map",
             *(f"{site}.data_page" for site in sites),
         ],
-        name="compare_sites",
+        name="compare",
+        namespace="data_report",
     )
     return pipeline([*inspections, across])
