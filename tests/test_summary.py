@@ -116,11 +116,11 @@ def test_the_data_report_s_table_fits_80_columns_and_says_why_a_site_is_refused(
     site = {"counts": counts, "refusals": [], "near_duplicates": 3, "warnings": 7}
     refused = {**site, "refusals": ["12 files [of many] cannot be used"]}
 
-    show_data_report({"a_hospital_with_a_name": site, "b_hospital": refused}, "data/index.html")
+    show_data_report({"summit_ultrasound": site, "b_hospital": refused}, "data/index.html")
 
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 80 for line in lines)
-    assert any(line.split()[:3] == ["a_hospital_with_a_name", "yes", "1234"] for line in lines)
+    assert any(line.split()[:3] == ["summit_ultrasound", "yes", "1234"] for line in lines)
     assert any(line.split()[:2] == ["b_hospital", "no"] for line in lines)
     assert "b_hospital: 12 files [of many] cannot be used" in lines
     assert "Data report: data/index.html" in lines

@@ -169,7 +169,9 @@ def show_comparison(table: Sequence[Mapping[str, Any]], page: str, mlflow: Mappi
 def show_data_report(sites: Mapping[str, Mapping[str, Any]], page: str) -> None:
     """Print a row a site (``data_report.across.across_sites``), why some are refused, and where the page is."""
     console = Console()
-    view = Table(title="Sites", title_justify="left", box=box.SIMPLE, pad_edge=False, show_edge=False)
+    view = Table(
+        title="Sites", title_justify="left", box=box.SIMPLE, pad_edge=False, show_edge=False, collapse_padding=True
+    )
     view.add_column("site", overflow="fold")
     for heading in ("trains", "images", "broken", "sub-\njects", "train/\nval/test", "near\ncopies", "warn-\nings"):
         view.add_column(heading, justify="right", no_wrap=True)
