@@ -265,12 +265,14 @@ class MethodConfig(_Config):
     set: dict[str, Any] = Field(
         default_factory=dict, description="other parameters by dotted key, e.g. {adapters.method: lora}"
     )
-    ablation: str | None = Field(None, description="what this variant of the reference varies; null: a method")
+    ablation: str | None = Field(None, description="what this variant of the ablated method varies; null: a method")
     tuned: str | None = Field(None, description="what of it was chosen before the grid, and how; the page tells")
     seeds: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1, description="null: the comparison's")
     train_images: list[int | None] | None = Field(None, min_length=1, description="null: the comparison's")
     learning_rates: list[Positive] | None = Field(
-        None, min_length=1, description="to choose from; null: the comparison's; of an ablation the reference's choice"
+        None,
+        min_length=1,
+        description="to choose from; null: the comparison's; of an ablation the ablated method's choice",
     )
 
 
@@ -280,6 +282,7 @@ class ComparisonConfig(_Config):
     methods: dict[str, MethodConfig | None] = Field(default_factory=dict)
     only: list[str] | None = Field(None, min_length=1, description="names of the methods to compare; null: all")
     reference: str = Field("fedsca", description="the method that all others are tested against")
+    ablated: str | None = Field(None, description="the method that entries with ablation vary; null: the reference")
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
     train_images: list[Annotated[int, Field(ge=1)] | None] = Field(
         [None], min_length=1, description="training images a site; null: all it has"
@@ -308,9 +311,18 @@ class ComparisonConfig(_Config):
                     f"only: {name!r} is no method"
                     + (f", did you mean {near[0]!r}?" if near else f"; there are {', '.join(self.methods) or 'none'}")
                 )
-        if self.reference not in self.chosen:
-            raise ValueError(f"reference: {self.reference!r} is not among the methods: {', '.join(self.chosen)}")
+        needed = {"reference": self.reference}
+        if any(method.ablation for method in self.chosen.values()):
+            needed["ablated"] = self.varied
+        for key, name in needed.items():
+            if name not in self.chosen:
+                raise ValueError(f"{key}: {name!r} is not among the methods: {', '.join(self.chosen)}")
         return self
+
+    @property
+    def varied(self) -> str:
+        """The method that ablations vary."""
+        return self.ablated or self.reference
 
     @property
     def chosen(self) -> dict[str, MethodConfig]:

@@ -173,6 +173,10 @@ class TestRefusals:
             ({"only": ["zzz"]}, r"only: 'zzz' is no method; there are fedsca, local"),
             ({"only": ["local"]}, "reference: 'fedsca' is not among the methods: local"),
             ({"reference": "fedsac"}, "reference: 'fedsac' is not among the methods: fedsca, local"),
+            (
+                {"methods": {"fedsca": {}, "wide": {"ablation": "width"}}, "ablated": "fedsac"},
+                "ablated: 'fedsac' is not among the methods: fedsca, wide",
+            ),
             ({"methods": {"fedsca": {"seeds": []}}}, r"methods\.fedsca\.seeds"),
             ({"methods": {"fedsca": {"sed": [1]}}}, r"methods\.fedsca\.sed"),
             ({"methods": {"fedsca": {"learning_rates": [0.0]}}}, r"methods\.fedsca\.learning_rates"),

@@ -129,7 +129,7 @@ class TestVerdict:
         ).page
 
         assert "By mean Dice **fedsca** is first of 2 federated methods (0.410)." in page
-        assert "With all images in one place the same tensors reach 0.910." in page
+        assert "With all images in one place, pooled reaches 0.910." in page
         (row,) = (line for line in page.splitlines() if line.startswith("| pooled | **0.910**"))
         assert row.count(" – ") == 2, "it sends images, which nobody counts"
         assert "Ahead of it" not in page
@@ -246,10 +246,21 @@ class TestAblations:
 
         assert "wide" not in set(report.table["method"])
         assert "wide" not in set(report.tests["method"])
-        ablations = report.page[report.page.index("## Ablations, all training images") :]
+        ablations = report.page[report.page.index("## Ablations of fedsca, all training images") :]
         assert ablations.index("### adapter") < ablations.index("| wide |") < ablations.index("| fedsca |")
         assert "local" not in ablations
         assert report.html.index("<h2>Ablation: adapter</h2>") < report.html.index(">wide</th>")
+
+    def test_ablations_may_vary_another_method_than_the_reference(self, compare) -> None:
+        wide = {"strategy": "fedavg", "set": {"adapters.width": 8}, "ablation": "adapter"}
+        comparison = compare(
+            {**METHODS, "wide": wide}, by_method(fedsca=0.6, local=0.5, fedavg=0.4, wide=0.7), ablated="fedavg"
+        )
+
+        page = built(comparison).page
+        ablations = page[page.index("## Ablations of fedavg, ") :]
+        assert ablations.index("| wide |") < ablations.index("| fedavg |")
+        assert "| fedsca |" not in ablations
 
     def test_variants_are_compared_on_the_seeds_that_all_have(self, compare) -> None:
         report = built(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from fedsca_pipeline.config import ComparisonConfig
 from fedsca_pipeline.evaluation.comparison_tables import render_markdown
 from fedsca_pipeline.evaluation.statistics import ALL_SITES
 
@@ -69,7 +70,7 @@ def render_page(
         "say, is in docs/comparison.md.",
         _setting(setting, methods),
         *(_section(section, config.reference, methods) for section in sections),
-        _ablations(ablations, config.train_images[0]),
+        _ablations(ablations, config),
         _unseen(unseen, setting),
         _options(methods),
         _tuned(methods, rates),
@@ -147,7 +148,7 @@ def _verdict(section: Section, reference: str, methods: Mapping[str, Method]) ->
         lines.append(f"Against training alone: {difference:+.3f}{_p(section.tests, 'local', sign=-1)}.")
     pooled = [name for name in table.index if methods[name].strategy.pools]
     if pooled and reference not in pooled:
-        lines.append(f"With all images in one place the same tensors reach {table.loc[pooled[0], 'dice']:.3f}.")
+        lines.append(f"With all images in one place, {pooled[0]} reaches {table.loc[pooled[0], 'dice']:.3f}.")
     sent = table["bytes"]
     # Not even a comparison holds of bytes that are unknown.
     if "fedavg" in table.index and reference != "fedavg" and sent["fedavg"] > 0 and sent[reference] >= 0:
@@ -236,13 +237,14 @@ def _behaviour(behaviour: Behaviour, reference: str, picture: str) -> str:
     return "\n\n".join(lines)
 
 
-def _ablations(tables: Mapping[str, pd.DataFrame], count: int | None) -> str:
+def _ablations(tables: Mapping[str, pd.DataFrame], config: ComparisonConfig) -> str:
     if not tables:
         return ""
+    count = config.train_images[0]
     size = "all training images" if count is None else f"{_number(count, 'training image')} a site"
     return "\n\n".join(
         [
-            f"## Ablations, {size}",
+            f"## Ablations of {config.varied}, {size}",
             *(f"### {what}\n\n{render_markdown(table).rstrip()}" for what, table in tables.items()),
         ]
     )
@@ -295,7 +297,7 @@ def _tuned(methods: Mapping[str, Method], rates: Mapping[str, float]) -> str:
         ]
         parts.append(
             "The grid chooses the learning rate, and nothing else: on the first seed, by validation Dice. Ablations "
-            "have the reference's.\n\n" + _table(["Method", "Offered", "Chosen"], rows)
+            "have that of the method that they vary.\n\n" + _table(["Method", "Offered", "Chosen"], rows)
         )
     if beforehand:
         parts.append("Chosen before, by hand:\n\n" + "\n".join(beforehand))

@@ -187,7 +187,7 @@ def _method(name: str, config: MethodConfig, setting: Setting) -> Method | None:
     if any(count is not None and count < 1 for count in counts):
         raise ConfigError(f"{where}.train_images: {list(counts)}; a site trains on 1 image at least, null: on all")
     own_rates = config.learning_rates or ([groups["training"]["learning_rate"]] if _RATE in config.set else [])
-    chooser = name if config.ablation is None or own_rates else own.reference
+    chooser = name if config.ablation is None or own_rates else own.varied
     return Method(
         name=name,
         strategy=strategy,

@@ -112,7 +112,7 @@ class Comparison:
 
     @cached_property
     def ablations(self) -> dict[str, list[str]]:
-        """The variants of the reference by what they vary."""
+        """The variants of the ablated method by what they vary."""
         found: dict[str, list[str]] = {}
         for name, method in self.methods.items():
             if method.ablation is not None:
@@ -232,14 +232,14 @@ def _figures(found: Frames, main: Sequence[str], comparison: Comparison, count: 
 
 
 def _ablations(comparison: Comparison) -> dict[str, pd.DataFrame]:
-    """Return a table for each thing that is varied, the reference among its variants."""
+    """Return a table for each thing that is varied, the ablated method among its variants."""
     first = comparison.setting.config.train_images[0]
     found = comparison.of_size(first)
-    reference = comparison.setting.config.reference
+    varied = comparison.setting.config.varied
     tables = {
         what: method_table(
-            _same_seeds(found.scores, [reference, *names]),
-            _same_seeds(found.costs, [reference, *names]),
+            _same_seeds(found.scores, [varied, *names]),
+            _same_seeds(found.costs, [varied, *names]),
             comparison.labels,
         )
         for what, names in comparison.ablations.items()
