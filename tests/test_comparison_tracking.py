@@ -126,6 +126,18 @@ def test_a_cell_is_a_run_with_one_below_for_each_site(opened, below, client) -> 
     assert [(point.step, point.value) for point in history] == [(1, 0.5), (2, 0.25)]
 
 
+def test_several_classes_are_logged_at_each_site_that_has_them(opened, below) -> None:
+    tracker, found = opened(), result()
+    found["sites"]["a"]["dice_by_class"] = {"1": [0.2, 0.4], "3": [1.0, 0.0]}
+
+    tracker.cell(found)
+
+    (child,) = below(tracker.run_id)
+    of_a = next(run for run in below(child.info.run_id) if run.data.tags["fedsca.site"] == "a").data.metrics
+    by_class = {name: value for name, value in of_a.items() if name.startswith("test dice class")}
+    assert by_class == pytest.approx({"test dice class 1": 0.3, "test dice class 3": 0.5})
+
+
 def test_a_cell_logged_twice_makes_one_child(opened, below) -> None:
     tracker = opened()
 
