@@ -196,3 +196,19 @@ def test_nothing_that_a_run_writes_or_prints_tells_who_the_patients_are(dicom_si
     for finished in (refused, done):
         assert names["images/QUETZAL_7.dcm"] in "".join(finished.output.split())
         assert f"{private / FLAT / 'names.csv'}" in "".join(finished.output.split())
+
+
+def test_the_data_report_tells_no_more(dicom_sites: Any) -> None:
+    place = dicom_sites
+    report = place.reporting / "data_report"
+
+    done = place.run("data_report", "data_report.embedding=false")
+
+    assert done.code == 1, done.output
+    assert everything(place.root, without=[place.raw, place.data / "private"]) == {}
+    assert told("".join(done.output.split()).encode(), needles()) == []
+    for site in (FLAT, STACKED):
+        page = (report / f"{site}.html").read_text()
+        assert "data:image/jpeg" in page
+        assert f"private/{site}/names.csv" in page
+    assert "data:image/jpeg" not in (report / "index.html").read_text()
