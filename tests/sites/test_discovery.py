@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -112,3 +114,29 @@ def test_discovery_imports_the_standard_library_only() -> None:
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
     assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.timeout(60)
+def test_a_fingerprint_reads_neither_pipes_nor_what_lies_elsewhere(tmp_path: Path) -> None:
+    site = make_site(tmp_path / "raw", "north")
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"one")
+    (site / "images" / "link.png").symlink_to(secret)
+    (site / "images" / "loop.png").symlink_to("loop.png")
+    os.mkfifo(site / "images" / "pipe.png")
+    before = fingerprint_site(tmp_path / "raw", "north")
+
+    secret.write_bytes(b"two")
+
+    assert fingerprint_site(tmp_path / "raw", "north") == before
+
+
+def test_digests_that_are_known_already_are_not_computed_again(tmp_path: Path) -> None:
+    site = make_site(tmp_path, "north")
+    digests = {
+        path.relative_to(site).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in site.rglob("*.png")
+    }
+    expected = fingerprint_site(tmp_path, "north")
+
+    assert fingerprint_site(tmp_path, "north", digests) == expected
+    assert fingerprint_site(tmp_path, "north", {**digests, "images/a.png": "0" * 64}) != expected

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from fedsca_pipeline.errors import DataError
-from fedsca_pipeline.sites.pairing import pair_files
+from fedsca_pipeline.sites.pairing import Broken, pair_files
+from fedsca_pipeline.sites.readers import BrokenSampleError
 
 
 @pytest.fixture
@@ -83,3 +85,48 @@ def test_a_missing_or_empty_folder_names_it_and_the_cure(folder: Path, kind: str
     (folder / kind).rmdir()
     with pytest.raises(DataError, match=f"no {kind} folder; put"):
         pair_files(folder)
+
+
+@pytest.mark.timeout(60)
+def test_links_to_nowhere_and_pipes_are_broken_and_not_opened(folder: Path) -> None:
+    (folder / "images" / "b.png").unlink()
+    (folder / "images" / "b.png").symlink_to("b.png")
+    os.mkfifo(folder / "images" / "c.png")
+
+    broken = reasons(folder)
+
+    assert "leads nowhere" in broken["images/b.png"]
+    assert "a pipe" in broken["images/c.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "escaped"),
+    [
+        ("two\nlines", r"two\nlines"),
+        ("\x1b[31mred", r"\x1b[31mred"),
+        (os.fsdecode(b"\xff"), r"\udcff"),
+        ("\u202ex", r"\u202ex"),
+    ],
+)
+def test_names_that_cannot_be_shown_are_refused_and_shown_escaped(folder: Path, name: str, escaped: str) -> None:
+    (folder / "images" / f"{name}.png").touch()
+    (folder / "masks" / f"{name}.png").touch()
+
+    broken = reasons(folder)
+
+    assert "cannot be shown" in broken[f"images/{escaped}.png"]
+    assert "cannot be shown" in broken[f"masks/{escaped}.png"]
+    assert [pair.stem for pair in pair_files(folder)[0]] == ["a", "b"]
+
+
+def test_names_in_any_alphabet_are_fine(folder: Path) -> None:
+    for kind in ("images", "masks"):
+        (folder / kind / "Größe 日本 (2).png").touch()
+
+    assert "Größe 日本 (2)" in [pair.stem for pair in pair_files(folder)[0]]
+
+
+def test_what_a_reader_quotes_of_a_file_is_escaped() -> None:
+    broken = Broken.of("images/a.nrrd", BrokenSampleError("encoding \x1b[2J\x7f", "copy\nagain"))
+
+    assert (broken.reason, broken.cure) == (r"encoding \x1b[2J\x7f", r"copy\nagain")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,23 @@ def test_the_other_spelling_is_not_passed_over(tmp_path: Path) -> None:
 def test_a_stem_that_no_rule_covers_is_broken_rather_than_guessed(rule: SiteFile) -> None:
     with pytest.raises(BrokenSampleError, match=r"site\.yml"):
         rule.subject("unknown")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda path: path.symlink_to("/etc/passwd"), "not a file of this site"),
+        (lambda path: path.symlink_to("site.yml"), "not a file of this site"),
+        (os.mkfifo, "not a file of this site"),
+        (lambda path: path.mkdir(), "not a file of this site"),
+        (lambda path: path.write_text("[" * 5000), "not readable YAML"),
+        (lambda path: path.write_bytes(b"#" * (2**24 + 1)), "larger than"),
+    ],
+    ids=["link", "loop", "pipe", "folder", "depth", "size"],
+)
+def test_what_cannot_be_a_site_file_is_not_read(tmp_path: Path, make: Callable[[Path], object], named: str) -> None:
+    make(tmp_path / "site.yml")
+
+    with pytest.raises(DataError, match=rf"site\.yml: {named}"):
+        read_site_file(tmp_path)

@@ -17,7 +17,6 @@ from fedsca_pipeline.sites.readers import BrokenSampleError
 from fedsca_pipeline.sites.volumes import (
     FRAMES,
     IMAGE_READERS,
-    MAX_VOXELS,
     SERIES,
     Volume,
     read_volume,
@@ -196,7 +195,7 @@ def test_a_header_that_promises_too_much_is_refused_before_anything_is_allocated
         "ElementDataFile = LOCAL\nxx"
     )
     for name in ("a.nii", "a.nrrd", "a.mha"):
-        assert f"more than {MAX_VOXELS:,}" in reason(tmp_path / name)
+        assert "more than 33,554,432 of such a file" in reason(tmp_path / name)
 
 
 def test_voxels_in_another_file_are_refused(tmp_path: Path) -> None:
@@ -258,3 +257,12 @@ def test_what_is_written_is_read_back_and_the_same_bytes_each_time(tmp_path: Pat
     np.testing.assert_array_equal(np.asanyarray(back.dataobj), labels)
     np.testing.assert_allclose(back.affine, AFFINE)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["p.nii.gz"]
+
+
+def test_a_bomb_is_refused_by_what_its_file_could_hold(tmp_path: Path) -> None:
+    image = read_volume(write_nii(tmp_path / "image.nii", VOXELS, AFFINE))
+    write_nii(tmp_path / "bomb.nii.gz", np.zeros((400, 400, 300), np.uint8), AFFINE)
+
+    assert "more than 33,554,432 of such a file" in reason(tmp_path / "bomb.nii.gz")
+    with pytest.raises(BrokenSampleError, match="more than 33,554,432 of such a file"):
+        read_volume_mask(tmp_path / "bomb.nii.gz", image)

@@ -82,6 +82,17 @@ def fingerprint_site(raw: Path, site: str, known: Mapping[str, str] = MappingPro
     return digest.hexdigest()[:16]
 
 
+def is_own_file(path: Path, home: Path) -> bool:
+    """Whether a path leads to a file within ``home``: nothing else may be opened, and a pipe would never end."""
+    return path.is_file() and not leads_out(path, home)
+
+
+def leads_out(path: Path, home: Path) -> bool:
+    """Whether a path in ``home`` is a link to what is not; one that leads nowhere within is none."""
+    # Path.resolve raises on a link that leads to itself.
+    return path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(home))
+
+
 def _files(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -90,8 +101,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _content(path: Path, folder: Path) -> str:
     try:
-        # A link out of the site is not followed, and a pipe would never end.
-        if not path.is_file() or (path.is_symlink() and not path.resolve().is_relative_to(folder.resolve())):
+        if not is_own_file(path, folder):
             return "unreadable"
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

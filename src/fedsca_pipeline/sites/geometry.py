@@ -93,10 +93,12 @@ def intensity_range(image: np.ndarray | ByteCounts, config: NormaliseConfig) -> 
 
 def to_levels(image: np.ndarray, low: float, high: float) -> np.ndarray:
     """Map ``low`` to 0 and ``high`` to 255, float32, and clip what is beyond; all 0 where ``low`` is not below."""
-    if not low < high:
-        return np.zeros(image.shape, np.float32)
-    scaled = (image.astype(np.float64) - low) * (255.0 / (high - low))
-    return np.clip(scaled, 0.0, 255.0).astype(np.float32)
+    levels = np.zeros(image.shape, np.float32)
+    if low < high:
+        # Row by row: doubles of a whole image would be the most memory that preprocessing takes.
+        for row, values in enumerate(image):
+            levels[row] = np.clip((values.astype(np.float64) - low) * (255.0 / (high - low)), 0.0, 255.0)
+    return levels
 
 
 def normalise_and_fit(channels: Channels, config: NormaliseConfig, side: int) -> tuple[np.ndarray, list[str]]:
@@ -109,7 +111,7 @@ def normalise_and_fit(channels: Channels, config: NormaliseConfig, side: int) ->
         levels, warnings = normalise(channels.image, config)
         return fit_image(levels, side), warnings
     low, high, warnings = intensity_range(channels.counts, config)
-    table = to_levels(np.arange(256, dtype=np.uint8), low, high)
+    (table,) = to_levels(np.arange(256, dtype=np.uint8)[None], low, high)
     height, width = fitted_size(*channels.image.shape[:2], side)
     planes = [Image.fromarray(plane) for plane in channels.distinct]
     if (height, width) == channels.image.shape[:2]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedsca_pipeline.errors import DataError
+from fedsca_pipeline.sites.discovery import leads_out
 from fedsca_pipeline.sites.readers import READERS, BrokenSampleError, no_reader, split_name
 from fedsca_pipeline.sites.volumes import FRAMES, IMAGE_READERS, SEGMENTATION, SERIES, is_volume
 
@@ -26,8 +27,8 @@ class Broken:
 
     @classmethod
     def of(cls, file: str, error: BrokenSampleError) -> Broken:
-        """Name the file of a reader's error."""
-        return cls(file, error.reason, error.cure)
+        """Name the file of a reader's error, which may quote what the file says."""
+        return cls(file, shown(error.reason), shown(error.cure))
 
     def __str__(self) -> str:
         return f"{self.file}: {self.reason}; {self.cure}"
@@ -35,6 +36,13 @@ class Broken:
     def as_dict(self) -> dict[str, str]:
         """Return the three fields."""
         return asdict(self)
+
+
+def shown(name: str) -> str:
+    """Return a name as it can be shown: what would break a line, steer a terminal or be no character is escaped."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in name
+    )
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,8 @@ def _by_stem(folder: Path, kind: str, inside: Path, broken: list[Broken]) -> dic
     if not (folder / kind).is_dir():
         raise DataError(f"{folder}: no {kind} folder; put the site's {kind} into {folder / kind}, one file an image")
     found: dict[str, list[str]] = defaultdict(list)
-    here = (folder / kind).resolve()
+    # Asking the system about every part of every path takes its time; within a folder only a link can lead elsewhere.
+    elsewhere = not (folder / kind).resolve().is_relative_to(inside)
     empty = True
     for path in sorted((folder / kind).iterdir()):
         if path.name.startswith("."):
@@ -89,15 +98,27 @@ def _by_stem(folder: Path, kind: str, inside: Path, broken: list[Broken]) -> dic
         empty = False
         file = f"{kind}/{path.name}"
         stem, suffix = split_name(path.name)
-        # Only a link can lead elsewhere; asking the system about every part of every path takes its time.
-        if not (path.resolve() if path.is_symlink() else here).is_relative_to(inside):
-            broken.append(Broken(file, "a link that leads out of the site folder", "copy the file itself here"))
-        elif path.is_dir() and suffix != SERIES:
-            broken.append(Broken(file, f"a folder within {kind}/ is not read", f"move its files up into {kind}/"))
-        elif suffix not in SUFFIXES:
-            broken.append(Broken.of(file, no_reader(suffix, _OF_SITES)))
+        if (elsewhere and not path.is_symlink()) or leads_out(path, inside):
+            broken.append(Broken(shown(file), "a link that leads out of the site folder", "copy the file itself here"))
+        elif error := _unusable(path, kind, suffix):
+            broken.append(Broken.of(shown(file), error))
         else:
             found[stem].append(file)
     if empty:
         raise DataError(f"{folder / kind}: no files; put the site's {kind} there, one file an image")
     return found
+
+
+def _unusable(path: Path, kind: str, suffix: str) -> BrokenSampleError | None:
+    """Return what is wrong with an entry of images/ or masks/ before it is opened."""
+    if not path.name.isprintable():
+        return BrokenSampleError(
+            "its name holds characters that cannot be shown", "rename it, and what pairs with it, in plain letters"
+        )
+    if path.is_dir():
+        cure = f"move its files up into {kind}/"
+        return None if suffix == SERIES else BrokenSampleError(f"a folder within {kind}/ is not read", cure)
+    if not path.is_file():
+        what = "a link that leads nowhere" if path.is_symlink() else "a pipe or a device, not a file"
+        return BrokenSampleError(what, "put the file itself here")
+    return None if suffix in SUFFIXES else no_reader(suffix, _OF_SITES)

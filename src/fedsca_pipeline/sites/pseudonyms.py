@@ -19,6 +19,7 @@ from pathlib import Path
 
 from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.files import write_bytes
+from fedsca_pipeline.sites.discovery import is_own_file
 from fedsca_pipeline.sites.readers import READERS, BrokenSampleError, split_name
 from fedsca_pipeline.sites.site_file import HiddenSiteFile, SiteFile, read_site_file
 from fedsca_pipeline.sites.volumes import FRAMES, MASK_READERS, SEGMENTATION, SERIES, is_volume
@@ -59,7 +60,7 @@ def open_site(raw: Path, site: str, private: Path) -> SiteSource:
     if not home.is_dir():
         raise DataError(f"{home}: no such site folder; make it with images/ and masks/ in it, or drop the site")
     files = [(kind, path) for kind in KINDS for path in _visible(home / kind)]
-    has_dicom = any(_is_dicom(path) for _, path in files)
+    has_dicom = any(_is_dicom(path, home) for _, path in files)
     site_file = read_site_file(home, terse=has_dicom)
     # Where a whole folder is missing there is no file to name, and the folder itself is to be named.
     if not (has_dicom or site_file.hide_names) or {kind for kind, _ in files} != set(KINDS):
@@ -109,10 +110,12 @@ class _Hidden:
 
         found = {}
         for path in paths:
-            stem, dicom = _stem(path), _is_dicom(path)
+            stem, dicom = _stem(path), _is_dicom(path, self._home)
             link = self._pseudonym("file", stem)
-            header = read_header(_first(path)) if dicom and kind == "images" else None
-            found[link + _suffix(path, header.frames if header else 1)] = path
+            first = _first(path)
+            readable = dicom and is_own_file(first, self._home)
+            header = read_header(first) if readable and kind == "images" else None
+            found[link + _suffix(path, dicom, header.frames if header else 1)] = path
             if kind == "images":
                 self._name_subject(link, stem, header.patient if header else None)
         return found
@@ -181,14 +184,14 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
 
 
-def _is_dicom(path: Path) -> bool:
+def _is_dicom(path: Path, home: Path) -> bool:
     """Whether a file is DICOM, by its suffix or the mark after its preamble; a folder, if one of its files is."""
     if path.is_dir():
-        return any(_is_dicom(file) for file in _visible(path) if file.is_file())
+        return any(_is_dicom(file, home) for file in _visible(path) if not file.is_dir())
     if split_name(path.name)[1] == ".dcm":
         return True
     try:
-        if not path.is_file():
+        if not is_own_file(path, home):
             return False
         with path.open("rb") as stream:
             return stream.read(132)[128:] == b"DICM"
@@ -206,12 +209,12 @@ def _stem(path: Path) -> str:
     return stem if suffix in _SHOWN and not path.is_dir() else path.name
 
 
-def _suffix(path: Path, frames: int) -> str:
+def _suffix(path: Path, dicom: bool, frames: int) -> str:
     """Return what tells the reader; a suffix that nobody reads may be a part of a name, and is left out."""
     if path.is_dir():
         return SERIES
     suffix = split_name(path.name)[1]
-    if suffix != ".dcm" and not (suffix not in _SHOWN and _is_dicom(path)):
+    if suffix != ".dcm" and not (suffix not in _SHOWN and dicom):
         return path.name[len(path.name) - len(suffix) :] if suffix in _SHOWN else ""
     return FRAMES if frames > 1 else ".dcm"
 

@@ -13,8 +13,13 @@ from PIL import Image, ImageOps
 
 from fedsca_pipeline.errors import DataError
 
-MAX_PIXELS = 178_956_970
-"""Pixels above which a file is taken for a decompression bomb (Pillow's limit)."""
+MAX_PIXELS = 2**25
+"""Pixels above which a file is taken for a decompression bomb: with it, no image takes a gibibyte of memory."""
+
+SMALL = 2**22
+"""Pixels up to which several files may be in memory at once."""
+
+_MAX_BYTES = 6 * MAX_PIXELS
 
 
 class BrokenSampleError(DataError):
@@ -107,6 +112,15 @@ def refuse_lossy_mask(path: Path) -> None:
         )
 
 
+def is_small(path: Path) -> bool:
+    """Whether a file's header promises at most ``SMALL`` pixels; False also where Pillow cannot tell."""
+    try:
+        with Image.open(path) as image:
+            return image.width * image.height <= SMALL
+    except (Image.DecompressionBombError, *UNREADABLE):
+        return False
+
+
 def split_name(name: str) -> tuple[str, str]:
     """Split a file name into stem and lower-case suffix; a double suffix (``.nii.gz``) stays whole."""
     lower = name.lower()
@@ -156,6 +170,8 @@ def _read(path: Path, *, labels: bool) -> np.ndarray:
 
 def _read_pillow(path: Path, labels: bool) -> np.ndarray:
     with Image.open(path) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise _bomb()
         # An MPO is a photograph with previews of itself.
         if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
             raise BrokenSampleError(
@@ -219,7 +235,7 @@ def _read_tiff(path: Path, labels: bool) -> np.ndarray:
                 f"a TIFF of {len(file.pages)} pages", "save each page as an image of its own, with a mask of its own"
             )
         page = file.pages.first
-        if np.prod(page.shape, dtype=np.int64) > 4 * MAX_PIXELS:
+        if page.imagewidth * page.imagelength > MAX_PIXELS or page.nbytes > _MAX_BYTES:
             raise _bomb()
         if page.axes not in ("YX", "YXS", "SYX"):
             raise BrokenSampleError(f"a TIFF with axes {page.axes}", "save a two-dimensional grey or RGB image")
@@ -265,7 +281,8 @@ def _drop_alpha(pixels: np.ndarray) -> np.ndarray:
 
 def _bomb() -> BrokenSampleError:
     return BrokenSampleError(
-        f"has more than {MAX_PIXELS:,} pixels, as a decompression bomb has", "cut the image into tiles"
+        f"has more than {MAX_PIXELS:,} pixels, or {_MAX_BYTES:,} bytes of them, as a decompression bomb has",
+        "cut the image into tiles",
     )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,13 +20,15 @@ from fedsca_pipeline.sites.ahead import map_ahead
 from fedsca_pipeline.sites.geometry import ByteCounts, Channels, fit_mask, normalise_and_fit
 from fedsca_pipeline.sites.labels import LabelRule, read_classes, read_volume_classes
 from fedsca_pipeline.sites.pairing import Broken, Pair
-from fedsca_pipeline.sites.readers import BrokenSampleError, read_image
+from fedsca_pipeline.sites.readers import BrokenSampleError, is_small, read_image
 from fedsca_pipeline.sites.site_file import SiteFile
 from fedsca_pipeline.sites.slices import VolumeSlices
 from fedsca_pipeline.sites.volumes import is_volume, read_volume
 
 # Flat images read while those before them go to disk; Pillow and hashing work outside the interpreter's lock.
 _AHEAD = 2
+# Of large ones, or of those whose size nobody knows before they are read, one at a time.
+_LARGE = threading.Lock()
 
 # Raw values kept of an image: over a site's images they are thousands.
 _VALUES = 64
@@ -90,6 +94,14 @@ def read_samples(
 
 
 def _read(folder: Path, site_file: SiteFile, config: PreprocessingConfig, pair: Pair) -> tuple[Sample, Planes] | Broken:
+    small = all(is_small(folder / file) for file in (pair.image, pair.mask))
+    with nullcontext() if small else _LARGE:
+        return _read_pair(folder, site_file, config, pair)
+
+
+def _read_pair(
+    folder: Path, site_file: SiteFile, config: PreprocessingConfig, pair: Pair
+) -> tuple[Sample, Planes] | Broken:
     file = pair.image
     try:
         subject = site_file.subject(pair.stem)
@@ -115,7 +127,7 @@ def _read(folder: Path, site_file: SiteFile, config: PreprocessingConfig, pair: 
         }
         return kind.sample(image, mask, described, config)
     except BrokenSampleError as error:
-        return Broken(file, _within(folder, error.reason), error.cure)
+        return Broken.of(file, BrokenSampleError(_within(folder, error.reason), error.cure))
 
 
 def _within(folder: Path, reason: str) -> str:

@@ -10,11 +10,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedsca_pipeline.errors import DataError
+from fedsca_pipeline.sites.discovery import is_own_file
 from fedsca_pipeline.sites.labels import LabelRule, number_of
 from fedsca_pipeline.sites.readers import BrokenSampleError
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
+
+# Bytes: a line of `subjects` for each of 200,000 images.
+_LARGEST = 2**24
 
 Class = Annotated[int, Field(ge=0, le=254)]
 
@@ -161,8 +165,12 @@ def read_site_file(folder: Path, *, terse: bool = False) -> SiteFile:
     path = folder / "site.yml"
     if (folder / "site.yaml").exists():
         raise DataError(f"{folder / 'site.yaml'}: this file is called site.yml; rename it")
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return SiteFile()
+    if not is_own_file(path, folder):
+        raise DataError(f"{path}: not a file of this site; put the file itself there, or delete it")
+    if path.stat().st_size > _LARGEST:
+        raise DataError(f"{path}: larger than {_LARGEST:,} bytes, which is no site.yml; mend or delete it")
     try:
         # BaseLoader makes nothing but strings, lists and dicts: it is safe, and a stem such as 0012 stays 0012.
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # noqa: S506
@@ -171,7 +179,7 @@ def read_site_file(folder: Path, *, terse: bool = False) -> SiteFile:
         problems = "; ".join((_problem_without_values if terse else _problem)(detail) for detail in error.errors())
         known = ", ".join(SiteFile.model_fields)
         raise DataError(f"{path}: {problems}. Known keys: {known}") from (None if terse else error)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         detail = type(error).__name__ if terse else " ".join(str(error).split())
         cure = "mend it (a colour needs quotes: '#ff0000'), or delete it"
         raise DataError(f"{path}: not readable YAML ({detail}); {cure}") from (None if terse else error)

@@ -93,6 +93,11 @@ def read_volume_mask(path: Path, image: Volume) -> np.ndarray:
     return whole_numbers(volume.voxels)
 
 
+def most_voxels(path: Path) -> int:
+    """Return how many voxels a file of this size may hold: compressed air is one thing, a bomb another."""
+    return min(MAX_VOXELS, max(_ALWAYS, _VOXELS_A_BYTE * path.stat().st_size))
+
+
 def check_grid(mask: Volume, image: Volume) -> None:
     """Do nothing where a mask lies on its image's grid.
 
@@ -158,18 +163,18 @@ def _checked(volume: Volume) -> Volume:
     return replace(volume, voxels=voxels, affine=affine)
 
 
-def check_voxels(shape: Sequence[int]) -> None:
+def check_voxels(shape: Sequence[int], most: int = MAX_VOXELS) -> None:
     """Do nothing where an array of this shape can be a volume. To be asked before anything of that size is allocated.
 
     Raises:
-        BrokenSampleError: it has no voxels, more than ``MAX_VOXELS``, or not two to four axes.
+        BrokenSampleError: it has no voxels, more than ``most``, or not two to four axes.
     """
     sides = [int(side) for side in shape]
     if min(sides, default=0) < 1:
         raise BrokenSampleError(f"has no voxels ({_by(sides)})", "export the file again")
-    if math.prod(sides) > MAX_VOXELS:
+    if math.prod(sides) > most:
         raise BrokenSampleError(
-            f"its header promises {_by(sides)} voxels, more than {MAX_VOXELS:,}",
+            f"its header promises {_by(sides)} voxels, more than {most:,}{' of such a file' * (most < MAX_VOXELS)}",
             "cut it into parts, or export it again",
         )
     if not 2 <= len(sides) <= 4:
@@ -178,7 +183,7 @@ def check_voxels(shape: Sequence[int]) -> None:
         )
 
 
-def _read_nifti(path: Path) -> Volume:
+def _read_nifti(path: Path, most: int) -> Volume:
     """Read a NIfTI with the affine that nibabel finds; MONAI's reader bends one that its pixdim contradicts."""
     import nibabel
     from monai.data.image_reader import NibabelReader
@@ -189,7 +194,7 @@ def _read_nifti(path: Path) -> Volume:
         image = nibabel.load(path)
         shape = tuple(image.shape)
         # NIfTI's vectors: a fifth axis after a time axis of length 1.
-        check_voxels(shape[:3] + shape[4:] if len(shape) == 5 and shape[3] == 1 else shape)
+        check_voxels(shape[:3] + shape[4:] if len(shape) == 5 and shape[3] == 1 else shape, most)
         mm = _NIFTI_UNITS[image.header.get_xyzt_units()[0]]
         reader = NibabelReader()
         voxels, _ = reader.get_data(reader.read(path))
@@ -198,7 +203,7 @@ def _read_nifti(path: Path) -> Volume:
     return Volume(voxels[:, :, :, 0] if voxels.ndim == 5 else voxels, np.diag([mm, mm, mm, 1.0]) @ image.affine)
 
 
-def _read_nrrd(path: Path) -> Volume:
+def _read_nrrd(path: Path, most: int) -> Volume:
     """Read a NRRD, whose modalities may stand first or last.
 
     MONAI's reader gives the content; geometry is found here, since MONAI's fails on a fourth axis and takes a header in
@@ -211,7 +216,7 @@ def _read_nrrd(path: Path) -> Volume:
         header = nrrd.read_header(str(path))
         if "data file" in header or "datafile" in header:
             raise _detached(header.get("data file", header.get("datafile")))
-        check_voxels(header["sizes"])
+        check_voxels(header["sizes"], most)
         voxels = NrrdReader().read(path).array
     except nrrd.NRRDError as error:
         raise unreadable(error) from error
@@ -241,7 +246,7 @@ def _nrrd_geometry(voxels: np.ndarray, header: Mapping[str, Any]) -> tuple[np.nd
     return voxels, np.diag([*_NRRD_SPACES[space], 1.0]) @ affine
 
 
-def _read_meta_image(path: Path) -> Volume:
+def _read_meta_image(path: Path, most: int) -> Volume:
     from monai.data.image_reader import ITKReader
 
     header = _meta_image_header(path)
@@ -251,7 +256,7 @@ def _read_meta_image(path: Path) -> Volume:
     channels = int(header.get("ElementNumberOfChannels", 1))
     if len(sides) > 3:
         raise BrokenSampleError(f"a MetaImage of {len(sides)} axes", "save the modalities as channels, or as NIfTI")
-    check_voxels([*sides, channels] if channels > 1 else sides)
+    check_voxels([*sides, channels] if channels > 1 else sides, most)
     reader = ITKReader()
     voxels, found = reader.get_data(reader.read(path))
     affine = np.eye(4)
@@ -290,9 +295,14 @@ def _read_dicom_segmentation(path: Path, image: Volume) -> Volume:
     return read_segmentation(path, image)
 
 
-def _alone(read: Callable[[Path], Volume]) -> Callable[[Path, Volume], Volume]:
-    """Return a mask reader of a format whose masks have a geometry of their own."""
-    return lambda path, _image: read(path)
+def _image(read: Callable[[Path, int], Volume]) -> Callable[[Path], Volume]:
+    """Return an image reader of a format that any program may have compressed."""
+    return lambda path: read(path, most_voxels(path))
+
+
+def _alone(read: Callable[[Path, int], Volume]) -> Callable[[Path, Volume], Volume]:
+    """Return a mask reader of a format whose masks have a geometry of their own; an empty one packs into nothing."""
+    return lambda path, image: read(path, max(_ALWAYS, math.prod(image.shape)))
 
 
 def _detached(data: Any) -> BrokenSampleError:
@@ -315,6 +325,8 @@ def _by(shape: Sequence[int]) -> str:
 _TOLERANCE = 0.1
 _FLAT = 1e-3
 _META_HEADER = 2**16
+# Skull-stripped heads, the best compressed images there are, hold some ten voxels in a byte of their file.
+_ALWAYS, _VOXELS_A_BYTE = 2**25, 100
 # mm of a unit; files that do not say are in mm, as viewers take them.
 _NIFTI_UNITS: Mapping[str, float] = MappingProxyType({"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001})
 # What turns an axis of the named space into RAS+.
@@ -332,12 +344,16 @@ _NRRD_SPACES: Mapping[str, tuple[float, float, float]] = MappingProxyType(
 SERIES, FRAMES, SEGMENTATION = ".series", ".frames", ".seg"
 """What ``pseudonyms`` calls a folder of DICOM files, a DICOM file of several frames, and a DICOM SEG of a volume."""
 
-_PLAIN_READERS: Mapping[str, Callable[[Path], Volume]] = MappingProxyType(
+_PLAIN_READERS: Mapping[str, Callable[[Path, int], Volume]] = MappingProxyType(
     {".nii": _read_nifti, ".nii.gz": _read_nifti, ".nrrd": _read_nrrd, ".mha": _read_meta_image}
 )
 
 IMAGE_READERS: Mapping[str, Callable[[Path], Volume]] = MappingProxyType(
-    {**_PLAIN_READERS, SERIES: _read_dicom_series, FRAMES: _read_dicom_frames}
+    {
+        **{suffix: _image(read) for suffix, read in _PLAIN_READERS.items()},
+        SERIES: _read_dicom_series,
+        FRAMES: _read_dicom_frames,
+    }
 )
 """Suffix to a function of a path. What it cannot parse it lets raise one of ``readers.UNREADABLE``."""
 
