@@ -1,0 +1,167 @@
+"""Preprocessing of PNG sites against a bare Pillow loop over the same files, and its memory over their number.
+
+    python benchmarks/preprocessing.py              # the demonstration sites at 256 and 1024 px, one and two processes
+    python benchmarks/preprocessing.py --data DIR   # the raw PNG sites of DIR too, one folder each
+
+The bare loop opens and decodes each image and its mask, makes the image RGB and resizes both (bilinear and nearest
+neighbour), and keeps nothing: no check, no hash, no normalisation, no file. Both candidates go through the same sites
+in the same number of processes, by the clock, and in one process by the processor's own seconds, which other work on
+the machine and reading ahead by threads leave alone. Memory is the peak of a process of its own, over sites made of
+shifted copies of one picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from measure import Ratio, in_turn, ratios, report, seconds
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from fedsca_pipeline.config import DemoSitesConfig, PreprocessingConfig
+from fedsca_pipeline.sites.demo import write_demo_sites
+from fedsca_pipeline.sites.geometry import fitted_size
+from fedsca_pipeline.sites.prepare import prepare_site
+
+CONFIG = PreprocessingConfig(on_bad_sample="quarantine")
+SPEED_LIMIT, MEMORY_LIMIT = 0.8, 1.1
+
+
+def main() -> None:
+    """Measure, print two tables, write ``results/preprocessing.json``."""
+    options = _options()
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        place = Path(folder)
+        data = {
+            f"demonstration, {side} px": _demonstration(place / f"demo_{side}", images, side)
+            for side, images in ((256, options.images), (1024, max(4, options.images // 4)))
+        }
+        if options.data:
+            data[options.data.resolve().parent.name] = options.data
+        findings, measured = [], {}
+        for name, raw in data.items():
+            ways = [(1, _processor_seconds), *((count, _clock_seconds) for count in options.processes)]
+            for processes, measure in ways:
+                found = _times(raw, place / "scratch", processes, measure, options.repetitions)
+                unit = "processor" if measure is _processor_seconds else "clock"
+                what = f"{name}; {processes} process{'es' * (processes > 1)}, {unit}"
+                speeds = ratios(found["bare loop"], found["prepare_site"])
+                findings.append(Ratio(what, "speed of the bare loop", speeds, SPEED_LIMIT, at_least=True))
+                measured[what] = found
+        peaks = {count: [_peak(place, count) for _ in range(options.peaks)] for count in options.counts}
+    least, most = min(peaks), max(peaks)
+    findings.append(Ratio(f"memory of {most} images", f"{least}", ratios(peaks[most], peaks[least]), MEMORY_LIMIT))
+    _show(peaks)
+    report("preprocessing", findings, {"seconds": measured, "peaks_mb": peaks})
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of raw sites, PNG only, to measure on as well")
+    parser.add_argument("--images", type=int, default=40, help="of each demonstration site of 256 px, 4 or more")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--counts", type=int, nargs="+", default=[100, 500, 2500], help="images of the memory table")
+    parser.add_argument("--repetitions", type=int, default=7, help="of the timing")
+    parser.add_argument("--peaks", type=int, default=1, help="repetitions of the memory table")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where everything is written")
+    return parser.parse_args()
+
+
+def _demonstration(raw: Path, images: int, side: int) -> Path:
+    write_demo_sites(raw, DemoSitesConfig(images_per_site=images, image_size=side))
+    return raw
+
+
+Measure = Callable[[ProcessPoolExecutor, Callable[[str], None], Sequence[str]], float]
+
+
+def _times(raw: Path, scratch: Path, processes: int, measure: Measure, repetitions: int) -> dict[str, list[float]]:
+    """Return seconds of each candidate over all sites, in processes that have done it once before."""
+    sites = sorted(path.name for path in raw.iterdir() if path.is_dir())
+    candidates = {"bare loop": partial(_bare, raw), "prepare_site": partial(_prepare, raw, scratch)}
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        timed = {name: partial(measure, pool, work, sites) for name, work in candidates.items()}
+        for work in timed.values():
+            work()
+        return in_turn(timed, repetitions)
+
+
+def _clock_seconds(pool: ProcessPoolExecutor, work: Callable[[str], None], sites: Sequence[str]) -> float:
+    return seconds(lambda: list(pool.map(work, sites)))
+
+
+def _processor_seconds(pool: ProcessPoolExecutor, work: Callable[[str], None], sites: Sequence[str]) -> float:
+    return sum(pool.map(partial(_worked, work), sites))
+
+
+def _worked(work: Callable[[str], None], site: str) -> float:
+    start = time.process_time()
+    work(site)
+    return time.process_time() - start
+
+
+def _bare(raw: Path, site: str) -> None:
+    for image in sorted((raw / site / "images").iterdir()):
+        for path, method in ((image, "BILINEAR"), (raw / site / "masks" / image.name, "NEAREST")):
+            with Image.open(path) as opened:
+                opened.load()
+                pixels = opened.convert("RGB") if method == "BILINEAR" else opened
+                height, width = fitted_size(opened.height, opened.width, CONFIG.image_size)
+                pixels.resize((width, height), Image.Resampling[method])
+
+
+def _prepare(raw: Path, scratch: Path, site: str) -> None:
+    prepare_site(raw, site, CONFIG, seed=0, scratch=scratch / site)
+
+
+def _peak(place: Path, count: int) -> float:
+    """Return the peak memory, in MB, of a process that prepares one site of so many images and nothing else."""
+    raw = place / f"many_{count}"
+    if not raw.is_dir():
+        _write_many(raw / "many", count)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_resident, raw, place / "scratch").result()
+
+
+def _resident(raw: Path, scratch: Path) -> float:
+    _prepare(raw, scratch, "many")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+
+
+def _write_many(folder: Path, count: int) -> None:
+    """Write a site of one picture, shifted by another step in each file, so that no two are the same."""
+    side = CONFIG.image_size
+    picture = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    mask = np.zeros((side, side), np.uint8)
+    mask[side // 4 : side // 2, side // 4 : side // 2] = 255
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    for number in range(count):
+        shift = divmod(number, side)
+        Image.fromarray(np.roll(picture, shift, (0, 1))).save(folder / "images" / f"{number}.png", compress_level=0)
+        Image.fromarray(mask).save(folder / "masks" / f"{number}.png")
+
+
+def _show(peaks: dict[int, list[float]]) -> None:
+    table = Table("images", "peak MB, median", "arrays on disk, MB")
+    each = 4 * CONFIG.image_size**2 / 1e6
+    for count, found in peaks.items():
+        table.add_row(f"{count:,}", f"{statistics.median(found):.0f}", f"{count * each:.0f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
