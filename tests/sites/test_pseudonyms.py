@@ -138,6 +138,8 @@ def spoil(raw: Path, dicom_files: Any) -> None:
     images, masks = raw / SITE / "images", raw / SITE / "masks"
     (images / "ANNA_1.dcm").write_bytes((images / "ANNA_1.dcm").read_bytes()[:400])
     (masks / "ANNA_2.png").write_bytes(b"ANNA")
+    (images / "ILSE_1.mha").write_text("NDims = 3\nDimSize = 2 2 2\nElementDataFile = ILSE.raw\n")
+    (masks / "ILSE_1.nii").write_bytes(b"ILSE")
     (masks / "BERT_1.png").unlink()
     write_mask(masks / "FRED_1.png")
     shutil.copy(images / "BERT_2.dcm", images / "BERT_2")
@@ -151,7 +153,7 @@ def spoil(raw: Path, dicom_files: Any) -> None:
     (raw / SITE / "site.yml").write_text("notes: none\n")
 
 
-SAID = ("ANNA", "BERT", "CARL", "DORA", "EMIL", "FRED", "GRETA", "HANS", "IDA")
+SAID = ("ANNA", "BERT", "CARL", "DORA", "EMIL", "FRED", "GRETA", "HANS", "IDA", "ILSE")
 
 
 def test_no_fault_of_a_file_tells_its_name_and_the_table_does(raw: Path, private: Path, dicom_files: Any) -> None:

@@ -82,11 +82,12 @@ def read_series(folder: Path) -> Volume:
         rows, columns = _size(headers[0])
         check_voxels((columns, rows, len(headers)))
         order, affine = _stack([_plane(header) for header in headers], headers[0])
-        voxels = np.empty((columns, rows, len(headers)), np.result_type(*map(_kind, headers)))
+        # Slice after slice in memory, as they come: each is written in one piece.
+        slices = np.empty((len(headers), rows, columns), np.result_type(*map(_kind, headers)))
         for place, index in enumerate(order):
             dataset = _numbered(index, files[index], pixels=True)
-            voxels[:, :, place] = _values(next(_decoded(dataset)), dataset, dataset).T
-        return Volume(voxels, affine, _frame_of_reference(headers[0]))
+            slices[place] = _values(next(_decoded(dataset)), dataset, dataset)
+        return Volume(slices.T, affine, _frame_of_reference(headers[0]))
 
 
 def read_multiframe(path: Path) -> Volume:
@@ -111,11 +112,11 @@ def read_multiframe(path: Path) -> Volume:
         planes = [_plane(dataset, frame) for frame in range(count)]
         order, affine = _stack(planes, dataset)
         rescales = [_rescale(dataset, frame) for frame in range(count)]
-        voxels = np.empty((columns, rows, count), np.result_type(*(_kind(dataset, item) for item in rescales)))
+        slices = np.empty((count, rows, columns), np.result_type(*(_kind(dataset, item) for item in rescales)))
         places = {index: place for place, index in enumerate(order)}
         for index, stored in enumerate(_decoded(dataset)):
-            voxels[:, :, places[index]] = _values(stored, dataset, rescales[index]).T
-        return Volume(voxels, affine, _frame_of_reference(dataset))
+            slices[places[index]] = _values(stored, dataset, rescales[index])
+        return Volume(slices.T, affine, _frame_of_reference(dataset))
 
 
 def read_segmentation(path: Path, image: Volume) -> Volume:

@@ -23,12 +23,17 @@ _MAX_BYTES = 6 * MAX_PIXELS
 
 
 class BrokenSampleError(DataError):
-    """One file cannot be used: ``reason`` says why, ``cure`` what to do about it."""
+    """One file cannot be used: ``reason`` says why, ``cure`` what to do about it.
 
-    def __init__(self, reason: str, cure: str) -> None:
-        super().__init__(f"{reason}; {cure}")
-        self.reason = reason
+    ``quoted``, what a parser or the file itself says, ends the reason in brackets; ``unquoted`` is the reason without
+    it, for where a file may name its patient.
+    """
+
+    def __init__(self, reason: str, cure: str, quoted: str = "") -> None:
+        self.unquoted = reason
+        self.reason = f"{reason} ({quoted})" if quoted else reason
         self.cure = cure
+        super().__init__(f"{self.reason}; {cure}")
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -149,7 +154,7 @@ def check_not_empty(path: Path) -> None:
 def unreadable(error: Exception) -> BrokenSampleError:
     """Return what a parser's error means for the user."""
     detail = " ".join(str(error).split()) or type(error).__name__
-    return BrokenSampleError(f"cannot be read ({detail[:200]})", COPY_AGAIN)
+    return BrokenSampleError("cannot be read", COPY_AGAIN, quoted=detail[:200])
 
 
 def _read(path: Path, *, labels: bool) -> np.ndarray:

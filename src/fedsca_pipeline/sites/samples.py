@@ -21,7 +21,7 @@ from fedsca_pipeline.sites.geometry import ByteCounts, Channels, fit_mask, norma
 from fedsca_pipeline.sites.labels import LabelRule, read_classes, read_volume_classes
 from fedsca_pipeline.sites.pairing import Broken, Pair
 from fedsca_pipeline.sites.readers import BrokenSampleError, is_small, read_image
-from fedsca_pipeline.sites.site_file import SiteFile
+from fedsca_pipeline.sites.site_file import HiddenSiteFile, SiteFile
 from fedsca_pipeline.sites.slices import VolumeSlices
 from fedsca_pipeline.sites.volumes import is_volume, read_volume
 
@@ -127,7 +127,9 @@ def _read_pair(
         }
         return kind.sample(image, mask, described, config)
     except BrokenSampleError as error:
-        return Broken.of(file, BrokenSampleError(_within(folder, error.reason), error.cure))
+        hidden = isinstance(site_file, HiddenSiteFile)
+        reason = error.unquoted if hidden else _within(folder, error.reason)
+        return Broken.of(file, BrokenSampleError(reason, error.cure))
 
 
 def _within(folder: Path, reason: str) -> str:

@@ -307,7 +307,7 @@ def _alone(read: Callable[[Path, int], Volume]) -> Callable[[Path, Volume], Volu
 
 def _detached(data: Any) -> BrokenSampleError:
     return BrokenSampleError(
-        f"a header whose voxels are in another file ({data})", "save header and voxels as one file"
+        "a header whose voxels are in another file", "save header and voxels as one file", quoted=str(data)
     )
 
 

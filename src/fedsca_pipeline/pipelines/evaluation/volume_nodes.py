@@ -146,6 +146,6 @@ class _TestVolumes:
             return VolumeSlices(volume, config.volume, config.normalise, config.image_size), truth
         except BrokenSampleError as error:
             raise DataError(
-                f"{self._folder / files['image']}: it or its mask cannot be read any more ({error.reason}); put both "
+                f"{self._folder / files['image']}: it or its mask cannot be read any more ({error.unquoted}); put both "
                 "back, or run 'kedro run --pipeline=preprocessing' again"
             ) from error
