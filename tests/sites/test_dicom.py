@@ -283,12 +283,12 @@ def test_a_film_is_no_volume_and_a_volume_no_frame(tmp_path: Path, dicom_files: 
     assert "several frames" in reason(read_frame, path)
 
 
-def two_segments(count: int) -> np.ndarray:
-    """Two segments of [N, 5, 6] pixels that overlap in one pixel of slice 2; slices 0 and 3 are empty."""
+def two_segments(count: int, *, overlap: bool = True) -> np.ndarray:
+    """Two segments of [N, 5, 6] pixels, which may overlap in one pixel of slice 2; slices 0 and 3 are empty."""
     labels = np.zeros((count, 5, 6, 2), np.uint8)
     labels[1, 1:3, 2:6, 0] = 1
     labels[2, 0:4, 1:3, 1] = 1
-    labels[2, 3, 2:5, 0] = 1
+    labels[2, 3, 2:5, 0] = overlap
     return labels
 
 
@@ -315,8 +315,7 @@ def test_a_segmentation_lies_where_it_was_drawn_and_the_higher_segment_wins(
 
 def test_a_label_map_segmentation_is_read_too(tmp_path: Path, dicom_files: Any) -> None:
     slices = dicom_files.slices(STORED, AFFINE)
-    labels = two_segments(4)
-    labels[2, 3, 2:5, 0] = 0
+    labels = two_segments(4, overlap=False)
     path = dicom_files.segmentation(tmp_path / "m.seg", slices, labels, kind="LABELMAP")
     image = read_series(dicom_files.series(tmp_path / "a", slices))
     np.testing.assert_array_equal(
@@ -426,6 +425,32 @@ def test_damage_anywhere_gives_an_image_or_a_broken_sample_and_tells_no_value(
             said = ""
     assert not warned
     assert not any(word in said + caplog.text for word in ("Zweistein", "4711", "1902"))
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "LABELMAP", "frames"])
+def test_damage_to_segmentations_and_multi_frame_files_never_raises_anything_but_a_broken_sample(
+    tmp_path: Path, dicom_files: Any, kind: str
+) -> None:
+    slices = dicom_files.slices(STORED, AFFINE)
+    image = read_series(dicom_files.series(tmp_path / "a", slices))
+    path = tmp_path / "b.dcm"
+    if kind == "frames":
+        dicom_files.save(path, enhanced(dicom_files, slices))
+    else:
+        dicom_files.segmentation(path, slices, two_segments(4, overlap=False), kind=kind)
+    whole = path.read_bytes()
+    broken = 0
+    for seed in range(120):
+        rng = np.random.default_rng(seed)
+        content = bytearray(whole)
+        for place in rng.integers(132, len(content), rng.integers(1, 6)):
+            content[place] = rng.integers(256)
+        path.write_bytes(content)
+        try:
+            read_multiframe(path) if kind == "frames" else read_segmentation(path, image)
+        except BrokenSampleError:
+            broken += 1
+    assert broken
 
 
 def test_warnings_and_log_of_pydicom_say_nothing(

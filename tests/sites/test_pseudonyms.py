@@ -217,3 +217,8 @@ def test_a_site_without_dicom_keeps_its_names_unless_it_asks(tmp_path: Path, pri
     source = open_site(tmp_path / "raw", SITE, private)
     assert "ANNA" not in str(pair_files(source.folder, source.home))
     assert source.legend
+    assert readable_folder(tmp_path / "raw", SITE, private) == source.folder
+
+    (tmp_path / "raw" / SITE / "site.yml").unlink()
+    open_site(tmp_path / "raw", SITE, private)
+    assert readable_folder(tmp_path / "raw", SITE, private) == tmp_path / "raw" / SITE

@@ -62,7 +62,7 @@ def read_frame(path: Path) -> np.ndarray:
         dataset = _image(path, pixels=True)
         if _frames(dataset) > 1:
             raise BrokenSampleError("a file of several frames", "read it as a volume")
-        return _values(next(_decoded(dataset)), dataset, dataset)
+        return _values(_frame(dataset), dataset, dataset)
 
 
 def read_series(folder: Path) -> Volume:
@@ -86,7 +86,7 @@ def read_series(folder: Path) -> Volume:
         slices = np.empty((len(headers), rows, columns), np.result_type(*map(_kind, headers)))
         for place, index in enumerate(order):
             dataset = _numbered(index, files[index], pixels=True)
-            slices[place] = _values(next(_decoded(dataset)), dataset, dataset)
+            slices[place] = _values(_frame(dataset), dataset, dataset)
         return Volume(slices.T, affine, _frame_of_reference(headers[0]))
 
 
@@ -224,8 +224,8 @@ class _SegmentationFrames:
 
     def _segment_number(self, frame: int) -> int:
         groups = (self._seg.PerFrameFunctionalGroupsSequence[frame], *self._seg.SharedFunctionalGroupsSequence)
-        found = next(group for group in groups if "SegmentIdentificationSequence" in group)
-        return int(found.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+        found = [group.SegmentIdentificationSequence[0] for group in groups if "SegmentIdentificationSequence" in group]
+        return int(found[0].ReferencedSegmentNumber)
 
 
 def _lay(voxels: np.ndarray, labels: np.ndarray, to_index: np.ndarray, elsewhere: str = "refused") -> None:
@@ -248,7 +248,7 @@ def _lay(voxels: np.ndarray, labels: np.ndarray, to_index: np.ndarray, elsewhere
 
 def _volume_of_one(dataset: Dataset) -> Volume:
     _, affine = _stack([_plane(dataset)], dataset)
-    values = _values(next(_decoded(dataset)), dataset, dataset)
+    values = _values(_frame(dataset), dataset, dataset)
     return Volume(values.T[..., None], affine, _frame_of_reference(dataset))
 
 
@@ -418,6 +418,12 @@ def _decoded(dataset: Dataset) -> Iterator[np.ndarray]:
 
     _check_streams(dataset)
     return iter_pixels(dataset, decoding_plugin=_decoder(dataset.file_meta.TransferSyntaxUID))
+
+
+def _frame(dataset: Dataset) -> np.ndarray:
+    for stored in _decoded(dataset):
+        return stored
+    raise ValueError("no frame")
 
 
 def _decoder(syntax: UID) -> str:

@@ -64,6 +64,8 @@ def open_site(raw: Path, site: str, private: Path) -> SiteSource:
     site_file = read_site_file(home, terse=has_dicom)
     # Where a whole folder is missing there is no file to name, and the folder itself is to be named.
     if not (has_dicom or site_file.hide_names) or {kind for kind, _ in files} != set(KINDS):
+        # Of an earlier time: names must not lead there any more.
+        shutil.rmtree(private / VIEW, ignore_errors=True)
         return SiteSource(home, home, site_file)
     try:
         return _Hidden(home, private, site_file).source(files)
