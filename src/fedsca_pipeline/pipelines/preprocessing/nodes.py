@@ -34,7 +34,7 @@ def prepare_for(site: str) -> Callable[..., tuple[Any, Any, dict[str, Any]]]:
             raw_sites, site, preprocessing, run.seed, previous_manifest, scratch=model_input, private=private
         )
         broken = prepared.report["broken"]
-        logger.info("%s: %d images, %d broken", site, len(prepared.manifest), len(broken))
+        logger.info("%s: %d images, %d broken", site, prepared.report["counts"]["used"], len(broken))
         for entry in broken:
             logger.warning("%s: %s: %s (left out; %s)", site, entry["file"], entry["reason"], entry["cure"])
         if broken and prepared.report["pseudonyms"]:
