@@ -85,7 +85,7 @@ class SiteModel(nn.Module):
         """Segment a volume, in any orientation, on its own grid.
 
         Args:
-            source: the volume, or a NIfTI, NRRD or MetaImage file.
+            source: the volume, or a NIfTI, NRRD, MetaImage or DICOM file, or the folder of a DICOM series.
             batch_size: slices at a time.
 
         Returns:
