@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nibabel.orientations import io_orientation, ornt_transform
 from pydicom import Dataset, dcmread
 from pydicom.data import get_testdata_file
 from pydicom.uid import (
@@ -311,6 +313,18 @@ def test_a_segmentation_lies_where_it_was_drawn_and_the_higher_segment_wins(
     for place in np.ndindex(STORED.shape):
         index = np.rint(back @ [*place, 1.0])[:3].astype(int)
         assert mask[tuple(index)] == wanted[place[2], place[1], place[0]]
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(affine=orientations(), other=orientations())
+def test_a_nifti_mask_of_a_series_is_laid_on_it_however_a_converter_turned_its_axes(
+    tmp_path_factory: pytest.TempPathFactory, dicom_files: Any, affine: np.ndarray, other: np.ndarray
+) -> None:
+    folder = tmp_path_factory.mktemp("nifti")
+    image = read_series(dicom_files.series(folder / "a", dicom_files.slices(STORED, affine)))
+    turn = ornt_transform(io_orientation(image.affine), io_orientation(other))
+    nibabel.save(nibabel.Nifti1Image(image.voxels, image.affine).as_reoriented(turn), folder / "m.nii.gz")
+    np.testing.assert_array_equal(read_volume_mask(folder / "m.nii.gz", image), image.voxels)
 
 
 def test_a_label_map_segmentation_is_read_too(tmp_path: Path, dicom_files: Any) -> None:

@@ -566,7 +566,7 @@ class _Silence:
 
 
 _SILENCE = _Silence("pydicom", "highdicom", "pylibjpeg", "libjpeg", "openjpeg")
-# Of those that survived a thousand damaged files of each syntax, in order; gdcm did not, nor did pylibjpeg-rle.
+# In this order. Without gdcm, which damaged files ended the process in, and pylibjpeg-rle, which panicked.
 _PLUGINS = ("pydicom", "pylibjpeg", "pyjpegls", "pillow")
 _LPS_TO_RAS: Any = np.diag([-1.0, -1.0, 1.0, 1.0])
 # Segmentation Storage and Label Map Segmentation Storage.

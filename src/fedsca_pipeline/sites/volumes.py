@@ -78,7 +78,9 @@ def read_volume(path: Path) -> Volume:
 
 
 def read_volume_mask(path: Path, image: Volume) -> np.ndarray:
-    """Read the mask of ``image`` as integers [X, Y, Z], as stored, before any label map.
+    """Read the mask of ``image`` as integers [X, Y, Z] on its grid, before any label map.
+
+    A mask that has the image's voxels in another order (converters of DICOM to NIfTI turn rows round) is turned back.
 
     Raises:
         BrokenSampleError: as of ``read_volume``, not of whole numbers, or not on the image's grid: another shape, or a
@@ -89,8 +91,18 @@ def read_volume_mask(path: Path, image: Volume) -> np.ndarray:
         raise BrokenSampleError(
             f"a mask of {volume.voxels.shape[3]} modalities", "save one label map: one whole number a voxel"
         )
+    volume = _turned(volume, image.affine)
     check_grid(volume, image)
     return whole_numbers(volume.voxels)
+
+
+def _turned(volume: Volume, affine: np.ndarray) -> Volume:
+    """Return a volume with its axes in the order and directions of ``affine``'s; nothing is resampled."""
+    from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
+
+    turn = ornt_transform(io_orientation(volume.affine), io_orientation(affine))
+    voxels = apply_orientation(volume.voxels, turn)
+    return replace(volume, voxels=voxels, affine=volume.affine @ inv_ornt_aff(turn, volume.shape))
 
 
 def most_voxels(path: Path) -> int:
@@ -111,7 +123,7 @@ def check_grid(mask: Volume, image: Volume) -> None:
     if (away := _largest_distance(mask.affine, image.affine, image.shape)) > _TOLERANCE * min(image.spacing):
         raise BrokenSampleError(
             f"lies elsewhere than its image: their affines differ by up to {away:.3g} mm",
-            "export the mask on the image's grid, in its orientation",
+            "export the mask on the image's grid",
         )
 
 
