@@ -178,6 +178,14 @@ def test_a_volume_in_one_file_is_the_same_as_its_series(tmp_path: Path, dicom_fi
     assert read_header(tmp_path / "a.frames").frames == 4
 
 
+def test_a_volume_is_read_under_the_name_that_its_owner_gave_it(tmp_path: Path, dicom_files: Any) -> None:
+    slices = dicom_files.slices(STORED, AFFINE)
+    folder = dicom_files.series(tmp_path / "1.2.840.7", slices)
+    np.testing.assert_array_equal(read_volume(folder).voxels, STORED)
+    one = dicom_files.save(tmp_path / "one.dcm", slices[1])
+    np.testing.assert_array_equal(read_volume(one).voxels, STORED[..., 1:2])
+
+
 def enhanced(dicom_files: Any, slices: list[Any]) -> Any:
     """Return the slices as one file, with a slope of 2 and an intercept of 1."""
     from pydicom.uid import EnhancedCTImageStorage
