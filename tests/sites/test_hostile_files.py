@@ -13,6 +13,8 @@ import pytest
 
 from fedsca_pipeline.sites.pairing import shown
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+
 GIB = 2**30
 # Seconds of the processor for one file.
 LONGEST = 10

@@ -11,7 +11,6 @@ import gzip
 import io
 import json
 import os
-import resource
 import struct
 import sys
 import tempfile
@@ -541,7 +540,7 @@ def main() -> None:
         broken = [{**entry, "file": named.get(entry["file"], entry["file"])} for entry in prepared.report["broken"]]
         found[site] = {"used": [named.get(file, file) for file in used], "broken": broken}
     faulthandler.cancel_dump_traceback_later()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    peak = _peak() - before
     json.dump({"sites": found, "peak": peak, **watch.findings()}, sys.stdout)
 
 
@@ -554,7 +553,17 @@ def _names(path: Path) -> dict[str, str]:
 
 
 def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return _status("VmRSS")
+
+
+def _peak() -> int:
+    # What getrusage tells begins with the memory of the process that started this one.
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 class _Watch:
@@ -584,7 +593,7 @@ class _Watch:
         if not path.startswith(self._site):
             return
         faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
-        now, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        now, peak = time.process_time(), _peak()
         if self._last:
             self.seconds[self._last] = max(self.seconds.get(self._last, 0.0), now - self._since)
             self.grown[self._last] = self.grown.get(self._last, 0) + peak - self._peak
