@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# A test file a core; the files with costly fixtures stay whole.
+BY_FILE := -n auto --dist loadfile
 # Threads of one process each that wait for one another make small models slower, several times where cores are shared.
 ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
@@ -24,10 +26,10 @@ train: install  ## fetch the foundation, write the demonstration sites if there 
 	$(BIN)/kedro run --pipeline=federated_training
 
 test: install  ## the quick tests, as CI runs them
-	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow"
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow" $(BY_FILE)
 
 test-all: install  ## every test, the slow ones too
-	$(ONE_THREAD) $(BIN)/python -m pytest
+	$(ONE_THREAD) $(BIN)/python -m pytest $(BY_FILE)
 
 lint: install  ## style, formatting, import rules
 	$(BIN)/ruff check .
