@@ -233,7 +233,11 @@ class FederationConfig(_Config):
     server_memory: float = Field(
         4.0, ge=0.0, description="GiB for the server's arrays [sites, values]; what is beyond is on disk"
     )
-    fleet: Literal["in_process", "processes"] = "in_process"
+    fleet: Literal["in_process", "processes", "flower"] = "in_process"
+    deadline: Positive | None = Field(None, description="of fleet flower: s until a silent site is absent; null: never")
+    grace: Annotated[float, Field(ge=0.0)] | None = Field(
+        None, description="of fleet flower: s that a round waits for the rest once the quorum is there; null: deadline"
+    )
     workers: OrAuto[Annotated[int, Field(ge=1)]] = Field(None, description="of fleet processes: how many")
     devices: OrAuto[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]] = Field(
         None, description="of fleet processes: numbers of the CUDA devices to use"

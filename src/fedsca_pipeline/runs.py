@@ -34,8 +34,11 @@ _LIBRARIES = (
 )
 _CURRENT = "current.json"
 
-CHANGES_NO_NUMBER = frozenset({"fleet", "workers", "devices", "server_memory"})
-"""Of ``federation``: how the work is spread and where arrays lie, which changes no number at equal threads a site."""
+CHANGES_NO_NUMBER = frozenset({"fleet", "workers", "devices", "server_memory", "deadline", "grace"})
+"""Of ``federation``: how the work is spread, how long is waited and where arrays lie.
+
+None changes a number at equal threads a site, as long as the same sites answer.
+"""
 
 CONFIGURATION: Mapping[str, type[BaseModel]] = MappingProxyType(
     {

@@ -11,7 +11,7 @@ from fedsca_pipeline.config import AdaptersConfig
 from fedsca_pipeline.errors import MessageError, SiteError
 from fedsca_pipeline.federation.batches import Batch, SiteBatches, build_augmentation, plain_batches
 from fedsca_pipeline.federation.local import LocalWorker, ignore_step, mean_dice, warm_up
-from fedsca_pipeline.federation.messages import Manifest, decode, encode, hash_tensors
+from fedsca_pipeline.federation.messages import TRAVELLING, Manifest, decode, encode, hash_tensors
 from fedsca_pipeline.federation.prefix import FeatureCache
 from fedsca_pipeline.federation.store import SiteStore
 from fedsca_pipeline.sites.arrays import SiteArrays
@@ -26,7 +26,7 @@ def payload(worker: LocalWorker, round_: int = 1, *, kind: str = "aggregate", si
         site=site,
         base_hash=hash_tensors(tensors),
         samples=0,
-        dtype="fp32",
+        dtype=TRAVELLING[worker.settings.wire_dtype][-1],
         relative=False,
         metrics={},
     )
@@ -136,10 +136,10 @@ def test_int8_keeps_what_rounding_took_for_the_next_update(make_worker, make_sit
 
     reply = decode(worker.work(payload(worker), 1, "a", data, store, ignore_step))
 
-    residual = store.state_before(2).residual
+    state = store.state_before(2)
     for name in worker.shared:
-        exact = worker.parameters[name].detach() - worker.initial[name]
-        torch.testing.assert_close(reply.tensors[name] + residual[name], exact, rtol=0, atol=1e-6)
+        exact = worker.parameters[name].detach() - state.base[name]
+        torch.testing.assert_close(reply.tensors[name] + state.residual[name], exact, rtol=0, atol=1e-6)
 
 
 def test_a_difference_is_refused_by_a_site_that_holds_nothing(make_worker, make_site, tmp_path: Path) -> None:

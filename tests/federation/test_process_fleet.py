@@ -115,7 +115,7 @@ def tensors(answer: bytes | Failure) -> dict[str, torch.Tensor]:
 )
 def test_a_run_is_the_same_bits_in_one_process_and_in_several(here, opened, tmp_path: Path, adapters) -> None:
     results = []
-    for name in FLEETS:
+    for name in sorted(FLEETS.keys() - {"flower"}):
         sites = here(name, adapters=adapters)
         start = start_values(sites)
         server = Server(

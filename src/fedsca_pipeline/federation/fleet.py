@@ -37,7 +37,7 @@ class Fleet(Protocol):
     """Reaches sites; says nothing about what is sent."""
 
     def sites(self) -> Sequence[str]:
-        """Names of the sites that can be reached now, sorted."""
+        """Names of the run's sites, sorted, whether or not they can be reached now."""
         ...
 
     def exchange(
@@ -48,9 +48,10 @@ class Fleet(Protocol):
         Args:
             round_: number of the round, from 1.
             payloads: site to message.
-            deadline: seconds until a silent site counts as failed; None waits for ever.
-            quorum: enough replies to stop waiting for the rest after ``grace``.
-            grace: seconds.
+            deadline: seconds until a silent site counts as failed, if the quorum has answered; None waits for ever.
+            quorum: enough replies to stop waiting for the rest after ``grace``; with fewer a fleet whose sites may come
+                back goes on waiting.
+            grace: seconds, from the moment the quorum is there; infinity waits until the deadline.
         """
         ...
 

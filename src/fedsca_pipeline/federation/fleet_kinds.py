@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from fedsca_pipeline.config import FederationConfig, RunConfig
+from fedsca_pipeline.errors import ConfigError
 from fedsca_pipeline.federation import forkserver
 
 if TYPE_CHECKING:
@@ -49,9 +50,22 @@ FLEETS: Mapping[str, FleetKind] = MappingProxyType(
     {
         "in_process": FleetKind(_one_at_once, _prepare_nothing, "fleet:open_in_process"),
         "processes": FleetKind(_workers_at_once, forkserver.start, "process_fleet:open_processes"),
+        "flower": FleetKind(_one_at_once, _prepare_nothing, "fleet_kinds:refuse_local_sites"),
     }
 )
 """``federation.fleet`` to its kind; ``opener`` is ``module:function`` in this package."""
+
+
+def refuse_local_sites(_config: FederationConfig, _here: LocalSites, _on_step: StepCallback) -> NoReturn:
+    """Open nothing: a deployed federation's sites are on other machines (docs/deployment.md).
+
+    Raises:
+        ConfigError: always.
+    """
+    raise ConfigError(
+        "federation.fleet: flower trains at hospitals, with --pipeline=federated_training; for sites on this machine "
+        "set it to in_process or processes"
+    )
 
 
 def site_threads(run: RunConfig, federation: FederationConfig, sites: int) -> int:

@@ -19,10 +19,12 @@ from fedsca_pipeline.federation.batches import AS_IT_STANDS, VIEWS, Batch, SiteB
 from fedsca_pipeline.federation.devices import autocast, stream_seed
 from fedsca_pipeline.federation.losses import SegmentationLoss, among, build_loss
 from fedsca_pipeline.federation.messages import (
+    TRAVELLING,
     Compression,
     Manifest,
     Message,
     TensorLayout,
+    WireDtype,
     as_decoded,
     check,
     decode,
@@ -60,7 +62,7 @@ class LocalSettings:
     run: str
     seed: int
     classes: int
-    wire_dtype: str
+    wire_dtype: WireDtype
     evaluation_batch: int
     threshold: float
     training: TrainingConfig
@@ -211,6 +213,7 @@ class LocalWorker:
             site=site,
             base_hash=base_hash,
             shapes=self.shapes,
+            dtypes=TRAVELLING[self.settings.wire_dtype],
         )
         if manifest.relative and state is None:
             raise SiteError(f"{site}: round {round_} came as a difference, but this site holds nothing to add it to")

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, get_args
 
 import torch
 import zstandard
@@ -26,6 +27,14 @@ from fedsca_pipeline.errors import MessageError
 WireDtype = Literal["fp32", "fp16", "int8"]
 Compression = Literal["zstd", "none"]
 MessageKind = Literal["aggregate", "update", "final", "report"]
+
+METRICS = frozenset({"dice_validation", "dice_local", "loss", "steps", "seconds"})
+"""The only metrics that a message may carry."""
+
+TRAVELLING: Mapping[WireDtype, tuple[WireDtype, ...]] = MappingProxyType(
+    {"fp32": ("fp32",), "fp16": ("fp16",), "int8": ("int8", "fp16")}
+)
+"""``federation.wire_dtype`` to the dtypes that its messages may have: a site without a base gets no difference."""
 
 _MANIFEST = "manifest"
 _SCALE = "::scale"  # no module path holds a colon, so a scale never hides a tensor
@@ -140,6 +149,25 @@ def decode(data: bytes, *, max_bytes: int = 2**30) -> Message:
     return Message(manifest, _CODECS[manifest.dtype].unpack(entries))
 
 
+def outline(data: bytes, *, max_bytes: int = 2**30) -> dict[str, Any]:
+    """Return what a message holds without its values: ``manifest``, and ``tensors``, name to dtype and shape.
+
+    For whoever keeps a record of the wire, or must know which run a message is of before it can be checked.
+
+    Raises:
+        MessageError: as :func:`decode`.
+    """
+    blob = _decompressed(data, max_bytes) if data.startswith(zstandard.FRAME_HEADER) else data
+    if len(blob) > max_bytes:
+        raise _too_large(len(blob), max_bytes)
+    try:
+        entries = deserialize(blob)
+    except SafetensorError as error:
+        raise MessageError(f"a message of {len(blob)} bytes is not safetensors: {error}") from error
+    tensors = {name: [view["dtype"], list(view["shape"])] for name, view in entries}
+    return {"manifest": asdict(_read_manifest(blob)), "tensors": tensors}
+
+
 def most_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Return a bound on the bytes of any honest message with tensors of ``shapes``, decompressed."""
     values = sum(math.prod(shape) for shape in shapes.values())
@@ -155,8 +183,12 @@ def check(
     site: str,
     base_hash: str | None,
     shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Collection[WireDtype] = get_args(WireDtype),
 ) -> None:
-    """Raise a MessageError that names all that differs from what was expected; ``base_hash`` None accepts any base."""
+    """Raise a MessageError that names all that differs from what was expected; ``base_hash`` None accepts any base.
+
+    Metrics are those of ``METRICS`` alone, and finite.
+    """
     manifest = message.manifest
     expected = {"kind": kind, "run": run, "round": round, "site": site}
     if base_hash is not None:
@@ -166,6 +198,12 @@ def check(
         for name, value in expected.items()
         if getattr(manifest, name) != value
     ]
+    if manifest.dtype not in dtypes:
+        faults.append(f"wire dtype is {manifest.dtype}, expected {' or '.join(dtypes)}")
+    if unknown := sorted(manifest.metrics.keys() - METRICS):
+        faults.append(f"unexpected metrics: {_some(unknown)}")
+    if infinite := sorted(name for name, value in manifest.metrics.items() if not math.isfinite(value)):
+        faults.append(f"metrics that are not finite: {_some(infinite)}")
     if manifest.kind == "update" and manifest.samples < 1:
         faults.append(f"sample count {manifest.samples} is below 1")
     if missing := sorted(shapes.keys() - message.tensors.keys()):

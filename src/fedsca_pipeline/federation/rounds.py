@@ -18,6 +18,7 @@ from fedsca_pipeline.federation.devices import stream_seed
 from fedsca_pipeline.federation.fleet import Failure, Fleet
 from fedsca_pipeline.federation.memory import RoundMemory
 from fedsca_pipeline.federation.messages import (
+    TRAVELLING,
     Manifest,
     Message,
     TensorLayout,
@@ -191,7 +192,15 @@ class Server:
         Their updates are in the first rows of the round's memory, in the same order.
         """
         payloads = {site: message.payload for site, message in sent.items()}
-        answers = dict(self.fleet.exchange(round_, payloads, deadline=None, quorum=self.config.quorum, grace=0.0))
+        answers = dict(
+            self.fleet.exchange(
+                round_,
+                payloads,
+                deadline=self.config.deadline,
+                quorum=self.config.quorum,
+                grace=math.inf if self.config.grace is None else self.config.grace,
+            )
+        )
         replies: dict[str, Manifest] = {}
         records = {site: SiteRecord(absent="not drawn this round") for site in self.sites if site not in sent}
         for site, message in sent.items():
@@ -224,7 +233,16 @@ class Server:
     def _checked(self, answer: bytes, round_: int, site: str, sent: Sent, kind: str) -> Message:
         shapes = self.shapes if kind == "update" else {}
         reply = decode(answer, max_bytes=most_bytes(shapes))
-        check(reply, kind=kind, run=self.run, round=round_, site=site, base_hash=sent.base_hash, shapes=shapes)
+        check(
+            reply,
+            kind=kind,
+            run=self.run,
+            round=round_,
+            site=site,
+            base_hash=sent.base_hash,
+            shapes=shapes,
+            dtypes=TRAVELLING[self.config.wire_dtype],
+        )
         return reply
 
     def _bases(
