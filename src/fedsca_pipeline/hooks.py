@@ -56,13 +56,14 @@ class ProjectHooks:
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
         """Tell the registry where the raw sites are, and read ``mlflow.yml``."""
-        from fedsca_pipeline.pipeline_registry import raw_folder
+        from fedsca_pipeline.pipeline_registry import deployed, raw_folder
 
         catalog = context.config_loader["catalog"]
         # The loader would read, merge and resolve it again for Kedro.
         context.config_loader["catalog"] = catalog
         raw = catalog["raw_sites"]["path"]
         raw_folder.set(context.project_path / raw)
+        deployed.set(_is_deployed(context.config_loader["parameters"]))
         settle_sites(context.project_path / raw)
         writer = (_tracking_config(context), context.project_path, " ".join(["kedro", *sys.argv[1:]]))
         self._tracker, self._comparison = Tracker(*writer), ComparisonTracker(*writer)
@@ -82,7 +83,7 @@ class ProjectHooks:
         if "params:comparison" in pipeline.inputs():
             from fedsca_pipeline.pipelines.comparison.nodes import check_comparison
 
-            check_comparison(parameters, _sites())
+            check_comparison(parameters, _sites(parameters))
         if "params:strategies" in pipeline.inputs():
             _check_parameters(parameters)
             if description and not parameters["force"]:
@@ -250,7 +251,7 @@ def _check_parameters(parameters: Mapping[str, Any]) -> None:
     from fedsca_pipeline.errors import ConfigError
     from fedsca_pipeline.federation.strategies import build_strategy, check_options
 
-    federation, sites = parameters["federation"], _sites()
+    federation, sites = parameters["federation"], _sites(parameters)
     strategy = build_strategy(federation.strategy, parameters["strategies"].get(federation.strategy) or {})
     strategy.check_use(parameters["adapters"].method)
     check_options(parameters["strategies"])
@@ -269,7 +270,17 @@ def _check_parameters(parameters: Mapping[str, Any]) -> None:
         logger.warning("only one site, %s: this is local training, nothing is federated", sites[0])
 
 
-def _sites() -> tuple[str, ...]:
+def _is_deployed(parameters: Mapping[str, Any]) -> bool:
+    """Tell whether the sites are on other machines, by parameters as models or as raw YAML."""
+    federation = parameters.get("federation") or {}
+    fleet = federation.get("fleet") if isinstance(federation, Mapping) else federation.fleet
+    return fleet == "flower"
+
+
+def _sites(parameters: Mapping[str, Any]) -> tuple[str, ...]:
+    if _is_deployed(parameters):
+        flower = parameters["flower"]
+        return tuple(flower["sites"] if isinstance(flower, Mapping) else flower.sites)
     from fedsca_pipeline.pipeline_registry import raw_folder
     from fedsca_pipeline.sites.discovery import DEMO_SITES, discover_sites
 
@@ -323,7 +334,10 @@ def _is_on_disk(name: str, catalog: DataCatalog) -> bool:
 
 def _described_now(parameters: Mapping[str, Any], catalog: DataCatalog) -> dict[str, Any] | None:
     """Describe the run that would start now; None where what it needs has not been prepared yet."""
-    sites = _sites()
+    if _is_deployed(parameters):
+        # The sites alone know which data they have; the pipeline asks them first.
+        return None
+    sites = _sites(parameters)
     if not all(catalog.exists(name) for name in ("foundation_provenance", *(f"{site}.report" for site in sites))):
         return None
     from fedsca_pipeline.pipelines.federated_training.nodes import configuration_of, data_version, threads_of

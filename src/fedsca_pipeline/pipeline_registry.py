@@ -9,6 +9,7 @@ from pathlib import Path
 from kedro.pipeline import Pipeline
 from kedro.utils import find_kedro_project
 
+from fedsca_pipeline.flower import pipeline as deployed_pipeline
 from fedsca_pipeline.pipelines.comparison import pipeline as comparison_pipeline
 from fedsca_pipeline.pipelines.data_report import pipeline as data_report_pipeline
 from fedsca_pipeline.pipelines.demo_sites import pipeline as demo_sites_pipeline
@@ -21,10 +22,15 @@ from fedsca_pipeline.sites.discovery import DEMO_SITES, discover_sites, may_hold
 
 # Kedro asks for pipelines without saying for which data; the hook that sees the context leaves the folder here.
 raw_folder: ContextVar[Path | None] = ContextVar("raw_folder", default=None)
+# Nor whether the sites are on other machines (federation.fleet: flower).
+deployed: ContextVar[bool] = ContextVar("deployed", default=False)
 
 
 def register_pipelines() -> dict[str, Pipeline]:
-    """Return every pipeline; per-site parts follow the folders under ``data/01_raw`` (the demonstration if none)."""
+    """Return every pipeline; per-site parts follow the folders under ``data/01_raw`` (the demonstration if none).
+
+    Where the sites are on other machines, ``federated_training`` and ``__default__`` are the coordinator's.
+    """
     # Kedro would rather have dots for namespaces only; <site>.<what> is how a site's data sets are found.
     warnings.filterwarnings("ignore", message="One or more dataset names contain '.'", category=UserWarning)
     raw = raw_folder.get() or (find_kedro_project(Path.cwd()) or Path.cwd()) / "data" / "01_raw"
@@ -35,6 +41,10 @@ def register_pipelines() -> dict[str, Pipeline]:
     foundation_ = foundation_pipeline.create_pipeline()
     trained = training_pipeline.create_pipeline(sites)
     federated = prepared + foundation_ + trained + evaluation_pipeline.create_scores(sites, volume_sites)
+    whole = federated + evaluation_pipeline.create_figures(sites)
+    if deployed.get():
+        federated = foundation_ + deployed_pipeline.create_pipeline()
+        whole = federated + evaluation_pipeline.create_curves()
     return {
         "import_sites": import_pipeline.create_pipeline(),
         "demo_sites": demo,
@@ -45,5 +55,5 @@ def register_pipelines() -> dict[str, Pipeline]:
         "federated_training": federated,
         "evaluation": evaluation_pipeline.create_pipeline(sites, volume_sites),
         "comparison": prepared + foundation_ + comparison_pipeline.create_pipeline(sites),
-        "__default__": federated + evaluation_pipeline.create_figures(sites),
+        "__default__": whole,
     }

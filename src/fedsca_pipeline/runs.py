@@ -174,9 +174,10 @@ def refuse_another_run(checkpoints: Path, description: Mapping[str, Any]) -> Non
 
 
 def finish_run(checkpoints: Path) -> None:
-    """Mark the current run as finished, so that another configuration may start."""
+    """Mark the current run as finished, so that another configuration may start; do nothing where there is none."""
     marker = checkpoints / _CURRENT
-    write_json(marker, {**read_json(marker), "finished": True})
+    if marker.is_file():
+        write_json(marker, {**read_json(marker), "finished": True})
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

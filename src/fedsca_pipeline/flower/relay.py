@@ -16,6 +16,8 @@ from fedsca_pipeline.flower import frames
 
 app = ServerApp()
 
+_LONGEST_REASON = 2_000  # characters
+
 _Frame = tuple[dict[str, Any], bytes]
 
 
@@ -34,7 +36,8 @@ def relay(grid: Grid, context: Context) -> None:
 
 
 def _nodes(grid: Grid, _header: Mapping[str, Any], _payload: bytes) -> _Frame:
-    return {"nodes": [[node.name, str(node.node_id)] for node in grid.get_nodes()]}, b""
+    nodes = [[node.name, str(node.node_id), node.last_activated_at] for node in grid.get_nodes()]
+    return {"nodes": nodes}, b""
 
 
 def _push(grid: Grid, header: Mapping[str, Any], payload: bytes) -> _Frame:
@@ -57,13 +60,22 @@ def _pull(grid: Grid, header: Mapping[str, Any], _payload: bytes) -> _Frame:
         if reply.has_error():
             entry |= {"error": str(reply.error.reason or f"code {reply.error.code}"), "bytes": 0}
         else:
-            answer = dict(reply.content.config_records.get("answer", ConfigRecord()))
-            payload = answer.pop("payload", b"")
-            parts.append(payload if isinstance(payload, bytes) else b"")
-            entry |= {"answer": {key: str(value) for key, value in answer.items()}, "bytes": len(parts[-1])}
-            entry["records"] = sorted(map(str, reply.content))
+            said, payload = _answer(reply.content)
+            parts.append(payload)
+            entry |= {"answer": said, "bytes": len(payload)}
         found.append(entry)
     return {"replies": found}, b"".join(parts)
+
+
+def _answer(content: RecordDict) -> _Frame:
+    """Return an honest site's answer: one record of a payload, and of ``failed`` where there is a reason for none."""
+    record = content["answer"] if list(content) == ["answer"] else None
+    if not isinstance(record, ConfigRecord) or not record.keys() <= {"payload", "failed"}:
+        return {"failed": "an answer with other records than the one that is expected"}, b""
+    payload, failed = record.get("payload"), record.get("failed")
+    if not isinstance(payload, bytes):
+        return {"failed": "an answer without a payload of bytes"}, b""
+    return ({} if failed is None else {"failed": str(failed)[:_LONGEST_REASON]}), payload
 
 
 _ANSWERS: Mapping[str, Callable[[Grid, Mapping[str, Any], bytes], _Frame]] = MappingProxyType(

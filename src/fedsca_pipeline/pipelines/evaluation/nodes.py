@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,9 +95,14 @@ def tabulate(
 
     images = pd.concat(scores, ignore_index=True)
     sites = site_table(images, preprocessing.names)
-    records = records_of(description, round_metrics)
+    final = final_table(sites, traffic_of(records_of(description, round_metrics), site_models))
+    return images, sites, final, json.loads(final.set_index("site").to_json(orient="index"))
+
+
+def traffic_of(records: Sequence[Any], site_models: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what crossed the wire and the chosen round, by site, as ``evaluation.tables.final_table`` asks for it."""
     # Of a model trained on pooled data no site has a record.
-    traffic = {
+    return {
         site: {
             "bytes_up": sum(r.sites[site].bytes_up for r in records if site in r.sites),
             "bytes_down": sum(r.sites[site].bytes_down for r in records if site in r.sites),
@@ -105,8 +110,6 @@ def tabulate(
         }
         for site, kept in site_models["sites"].items()
     }
-    final = final_table(sites, traffic)
-    return images, sites, final, json.loads(final.set_index("site").to_json(orient="index"))
 
 
 def draw_curves(description: dict[str, Any], round_metrics: Mapping[str, Any]) -> tuple[Any, Any, Any]:

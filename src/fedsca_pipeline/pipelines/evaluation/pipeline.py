@@ -103,13 +103,18 @@ def create_figures(sites: Sequence[str]) -> Pipeline:
         )
         for site in sites
     ]
+    return pipeline(drawings) + create_curves()
+
+
+def create_curves() -> Pipeline:
+    """Learning curves and weight heat maps, which need the rounds' records only."""
     curves = node(
         draw_curves,
         inputs=["run_description", "round_metrics"],
         outputs=["learning_curves", "weight_heatmap", "weight_heatmap_image"],
         name="draw_curves",
     )
-    return pipeline([*drawings, curves])
+    return pipeline([curves])
 
 
 def create_pipeline(sites: Sequence[str], volume_sites: Sequence[str] = ()) -> Pipeline:

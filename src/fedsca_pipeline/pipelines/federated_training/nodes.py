@@ -104,10 +104,10 @@ def train(
     with deterministic(run, threads) as device:
         strategy = build_strategy(federation.strategy, strategies.get(federation.strategy, {}))
         strategy.check_use(adapters.method)
-        model, layout = _trainable(foundation, adapters, foundations, preprocessing)
+        model, layout = build_trainable(foundation, adapters, foundations, preprocessing)
         if strategy.pools:
             training, data = training.times(len(data)), PooledData(data)
-        start = _start_values(model, strategy.shared(layout))
+        start = start_values(model, strategy.shared(layout))
         settings = LocalSettings(
             run=folder.fingerprint,
             seed=run.seed,
@@ -171,9 +171,9 @@ def export_site_models(
     from fedsca_pipeline.sites.arrays import known_in
 
     folder = RunFolder(checkpoints, description["fingerprint"])
-    model, layout = _trainable(foundation, adapters, foundations, preprocessing)
+    model, layout = build_trainable(foundation, adapters, foundations, preprocessing)
     strategy = build_strategy(federation.strategy, strategies.get(federation.strategy, {}))
-    start = _start_values(model, strategy.trained(layout))
+    start = start_values(model, strategy.trained(layout))
 
     known = {str(manifest["site"].iloc[0]): known_in(manifest, preprocessing.classes) for manifest in manifests}
     known[GENERAL_MODEL] = sorted(set().union(*known.values()))
@@ -233,14 +233,16 @@ def _site_data(site_inputs: tuple[Any, ...]) -> SiteData:
     return SiteData({str(manifest["site"].iloc[0]): (path, manifest) for manifest, path in pairs})
 
 
-def _start_values(model: SegmentationModel, names: Sequence[str]) -> dict[str, Tensor]:
+def start_values(model: SegmentationModel, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return copies of a model's parameters, by name."""
     parameters = dict(model.named_parameters())
     return {name: parameters[name].detach().clone() for name in names}
 
 
-def _trainable(
+def build_trainable(
     foundation: FoundationConfig, adapters: AdaptersConfig, foundations: Path, preprocessing: PreprocessingConfig
 ) -> tuple[SegmentationModel, TensorLayout]:
+    """Return the foundation with adapters attached, on the CPU, and the places of its tensors."""
     from fedsca_pipeline.adapters.attach import attach_adapters, tensor_layout
     from fedsca_pipeline.foundation import load_foundation
 

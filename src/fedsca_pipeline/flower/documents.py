@@ -1,0 +1,128 @@
+"""What coordinator and site tell one another beside the rounds' messages: JSON of a fixed form, and nothing else.
+
+From a site only counts, hashes and means leave: no file name, no row of a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedsca_pipeline.errors import MessageError
+from fedsca_pipeline.runs import CONFIGURATION
+
+MOST_BYTES = 2**18
+"""Of one document."""
+
+Hash = Field(pattern=r"^[0-9a-f]{8,64}$")
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Terms(_Document):
+    """Coordinator to site, before a run: what the data will be used for, so that the site can prepare them."""
+
+    configuration: dict[str, Any]
+    code: str = Hash
+
+
+class Prepared(_Document):
+    """Site to coordinator: its data are ready. ``version`` and ``foundation`` go into the run's fingerprint."""
+
+    site: str
+    version: str = Field(pattern=r"^[0-9a-f]{16}-[0-9a-f]{16}$")
+    foundation: str = Hash
+    train: int = Field(ge=1)
+    validation: int = Field(ge=0)
+    test: int = Field(ge=0)
+
+
+class Description(_Document):
+    """Coordinator to site, at a run's start: all that decides its numbers, as ``runs.describe_run`` returns it."""
+
+    fingerprint: str = Field(pattern=r"^[0-9a-f]{16}$")
+    configuration: dict[str, Any]
+    data: dict[str, str]
+    foundation: str = Hash
+    code: str = Hash
+    threads: int = Field(ge=1)
+
+
+class Opened(_Document):
+    """Site to coordinator: it takes part in the run."""
+
+    site: str
+    run: str
+
+
+class Finished(_Document):
+    """Coordinator to site, after the last round: write the models and test them."""
+
+    run: str = Field(pattern=r"^[0-9a-f]{16}$")
+
+
+class Means(_Document):
+    """Means over one site's test images of one model; distances in pixels. None: not defined for these images."""
+
+    dice: float | None
+    iou: float | None
+    hd95: float | None
+    asd: float | None
+    dice_std: float | None
+    iou_std: float | None
+    hd95_std: float | None
+    asd_std: float | None
+    images: int = Field(ge=0)
+    one_empty: int = Field(ge=0)
+
+
+class Scores(_Document):
+    """Site to coordinator: what its models reached. ``rounds`` and ``dice_validation`` are of the kept snapshots."""
+
+    site: str
+    run: str
+    models: dict[str, Means]
+    rounds: dict[str, int]
+    dice_validation: dict[str, float | None]
+
+
+D = TypeVar("D", bound=_Document)
+
+
+def write(document: BaseModel) -> bytes:
+    """Return a document's JSON."""
+    return document.model_dump_json().encode()
+
+
+def read(kind: type[D], data: bytes) -> D:
+    """Return the document in ``data``.
+
+    Raises:
+        MessageError: it is larger than ``MOST_BYTES``, or has not exactly this form.
+    """
+    if len(data) > MOST_BYTES:
+        raise MessageError(f"a document of {len(data)} bytes is larger than the {MOST_BYTES} allowed")
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'JSON'}: {fault['msg']}" for fault in error.errors())
+        raise MessageError(f"{kind.__name__}: {faults}") from error
+
+
+def parameters(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the models of a configuration that came over the wire, by key, and its ``strategies`` as they are.
+
+    Raises:
+        MessageError: a key is missing or unknown, or a value is not what its model asks for.
+    """
+    if configuration.keys() != {*CONFIGURATION, "strategies"}:
+        raise MessageError(f"a configuration with the keys {sorted(configuration)}, not {sorted(CONFIGURATION)}")
+    try:
+        models = {key: model.model_validate(configuration[key]) for key, model in CONFIGURATION.items()}
+    except ValidationError as error:
+        raise MessageError(f"a configuration that this version does not understand: {error}") from error
+    return {**models, "strategies": configuration["strategies"]}

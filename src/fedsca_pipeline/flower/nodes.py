@@ -1,0 +1,217 @@
+"""Nodes of the coordinator: the sites join, train in rounds, and test; images and private tensors stay there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedsca_pipeline.config import (
+    AdaptersConfig,
+    EvaluationConfig,
+    FederationConfig,
+    FoundationConfig,
+    PreprocessingConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from fedsca_pipeline.errors import ConfigError
+from fedsca_pipeline.flower.config import FlowerConfig
+from fedsca_pipeline.pipelines.evaluation.nodes import records_of, traffic_of
+from fedsca_pipeline.pipelines.federated_training.nodes import (
+    build_trainable,
+    configuration_of,
+    export_site_models,
+    start_values,
+)
+from fedsca_pipeline.runs import code_version, describe_run, open_run
+
+logger = logging.getLogger(__name__)
+
+
+def join(
+    parameters: Mapping[str, Any],
+    foundation_provenance: Mapping[str, Any],
+    flower: FlowerConfig,
+    _training: TrainingConfig,
+) -> dict[str, dict[str, Any]]:
+    """Ask every site to prepare its data; wait for all, and return what each says of them: counts and hashes.
+
+    ``_training`` is for the sites; here, Kedro checks it before anything runs.
+
+    Raises:
+        ConfigError: the SuperLink cannot be reached, ``run.threads`` is not given, or a site has another foundation.
+    """
+    from fedsca_pipeline.flower import documents
+
+    configuration = configuration_of(parameters)
+    if configuration["run"]["threads"] is None:
+        raise ConfigError("run.threads: give a number; sites with other numbers of threads would order sums otherwise")
+    terms = documents.write(documents.Terms(configuration=configuration, code=code_version()))
+    with _fleet(flower) as fleet:
+        answers = fleet.ask("prepare", 0, dict.fromkeys(flower.sites, terms), quorum=len(flower.sites))
+    joined = {site: documents.read(documents.Prepared, answers[site]) for site in flower.sites}
+    for site, prepared in joined.items():
+        if prepared.site != site:
+            raise ConfigError(f"{site}: its node answers as {prepared.site}; correct site in its YAML file, or its key")
+        if prepared.foundation != foundation_provenance["sha256"]:
+            raise ConfigError(
+                f"{site}: its foundation is {prepared.foundation[:16]}, the coordinator's "
+                f"{foundation_provenance['sha256'][:16]}; put the same weights at both"
+            )
+        logger.info("%s: %d images to train on, %d to validate", site, prepared.train, prepared.validation)
+    return {site: prepared.model_dump() for site, prepared in joined.items()}
+
+
+def describe(
+    parameters: Mapping[str, Any], foundation_provenance: Mapping[str, Any], joined_sites: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the run's description with its fingerprint, which is the one of a run in process on the same data."""
+    configuration = configuration_of(parameters)
+    return describe_run(
+        configuration,
+        {site: prepared["version"] for site, prepared in joined_sites.items()},
+        foundation_provenance["sha256"],
+        configuration["run"]["threads"],
+    )
+
+
+def train(
+    description: dict[str, Any],
+    force: bool,
+    run: RunConfig,
+    preprocessing: PreprocessingConfig,
+    foundation: FoundationConfig,
+    adapters: AdaptersConfig,
+    federation: FederationConfig,
+    strategies: dict[str, dict[str, Any]],
+    flower: FlowerConfig,
+    foundations: Path,
+    checkpoints: Path,
+) -> Iterator[dict[str, Any]]:
+    """Run the federated rounds, or what is left of them, yielding each round's record as it is done."""
+    from fedsca_pipeline.federation.checkpoint import CheckpointFolder
+    from fedsca_pipeline.federation.devices import deterministic
+    from fedsca_pipeline.federation.rounds import Server
+    from fedsca_pipeline.federation.strategies import build_strategy
+    from fedsca_pipeline.flower import documents
+    from fedsca_pipeline.pipelines.federated_training.progress import RoundProgress
+
+    strategy = build_strategy(federation.strategy, strategies.get(federation.strategy) or {})
+    strategy.check_use(adapters.method)
+    if strategy.pools:
+        raise ConfigError(f"federation.strategy: {strategy.name} pools images, and those of a deployed site stay there")
+    folder = open_run(checkpoints, description, force=force)
+    opening = documents.write(documents.Description.model_validate(description))
+    with deterministic(run, description["threads"]):
+        model, layout = build_trainable(foundation, adapters, foundations, preprocessing)
+        start = start_values(model, strategy.shared(layout))
+        with (
+            RoundProgress(flower.sites, federation.rounds) as progress,
+            _fleet(flower, opening=opening, absent=federation.inject_failures) as fleet,
+        ):
+            server = Server(
+                fleet,
+                strategy,
+                layout,
+                start,
+                federation,
+                run=folder.fingerprint,
+                seed=run.seed,
+                folder=CheckpointFolder(folder.server),
+            )
+            for record in server.rounds():
+                progress.round_done(record)
+                yield {f"{folder.fingerprint}/round_{record.round:05d}": record.as_json()}
+
+
+def finish(
+    description: dict[str, Any],
+    round_metrics: Any,
+    run: RunConfig,
+    preprocessing: PreprocessingConfig,
+    foundation: FoundationConfig,
+    adapters: AdaptersConfig,
+    federation: FederationConfig,
+    strategies: dict[str, dict[str, Any]],
+    evaluation: EvaluationConfig,
+    flower: FlowerConfig,
+    foundations: Path,
+    checkpoints: Path,
+    models: Path,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Have every site write and test its models, and write the general model here.
+
+    Returns the index of the sites' models, and the means of their test scores. A site that does not answer before
+    ``federation.deadline``, or cannot test, is in neither, as long as ``federation.quorum`` sites have answered.
+    """
+    from fedsca_pipeline.federation.fleet import Failure
+    from fedsca_pipeline.flower import documents
+
+    wanted = documents.write(documents.Finished(run=description["fingerprint"]))
+    with _fleet(flower) as fleet:
+        answers = fleet.ask(
+            "finish",
+            federation.rounds + 2,
+            dict.fromkeys(flower.sites, wanted),
+            deadline=federation.deadline,
+            quorum=federation.quorum,
+        )
+    scores = {}
+    for site, answer in answers.items():
+        if isinstance(answer, Failure):
+            logger.warning("%s: no test scores (%s)", site, answer.reason)
+        else:
+            scores[site] = documents.read(documents.Scores, answer).model_dump()
+    index = export_site_models(
+        description, round_metrics, run, preprocessing, foundation, adapters, federation, strategies, evaluation,
+        foundations, checkpoints, models,
+    )  # fmt: skip
+    kept = {
+        site: {
+            name: {"round": round_, "dice_validation": entry["dice_validation"][name]}
+            for name, round_ in entry["rounds"].items()
+        }
+        for site, entry in sorted(scores.items())
+    }
+    return {**index, "sites": kept}, dict(sorted(scores.items()))
+
+
+def tabulate(
+    description: dict[str, Any],
+    round_metrics: Mapping[str, Any],
+    site_models: Mapping[str, Any],
+    deployed_scores: Mapping[str, Any],
+) -> tuple[Any, Any, Any]:
+    """Gather the sites' means: per site, the final table, and that as ``{site: {column: value}}``."""
+    import json
+
+    import pandas as pd
+
+    from fedsca_pipeline.evaluation.tables import SITE_COLUMNS, final_table
+
+    rows = [
+        {"site": site, "model": model, **means, "note": ""}
+        for site, scores in deployed_scores.items()
+        for model, means in scores["models"].items()
+    ]
+    sites = pd.DataFrame(rows, columns=list(SITE_COLUMNS))
+    final = final_table(sites, traffic_of(records_of(description, round_metrics), site_models))
+    return sites, final, json.loads(final.set_index("site").to_json(orient="index"))
+
+
+def _fleet(flower: FlowerConfig, **options: Any) -> Any:
+    """Return the fleet, to be entered; leaving it ends the Flower run."""
+    from contextlib import contextmanager
+
+    from fedsca_pipeline.flower.fleet import FlowerFleet
+    from fedsca_pipeline.flower.superlink import open_link
+    from fedsca_pipeline.flower.wire import WireLog
+
+    @contextmanager
+    def opened() -> Iterator[FlowerFleet]:
+        with open_link(flower) as link:
+            yield FlowerFleet(link, flower, log=WireLog(flower.home / "wire.jsonl"), **options)
+
+    return opened()

@@ -1,0 +1,246 @@
+"""The hospital's one command: ``fedsca-site site.yml``. It checks the data, then runs worker and SuperNode together.
+
+It owns four processes: the site worker, the SuperNode, the SuperExec that starts a ClientApp for every message, and
+those ClientApps, which hand their task to this process through a unix socket.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from fedsca_pipeline.errors import ConfigError, DataError, FedscaError
+from fedsca_pipeline.files import write_bytes
+from fedsca_pipeline.flower import frames
+from fedsca_pipeline.flower.config import SiteConfig, read_site_config
+from fedsca_pipeline.flower.engine import SITE_SOCKET, engine_folder, environment
+from fedsca_pipeline.flower.worker_process import WorkerProcess
+
+logger = logging.getLogger(__name__)
+
+_MOST_CLASSES = 254
+_RESTART_SECONDS = 5.0
+_STOP_SECONDS = 10.0
+
+
+@dataclass
+class Desk:
+    """Answers the shim's tasks, one at a time, through the worker; what was answered last is not worked out again."""
+
+    config: SiteConfig
+    worker: WorkerProcess
+    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
+    _last: tuple[tuple, tuple[dict[str, Any], bytes]] | None = None
+
+    def serve(self, listener: socket.socket) -> None:
+        """Take connections until the listener is closed."""
+        while True:
+            try:
+                line, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._attend, args=(line,), daemon=True).start()
+
+    def answer(self, task: Mapping[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
+        """Return the frame that answers a task; a task that comes twice in a row is worked on once."""
+        if task.get("site") != self.config.site:
+            return {"failed": f"this site is {self.config.site}, the task is for {task.get('site')}"}, b""
+        key = (task["kind"], task["round"], sha256(payload).hexdigest())
+        with self._one_at_a_time:
+            if self._last is not None and self._last[0] == key:
+                return self._last[1]
+            seconds = min(float(task["seconds"]), self.config.resources.task_seconds)
+            found = self.worker.ask({"kind": task["kind"], "round": task["round"]}, payload, seconds)
+            if "failed" not in found[0]:
+                self._last = (key, found)
+            return found
+
+    def _attend(self, line: socket.socket) -> None:
+        with line, suppress(OSError, EOFError):
+            try:
+                task, payload = frames.receive(line, self.config.resources.most_bytes)
+                answer = self.answer(task, payload)
+            except frames.FrameError as error:
+                answer = {"failed": f"resources.max_message: {error}"}, b""
+            except (KeyError, TypeError, ValueError) as error:
+                answer = {"failed": f"a task of an unknown form ({error!r})"}, b""
+            frames.send(line, *answer)
+
+
+@dataclass
+class Engine:
+    """The site's Flower processes, kept alive together."""
+
+    config: SiteConfig
+    socket: Path
+    port: int
+
+    def commands(self, folder: Path) -> Sequence[list[str]]:
+        """Return the commands of SuperNode and SuperExec, whose secret is in ``folder``."""
+        secret, runtime = str(folder / "superexec.secret"), f"127.0.0.1:{self.port}"
+        found = engine_folder(self.config.engine)
+        certificates = self.config.certificates
+        return (
+            [
+                str(found / "flower-supernode"), "--superlink", self.config.coordinator,
+                "--root-certificates", str(certificates.authority),
+                "--auth-supernode-private-key", str(certificates.key),
+                "--isolation", "process", "--host", "127.0.0.1", "--port", str(self.port),
+                "--superexec-auth-secret-file", secret,
+            ],
+            [
+                str(found / "flower-superexec"), "--runtime-api-address", runtime, "--insecure",
+                "--superexec-auth-secret-file", secret,
+            ],
+        )  # fmt: skip
+
+    @contextmanager
+    def running(self, stopped: threading.Event) -> Iterator[None]:
+        """Run the processes for the duration of the block; one that ends is started again."""
+        home = self.config.work / "flower"
+        folder = home / "bin"
+        _write_guard(folder, engine_folder(self.config.engine))
+        write_bytes(home / "superexec.secret", secrets.token_bytes(48))
+        (home / "superexec.secret").chmod(0o600)
+        surroundings = environment(folder, home, {SITE_SOCKET: str(self.socket)})
+        keepers = [
+            threading.Thread(target=_keep_alive, args=(command, surroundings, stopped), daemon=True)
+            for command in self.commands(home)
+        ]
+        for keeper in keepers:
+            keeper.start()
+        try:
+            yield
+        finally:
+            stopped.set()
+            for keeper in keepers:
+                keeper.join(2 * _STOP_SECONDS)
+
+
+def _write_guard(folder: Path, engine: Path) -> None:
+    """Make the folder that is all of Flower's PATH: its one executable is the guarded ``flwr-clientapp``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    script = folder / "flwr-clientapp"
+    write_bytes(script, f"#!{engine / 'python'}\nfrom fedsca_pipeline.flower.guard import main\n\nmain()\n".encode())
+    script.chmod(0o700)
+
+
+def _keep_alive(command: list[str], surroundings: Mapping[str, str], stopped: threading.Event) -> None:
+    name = Path(command[0]).name
+    while not stopped.is_set():
+        process = subprocess.Popen(command, env=dict(surroundings), start_new_session=True)  # noqa: S603 - no shell
+        while process.poll() is None and not stopped.wait(0.2):
+            pass
+        if process.poll() is None:
+            _end(process)
+            return
+        if not stopped.is_set():
+            logger.warning("%s ended with status %s; it is started again", name, process.returncode)
+            stopped.wait(_RESTART_SECONDS)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a process and all that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_STOP_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def check_data(config: SiteConfig) -> int:
+    """Return how many usable images a site has, after preparing them once, small and for nobody.
+
+    What only a run decides (the number of classes, the shares of the split) is checked when the coordinator asks.
+
+    Raises:
+        DataError: naming what is broken and its cure, or why there are too few.
+    """
+    from fedsca_pipeline.config import PreprocessingConfig, RunConfig
+    from fedsca_pipeline.pipelines.preprocessing.nodes import prepare_for
+
+    if not config.data.is_dir():
+        raise DataError(f"{config.data}: there is no such folder; name the one that holds images/ and masks/ as data")
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "raw"
+        raw.mkdir()
+        (raw / config.site).symlink_to(config.data.resolve())
+        preprocessing = PreprocessingConfig(classes=_MOST_CLASSES, image_size=32)
+        prepare = prepare_for(config.site)
+        manifest, _, _ = prepare(raw, Path(folder), {}, None, preprocessing, RunConfig())
+    return len(manifest)
+
+
+def run_site(file: Path, config: SiteConfig, stopped: threading.Event) -> None:
+    """Take part in the federation until ``stopped``; whatever happens, no process is left.
+
+    Raises:
+        ConfigError: the engine is missing, or the worker cannot start.
+    """
+    address = config.work / "flower" / "site.sock"
+    worker = WorkerProcess.of_site(file, config.resources.most_bytes)
+    try:
+        engine_folder(config.engine)
+        listener = frames.listen(address)
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    try:
+        worker.start()
+        threading.Thread(target=Desk(config, worker).serve, args=(listener,), daemon=True).start()
+        with Engine(config, address, _free_port()).running(stopped):
+            logger.info("%s: joined the federation at %s; Ctrl-C leaves it", config.site, config.coordinator)
+            stopped.wait()
+    except (EOFError, OSError) as error:
+        raise ConfigError(f"the site's worker could not start ({error!r}); what it said is above") from error
+    finally:
+        stopped.set()
+        listener.close()
+        address.unlink(missing_ok=True)
+        worker.end()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Be ``fedsca-site``; return its exit status: 0, 1 where the data or the configuration are refused."""
+    parser = argparse.ArgumentParser(prog="fedsca-site", description="Take part in a federation as one hospital.")
+    parser.add_argument("file", type=Path, help="the site's YAML file; deploy/site.yml is an example")
+    parser.add_argument("--check", action="store_true", help="check configuration and data, then stop")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    try:
+        config = read_site_config(given.file)
+        logger.info("%s: %d images, none broken", config.site, check_data(config))
+        if not given.check:
+            run_site(given.file, config, stopped)
+    except FedscaError as error:
+        logger.error("Error: %s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

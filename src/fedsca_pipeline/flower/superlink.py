@@ -1,0 +1,157 @@
+"""The coordinator's end of the relay: starts a Flower run on the SuperLink and talks to its ServerApp."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedsca_pipeline.errors import ConfigError
+from fedsca_pipeline.files import write_bytes
+from fedsca_pipeline.flower import frames
+from fedsca_pipeline.flower.config import FlowerConfig
+from fedsca_pipeline.flower.engine import engine_folder, environment
+from fedsca_pipeline.flower.fleet import LinkLost, Node, Reply
+
+logger = logging.getLogger(__name__)
+
+APP = Path(__file__).with_name("app")
+_CONNECTION = "coordinator"
+# One look at the SuperLink; its own retries must not hold the coordinator for ever.
+_CALL_SECONDS = 120.0
+
+
+class RelayLink:
+    """A link through one Flower run at a time, whose ServerApp is ``relay``."""
+
+    def __init__(self, config: FlowerConfig) -> None:
+        self._config = config
+        self._home = config.home.resolve()
+        self._engine = engine_folder(config.engine)
+        self._listener = frames.listen(self._home / "relay.sock")
+        self._line: socket.socket | None = None
+        address = {"address": config.superlink, "root-certificates": str(config.authority.resolve())}
+        lines = [f"{key} = {json.dumps(value)}" for key, value in address.items()]
+        table = [f'[superlink]\ndefault = "{_CONNECTION}"', f"[superlink.{_CONNECTION}]", *lines]
+        write_bytes(self._home / "config.toml", ("\n".join(table) + "\n").encode())
+
+    def restore(self) -> None:
+        """End what is left of the last run's relay and start a run of its own."""
+        self._hang_up()
+        run = self._start_run()
+        until = time.monotonic() + self._config.connect
+        while self._line is None:
+            self._listener.settimeout(max(0.1, until - time.monotonic()))
+            try:
+                line, _ = self._listener.accept()
+                line.settimeout(_CALL_SECONDS)
+                hello, _ = frames.receive(line, 0)
+            except (OSError, EOFError, frames.FrameError) as error:
+                raise LinkLost(f"Flower run {run} did not start its relay ({error!r})") from error
+            if hello.get("run") == run:
+                self._line = line
+            else:
+                # Of an earlier run, started late: it ends when it is hung up on.
+                line.close()
+
+    def nodes(self) -> Mapping[str, Node]:
+        """Return the connected nodes by name; one without a name was registered without ours and is nobody."""
+        answer, _ = self._call({"ask": "nodes"})
+        return {name: Node(id_, since) for name, id_, since in answer["nodes"] if name}
+
+    def push(self, node: str, task: Mapping[str, Any], payload: bytes, ttl: float) -> str | None:
+        """Send one message."""
+        answer, _ = self._call({"ask": "push", "node": node, "task": dict(task), "ttl": ttl}, payload)
+        return answer["id"]
+
+    def pull(self, ids: Sequence[str]) -> Sequence[Reply]:
+        """Return what has come back."""
+        if not ids:
+            return []
+        answer, payload = self._call({"ask": "pull", "ids": list(ids)})
+        replies, place = [], 0
+        for entry in answer["replies"]:
+            part = payload[place : place + entry["bytes"]]
+            place += entry["bytes"]
+            replies.append(Reply(entry["id"], entry["node"], part, entry.get("answer", {}), entry.get("error")))
+        return replies
+
+    def close(self) -> None:
+        """Hang up: the relay, and with it the Flower run, ends."""
+        self._hang_up()
+        self._listener.close()
+        (self._home / "relay.sock").unlink(missing_ok=True)
+
+    def _hang_up(self) -> None:
+        if self._line is not None:
+            self._line.close()
+        self._line = None
+
+    def _call(self, header: Mapping[str, Any], payload: bytes = b"") -> tuple[dict[str, Any], bytes]:
+        if self._line is None:
+            raise LinkLost("there is no relay")
+        try:
+            frames.send(self._line, header, payload)
+            # All sites' answers may come in one frame.
+            return frames.receive(self._line, self._config.most_bytes * (len(self._config.sites) + 1))
+        except (OSError, EOFError, frames.FrameError) as error:
+            self._hang_up()
+            raise LinkLost(f"the relay is gone ({error!r})") from error
+
+    def _start_run(self) -> str:
+        most = min(self._config.most_bytes * (len(self._config.sites) + 1), 2**62)
+        settings = f"socket={json.dumps(str(self._home / 'relay.sock'))} most={most}"
+        command = [str(self._engine / "flwr"), "run", str(APP), _CONNECTION, "--run-config", settings]
+        try:
+            done = subprocess.run(  # noqa: S603 - no shell, and an engine that the coordinator has configured
+                [*command, "--format", "json"],
+                env=environment(self._engine, self._home),
+                capture_output=True,
+                text=True,
+                timeout=self._config.connect,
+                check=False,
+            )
+            answer = json.loads(done.stdout)
+        except (subprocess.TimeoutExpired, json.JSONDecodeError) as error:
+            raise LinkLost(f"the SuperLink at {self._config.superlink} does not answer ({error})") from error
+        if not answer.get("success"):
+            raise LinkLost(f"the SuperLink at {self._config.superlink}: {answer.get('error-message') or done.stdout}")
+        return str(answer["run-id"])
+
+
+@contextmanager
+def open_link(config: FlowerConfig) -> Iterator[RelayLink]:
+    """Open the one link of this coordinator; leaving the block ends the Flower run.
+
+    Raises:
+        ConfigError: another command holds the link, the engine is missing, or the SuperLink cannot be reached.
+    """
+    config.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (config.home / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"flower.home: another command of this coordinator runs a federation through {config.home}; wait for "
+                "its end, or stop it"
+            ) from error
+        try:
+            link = RelayLink(config)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"flower: {error}") from error
+        try:
+            link.restore()
+            yield link
+        except LinkLost as error:
+            raise ConfigError(
+                f"flower.superlink: {error}; are flower-superlink and flower-superexec up there (docs/deployment.md)?"
+            ) from error
+        finally:
+            link.close()

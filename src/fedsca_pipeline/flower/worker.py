@@ -1,0 +1,350 @@
+"""The site's worker: prepares, trains, exports and tests, in one long-lived process that loads the foundation once.
+
+The work folder has the layout of ``data/``, and the functions are those of the pipelines: a site does here what
+``kedro run`` would do with it in process. Started by the site's command (``worker_process``), never by hand.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import queue
+import re
+import resource
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fedsca_pipeline.config import RunConfig
+from fedsca_pipeline.errors import ConfigError, DataError, FedscaError, MessageError, SiteError
+from fedsca_pipeline.evaluation import MEAN, WORST
+from fedsca_pipeline.evaluation.tables import site_table
+from fedsca_pipeline.federation.devices import deterministic
+from fedsca_pipeline.federation.local import LocalSettings, LocalWorker, ignore_step
+from fedsca_pipeline.federation.messages import outline
+from fedsca_pipeline.federation.store import SiteStore
+from fedsca_pipeline.federation.strategies import build_strategy
+from fedsca_pipeline.files import write_bytes, write_json
+from fedsca_pipeline.flower import documents, frames
+from fedsca_pipeline.flower.config import SiteConfig, read_site_config
+from fedsca_pipeline.flower.wire import WireLog
+from fedsca_pipeline.foundation import prepare_foundation
+from fedsca_pipeline.pipelines.evaluation.nodes import draw_overlays, score_site
+from fedsca_pipeline.pipelines.federated_training.nodes import build_trainable, data_version, export_site_models
+from fedsca_pipeline.pipelines.preprocessing.nodes import prepare_for
+from fedsca_pipeline.runs import RunFolder, code_version
+from fedsca_pipeline.sites.arrays import SiteArrays
+from fedsca_pipeline.sites.prepare import MANIFEST_DTYPES
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN_RUN = "unknown run"
+"""How a failure begins whose cure is to open the run at the site."""
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a site's files are: ``raw``, ``models`` and ``checkpoints`` are folders, all else are files."""
+
+    site: str
+    raw: Path
+    prepared: Path
+    report: Path
+    manifest: Path
+    arrays: Path
+    models: Path
+    checkpoints: Path
+    scores: Path
+    overlays: Path
+    wire: Path
+
+    @classmethod
+    def of(cls, config: SiteConfig) -> Places:
+        """Return the places below a site's work folder."""
+        root = config.work
+        return cls(
+            site=config.site,
+            raw=root / "01_raw",
+            prepared=root / "02_intermediate" / "prepared.json",
+            report=root / "02_intermediate" / "report.json",
+            manifest=root / "03_primary" / "manifest.csv",
+            arrays=root / "05_model_input" / "arrays.safetensors",
+            models=root / "06_models",
+            checkpoints=root / "07_model_output" / "checkpoints",
+            scores=root / "07_model_output" / "test_scores.csv",
+            overlays=root / "08_reporting" / "overlays.png",
+            wire=root / "wire.jsonl",
+        )
+
+    def description(self, run: str) -> Path:
+        """Where the description of a run lies that this site takes part in."""
+        return self.checkpoints / run / "run.json"
+
+    def load_manifest(self) -> pd.DataFrame | None:
+        """Return the manifest, or None where the data have not been prepared yet."""
+        if not self.manifest.is_file():
+            return None
+        return pd.read_csv(self.manifest, dtype=dict(MANIFEST_DTYPES), keep_default_na=False)
+
+    def link_raw(self, data: Path) -> None:
+        """Let the data folder be found under the site's name, whatever it is called."""
+        link = self.raw / self.site
+        self.raw.mkdir(parents=True, exist_ok=True)
+        if link.is_symlink() and link.readlink() != data:
+            link.unlink()
+        if not link.is_symlink():
+            link.symlink_to(data)
+
+
+class SiteWork:
+    """One site's answers to the coordinator's tasks, each the same however often it is asked for."""
+
+    def __init__(self, config: SiteConfig) -> None:
+        self.config = config
+        self.places = Places.of(config)
+        # Of what this process runs, not of what lies on the disk once another version has been installed.
+        self._code = code_version()
+        self._tasks: Mapping[str, Callable[[int, bytes], bytes]] = {
+            "prepare": self._prepare,
+            "open": self._open,
+            "round": self._round,
+            "finish": self._finish,
+        }
+        self._learner = functools.lru_cache(maxsize=1)(self._build_learner)
+
+    def answer(self, kind: str, round_: int, payload: bytes) -> bytes:
+        """Answer one task.
+
+        Raises:
+            MessageError: there is no such task, or the payload is not of its form.
+            FedscaError: the site cannot do it.
+        """
+        if kind not in self._tasks:
+            raise MessageError(f"there is no task {kind!r}")
+        return self._tasks[kind](round_, payload)
+
+    def _prepare(self, _round: int, payload: bytes) -> bytes:
+        terms = documents.read(documents.Terms, payload)
+        self._same_code(terms.code)
+        wanted = documents.parameters(terms.configuration)
+        self.places.link_raw(self.config.data)
+        self.places.arrays.parent.mkdir(parents=True, exist_ok=True)
+        prepare = prepare_for(self.config.site)
+        manifest, arrays, report = prepare(
+            self.places.raw,
+            self.places.arrays.parent,
+            {},
+            self.places.load_manifest(),
+            wanted["preprocessing"],
+            wanted["run"],
+        )
+        foundation = prepare_foundation(wanted["foundation"], self.config.foundation_root, announce=logger.info)
+        arrays.move_to(self.places.arrays)
+        write_bytes(self.places.manifest, manifest.to_csv(index=False).encode())
+        write_json(self.places.report, report)
+        counts = report["counts"]
+        prepared = documents.Prepared(
+            site=self.config.site,
+            version=data_version(report["fingerprint"], report),
+            foundation=foundation.sha256,
+            **{split: counts[split] for split in ("train", "validation", "test")},
+        )
+        write_bytes(self.places.prepared, documents.write(prepared))
+        logger.info(
+            "%s: %d images prepared, %d of them for training", self.config.site, counts["used"], counts["train"]
+        )
+        return documents.write(prepared)
+
+    def _open(self, _round: int, payload: bytes) -> bytes:
+        run = documents.read(documents.Description, payload)
+        self._same_code(run.code)
+        most = self.config.resources.most_threads
+        if most is not None and run.threads > most:
+            raise ConfigError(f"run.threads: {run.threads}, but resources.most_threads of this site is {most}")
+        wanted = documents.parameters(run.configuration)
+        if build_strategy(wanted["federation"].strategy, _options(wanted)).pools:
+            raise ConfigError(f"{wanted['federation'].strategy} pools the sites' images, and this site's stay here")
+        if not self.places.prepared.is_file():
+            raise ConfigError("this site's data are not prepared; run the coordinator's command again")
+        prepared = documents.read(documents.Prepared, self.places.prepared.read_bytes())
+        for what, own, theirs in (
+            ("data", prepared.version, run.data.get(self.config.site)),
+            ("foundation", prepared.foundation, run.foundation),
+        ):
+            if own != theirs:
+                raise ConfigError(f"this site's {what} is {own}, the run was made for {theirs}; start the run anew")
+        write_bytes(self.places.description(run.fingerprint), documents.write(run))
+        logger.info("%s: takes part in run %s (%s)", self.config.site, run.fingerprint, wanted["federation"].strategy)
+        return documents.write(documents.Opened(site=self.config.site, run=run.fingerprint))
+
+    def _round(self, round_: int, payload: bytes) -> bytes:
+        run = outline(payload, max_bytes=self.config.resources.most_bytes)["manifest"]["run"]
+        description = self._description(run)
+        learner = self._learner(run)
+        with self._computing(description):
+            return learner.work(payload, round_, self.config.site, self._data(), self._store(run), ignore_step)
+
+    def _finish(self, _round: int, payload: bytes) -> bytes:
+        run = documents.read(documents.Finished, payload).run
+        description = self._description(run)
+        wanted = documents.parameters(description.configuration)
+        shared = (self.config.foundation_root, self.places.models)
+        manifest, evaluation = self.places.load_manifest(), wanted["evaluation"]
+        same = (wanted["preprocessing"], wanted["foundation"])
+        index = export_site_models(
+            description.model_dump(), None, wanted["run"], *same, wanted["adapters"], wanted["federation"],
+            wanted["strategies"], evaluation, self.config.foundation_root, self.places.checkpoints, self.places.models,
+            manifest,
+        )  # fmt: skip
+        here = RunConfig(seed=wanted["run"].seed, device=self.config.resources.device, threads=description.threads)
+        scores = score_site(here, *same, evaluation, index, *shared, manifest, self.places.arrays)
+        write_bytes(self.places.scores, scores.to_csv(index=False).encode())
+        figure = draw_overlays(*same, evaluation, scores, *shared, manifest, self.places.arrays)
+        self.places.overlays.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.places.overlays)
+        kept = index["sites"][self.config.site]
+        return documents.write(
+            documents.Scores(
+                site=self.config.site,
+                run=run,
+                models=means_of(scores),
+                rounds={name: entry["round"] for name, entry in kept.items()},
+                dice_validation={name: entry["dice_validation"] for name, entry in kept.items()},
+            )
+        )
+
+    def _same_code(self, theirs: str) -> None:
+        if self._code != theirs:
+            raise ConfigError(
+                f"this site runs code {self._code}, the coordinator {theirs}; install the same version of "
+                "fedsca_pipeline, and of the libraries in requirements.lock, at both"
+            )
+
+    def _description(self, run: str) -> documents.Description:
+        path = self.places.description(run)
+        # A run's name becomes a path here.
+        if not _FINGERPRINT.fullmatch(run) or not path.is_file():
+            raise SiteError(f"{UNKNOWN_RUN} {run[:16]!r}: this site has not been asked to take part in it")
+        return documents.read(documents.Description, path.read_bytes())
+
+    def _computing(self, description: documents.Description) -> Any:
+        return deterministic(RunConfig(device=self.config.resources.device), description.threads)
+
+    def _data(self) -> SiteArrays:
+        return SiteArrays(self.places.arrays, self.places.load_manifest())
+
+    def _store(self, run: str) -> SiteStore:
+        return SiteStore(RunFolder(self.places.checkpoints, run).sites / self.config.site)
+
+    def _build_learner(self, run: str) -> LocalWorker:
+        description = self._description(run)
+        wanted = documents.parameters(description.configuration)
+        federation, evaluation = wanted["federation"], wanted["evaluation"]
+        with self._computing(description) as device:
+            model, layout = build_trainable(
+                wanted["foundation"], wanted["adapters"], self.config.foundation_root, wanted["preprocessing"]
+            )
+            settings = LocalSettings(
+                run=run,
+                seed=wanted["run"].seed,
+                classes=wanted["preprocessing"].classes,
+                wire_dtype=federation.wire_dtype,
+                evaluation_batch=evaluation.batch_size,
+                threshold=evaluation.threshold,
+                training=wanted["training"],
+                cache_bytes=int(wanted["training"].feature_cache * 2**30 / len(description.data)),
+                compression=federation.compression,
+                validate_every=evaluation.every,
+                validate_after_training=evaluation.after_training,
+            )
+            strategy = build_strategy(federation.strategy, _options(wanted))
+            return LocalWorker(model.to(device), layout, strategy, settings)
+
+
+def means_of(scores: pd.DataFrame) -> dict[str, documents.Means]:
+    """Return the means over a site's test images, by model: all of its scores that may leave it."""
+    table = site_table(scores)
+    rows = table[~table["site"].isin([MEAN, WORST])].set_index("model")
+    fields = list(documents.Means.model_fields)
+    found = {}
+    for model, row in rows[fields].iterrows():
+        values = {name: None if pd.isna(value) else float(value) for name, value in row.items()}
+        found[str(model)] = documents.Means(
+            **{**values, "images": int(row["images"]), "one_empty": int(row["one_empty"])}
+        )
+    return found
+
+
+def outward(error: Exception) -> str:
+    """Return what the coordinator may be told of an error: data errors name files, which stay here."""
+    if isinstance(error, DataError) or not isinstance(error, FedscaError):
+        kind = "its data were refused" if isinstance(error, DataError) else f"its worker raised {type(error).__name__}"
+        return f"{kind}; the site's own log says more"
+    return str(error)
+
+
+def serve(config: SiteConfig, line: socket.socket) -> None:
+    """Answer one task after the other until the site's command hangs up, which ends this process at any moment."""
+    tasks: queue.SimpleQueue[tuple[dict[str, Any], bytes]] = queue.SimpleQueue()
+    most = config.resources.most_bytes
+    threading.Thread(target=_listen, args=(line, most, tasks), daemon=True).start()
+    work = SiteWork(config)
+    log = WireLog(work.places.wire)
+    frames.send(line, {"ready": True})
+    while True:
+        header, payload = tasks.get()
+        place = (header["kind"], header["round"], config.site)
+        log.add("down", *place, payload, most)
+        try:
+            answer, said = work.answer(header["kind"], header["round"], payload), {}
+            log.add("up", *place, answer, most)
+        except FedscaError as error:
+            logger.warning("%s, round %d: %s", header["kind"], header["round"], error)
+            answer, said = b"", {"failed": outward(error)}
+        except MemoryError:
+            raise
+        except Exception as error:
+            # Whatever a library raises must not end a site's part in the federation; what it was is told here only.
+            logger.exception("%s, round %d", header["kind"], header["round"])
+            answer, said = b"", {"failed": outward(error)}
+        frames.send(line, said, answer)
+
+
+def _listen(line: socket.socket, most: int, tasks: queue.SimpleQueue) -> None:
+    try:
+        while True:
+            tasks.put(frames.receive(line, most))
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+def _options(wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+    return wanted["strategies"].get(wanted["federation"].strategy) or {}
+
+
+def main() -> None:
+    """Be a worker: arguments are the site's YAML file and the number of the socket to the site's command."""
+    config = read_site_config(Path(sys.argv[1]))
+    # They reach the whole group; the site's command, which gets them too, ends its worker.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s worker: %(message)s")
+    logging.captureWarnings(capture=True)
+    if config.resources.memory is not None:
+        limit = int(config.resources.memory * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    serve(config, socket.socket(fileno=int(sys.argv[2])))
+
+
+if __name__ == "__main__":
+    main()
