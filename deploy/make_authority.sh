@@ -25,5 +25,6 @@ head -c 48 /dev/urandom > superexec.secret
 for site in "$@"; do
     ssh-keygen -q -t ecdsa -b 384 -N "" -C "$site" -f "$site.key" <<< y > /dev/null
     mv "$site.key.pub" "$site.pub"
+    chmod 644 "$site.pub"
 done
-chmod 644 ca.crt server.pem ./*.pub
+chmod 644 ca.crt server.pem

@@ -283,3 +283,12 @@ def fake_npm(tmp_path: Path) -> Callable[[str], dict[str, str]]:
         return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "TMPDIR": str(temporary)}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def engine(project: Path) -> Path:
+    """The bin folder of the environment that flwr is in."""
+    folder = Path(os.environ.get("FEDSCA_ENGINE", project / ".flower-venv" / "bin"))
+    if not (folder / "flwr").is_file() or shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") is None:
+        pytest.skip("needs 'make engine' (or FEDSCA_ENGINE, the folder of flwr) and nginx")
+    return folder

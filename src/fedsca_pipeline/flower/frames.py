@@ -26,7 +26,8 @@ def send(line: socket.socket, header: Mapping[str, Any], payload: bytes = b"") -
     """
     text = json.dumps(header).encode()
     line.sendall(_LENGTHS.pack(len(text), len(payload)) + text)
-    line.sendall(payload)
+    if payload:
+        line.sendall(payload)
 
 
 def receive(line: socket.socket, most: int) -> tuple[dict[str, Any], bytes]:

@@ -1,0 +1,268 @@
+"""A deployed federation through real processes: SuperLink, nginx, three hospitals and ``kedro run``, on loopback.
+
+They need Flower's environment (``make engine``) and nginx; without them they are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from fedsca_pipeline.config import DemoSitesConfig
+from fedsca_pipeline.files import read_tensors
+from fedsca_pipeline.flower.demo import LocalFederation, free_port
+from fedsca_pipeline.sites.demo import write_demo_sites
+
+SITES = ("hospital_a", "hospital_b", "hospital_c")
+SMALL = {"foundation.name": "random", "preprocessing.image_size": 32, "adapters.width": 4, "run.threads": 1}
+
+
+@dataclass
+class Deployed:
+    """A federation that is up, and its coordinator's commands."""
+
+    federation: LocalFederation
+    database: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.federation.folder
+
+    def start(self, name: str = "kedro", **parameters: Any) -> subprocess.Popen:
+        given = {key.replace("__", "."): value for key, value in parameters.items()}
+        command = self.federation.coordinate({**SMALL, "federation.rounds": 2, "flower.retry": 5, **given})
+        surroundings = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{self.database}", "COLUMNS": "200"}
+        self.federation.start(name, command, surroundings)
+        return self.federation.processes[name]
+
+    def run(self, name: str = "kedro", **parameters: Any) -> str:
+        code = self.start(name, **parameters).wait(300)
+        assert code == 0, self.said(name)
+        return self.said(name)
+
+    def said(self, name: str = "kedro") -> str:
+        return " ".join(self.federation.log(name).split())
+
+    def server(self, round_: int) -> dict[str, torch.Tensor]:
+        (run,) = (self.folder / "data" / "07_model_output" / "checkpoints").glob("*/")
+        return read_tensors(run / "server" / f"round_{round_:05d}.safetensors")
+
+    def model(self, site: str, name: str = "last") -> dict[str, torch.Tensor]:
+        (run,) = (self.folder / site / "07_model_output" / "checkpoints").glob("*/")
+        return read_tensors(run / "sites" / site / f"{name}.safetensors")
+
+    def rounds_begun(self, site: str) -> list[int]:
+        """The rounds that a site's worker was given, in order."""
+        record = self.folder / site / "wire.jsonl"
+        lines = record.read_text().splitlines() if record.is_file() else []
+        entries = [json.loads(line) for line in lines]
+        return [entry["round"] for entry in entries if (entry["kind"], entry["way"]) == ("round", "down")]
+
+    def process(self, site: str, word: str) -> psutil.Process:
+        """One of the processes that a site's command has started, by a word of its command line."""
+        return next(
+            child
+            for child in psutil.Process(self.federation.processes[site].pid).children(recursive=True)
+            if any(word in part for part in child.cmdline())
+        )
+
+
+@pytest.fixture
+def new_deployed(engine: Path, empty_database: Path) -> Iterator[Callable[..., Deployed]]:
+    """Starts federations of three hospitals; keywords are resources of each."""
+    folders = []
+
+    def make(**resources: object) -> Deployed:
+        # pytest's own folders are too long for unix sockets.
+        folders.append(Path(tempfile.mkdtemp(prefix="fedsca-")))
+        shutil.copy(empty_database, folders[-1] / "mlflow.db")
+        write_demo_sites(folders[-1] / "raw", DemoSitesConfig(images_per_site=10, image_size=64))
+        started.append(LocalFederation(folders[-1], engine, free_port(), free_port()))
+        federation = started[-1]
+        federation.found(SITES)
+        federation.start_superlink()
+        federation.start_nginx()
+        federation.register(SITES)
+        for site, data in zip(SITES, sorted((folders[-1] / "raw").iterdir()), strict=False):
+            federation.site_file(site, data, **resources)
+            federation.start_site(site)
+        return Deployed(federation, folders[-1] / "mlflow.db")
+
+    started: list[LocalFederation] = []
+    yield make
+    for federation in started:
+        federation.close()
+    for folder in folders:
+        shutil.rmtree(folder)
+
+
+def until(ready: Callable[[], bool], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def in_process(deployed: Deployed, root: Path, **parameters: Any) -> Path:
+    """Run the same sites in process; return the folder of the run's checkpoints."""
+    raw = root / "01_raw"
+    for site, data in zip(SITES, sorted((deployed.folder / "raw").iterdir()), strict=False):
+        shutil.copytree(data, raw / site)
+    given = {**SMALL, "federation.rounds": 2, "federation.quorum": 2, "data_root": root, **parameters}
+    given["foundation_root"] = deployed.folder / "foundations"
+    command = [sys.executable, "-m", "kedro", "run", "--pipeline=federated_training"]
+    command += ["--params=" + ",".join(f"{key}={value}" for key, value in given.items())]
+    surroundings = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{deployed.database}"}
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (root / "07_model_output" / "checkpoints").glob("*/")
+    return run
+
+
+def test_a_deployed_run_ends_in_the_table_and_in_the_bits_of_a_run_in_process(new_deployed, tmp_path: Path) -> None:
+    deployed = new_deployed()
+
+    output = deployed.run()
+
+    assert "Test results per site" in output
+    assert all(site in output for site in SITES)
+    run = in_process(deployed, tmp_path / "data")
+    for round_ in (2, 3):
+        assert same(deployed.server(round_), read_tensors(run / "server" / f"round_{round_:05d}.safetensors"))
+    for site in SITES:
+        for name in ("best", "last"):
+            assert same(deployed.model(site, name), read_tensors(run / "sites" / site / f"{name}.safetensors"))
+    nothing_private_at_the_coordinator(deployed)
+    the_wire_holds_what_it_may(deployed)
+    for site in SITES:
+        assert deployed.federation.stop(site) == 0
+
+
+def nothing_private_at_the_coordinator(deployed: Deployed) -> None:
+    here = {path.name for path in (deployed.folder / "data").rglob("*") if path.is_file()}
+    assert not here & {"manifest.csv", "arrays.safetensors", "test_scores.csv", "overlays.png", "report.json"}
+    assert not [name for name in here if name.startswith(("state_", "best", "last."))]
+    at_site = {path.name for path in (deployed.folder / SITES[0]).rglob("*") if path.is_file()}
+    assert {"manifest.csv", "arrays.safetensors", "test_scores.csv", "overlays.png", "site_model.json"} <= at_site
+
+
+def the_wire_holds_what_it_may(deployed: Deployed) -> None:
+    """Both ends recorded the same messages, and what they hold is on the list."""
+    ends = {site: deployed.folder / site / "wire.jsonl" for site in SITES}
+    records = [json.loads(line) for path in ends.values() for line in path.read_text().splitlines()]
+    server = [json.loads(line) for line in (deployed.federation.home / "wire.jsonl").read_text().splitlines()]
+    assert sorted(r["sha256"] for r in records) == sorted(r["sha256"] for r in server)
+    low = {name for name in deployed.model(SITES[0]) if ".blocks." in name}
+    for record in server:
+        if record["kind"] == "round":
+            assert set(record["tensors"]) <= low
+            assert all(dtype == "F16" for dtype, _ in record["tensors"].values())
+            metrics = {"dice_validation", "dice_local", "loss", "steps", "seconds"}
+            assert set(record["manifest"]["metrics"]) <= metrics
+        else:
+            assert set(record["keys"]) <= {
+                "code", "configuration", "data", "fingerprint", "foundation", "threads", "site", "version", "train",
+                "validation", "test", "run", "models", "rounds", "dice_validation",
+            }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_supernode_costs_rounds_and_rejoins_the_same_run(new_deployed) -> None:
+    deployed = new_deployed()
+    coordinator = deployed.start(federation__rounds=5, federation__grace=5)
+    until(lambda: 1 in deployed.rounds_begun("hospital_c"))
+    worker = deployed.process("hospital_c", "flower.worker")
+    worker.suspend()
+    until(lambda: 2 in deployed.rounds_begun("hospital_a"), 240)
+    deployed.process("hospital_c", "flower-supernode").kill()
+    worker.resume()
+
+    assert coordinator.wait(400) == 0, deployed.said()
+
+    assert "hospital_c: absent" in deployed.said()
+    assert max(deployed.rounds_begun("hospital_c")) == 6
+    assert deployed.model("hospital_c").keys() == deployed.model("hospital_a").keys()
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_or_dies_is_absent_and_the_site_frees_itself(new_deployed) -> None:
+    deployed = new_deployed()
+    coordinator = deployed.start(federation__rounds=5, federation__deadline=20, federation__grace=15)
+    until(lambda: 1 in deployed.rounds_begun("hospital_b"))
+    deployed.process("hospital_b", "flower.worker").suspend()
+    deployed.process("hospital_c", "flower.worker").kill()
+
+    assert coordinator.wait(400) == 0, deployed.said()
+
+    log = deployed.federation.log("hospital_b")
+    assert "took longer than" in log or "its worker died" in log
+    assert max(deployed.rounds_begun("hospital_b")) == 6
+    assert max(deployed.rounds_begun("hospital_c")) == 6
+
+
+@pytest.mark.slow
+def test_a_killed_coordinator_and_a_killed_superlink_cost_no_round_and_no_bit(new_deployed, tmp_path: Path) -> None:
+    deployed = new_deployed()
+    coordinator = deployed.start(federation__rounds=4)
+    until(lambda: 2 in deployed.rounds_begun("hospital_a"))
+    os.killpg(coordinator.pid, signal.SIGKILL)
+    coordinator.wait()
+    again = deployed.start("again", federation__rounds=4)
+    until(lambda: 3 in deployed.rounds_begun("hospital_a"), 240)
+    deployed.federation.stop("superlink", signal.SIGKILL)
+    deployed.federation.stop("superexec", signal.SIGKILL)
+    time.sleep(3)
+    deployed.federation.start_superlink()
+
+    assert again.wait(400) == 0, deployed.said("again")
+
+    run = in_process(deployed, tmp_path / "data", **{"federation.rounds": 4})
+    assert same(deployed.server(5), read_tensors(run / "server" / "round_00005.safetensors"))
+    for site in SITES:
+        assert same(deployed.model(site), read_tensors(run / "sites" / site / "last.safetensors"))
+
+
+@pytest.mark.slow
+def test_below_the_quorum_the_run_waits_for_a_hospital_and_goes_on_when_it_returns(new_deployed) -> None:
+    deployed = new_deployed()
+    coordinator = deployed.start(federation__rounds=3, federation__quorum=3, federation__grace=5)
+    until(lambda: 1 in deployed.rounds_begun("hospital_c"))
+    assert deployed.federation.stop("hospital_c") == 0
+    until(lambda: "waiting for hospital_c" in deployed.said(), 240)
+    deployed.federation.start_site("hospital_c")
+
+    assert coordinator.wait(400) == 0, deployed.said()
+    assert max(deployed.rounds_begun("hospital_c")) == 4
+
+
+@pytest.mark.slow
+def test_two_commands_at_once_are_refused_and_one_after_the_other_do_not_mix(new_deployed) -> None:
+    deployed = new_deployed()
+    first = deployed.start()
+    until(lambda: 1 in deployed.rounds_begun("hospital_a"))
+    second = deployed.start("second", run__seed=7, data_root=deployed.folder / "other")
+
+    assert second.wait(120) == 1
+    assert "another command of this coordinator runs a federation" in deployed.said("second")
+    assert first.wait(300) == 0, deployed.said()
+    deployed.run("second", run__seed=7, data_root=deployed.folder / "other")
+    runs = {path.name for path in (deployed.folder / "hospital_a/07_model_output/checkpoints").glob("*/")}
+    assert len(runs) == 2

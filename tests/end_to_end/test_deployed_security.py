@@ -1,0 +1,146 @@
+"""Who is turned away: strangers at the public port, nodes without the right key, foreign code at a hospital."""
+
+from __future__ import annotations
+
+import http.client
+import shutil
+import ssl
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from fedsca_pipeline.flower.demo import PROJECT, LocalFederation, free_port
+from fedsca_pipeline.flower.engine import environment
+
+
+@pytest.fixture(scope="module")
+def federation(engine: Path) -> Iterator[LocalFederation]:
+    """A SuperLink with nginx in front, and one hospital registered."""
+    folder = Path(tempfile.mkdtemp(prefix="fedsca-"))
+    with LocalFederation(folder, engine, free_port(), free_port()) as federation:
+        federation.found(["a"])
+        federation.start_superlink()
+        federation.start_nginx()
+        federation.register(["a"])
+        yield federation
+    shutil.rmtree(folder)
+
+
+def post(federation: LocalFederation, path: str) -> tuple[int, bytes]:
+    """Send a request to the public port, its path exactly as given."""
+    trusted = ssl.create_default_context(cafile=str(federation.certificates / "ca.crt"))
+    line = http.client.HTTPSConnection("localhost", federation.public_port, context=trusted, timeout=60)
+    line.putrequest("POST", path)
+    line.putheader("Content-Type", "application/protobuf")
+    line.putheader("Content-Length", "0")
+    line.endheaders()
+    answer = line.getresponse()
+    return answer.status, answer.read()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/control/start-run",
+        "/v1/control/list-runs",
+        "/v1/runtime/acquire-task",
+        "/v1/runtime/get-nodes",
+        "/v1/fleet/../control/list-runs",
+        "/v1/fleet/%2e%2e/control/list-runs",
+        "/v1/fleet/..%2fcontrol/list-runs",
+        "/v1/fleet/%252e%252e/control/list-runs",
+        "/v1/fleet/;/../../control/list-runs",
+        "//v1//control/list-runs",
+        "/V1/CONTROL/list-runs",
+        "/docs",
+        "/openapi.json",
+        "/",
+    ],
+)
+def test_at_the_public_port_nginx_itself_turns_all_but_the_fleet_interface_away(federation, path) -> None:
+    status, said = post(federation, path)
+
+    assert status == 404
+    assert b"nginx" in said
+
+
+def test_the_fleet_interface_is_reached_through_the_public_port(federation) -> None:
+    status, said = post(federation, "/v1/fleet/pull-messages")
+
+    assert status != 404
+    assert b"nginx" not in said
+
+
+def supernode(federation: LocalFederation, authority: Path, key: Path | None) -> str:
+    """Start a SuperNode that must fail; return what it said."""
+    command = [str(federation.engine / "flower-supernode"), "--superlink", f"localhost:{federation.public_port}"]
+    command += ["--root-certificates", str(authority), "--isolation", "process", "--port", str(free_port())]
+    command += ["--max-retries", "1", *(["--auth-supernode-private-key", str(key)] if key else [])]
+    return failing(federation, command)
+
+
+def failing(federation: LocalFederation, command: Sequence[str]) -> str:
+    surroundings = environment(federation.engine, federation.folder / "stranger")
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_node_without_a_key_is_refused(federation) -> None:
+    said = supernode(federation, federation.certificates / "ca.crt", None)
+
+    assert "SuperNode authentication is enabled" in said
+
+
+def test_a_node_with_a_key_that_is_not_listed_is_refused(federation, tmp_path: Path) -> None:
+    key = tmp_path / "stranger.key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(key)], check=True)
+
+    said = supernode(federation, federation.certificates / "ca.crt", key)
+
+    assert "Failed to activate SuperNode" in said
+    assert "No SuperNode found with the given public key" in federation.log("superlink")
+
+
+def test_a_node_refuses_a_coordinator_with_a_wrong_certificate(federation, tmp_path: Path) -> None:
+    script = PROJECT / "deploy" / "make_authority.sh"
+    subprocess.run(["bash", str(script), str(tmp_path / "other"), "localhost"], check=True)
+
+    said = supernode(federation, tmp_path / "other" / "ca.crt", federation.certificates / "a.key")
+
+    assert "CERTIFICATE_VERIFY_FAILED" in said
+
+
+def test_a_superexec_without_the_secret_gets_no_task(federation, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"x" * 48)
+    command = [str(federation.engine / "flower-superexec"), "--root-certificates"]
+    command += [str(federation.certificates / "ca.crt"), "--superexec-auth-secret-file", str(secret)]
+    command += ["--runtime-api-address", f"127.0.0.1:{federation.superlink_port}"]
+
+    surroundings = environment(federation.engine, federation.folder / "stranger")
+    subprocess.run(command, env=surroundings, capture_output=True, timeout=120, check=False)
+
+    assert "SuperExec authentication failed" in federation.log("superlink")
+
+
+def test_a_hospital_runs_no_code_but_its_own(engine: Path, tmp_path: Path) -> None:
+    app = tmp_path / "fedsca"
+    shutil.copytree(PROJECT / "src" / "fedsca_pipeline" / "flower" / "app", app)
+    (app / "fedsca_app.py").write_text("raise SystemExit('foreign code ran')\n")
+    code = (
+        "import sys; from pathlib import Path; from flwr.cli.build import build_fab_from_disk; "
+        "from fedsca_pipeline.flower.guard import refuse_foreign; "
+        "refuse_foreign(build_fab_from_disk(Path(sys.argv[1])))"
+    )
+
+    def check(folder: Path) -> subprocess.CompletedProcess[str]:
+        command = [str(engine / "python"), "-c", code, str(folder)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert "ForeignBundleError" in check(app).stderr
+    own = check(PROJECT / "src" / "fedsca_pipeline" / "flower" / "app")
+    assert own.returncode == 0, own.stderr

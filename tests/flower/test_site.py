@@ -1,0 +1,164 @@
+"""The hospital's command: its file, its data check, and what it answers the shim."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from fedsca_pipeline.errors import ConfigError
+from fedsca_pipeline.flower import frames
+from fedsca_pipeline.flower.config import SiteConfig, read_site_config
+from fedsca_pipeline.flower.site import Desk, main
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> dict[str, Any]:
+    """A site's YAML values, with data and certificates that are there."""
+    draw = np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    for index in range(8):
+        Image.fromarray(draw.integers(0, 255, (24, 24), dtype=np.uint8)).save(tmp_path / f"data/images/{index}.png")
+        mask = np.zeros((24, 24), np.uint8)
+        mask[4 : 8 + index, 4:12] = 1
+        Image.fromarray(mask).save(tmp_path / f"data/masks/{index}.png")
+    for name in ("ca.crt", "a.key"):
+        (tmp_path / name).write_text("not looked into here")
+    return {
+        "site": "a",
+        "data": "data",
+        "work": "work",
+        "coordinator": "coordinator.example.org:8443",
+        "certificates": {"authority": "ca.crt", "key": "a.key"},
+    }
+
+
+@pytest.fixture
+def site_file(values, tmp_path: Path):
+    def write(**changed: Any) -> Path:
+        path = tmp_path / "site.yml"
+        path.write_text(yaml.safe_dump({**values, **changed}))
+        return path
+
+    return write
+
+
+def test_paths_are_relative_to_the_file(site_file, tmp_path: Path) -> None:
+    config = read_site_config(site_file())
+
+    assert config.data == tmp_path / "data"
+    assert config.certificates.key == tmp_path / "a.key"
+    assert config.foundation_root == tmp_path / "work" / "02_intermediate" / "_foundations"
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"site": "a b"}, "site"),
+        ({"coordinator": "no-port"}, "coordinator"),
+        ({"resources": {"treads": 2}}, "resources.treads"),
+        ({"certificates": {"authority": "ca.crt"}}, "certificates.key"),
+        ({"certificates": {"authority": "ca.crt", "key": "other.key"}}, "certificates.key"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_the_key_at_fault(site_file, changed, named) -> None:
+    with pytest.raises(ConfigError, match=named):
+        read_site_config(site_file(**changed))
+
+
+def test_sound_data_pass_the_check(site_file) -> None:
+    assert main([str(site_file()), "--check"]) == 0
+
+
+def test_with_broken_data_the_site_does_not_join_and_says_what_to_mend(site_file, tmp_path: Path, caplog) -> None:
+    (tmp_path / "data/masks/3.png").write_bytes(b"broken")
+
+    assert main([str(site_file())]) == 1
+    assert "masks/3.png" in caplog.text
+    assert not (tmp_path / "work").exists()
+
+
+class FakeWorker:
+    def __init__(self) -> None:
+        self.asked: list[tuple] = []
+        self.fails = False
+
+    def ask(self, task, payload, seconds):
+        self.asked.append((task, payload, seconds))
+        return ({"failed": "it died"}, b"") if self.fails else ({}, payload[::-1])
+
+
+@pytest.fixture
+def desk(site_file) -> Desk:
+    return Desk(read_site_config(site_file(resources={"task_seconds": 50, "max_message": 1})), FakeWorker())
+
+
+def task(**changed: Any) -> dict[str, Any]:
+    return {"kind": "round", "round": 1, "site": "a", "seconds": 20.0, **changed}
+
+
+def test_a_task_goes_to_the_worker_with_the_shorter_of_two_limits(desk) -> None:
+    assert desk.answer(task(), b"abc") == ({}, b"cba")
+    desk.answer(task(round=2, seconds=1e9), b"abc")
+
+    assert [seconds for _, _, seconds in desk.worker.asked] == [20.0, 50.0]
+
+
+def test_a_task_that_comes_twice_is_worked_on_once(desk) -> None:
+    assert desk.answer(task(), b"abc") == desk.answer(task(), b"abc")
+    assert len(desk.worker.asked) == 1
+    desk.answer(task(), b"other")
+    assert len(desk.worker.asked) == 2
+
+
+def test_a_failure_is_not_remembered(desk) -> None:
+    desk.worker.fails = True
+    assert "failed" in desk.answer(task(), b"abc")[0]
+    desk.worker.fails = False
+
+    assert desk.answer(task(), b"abc") == ({}, b"cba")
+
+
+def test_a_task_for_another_site_never_reaches_the_worker(desk) -> None:
+    said, _ = desk.answer(task(site="b"), b"abc")
+
+    assert "this site is a" in said["failed"]
+    assert desk.worker.asked == []
+
+
+def test_through_its_socket_a_task_too_large_is_refused_by_the_parameter(desk, tmp_path_factory) -> None:
+    path = tmp_path_factory.mktemp("s") / "s"
+    listener = frames.listen(path)
+    threading.Thread(target=desk.serve, args=(listener,), daemon=True).start()
+    try:
+        with frames.connect(path, 10.0) as line:
+            frames.send(line, task(), b"abc")
+            assert frames.receive(line, 10) == ({}, b"cba")
+        with frames.connect(path, 10.0) as line:
+            frames.send(line, {"kind": "round"}, b"")
+            assert "unknown form" in frames.receive(line, 10)[0]["failed"]
+        with frames.connect(path, 10.0) as line:
+            line.sendall(frames._LENGTHS.pack(2, 2**21) + b"{}")
+            assert "resources.max_message" in frames.receive(line, 10)[0]["failed"]
+    finally:
+        listener.close()
+
+
+def test_a_site_config_cannot_be_changed(site_file) -> None:
+    config = read_site_config(site_file())
+
+    assert isinstance(config, SiteConfig)
+    with pytest.raises(ValueError, match="frozen"):
+        config.site = "b"
+
+
+@pytest.fixture(autouse=True)
+def _hear_errors(caplog) -> None:
+    caplog.set_level(logging.INFO)
