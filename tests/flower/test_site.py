@@ -142,7 +142,7 @@ def test_through_its_socket_a_task_too_large_is_refused_by_the_parameter(desk, t
             frames.send(line, task(), b"abc")
             assert frames.receive(line, 10) == ({}, b"cba")
         with frames.connect(path, 10.0) as line:
-            frames.send(line, {"kind": "round"}, b"")
+            frames.send(line, {"site": "a"}, b"")
             assert "unknown form" in frames.receive(line, 10)[0]["failed"]
         with frames.connect(path, 10.0) as line:
             line.sendall(frames._LENGTHS.pack(2, 2**21) + b"{}")

@@ -187,14 +187,13 @@ def check_data(config: SiteConfig) -> int:
     return len(manifest)
 
 
-def run_site(file: Path, config: SiteConfig, stopped: threading.Event) -> None:
-    """Take part in the federation until ``stopped``; whatever happens, no process is left.
+def run_site(config: SiteConfig, worker: WorkerProcess, stopped: threading.Event) -> None:
+    """Take part in the federation until ``stopped``; whatever happens, no process is left, not the worker's either.
 
     Raises:
         ConfigError: the engine is missing, or the worker cannot start.
     """
     address = config.work / "flower" / "site.sock"
-    worker = WorkerProcess.of_site(file, config.resources.most_bytes)
     try:
         engine_folder(config.engine)
         listener = frames.listen(address)
@@ -207,7 +206,8 @@ def run_site(file: Path, config: SiteConfig, stopped: threading.Event) -> None:
             logger.info("%s: joined the federation at %s; Ctrl-C leaves it", config.site, config.coordinator)
             stopped.wait()
     except (EOFError, OSError) as error:
-        raise ConfigError(f"the site's worker could not start ({error!r}); what it said is above") from error
+        if not stopped.is_set():
+            raise ConfigError(f"the site's worker could not start ({error!r}); what it said is above") from error
     finally:
         stopped.set()
         listener.close()
@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = read_site_config(given.file)
         logger.info("%s: %d images, none broken", config.site, check_data(config))
         if not given.check:
-            run_site(given.file, config, stopped)
+            run_site(config, WorkerProcess.of_site(given.file, config.resources.most_bytes), stopped)
     except FedscaError as error:
         logger.error("Error: %s", error)
         return 1
