@@ -99,6 +99,16 @@ class TestAbsence:
         first, again = link.sent("b")
         assert again.at - first.at >= 10
 
+    def test_below_the_quorum_a_site_that_is_still_at_work_is_not_given_the_same_work_again(
+        self, exchange, link, clock, scripted
+    ) -> None:
+        link.sites = {site: scripted(seconds=150) for site in "abc"}
+
+        answers = exchange(quorum=3)
+
+        assert answers == {"a": b"a1", "b": b"b1", "c": b"c1"}
+        assert len(link.pushed) == 3
+
     def test_a_site_named_in_inject_failures_is_not_asked(self, link, config, clock) -> None:
         fleet = FlowerFleet(link, config, absent={"b": [1]}, clock=clock, sleep=clock.sleep)
 
@@ -192,6 +202,14 @@ class TestOpening:
         assert [(m.task["kind"], m.payload) for m in link.pushed] == [
             ("open", b"terms"), ("round", b"payload"), ("round", b"payload"),
         ]  # fmt: skip
+
+    def test_the_deadline_counts_from_the_round_not_from_the_opening(self, opening, link, clock, scripted) -> None:
+        link.sites["a"] = scripted(seconds=80)
+
+        answers = opening.exchange(1, {"a": b"payload"}, deadline=100.0, quorum=1, grace=0.0)
+
+        assert answers == {"a": b"a1"}
+        assert [m.task["seconds"] for m in link.sent("a")] == [100.0]
 
     def test_a_site_that_refuses_the_run_is_absent_with_its_reason(self, opening, link, scripted, reply) -> None:
         link.sites["b"] = scripted(answer=lambda m: reply("", m.node, said={"failed": "this site runs other code"}))

@@ -90,6 +90,9 @@ class FakeWorker:
         self.asked: list[tuple] = []
         self.fails = False
 
+    def start(self) -> None:
+        self.asked.append("start")
+
     def ask(self, task, payload, seconds):
         self.asked.append((task, payload, seconds))
         return ({"failed": "it died"}, b"") if self.fails else ({}, payload[::-1])

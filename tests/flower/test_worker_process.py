@@ -24,7 +24,8 @@ while True:
         os.kill(os.getpid(), signal.SIGKILL)
     if task["kind"] == "hang":
         time.sleep(3600)
-    frames.send(line, {"pid": os.getpid()}, payload * task.get("times", 1))
+    said = {"pid": os.getpid(), **({"spent": True} if task["kind"] == "last" else {})}
+    frames.send(line, said, payload * task.get("times", 1))
 """
 
 
@@ -72,6 +73,15 @@ def test_a_worker_that_cannot_start_is_a_failure_of_the_task() -> None:
     said, _ = worker.ask({"kind": "work"}, b"", 5)
 
     assert "exit code 3" in said["failed"]
+
+
+def test_a_worker_that_calls_itself_spent_answers_and_is_replaced(worker) -> None:
+    said, payload = worker.ask({"kind": "last"}, b"x", 60)
+
+    assert payload == b"x"
+    assert "spent" not in said
+    assert not psutil.pid_exists(said["pid"])
+    assert worker.ask({"kind": "work"}, b"x", 60)[0]["pid"] != said["pid"]
 
 
 def test_none_is_left_behind(worker) -> None:

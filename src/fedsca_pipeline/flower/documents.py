@@ -20,7 +20,7 @@ Hash = Field(pattern=r"^[0-9a-f]{8,64}$")
 
 
 class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Terms(_Document):

@@ -80,11 +80,12 @@ class _Flight:
     kind: str
     round: int
     node: Node
+    until: float
 
 
 @dataclass
 class _Gathering:
-    """One question to several sites, and what has come back so far."""
+    """One question to several sites, and what has come back so far; it is ``started`` when the first has been asked."""
 
     kind: str
     round: int
@@ -92,7 +93,7 @@ class _Gathering:
     deadline: float
     quorum: int
     grace: float
-    started: float
+    started: float = math.inf
     answers: dict[str, bytes] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -185,8 +186,7 @@ class FlowerFleet:
         grace: float = math.inf,
     ) -> Mapping[str, bytes | Failure]:
         """Put a question of any kind to sites, as ``exchange`` does with a round's."""
-        now = self._clock()
-        gathering = _Gathering(kind, round_, payloads, deadline or math.inf, quorum, grace, now)
+        gathering = _Gathering(kind, round_, payloads, deadline or math.inf, quorum, grace)
         while not gathering.over(self._clock()):
             try:
                 self._send(gathering)
@@ -202,25 +202,38 @@ class FlowerFleet:
     def _send(self, gathering: _Gathering) -> None:
         self._nodes = self._link.nodes()
         self._recall()
-        under_way = {flight.site for flight in self._flights.values()}
         now = self._clock()
+        under_way = {flight.site for flight in self._flights.values()} | self._still_asked(gathering, now)
         for site in gathering.waiting:
             if site in self._nodes and site not in under_way and gathering.may_send(site, now):
                 gathering.failures.pop(site, None)
                 self._push(gathering, site, self._nodes[site], now)
 
+    def _still_asked(self, gathering: _Gathering, now: float) -> set[str]:
+        """Return the sites that may still answer an earlier message of the same question: a node has one queue."""
+        return {
+            flight.site
+            for flight in self._late.values()
+            if (flight.kind, flight.round) in (("open", 0), (gathering.kind, gathering.round))
+            and self._nodes.get(flight.site) == flight.node
+            and now < flight.until
+        }
+
     def _push(self, gathering: _Gathering, site: str, node: Node, now: float) -> None:
         first = self._opening is not None and site not in self._opened
         kind, round_ = ("open", 0) if first else (gathering.kind, gathering.round)
         payload = self._opening if first else gathering.payloads[site]
-        left = max(1.0, min(gathering.started + gathering.deadline - now, _LONGEST_SECONDS))
+        if not first:
+            gathering.started = min(gathering.started, now)
+        left = max(1.0, min(gathering.started, now) + gathering.deadline - now)
+        left = min(left, _LONGEST_SECONDS)
         task = {"kind": kind, "round": round_, "site": site, "seconds": left}
         gathering.retry_at[site] = now + self._config.retry
         message = self._link.push(node.id, task, payload, left + _LATE_SECONDS)
         if message is None:
             logger.warning("round %d: the SuperLink did not take the message for %s", gathering.round, site)
             return
-        self._flights[message] = _Flight(site, kind, round_, node)
+        self._flights[message] = _Flight(site, kind, round_, node, now + left + _LATE_SECONDS)
         if self._log is not None:
             self._log.add("down", kind, round_, site, payload, self._config.most_bytes)
 

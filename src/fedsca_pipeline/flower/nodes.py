@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedsca_pipeline.config import (
     AdaptersConfig,
@@ -16,7 +16,7 @@ from fedsca_pipeline.config import (
     RunConfig,
     TrainingConfig,
 )
-from fedsca_pipeline.errors import ConfigError
+from fedsca_pipeline.errors import ConfigError, MessageError
 from fedsca_pipeline.flower.config import FlowerConfig
 from fedsca_pipeline.pipelines.evaluation.nodes import records_of, traffic_of
 from fedsca_pipeline.pipelines.federated_training.nodes import (
@@ -28,6 +28,9 @@ from fedsca_pipeline.pipelines.federated_training.nodes import (
 from fedsca_pipeline.runs import code_version, describe_run, open_run
 
 logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from fedsca_pipeline.federation.fleet import Failure
 
 
 def join(
@@ -146,7 +149,6 @@ def finish(
     Returns the index of the sites' models, and the means of their test scores. A site that does not answer before
     ``federation.deadline``, or cannot test, is in neither, as long as ``federation.quorum`` sites have answered.
     """
-    from fedsca_pipeline.federation.fleet import Failure
     from fedsca_pipeline.flower import documents
 
     wanted = documents.write(documents.Finished(run=description["fingerprint"]))
@@ -160,10 +162,10 @@ def finish(
         )
     scores = {}
     for site, answer in answers.items():
-        if isinstance(answer, Failure):
-            logger.warning("%s: no test scores (%s)", site, answer.reason)
-        else:
-            scores[site] = documents.read(documents.Scores, answer).model_dump()
+        try:
+            scores[site] = _scores(site, description["fingerprint"], answer)
+        except MessageError as error:
+            logger.warning("%s: no test scores (%s)", site, error)
     index = export_site_models(
         description, round_metrics, run, preprocessing, foundation, adapters, federation, strategies, evaluation,
         foundations, checkpoints, models,
@@ -199,6 +201,23 @@ def tabulate(
     sites = pd.DataFrame(rows, columns=list(SITE_COLUMNS))
     final = final_table(sites, traffic_of(records_of(description, round_metrics), site_models))
     return sites, final, json.loads(final.set_index("site").to_json(orient="index"))
+
+
+def _scores(site: str, run: str, answer: bytes | Failure) -> dict[str, Any]:
+    """Return what a site says of its models.
+
+    Raises:
+        MessageError: it says nothing, or of another site or run.
+    """
+    from fedsca_pipeline.federation.fleet import Failure
+    from fedsca_pipeline.flower import documents
+
+    if isinstance(answer, Failure):
+        raise MessageError(answer.reason)
+    scores = documents.read(documents.Scores, answer)
+    if (scores.site, scores.run) != (site, run):
+        raise MessageError(f"scores of site {scores.site}, run {scores.run}")
+    return scores.model_dump()
 
 
 def _fleet(flower: FlowerConfig, **options: Any) -> Any:

@@ -67,7 +67,14 @@ class Desk:
             found = self.worker.ask({"kind": task["kind"], "round": task["round"]}, payload, seconds)
             if "failed" not in found[0]:
                 self._last = (key, found)
+            else:
+                # Where the worker has ended, the next task need not wait for a new one's start.
+                threading.Thread(target=self._replace_worker, daemon=True).start()
             return found
+
+    def _replace_worker(self) -> None:
+        with self._one_at_a_time, suppress(OSError, EOFError):
+            self.worker.start()
 
     def _attend(self, line: socket.socket) -> None:
         with line, suppress(OSError, EOFError):

@@ -32,7 +32,7 @@ from fedsca_pipeline.federation.local import LocalSettings, LocalWorker, ignore_
 from fedsca_pipeline.federation.messages import outline
 from fedsca_pipeline.federation.store import SiteStore
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.files import write_bytes, write_json
+from fedsca_pipeline.files import remove_partial_files, write_bytes, write_json
 from fedsca_pipeline.flower import documents, frames
 from fedsca_pipeline.flower.config import SiteConfig, read_site_config
 from fedsca_pipeline.flower.wire import WireLog
@@ -212,6 +212,7 @@ class SiteWork:
         figure = draw_overlays(*same, evaluation, scores, *shared, manifest, self.places.arrays)
         self.places.overlays.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.places.overlays)
+        remove_partial_files(self.places.checkpoints)
         kept = index["sites"][self.config.site]
         return documents.write(
             documents.Scores(
@@ -299,6 +300,8 @@ def serve(config: SiteConfig, line: socket.socket) -> None:
     most = config.resources.most_bytes
     threading.Thread(target=_listen, args=(line, most, tasks), daemon=True).start()
     work = SiteWork(config)
+    # A worker that was killed may have left them; no other one is alive.
+    remove_partial_files(work.places.checkpoints)
     log = WireLog(work.places.wire)
     frames.send(line, {"ready": True})
     while True:
@@ -315,8 +318,9 @@ def serve(config: SiteConfig, line: socket.socket) -> None:
             raise
         except Exception as error:
             # Whatever a library raises must not end a site's part in the federation; what it was is told here only.
+            # What it left in memory, and how much, nobody knows: the next task gets a fresh worker.
             logger.exception("%s, round %d", header["kind"], header["round"])
-            answer, said = b"", {"failed": outward(error)}
+            answer, said = b"", {"failed": outward(error), "spent": True}
         frames.send(line, said, answer)
 
 

@@ -60,16 +60,23 @@ class WorkerProcess:
         frames.receive(ours, 0)
 
     def ask(self, task: dict[str, Any], payload: bytes, seconds: float) -> tuple[dict[str, Any], bytes]:
-        """Return the worker's answer, or what became of it as ``failed``; the site is free again in any case."""
+        """Return the worker's answer, or what became of it as ``failed``; the site is free again in any case.
+
+        A worker that calls itself ``spent`` is ended after its answer.
+        """
         try:
             self.start()
             self._line.settimeout(seconds)
             frames.send(self._line, task, payload)
-            return frames.receive(self._line, self._most)
+            said, answer = frames.receive(self._line, self._most)
         except TimeoutError:
             reason = f"its worker took longer than {seconds:.0f} s and was ended"
         except (EOFError, OSError, frames.FrameError) as error:
             reason = f"its worker died ({self._how(error)})"
+        else:
+            if said.pop("spent", False):
+                self.end()
+            return said, answer
         logger.warning("%s, round %s: %s", task.get("kind"), task.get("round"), reason)
         self.end()
         return {"failed": reason}, b""
