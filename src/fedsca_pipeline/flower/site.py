@@ -190,7 +190,7 @@ def check_data(config: SiteConfig) -> int:
         (raw / config.site).symlink_to(config.data.resolve())
         preprocessing = PreprocessingConfig(classes=_MOST_CLASSES, image_size=32)
         prepare = prepare_for(config.site)
-        manifest, _, _ = prepare(raw, Path(folder), {}, None, preprocessing, RunConfig())
+        manifest, _, _ = prepare(raw, Path(folder), Path(folder) / "private", {}, None, preprocessing, RunConfig())
     return len(manifest)
 
 

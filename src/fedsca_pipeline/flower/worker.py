@@ -54,10 +54,11 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 
 @dataclass(frozen=True)
 class Places:
-    """Where a site's files are: ``raw``, ``models`` and ``checkpoints`` are folders, all else are files."""
+    """Where a site's files are; ``raw``, ``private``, ``models`` and ``checkpoints`` are folders."""
 
     site: str
     raw: Path
+    private: Path
     prepared: Path
     report: Path
     manifest: Path
@@ -75,6 +76,7 @@ class Places:
         return cls(
             site=config.site,
             raw=root / "01_raw",
+            private=root / "private",
             prepared=root / "02_intermediate" / "prepared.json",
             report=root / "02_intermediate" / "report.json",
             manifest=root / "03_primary" / "manifest.csv",
@@ -143,6 +145,7 @@ class SiteWork:
         manifest, arrays, report = prepare(
             self.places.raw,
             self.places.arrays.parent,
+            self.places.private,
             {},
             self.places.load_manifest(),
             wanted["preprocessing"],
