@@ -137,6 +137,7 @@ def in_process(deployed: Deployed, root: Path, **parameters: Any) -> Path:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_deployed_run_ends_in_the_table_and_in_the_bits_of_a_run_in_process(new_deployed, tmp_path: Path) -> None:
     deployed = new_deployed()
