@@ -217,6 +217,8 @@ def main() -> int:
     parser.add_argument("--params", default="", help="more parameters for kedro run")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # So that what was started is ended, as on Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     folder = given.folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)
     sites = ("hospital_a", "hospital_b", "hospital_c")
