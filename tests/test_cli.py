@@ -65,13 +65,17 @@ def test_an_up_to_date_run_ends_well_with_its_table(kedro_run) -> None:
     row = {"Dice before": 0.1, "Dice after": 0.7, "Dice chosen": 0.8, "HD95": 3.0, "bytes up": 5, "bytes down": 6}
     table = {"north": {**row, "best round": 2}, "mean over sites": {**row, "best round": None}}
 
-    result = kedro_run(RunUpToDate(table, {"run_id": "abc123", "uri": "sqlite:///mlflow.db"}))
+    volume = {"volume Dice": 0.765, "volume HD95 mm": 2.5, "volume ASD mm": 0.5, "volume NSD": 0.9, "volumes": 4}
+    volumes = {"north": volume, "mean over sites": volume}
+
+    result = kedro_run(RunUpToDate(table, {"run_id": "abc123", "uri": "sqlite:///mlflow.db"}, volumes))
 
     assert result.exit_code == 0
     for expected in (
         "up to date",
         "north",
         "0.800",
+        "0.765",
         "MLflow run: abc123",
         "mlflow ui --backend-store-uri sqlite:///mlflow.db",
     ):
