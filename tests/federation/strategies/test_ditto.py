@@ -9,6 +9,7 @@ import torch
 
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.federation.strategies.base import Phase
+from fedsca_pipeline.sites.arrays import known_classes
 
 STEPS = 3
 
@@ -59,8 +60,9 @@ def test_a_site_is_judged_by_its_personal_copy(federate):
     assert all(torch.equal(last[name], tensor) for name, tensor in state.personal.items())
     assert any(not torch.equal(tensor, last[name]) for name, tensor in run.sent[3, "a"].tensors.items())
     run.worker.install(last)
-    batches = run.worker._batches(run.fleet.data["a"], run.store("a"))
-    assert run.records[-1].sites["a"].dice_validation == run.worker._validate(batches)
+    data = run.fleet.data["a"]
+    batches, known = run.worker._batches(data, run.store("a")), known_classes(data, run.worker.settings.classes)
+    assert run.records[-1].sites["a"].dice_validation == run.worker._validate(batches, known)
 
 
 def test_without_a_pull_the_personal_copy_is_a_model_that_trains_alone(federate):
