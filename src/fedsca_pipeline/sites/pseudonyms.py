@@ -1,7 +1,7 @@
 """Raw sites under names that may be shown: of a site with DICOM files no file name and no patient gets any further.
 
 What comes after reads such a site through a folder of links whose names are salted hashes. It cannot tell what it does
-not know, so that no message, table, figure or file name of a result can hold an identifier (docs/data.md#identifiers).
+not know, so that no message, table, figure or file name of a result can hold an identifier (docs/dicom.md#identifiers).
 """
 
 from __future__ import annotations
