@@ -11,7 +11,7 @@ import pytest
         ("federation.rounds=0", ["federation", "rounds", "greater than or equal to 1"]),
         ("federation.participation=1.5", ["federation", "participation", "less than or equal to 1"]),
         ("federation.workers=0", ["federation", "workers", "greater than or equal to 1"]),
-        ("federation.fleet=cluster", ["federation", "fleet", "'in_process' or 'processes'"]),
+        ("federation.fleet=cluster", ["federation", "fleet", "'in_process', 'processes' or 'flower'"]),
         ("federation.rouns=3", ["federation", "rouns", "not permitted"]),
         ("training.augment.flip=3", ["training", "augment.flip", "less than or equal to 1"]),
         ("preprocessing.image_size=50", ["preprocessing", "image_size", "multiple of 16"]),

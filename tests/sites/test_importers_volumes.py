@@ -97,7 +97,8 @@ class TestProstate:
 
     def test_a_mask_on_another_grid_is_broken(self, imported, tmp_path) -> None:
         source = tree(tmp_path / "Prostate", {"HK/Case00.nii.gz": volume(0)})
-        tree(source, {"HK/Case00_segmentation.nii.gz": labelled(1)}, affine=np.diag([-1.5, 0.9, 2.5, 1.0]))
+        moved = AFFINE + np.array([[0.0, 0.0, 0.0, 3.0]] * 3 + [[0.0] * 4])
+        tree(source, {"HK/Case00_segmentation.nii.gz": labelled(1)}, affine=moved)
 
         with pytest.raises(DataError, match=r"Case00_segmentation\.nii\.gz: lies elsewhere than its image"):
             imported("prostate_saml", source)
