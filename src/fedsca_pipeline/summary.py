@@ -6,7 +6,7 @@ Without pandas: a command that finds everything up to date needs nothing else of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -40,24 +40,7 @@ def render_final_table(table: FinalTable) -> Table:
     Three decimals, human byte sizes, the mean set apart, a dash for what is missing; the lowest chosen Dice is named in
     the caption. No site: the headings alone.
     """
-    # Without vertical rules it fits.
-    view = Table(
-        title="Test results per site",
-        caption=_caption(table),
-        caption_justify="left",
-        title_justify="left",
-        box=box.SIMPLE,
-        pad_edge=False,
-        show_edge=False,
-    )
-    view.add_column("site", no_wrap=True)
-    for heading, _ in _COLUMNS.values():
-        view.add_column(heading, justify="right", no_wrap=True)
-    for site, row in table.items():
-        if site == MEAN:
-            view.add_section()
-        view.add_row(site, *(_cell(column, row[column]) for column in _COLUMNS), style="bold" if site == MEAN else "")
-    return view
+    return _by_site("Test results per site", table, _COLUMNS, _caption(table))
 
 
 def render_class_table(table: FinalTable) -> Table | None:
@@ -66,13 +49,7 @@ def render_class_table(table: FinalTable) -> Table | None:
     columns = [column for column in next(iter(table.values()), {}) if column.startswith(prefix)]
     if not columns:
         return None
-    view = Table(
-        title="Dice of the chosen models per class",
-        title_justify="left",
-        box=box.SIMPLE,
-        pad_edge=False,
-        show_edge=False,
-    )
+    view = _view("Dice of the chosen models per class")
     view.add_column("class", no_wrap=True)
     for heading in ("sites", "mean", "lowest"):
         view.add_column(heading, justify="right", no_wrap=True)
@@ -92,22 +69,7 @@ def render_class_table(table: FinalTable) -> Table | None:
 
 def render_volume_table(table: FinalTable) -> Table:
     """Draw the table of ``evaluation.volume_tables.final_volume_table``; a dash for what is missing."""
-    view = Table(
-        title="Chosen models by volume, on the volumes' own grids",
-        title_justify="left",
-        box=box.SIMPLE,
-        pad_edge=False,
-        show_edge=False,
-    )
-    view.add_column("site", no_wrap=True)
-    for heading, _ in _VOLUME_COLUMNS.values():
-        view.add_column(heading, justify="right", no_wrap=True)
-    for site, row in table.items():
-        if site == MEAN:
-            view.add_section()
-        cells = ("–" if row[key] is None else shown(row[key]) for key, (_, shown) in _VOLUME_COLUMNS.items())
-        view.add_row(site, *cells, style="bold" if site == MEAN else "")
-    return view
+    return _by_site("Chosen models by volume, on the volumes' own grids", table, _VOLUME_COLUMNS)
 
 
 # Heading and format of each column.
@@ -129,9 +91,35 @@ _COLUMNS = {
 }
 
 
-def _cell(column: str, value: Any) -> str:
-    _, shown = _COLUMNS[column]
-    return "–" if value is None else shown(value)
+def _view(title: str, caption: str | None = None) -> Table:
+    # Without vertical rules it fits.
+    return Table(
+        title=title,
+        caption=caption,
+        caption_justify="left",
+        title_justify="left",
+        box=box.SIMPLE,
+        pad_edge=False,
+        show_edge=False,
+    )
+
+
+def _by_site(
+    title: str,
+    table: FinalTable,
+    columns: Mapping[str, tuple[str, Callable[[Any], str]]],
+    caption: str | None = None,
+) -> Table:
+    view = _view(title, caption)
+    view.add_column("site", no_wrap=True)
+    for heading, _ in columns.values():
+        view.add_column(heading, justify="right", no_wrap=True)
+    for site, row in table.items():
+        if site == MEAN:
+            view.add_section()
+        cells = ("–" if row[key] is None else shown(row[key]) for key, (_, shown) in columns.items())
+        view.add_row(site, *cells, style="bold" if site == MEAN else "")
+    return view
 
 
 def _caption(table: FinalTable) -> str | None:

@@ -23,6 +23,7 @@ from fedsca_pipeline.pipelines.federated_training.nodes import (
     build_trainable,
     configuration_of,
     export_site_models,
+    serve,
     start_values,
 )
 from fedsca_pipeline.runs import code_version, describe_run, open_run
@@ -94,9 +95,7 @@ def train(
     checkpoints: Path,
 ) -> Iterator[dict[str, Any]]:
     """Run the federated rounds, or what is left of them, yielding each round's record as it is done."""
-    from fedsca_pipeline.federation.checkpoint import CheckpointFolder
     from fedsca_pipeline.federation.devices import deterministic
-    from fedsca_pipeline.federation.rounds import Server
     from fedsca_pipeline.federation.strategies import build_strategy
     from fedsca_pipeline.flower import documents
     from fedsca_pipeline.pipelines.federated_training.progress import RoundProgress
@@ -114,19 +113,7 @@ def train(
             RoundProgress(flower.sites, federation.rounds) as progress,
             _fleet(flower, opening=opening, absent=federation.inject_failures) as fleet,
         ):
-            server = Server(
-                fleet,
-                strategy,
-                layout,
-                start,
-                federation,
-                run=folder.fingerprint,
-                seed=run.seed,
-                folder=CheckpointFolder(folder.server),
-            )
-            for record in server.rounds():
-                progress.round_done(record)
-                yield {f"{folder.fingerprint}/round_{record.round:05d}": record.as_json()}
+            yield from serve(fleet, progress, strategy, layout, start, federation, run, folder)
 
 
 def finish(

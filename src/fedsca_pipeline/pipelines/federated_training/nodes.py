@@ -24,9 +24,12 @@ logger = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedsca_pipeline.federation.fleet import SiteData
+    from fedsca_pipeline.federation.fleet import Fleet, SiteData
     from fedsca_pipeline.federation.messages import TensorLayout
+    from fedsca_pipeline.federation.strategies.base import Strategy
     from fedsca_pipeline.foundation.model import SegmentationModel
+    from fedsca_pipeline.pipelines.federated_training.progress import RoundProgress
+    from fedsca_pipeline.runs import RunFolder
 
 GENERAL_NOTE = (
     "General model (docs/method.md): the mean of all sites' shared tensors beside the foundation's own decoder and "
@@ -90,11 +93,9 @@ def train(
     ``site_inputs`` alternate manifest and arrays, a pair a site.
     """
     FLEETS[federation.fleet].start_early()
-    from fedsca_pipeline.federation.checkpoint import CheckpointFolder
     from fedsca_pipeline.federation.devices import deterministic
     from fedsca_pipeline.federation.fleet import LocalSites, PooledData
     from fedsca_pipeline.federation.local import LocalSettings
-    from fedsca_pipeline.federation.rounds import Server
     from fedsca_pipeline.federation.strategies import build_strategy
     from fedsca_pipeline.pipelines.federated_training.progress import RoundProgress
 
@@ -127,19 +128,36 @@ def train(
             RoundProgress(tuple(data), federation.rounds) as progress,
             open_fleet(federation, here, progress.step) as fleet,
         ):
-            server = Server(
-                fleet,
-                strategy,
-                layout,
-                start,
-                federation,
-                run=folder.fingerprint,
-                seed=run.seed,
-                folder=CheckpointFolder(folder.server),
-            )
-            for record in server.rounds():
-                progress.round_done(record)
-                yield {f"{folder.fingerprint}/round_{record.round:05d}": record.as_json()}
+            yield from serve(fleet, progress, strategy, layout, start, federation, run, folder)
+
+
+def serve(
+    fleet: Fleet,
+    progress: RoundProgress,
+    strategy: Strategy,
+    layout: TensorLayout,
+    start: Mapping[str, Tensor],
+    federation: FederationConfig,
+    run: RunConfig,
+    folder: RunFolder,
+) -> Iterator[dict[str, Any]]:
+    """Be the server of a run over an open fleet; yield each round's record by its place in ``round_metrics``."""
+    from fedsca_pipeline.federation.checkpoint import CheckpointFolder
+    from fedsca_pipeline.federation.rounds import Server
+
+    server = Server(
+        fleet,
+        strategy,
+        layout,
+        start,
+        federation,
+        run=folder.fingerprint,
+        seed=run.seed,
+        folder=CheckpointFolder(folder.server),
+    )
+    for record in server.rounds():
+        progress.round_done(record)
+        yield {f"{folder.fingerprint}/round_{record.round:05d}": record.as_json()}
 
 
 def export_site_models(
