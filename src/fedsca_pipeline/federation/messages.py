@@ -137,14 +137,7 @@ def decode(data: bytes, *, max_bytes: int = 2**30) -> Message:
     Raises MessageError on anything malformed, and on what is larger than ``max_bytes`` as a blob (1 GiB unless told),
     before that much is allocated.
     """
-    blob = _decompressed(data, max_bytes) if data.startswith(zstandard.FRAME_HEADER) else data
-    if len(blob) > max_bytes:
-        raise _too_large(len(blob), max_bytes)
-    try:
-        flat = deserialize(blob)
-    except SafetensorError as error:
-        raise MessageError(f"a message of {len(blob)} bytes is not safetensors: {error}") from error
-    manifest = _read_manifest(blob)
+    manifest, flat = _opened(data, max_bytes)
     entries = {name: _read_entry(name, view) for name, view in flat}
     return Message(manifest, _CODECS[manifest.dtype].unpack(entries))
 
@@ -157,15 +150,21 @@ def outline(data: bytes, *, max_bytes: int = 2**30) -> dict[str, Any]:
     Raises:
         MessageError: as :func:`decode`.
     """
+    manifest, flat = _opened(data, max_bytes)
+    tensors = {name: [view["dtype"], list(view["shape"])] for name, view in flat}
+    return {"manifest": asdict(manifest), "tensors": tensors}
+
+
+def _opened(data: bytes, max_bytes: int) -> tuple[Manifest, list[tuple[str, dict[str, Any]]]]:
+    """Return a message's manifest and its entries as safetensors gives them: name, and dtype, shape and bytes."""
     blob = _decompressed(data, max_bytes) if data.startswith(zstandard.FRAME_HEADER) else data
     if len(blob) > max_bytes:
         raise _too_large(len(blob), max_bytes)
     try:
-        entries = deserialize(blob)
+        flat = deserialize(blob)
     except SafetensorError as error:
         raise MessageError(f"a message of {len(blob)} bytes is not safetensors: {error}") from error
-    tensors = {name: [view["dtype"], list(view["shape"])] for name, view in entries}
-    return {"manifest": asdict(_read_manifest(blob)), "tensors": tensors}
+    return _read_manifest(blob), flat
 
 
 def most_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:

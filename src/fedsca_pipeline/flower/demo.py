@@ -186,7 +186,8 @@ class LocalFederation:
 
 
 def _run(command: Sequence[str], surroundings: Mapping[str, str] | None = None) -> None:
-    subprocess.run(command, env=None if surroundings is None else dict(surroundings), check=True, capture_output=True)  # noqa: S603
+    env = None if surroundings is None else dict(surroundings)
+    subprocess.run(command, env=env, check=True, capture_output=True)  # noqa: S603 - no shell
 
 
 def _until_listening(port: int) -> None:

