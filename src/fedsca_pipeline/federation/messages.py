@@ -1,8 +1,8 @@
 """What crosses the wire: one safetensors blob, its manifest, and the names and places of the tensors in it.
 
 docs/method.md. The manifest is JSON in the safetensors header's metadata; tensor names and shapes are the header's
-own. The blob travels as it is or as one zstd frame. Nothing here is pickled, and nothing that arrives is trusted:
-:func:`decode` checks the form, :func:`check` the content.
+own (``envelope``). The blob travels as it is or as one zstd frame. Nothing here is pickled, and nothing that arrives is
+trusted: :func:`decode` checks the form, :func:`check` the content.
 """
 
 from __future__ import annotations
@@ -11,32 +11,31 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import torch
 import zstandard
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 from torch import Tensor
 
 from fedsca_pipeline.errors import MessageError
-
-WireDtype = Literal["fp32", "fp16", "int8"]
-Compression = Literal["zstd", "none"]
-MessageKind = Literal["aggregate", "update", "final", "report"]
-
-METRICS = frozenset({"dice_validation", "dice_local", "loss", "steps", "seconds"})
-"""The only metrics that a message may carry."""
+from fedsca_pipeline.federation.envelope import (
+    MANIFEST,
+    METRICS,
+    Compression,
+    Manifest,
+    MessageKind,
+    WireDtype,
+    opened,
+)
 
 TRAVELLING: Mapping[WireDtype, tuple[WireDtype, ...]] = MappingProxyType(
     {"fp32": ("fp32",), "fp16": ("fp16",), "int8": ("int8", "fp16")}
 )
 """``federation.wire_dtype`` to the dtypes that its messages may have: a site without a base gets no difference."""
 
-_MANIFEST = "manifest"
 _SCALE = "::scale"  # no module path holds a colon, so a scale never hides a tensor
 _FP16_MAX = 65504.0
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8}
@@ -79,29 +78,6 @@ class TensorLayout:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What a message says of itself.
-
-    An ``aggregate`` is answered by an ``update``; after the last round a ``final`` aggregate is answered by a
-    ``report``, which holds metrics only. ``site`` is the sender of an answer and the receiver of an aggregate.
-    ``relative``: the tensors are a difference from the base whose hash is ``base_hash``. ``metrics`` are small numbers
-    that travel along (loss, dice, seconds).
-    """
-
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
-
-    kind: MessageKind
-    run: str
-    round: int
-    site: str
-    base_hash: str
-    samples: int
-    dtype: WireDtype
-    relative: bool
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Message:
     """A decoded message; its tensors are fp32 on the CPU, whatever the wire dtype."""
 
@@ -127,7 +103,7 @@ def encode(manifest: Manifest, tensors: Mapping[str, Tensor], compression: Compr
     """
     entries = {name: entry.numpy() for name, entry in _pack(tensors, manifest.dtype).items()}
     metrics = {name: float(value) for name, value in manifest.metrics.items()}
-    blob = save(entries, metadata={_MANIFEST: json.dumps(vars(manifest) | {"metrics": metrics}, sort_keys=True)})
+    blob = save(entries, metadata={MANIFEST: json.dumps(vars(manifest) | {"metrics": metrics}, sort_keys=True)})
     return _COMPRESS[compression](blob)
 
 
@@ -137,34 +113,9 @@ def decode(data: bytes, *, max_bytes: int = 2**30) -> Message:
     Raises MessageError on anything malformed, and on what is larger than ``max_bytes`` as a blob (1 GiB unless told),
     before that much is allocated.
     """
-    manifest, flat = _opened(data, max_bytes)
+    manifest, flat = opened(data, max_bytes)
     entries = {name: _read_entry(name, view) for name, view in flat}
     return Message(manifest, _CODECS[manifest.dtype].unpack(entries))
-
-
-def outline(data: bytes, *, max_bytes: int = 2**30) -> dict[str, Any]:
-    """Return what a message holds without its values: ``manifest``, and ``tensors``, name to dtype and shape.
-
-    For whoever keeps a record of the wire, or must know which run a message is of before it can be checked.
-
-    Raises:
-        MessageError: as :func:`decode`.
-    """
-    manifest, flat = _opened(data, max_bytes)
-    tensors = {name: [view["dtype"], list(view["shape"])] for name, view in flat}
-    return {"manifest": asdict(manifest), "tensors": tensors}
-
-
-def _opened(data: bytes, max_bytes: int) -> tuple[Manifest, list[tuple[str, dict[str, Any]]]]:
-    """Return a message's manifest and its entries as safetensors gives them: name, and dtype, shape and bytes."""
-    blob = _decompressed(data, max_bytes) if data.startswith(zstandard.FRAME_HEADER) else data
-    if len(blob) > max_bytes:
-        raise _too_large(len(blob), max_bytes)
-    try:
-        flat = deserialize(blob)
-    except SafetensorError as error:
-        raise MessageError(f"a message of {len(blob)} bytes is not safetensors: {error}") from error
-    return _read_manifest(blob), flat
 
 
 def most_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -322,38 +273,6 @@ _COMPRESS: Mapping[Compression, Callable[[bytes], bytes]] = {
     "zstd": lambda blob: zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(blob),
     "none": lambda blob: blob,
 }
-
-_MANIFEST_TYPE = TypeAdapter(Manifest)
-
-
-def _decompressed(frame: bytes, max_bytes: int) -> bytes:
-    """Undo zstd; a frame must say its size, so that a small one cannot unpack to any size it likes."""
-    try:
-        size = zstandard.frame_content_size(frame)
-        if size < 0:
-            raise MessageError(f"a message of {len(frame)} bytes does not say how large it is decompressed")
-        if size > max_bytes:
-            raise _too_large(size, max_bytes)
-        return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise MessageError(f"a message of {len(frame)} bytes cannot be decompressed: {error}") from error
-
-
-def _too_large(size: int, max_bytes: int) -> MessageError:
-    return MessageError(f"a message of {size} bytes is larger than the {max_bytes} allowed")
-
-
-def _read_manifest(data: bytes) -> Manifest:
-    # deserialize() has accepted the header by now, so its length and its JSON are sound.
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    text = header.get("__metadata__", {}).get(_MANIFEST)
-    if text is None:
-        raise MessageError("a message carries no manifest in its safetensors metadata")
-    try:
-        return _MANIFEST_TYPE.validate_json(text)
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'JSON'}: {e['msg']}" for e in error.errors())
-        raise MessageError(f"a message's manifest is malformed: {faults}") from error
 
 
 def _read_entry(name: str, view: Mapping) -> Tensor:

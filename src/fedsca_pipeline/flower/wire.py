@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from fedsca_pipeline.errors import MessageError
-from fedsca_pipeline.federation.messages import outline
+from fedsca_pipeline.federation.envelope import outline
 
 
 class WireLog:
