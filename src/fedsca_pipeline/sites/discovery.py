@@ -74,9 +74,8 @@ def fingerprint_site(raw: Path, site: str, known: Mapping[str, str] = MappingPro
     """
     folder = raw / site
     digest = hashlib.sha256()
-    for path in sorted(_files(folder)):
-        name = path.relative_to(folder).as_posix()
-        content = known.get(name) or _content(path, folder)
+    for name in sorted(_files(folder), key=lambda name: name.split("/")):
+        content = known.get(name) or _content(folder / name, folder)
         # A digest per file keeps name and content apart, so no two folders share one stream of bytes.
         digest.update(f"{name}\0{content}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
@@ -93,10 +92,12 @@ def leads_out(path: Path, home: Path) -> bool:
     return path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(home))
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files(folder: Path) -> Iterator[str]:
+    """Yield the files below a folder, relative to it, with slashes."""
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent, name) for name in names if not name.startswith("."))
+        within = Path(parent).relative_to(folder).parts
+        yield from ("/".join((*within, name)) for name in names if not name.startswith("."))
 
 
 def _content(path: Path, folder: Path) -> str:

@@ -61,10 +61,10 @@ class Channels:
 
     @classmethod
     def of(cls, image: np.ndarray) -> Channels:
-        """Take an image apart; one that lies channel by channel in memory is not copied."""
-        planes = np.ascontiguousarray(image[None] if image.ndim == 2 else np.moveaxis(image, -1, 0))
+        """Take an image apart."""
+        planes = image[None] if image.ndim == 2 else np.moveaxis(image, -1, 0)
         grey = all(np.array_equal(planes[0], plane) for plane in planes[1:])
-        distinct = planes[:1] if grey else planes
+        distinct = np.ascontiguousarray(planes[:1] if grey else planes)
         counts = ByteCounts.of(distinct, len(planes) // len(distinct)) if image.dtype == np.uint8 else None
         return cls(image, distinct, counts)
 
@@ -113,14 +113,10 @@ def normalise_and_fit(channels: Channels, config: NormaliseConfig, side: int) ->
     low, high, warnings = intensity_range(channels.counts, config)
     (table,) = to_levels(np.arange(256, dtype=np.uint8)[None], low, high)
     height, width = fitted_size(*channels.image.shape[:2], side)
-    planes = [Image.fromarray(plane) for plane in channels.distinct]
     if (height, width) == channels.image.shape[:2]:
-        numbers = np.rint(table).astype(np.uint8).tolist()
-        levels = np.stack([np.asarray(plane.point(numbers)) for plane in planes])
+        levels = np.rint(table).astype(np.uint8).take(channels.distinct)
     else:
-        # Pillow looks up floats too, where the table holds them.
-        scaled = [plane.point(table.tolist(), "F") for plane in planes]
-        resized = [np.asarray(plane.resize((width, height), Image.Resampling.BILINEAR)) for plane in scaled]
+        resized = [_resize(table.take(plane), height, width, Image.Resampling.BILINEAR) for plane in channels.distinct]
         levels = np.rint(np.stack(resized)).astype(np.uint8)
     return np.broadcast_to(levels, (3, height, width)), warnings
 
@@ -146,7 +142,7 @@ def fit_image(image: np.ndarray, side: int, pixel: tuple[float, float] = (1.0, 1
 def fit_mask(mask: np.ndarray, side: int, pixel: tuple[float, float] = (1.0, 1.0)) -> np.ndarray:
     """Resize uint8 classes [H, W] (nearest neighbour) to uint8 [height, width]; ``pixel`` as in ``fit_image``."""
     height, width = fitted_size(mask.shape[0] * pixel[0], mask.shape[1] * pixel[1], side)
-    return _resize(mask, height, width, Image.Resampling.NEAREST)
+    return mask if (height, width) == mask.shape else _resize(mask, height, width, Image.Resampling.NEAREST)
 
 
 def _resize(plane: np.ndarray, height: int, width: int, method: Image.Resampling) -> np.ndarray:

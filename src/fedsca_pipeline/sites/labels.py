@@ -31,6 +31,27 @@ class LabelRule:
     threshold: float | None = None
 
 
+@dataclass(frozen=True)
+class Tally:
+    """The different integers of an array, rising, and how often each occurs."""
+
+    values: np.ndarray
+    often: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Tally:
+        """Count integers of any shape; there is at least one."""
+        if values.dtype != np.uint8:
+            return cls(*np.unique(values, return_counts=True))
+        # A table of 256 is much faster than sorting.
+        counts = ByteCounts.of([values.reshape(len(values), -1)])
+        return cls(counts.values, counts.counts[counts.values])
+
+    def most_frequent_first(self) -> list[int]:
+        """Return the values in the order of their number, the smaller first of equally frequent ones."""
+        return self.values[np.argsort(-self.often, kind="stable")].tolist()
+
+
 def read_classes(
     path: Path, rule: LabelRule, classes: int, image: Path | None = None
 ) -> tuple[np.ndarray, dict[str, int]]:
@@ -67,11 +88,11 @@ def read_volume_classes(path: Path, image: Volume, rule: LabelRule, classes: int
 
 def by_number(values: np.ndarray, numbers: Mapping[int, int], classes: int) -> tuple[np.ndarray, dict[str, int]]:
     """Map integers, of any shape, to classes; see ``LabelRule.numbers`` and ``read_classes``."""
-    applied = dict(numbers)
-    if not applied and values.size and values.max() == 255 and ((values == 0) | (values == 255)).all():
+    applied, tally = dict(numbers), Tally.of(values)
+    if not applied and 255 in tally.values and set(tally.values.tolist()) <= {0, 255}:
         applied = {255: 1}
     meant = {**{number: number for number in range(classes + 1)}, **applied}
-    mask, unknown = look_up(values, {value: number for value, number in meant.items() if number <= classes})
+    mask, unknown = look_up(values, {value: number for value, number in meant.items() if number <= classes}, tally)
     if unknown:
         raise BrokenSampleError(
             f"unknown label value {listed(unknown, str)} (classes are 0..{classes})",
@@ -101,28 +122,24 @@ def by_threshold(pixels: np.ndarray, threshold: float) -> tuple[np.ndarray, dict
     return (grey >= threshold).astype(np.uint8), {f">={threshold:g}": 1}
 
 
-def look_up(values: np.ndarray, classes: Mapping[int, int]) -> tuple[np.ndarray, list[int]]:
-    """Replace integers by their classes.
+def look_up(values: np.ndarray, classes: Mapping[int, int], tally: Tally | None = None) -> tuple[np.ndarray, list[int]]:
+    """Replace integers by their classes; ``tally`` is theirs, where it has been taken already.
 
     Returns:
         uint8 of the same shape, and the values that ``classes`` does not name, the most frequent first; these are 0.
     """
+    tally = tally or Tally.of(values)
     if values.dtype == np.uint8:
-        # Counting and a table of 256 are much faster than sorting.
-        counts = ByteCounts.of([values.reshape(len(values), -1)])
-        raw, often = counts.values, counts.counts[counts.values]
         table = np.zeros(256, np.uint8)
-        table[raw] = [classes.get(int(value), 0) for value in raw]
+        table[tally.values] = [classes.get(value, 0) for value in tally.values.tolist()]
         mask = table.take(values)
     else:
-        raw, often = np.unique(values, return_counts=True)
         # A number's place among all is eight bytes a pixel, which a volume has not to spare.
         mask = np.zeros(values.shape, np.uint8)
-        for value in raw:
-            if number := classes.get(int(value)):
+        for value in tally.values.tolist():
+            if number := classes.get(value):
                 mask[values == value] = number
-    unknown = [int(value) for value in raw[np.argsort(-often, kind="stable")] if int(value) not in classes]
-    return mask, unknown
+    return mask, [value for value in tally.most_frequent_first() if value not in classes]
 
 
 def packed(pixels: np.ndarray) -> np.ndarray:

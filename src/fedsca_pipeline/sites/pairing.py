@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from fedsca_pipeline.errors import DataError
@@ -91,34 +93,33 @@ def _by_stem(folder: Path, kind: str, inside: Path, broken: list[Broken]) -> dic
     found: dict[str, list[str]] = defaultdict(list)
     # Asking the system about every part of every path takes its time; within a folder only a link can lead elsewhere.
     elsewhere = not (folder / kind).resolve().is_relative_to(inside)
-    empty = True
-    for path in sorted((folder / kind).iterdir()):
-        if path.name.startswith("."):
-            continue
-        empty = False
-        file = f"{kind}/{path.name}"
-        stem, suffix = split_name(path.name)
-        if (elsewhere and not path.is_symlink()) or leads_out(path, inside):
+    entries = [entry for entry in os.scandir(folder / kind) if not entry.name.startswith(".")]
+    for entry in sorted(entries, key=attrgetter("name")):
+        file = f"{kind}/{entry.name}"
+        stem, suffix = split_name(entry.name)
+        # An entry knows what it is without asking the system; of a link that leads to itself it would raise.
+        place = Path(entry) if entry.is_symlink() else entry
+        if leads_out(place, inside) if isinstance(place, Path) else elsewhere:
             broken.append(Broken(shown(file), "a link that leads out of the site folder", "copy the file itself here"))
-        elif error := _unusable(path, kind, suffix):
+        elif error := _unusable(place, kind, suffix):
             broken.append(Broken.of(shown(file), error))
         else:
             found[stem].append(file)
-    if empty:
+    if not entries:
         raise DataError(f"{folder / kind}: no files; put the site's {kind} there, one file an image")
     return found
 
 
-def _unusable(path: Path, kind: str, suffix: str) -> BrokenSampleError | None:
+def _unusable(entry: Path | os.DirEntry[str], kind: str, suffix: str) -> BrokenSampleError | None:
     """Return what is wrong with an entry of images/ or masks/ before it is opened."""
-    if not path.name.isprintable():
+    if not entry.name.isprintable():
         return BrokenSampleError(
             "its name holds characters that cannot be shown", "rename it, and what pairs with it, in plain letters"
         )
-    if path.is_dir():
+    if entry.is_dir():
         cure = f"move its files up into {kind}/"
         return None if suffix == SERIES else BrokenSampleError(f"a folder within {kind}/ is not read", cure)
-    if not path.is_file():
-        what = "a link that leads nowhere" if path.is_symlink() else "a pipe or a device, not a file"
+    if not entry.is_file():
+        what = "a link that leads nowhere" if entry.is_symlink() else "a pipe or a device, not a file"
         return BrokenSampleError(what, "put the file itself here")
     return None if suffix in SUFFIXES else no_reader(suffix, _OF_SITES)

@@ -298,7 +298,7 @@ def _split_settings(site: str, config: PreprocessingConfig, seed: int, site_file
 
 def _previous(manifest: pd.DataFrame | None, settings: str) -> tuple[pd.DataFrame, str, list[str]]:
     """Return the part of a previous manifest that binds this split, how the split comes about, and warnings."""
-    nothing = pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in MANIFEST_DTYPES.items()})
+    nothing = pd.DataFrame(columns=list(MANIFEST_DTYPES))
     if manifest is None or manifest.empty:
         return nothing, "new", []
     if "split_settings" in manifest and (manifest["split_settings"] == settings).all():

@@ -12,12 +12,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from fedsca_pipeline.errors import DataError
+from fedsca_pipeline.sites.png import read_plain_png
 
 MAX_PIXELS = 2**25
 """Pixels above which a file is taken for a decompression bomb: with it, no image takes a gibibyte of memory."""
-
-SMALL = 2**22
-"""Pixels up to which several files may be in memory at once."""
 
 _MAX_BYTES = 6 * MAX_PIXELS
 
@@ -117,15 +115,6 @@ def refuse_lossy_mask(path: Path) -> None:
         )
 
 
-def is_small(path: Path) -> bool:
-    """Whether a file's header promises at most ``SMALL`` pixels; False also where Pillow cannot tell."""
-    try:
-        with Image.open(path) as image:
-            return image.width * image.height <= SMALL
-    except (Image.DecompressionBombError, *UNREADABLE):
-        return False
-
-
 def split_name(name: str) -> tuple[str, str]:
     """Split a file name into stem and lower-case suffix; a double suffix (``.nii.gz``) stays whole."""
     lower = name.lower()
@@ -184,10 +173,12 @@ def _read_pillow(path: Path, labels: bool) -> np.ndarray:
             )
         if image.mode in ("RGB", "RGBA") and len(image.tile) == 1 and "16B" in str(image.tile[0].args):
             return _read_png_16bit_colour(path)
+        if (plain := read_plain_png(path, image)) is not None:
+            return plain
         # Pillow stretches 2 and 4 bit grey to 0..255; labels need the stored number.
         stretched = {"L;2": 85, "L;4": 17}.get(str(image.tile[0].args), 1) if labels and image.tile else 1
         ImageOps.exif_transpose(image, in_place=True)
-        pixels = _pixels(_plain(image, labels))
+        pixels = np.array(_plain(image, labels))
         return pixels // np.uint8(stretched) if stretched > 1 else pixels
 
 
@@ -197,16 +188,6 @@ def _plain(image: Image.Image, labels: bool) -> Image.Image:
     if labels and image.mode == "PA":
         return image.getchannel(0)
     return image.convert("RGB")
-
-
-def _pixels(image: Image.Image) -> np.ndarray:
-    """Return [H, W] or [H, W, C]; RGB channel by channel in memory, as all that follows goes through it."""
-    if image.mode != "RGB":
-        return np.array(image)
-    planes = np.empty((3, image.height, image.width), np.uint8)
-    for plane, band in zip(planes, image.split(), strict=True):
-        plane[...] = band
-    return np.moveaxis(planes, 0, -1)
 
 
 def _read_png_16bit_colour(path: Path) -> np.ndarray:

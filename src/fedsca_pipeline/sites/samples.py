@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +13,13 @@ import numpy as np
 
 from fedsca_pipeline.config import PreprocessingConfig
 from fedsca_pipeline.files import sha256_path
-from fedsca_pipeline.sites.ahead import map_ahead
 from fedsca_pipeline.sites.geometry import ByteCounts, Channels, fit_mask, normalise_and_fit
 from fedsca_pipeline.sites.labels import LabelRule, read_classes, read_volume_classes
 from fedsca_pipeline.sites.pairing import Broken, Pair
-from fedsca_pipeline.sites.readers import BrokenSampleError, is_small, read_image
+from fedsca_pipeline.sites.readers import BrokenSampleError, read_image
 from fedsca_pipeline.sites.site_file import HiddenSiteFile, SiteFile
 from fedsca_pipeline.sites.slices import VolumeSlices
 from fedsca_pipeline.sites.volumes import is_volume, read_volume
-
-# Flat images read while those before them go to disk; Pillow and hashing work outside the interpreter's lock.
-_AHEAD = 2
-# Of large ones, or of those whose size nobody knows before they are read, one at a time.
-_LARGE = threading.Lock()
 
 # Raw values kept of an image: over a site's images they are thousands.
 _VALUES = 64
@@ -83,10 +74,8 @@ def read_samples(
 
     Planes are made when they are asked for, from the image in memory: ask for them before the next sample.
     """
-    read = partial(_read, folder, site_file, config)
-    # A volume is large enough to be the only one in memory.
-    ahead = 0 if any(is_volume(pair.image) for pair in pairs) else min(_AHEAD, os.cpu_count() or 1)
-    for outcome in map_ahead(read, pairs, ahead=ahead):
+    for pair in pairs:
+        outcome = _read(folder, site_file, config, pair)
         if isinstance(outcome, Broken):
             broken.append(outcome)
         else:
@@ -94,26 +83,17 @@ def read_samples(
 
 
 def _read(folder: Path, site_file: SiteFile, config: PreprocessingConfig, pair: Pair) -> tuple[Sample, Planes] | Broken:
-    small = all(is_small(folder / file) for file in (pair.image, pair.mask))
-    with nullcontext() if small else _LARGE:
-        return _read_pair(folder, site_file, config, pair)
-
-
-def _read_pair(
-    folder: Path, site_file: SiteFile, config: PreprocessingConfig, pair: Pair
-) -> tuple[Sample, Planes] | Broken:
-    file = pair.image
+    file, files = pair.image, (folder / pair.image, folder / pair.mask)
     try:
         subject = site_file.subject(pair.stem)
         kind = _VOLUME if is_volume(pair.image) else _FLAT
-        image = kind.read_image(folder / pair.image, config)
+        image = kind.read_image(files[0], config)
         file = pair.mask
         if is_volume(pair.mask) != is_volume(pair.image):
             raise BrokenSampleError(
                 f"of {pair.image} and its mask one is a volume, one is flat",
                 "export both as volumes, or both slice by slice",
             )
-        files = (folder / pair.image, folder / pair.mask)
         mask, label_map = kind.read_mask(*files, image, site_file.label_rule, config.classes)
         if not config.allow_empty_masks and not mask.any():
             raise BrokenSampleError("empty mask", "label it, or set preprocessing.allow_empty_masks: true")
@@ -121,9 +101,9 @@ def _read_pair(
             "pair": pair,
             "subject": subject,
             "label_map": label_map,
-            "sha256": sha256_path(folder / pair.image),
-            "mask_sha256": sha256_path(folder / pair.mask),
-            "class_pixels": ByteCounts.of(mask.reshape(1, len(mask), -1)).counts[: config.classes + 1],
+            "sha256": sha256_path(files[0]),
+            "mask_sha256": sha256_path(files[1]),
+            "class_pixels": ByteCounts.of(mask.reshape(1, len(mask), -1)).counts[: config.classes + 1].copy(),
         }
         return kind.sample(image, mask, described, config)
     except BrokenSampleError as error:
@@ -160,7 +140,7 @@ def _flat_sample(
     channels = Channels.of(image)
     levels, warnings = normalise_and_fit(channels, config.normalise, config.image_size)
     small = fit_mask(mask, config.image_size)
-    occurring = _occurring([small])
+    occurring = [np.flatnonzero(described["class_pixels"]).tolist()] if small is mask else _occurring([small])
     sample = Sample(
         **described,
         pixels=_digest(image, channels.distinct),
