@@ -31,7 +31,6 @@ from fedsca_pipeline.flower.engine import engine_folder
 from fedsca_pipeline.flower.fleet import FlowerFleet
 from fedsca_pipeline.flower.site import run_site
 from fedsca_pipeline.flower.superlink import open_link
-from fedsca_pipeline.flower.worker_process import WorkerProcess
 
 SITES = ("a", "b", "c", "d")
 
@@ -64,9 +63,7 @@ def _echo(line: socket.socket) -> None:
 
 
 def _be_site(file: Path) -> None:
-    config = read_site_config(file)
-    worker = WorkerProcess([sys.executable, __file__, "--echo"], config.resources.most_bytes)
-    run_site(config, worker, threading.Event())
+    run_site(read_site_config(file), [sys.executable, __file__, "--echo"], threading.Event())
 
 
 def _measure(options: argparse.Namespace) -> None:

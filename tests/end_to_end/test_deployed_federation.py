@@ -24,6 +24,7 @@ import torch
 
 from fedsca_pipeline.config import DemoSitesConfig
 from fedsca_pipeline.files import read_tensors
+from fedsca_pipeline.flower import leash
 from fedsca_pipeline.flower.demo import LocalFederation, free_port
 from fedsca_pipeline.sites.demo import write_demo_sites
 
@@ -77,7 +78,7 @@ class Deployed:
         return next(
             child
             for child in psutil.Process(self.federation.processes[site].pid).children(recursive=True)
-            if any(word in part for part in child.cmdline())
+            if any(word in part for part in child.cmdline()) and not any(leash.__file__ in p for p in child.cmdline())
         )
 
 
@@ -233,8 +234,8 @@ def test_a_killed_coordinator_and_a_killed_superlink_cost_no_round_and_no_bit(ne
     coordinator.wait()
     again = deployed.start("again", federation__rounds=4)
     until(lambda: 3 in deployed.rounds_begun("hospital_a"))
-    deployed.federation.stop("superlink", signal.SIGKILL)
-    deployed.federation.stop("superexec", signal.SIGKILL)
+    deployed.federation.kill("superlink")
+    deployed.federation.kill("superexec")
     time.sleep(3)
     deployed.federation.start_superlink()
 

@@ -1,4 +1,4 @@
-"""Sites behind a scripted link, and a clock that only the fleet moves."""
+"""Sites behind a scripted link, a clock that only the fleet moves, and a site's file with its data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
+from PIL import Image
 
 from fedsca_pipeline.flower.config import FlowerConfig
 from fedsca_pipeline.flower.fleet import FlowerFleet, LinkLost, Node, Reply
@@ -135,3 +138,37 @@ def scripted() -> type[ScriptedSite]:
 @pytest.fixture
 def reply() -> type[Reply]:
     return Reply
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> dict[str, Any]:
+    """A site's YAML values, with data and certificates that are there."""
+    draw = np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    for index in range(8):
+        Image.fromarray(draw.integers(0, 255, (24, 24), dtype=np.uint8)).save(tmp_path / f"data/images/{index}.png")
+        mask = np.zeros((24, 24), np.uint8)
+        mask[4 : 8 + index, 4:12] = 1
+        Image.fromarray(mask).save(tmp_path / f"data/masks/{index}.png")
+    for name in ("ca.crt", "a.key"):
+        (tmp_path / name).write_text("not looked into here")
+    return {
+        "site": "a",
+        "data": "data",
+        "work": "work",
+        "coordinator": "coordinator.example.org:8443",
+        "certificates": {"authority": "ca.crt", "key": "a.key"},
+    }
+
+
+@pytest.fixture
+def site_file(values, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a site's YAML file; keywords replace its values."""
+
+    def write(**changed: Any) -> Path:
+        path = tmp_path / "site.yml"
+        path.write_text(yaml.safe_dump({**values, **changed}))
+        return path
+
+    return write

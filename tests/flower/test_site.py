@@ -7,47 +7,14 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import yaml
-from PIL import Image
 
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.flower import frames
+from fedsca_pipeline.flower import frames, site
 from fedsca_pipeline.flower.config import SiteConfig, read_site_config
-from fedsca_pipeline.flower.site import Desk, main
-
-
-@pytest.fixture
-def values(tmp_path: Path) -> dict[str, Any]:
-    """A site's YAML values, with data and certificates that are there."""
-    draw = np.random.default_rng(0)
-    for folder in ("images", "masks"):
-        (tmp_path / "data" / folder).mkdir(parents=True)
-    for index in range(8):
-        Image.fromarray(draw.integers(0, 255, (24, 24), dtype=np.uint8)).save(tmp_path / f"data/images/{index}.png")
-        mask = np.zeros((24, 24), np.uint8)
-        mask[4 : 8 + index, 4:12] = 1
-        Image.fromarray(mask).save(tmp_path / f"data/masks/{index}.png")
-    for name in ("ca.crt", "a.key"):
-        (tmp_path / name).write_text("not looked into here")
-    return {
-        "site": "a",
-        "data": "data",
-        "work": "work",
-        "coordinator": "coordinator.example.org:8443",
-        "certificates": {"authority": "ca.crt", "key": "a.key"},
-    }
-
-
-@pytest.fixture
-def site_file(values, tmp_path: Path):
-    def write(**changed: Any) -> Path:
-        path = tmp_path / "site.yml"
-        path.write_text(yaml.safe_dump({**values, **changed}))
-        return path
-
-    return write
+from fedsca_pipeline.flower.lock import locked
+from fedsca_pipeline.flower.memory import OUT_OF_MEMORY
+from fedsca_pipeline.flower.site import Desk, main, run_site
 
 
 def test_paths_are_relative_to_the_file(site_file, tmp_path: Path) -> None:
@@ -160,6 +127,28 @@ def test_a_site_config_cannot_be_changed(site_file) -> None:
     assert isinstance(config, SiteConfig)
     with pytest.raises(ValueError, match="frozen"):
         config.site = "b"
+
+
+def test_a_second_command_for_the_same_work_folder_is_refused(site_file, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "flwr").touch()
+    monkeypatch.setattr(site, "_STOP_SECONDS", 0.1)
+    config = read_site_config(site_file(engine="bin"))
+
+    with (
+        locked(config.work / "flower" / "lock"),
+        pytest.raises(ConfigError, match=r"^work: another fedsca-site.*still runs in .*work"),
+    ):
+        run_site(config, ["false"], threading.Event())
+
+
+def test_a_worker_that_cannot_start_ends_the_command_with_the_cure(site_file, tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("w")
+    (folder / "flwr").touch()
+    config = read_site_config(site_file(engine=str(folder), work=str(folder), resources={"memory": 0.1}))
+
+    with pytest.raises(ConfigError, match=r"resources\.memory in the site's YAML file allows 0\.1 GiB"):
+        run_site(config, ["sh", "-c", f"exit {OUT_OF_MEMORY}"], threading.Event())
 
 
 @pytest.fixture(autouse=True)

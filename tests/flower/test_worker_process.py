@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fedsca_pipeline.flower.config import Resources
 from fedsca_pipeline.flower.worker_process import WorkerProcess
 
 WORKER = """
@@ -22,6 +23,8 @@ while True:
     task, payload = frames.receive(line, 1 << 20)
     if task["kind"] == "die":
         os.kill(os.getpid(), signal.SIGKILL)
+    if task["kind"] == "leave":
+        sys.exit(task["status"])
     if task["kind"] == "hang":
         time.sleep(3600)
     said = {"pid": os.getpid(), **({"spent": True} if task["kind"] == "last" else {})}
@@ -33,7 +36,7 @@ while True:
 def worker(tmp_path: Path) -> Iterator[WorkerProcess]:
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    process = WorkerProcess([sys.executable, str(script)], most=1000)
+    process = WorkerProcess([sys.executable, str(script)], Resources(max_message=1, memory=2))
     yield process
     process.end()
 
@@ -49,9 +52,11 @@ def test_one_worker_answers_task_after_task(worker) -> None:
 @pytest.mark.parametrize(
     ("task", "seconds", "reason"),
     [
-        ({"kind": "die"}, 60, "died .exit code -9"),
+        ({"kind": "die"}, 60, "SIGKILL.*resources.memory in the site's YAML file allows 2 GiB; raise it"),
         ({"kind": "hang"}, 0.5, "took longer than"),
-        ({"kind": "work", "times": 1000}, 60, "larger than the 1000 allowed"),
+        ({"kind": "work", "times": 2**20}, 60, "resources.max_message.*larger than the 1048576 allowed"),
+        ({"kind": "leave", "status": 112}, 60, "out of memory.*resources.memory in the site's YAML file allows 2 GiB"),
+        ({"kind": "leave", "status": 3}, 60, "died .exit code 3"),
     ],
 )
 def test_what_became_of_it_is_the_answer_and_the_next_task_gets_another_worker(worker, task, seconds, reason) -> None:
@@ -68,7 +73,7 @@ def test_what_became_of_it_is_the_answer_and_the_next_task_gets_another_worker(w
 
 
 def test_a_worker_that_cannot_start_is_a_failure_of_the_task() -> None:
-    worker = WorkerProcess([sys.executable, "-c", "raise SystemExit(3)"], most=10)
+    worker = WorkerProcess([sys.executable, "-c", "raise SystemExit(3)"], Resources())
 
     said, _ = worker.ask({"kind": "work"}, b"", 5)
 

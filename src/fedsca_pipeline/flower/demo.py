@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import yaml
 
 from fedsca_pipeline.config import DemoSitesConfig
 from fedsca_pipeline.flower.engine import engine_folder, environment
+from fedsca_pipeline.flower.leash import Leashed
 from fedsca_pipeline.sites.demo import write_demo_sites
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,13 @@ logger = logging.getLogger(__name__)
 PROJECT = Path(__file__).resolve().parents[3]
 _START_SECONDS = 60.0
 _STOP_SECONDS = 15.0
+_LOG_END = 2_000  # characters
+# Debian keeps nginx where only root looks.
+_TOOLS = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}/usr/sbin"
+
+
+class PartEnded(Exception):  # noqa: N818 - what happened
+    """A process of the federation has ended that should not have."""
 
 
 @dataclass
@@ -47,7 +54,7 @@ class LocalFederation:
     engine: Path
     superlink_port: int = 8000
     public_port: int = 8443
-    processes: dict[str, subprocess.Popen] = field(default_factory=dict)
+    processes: dict[str, Leashed] = field(default_factory=dict)
 
     @property
     def certificates(self) -> Path:
@@ -60,7 +67,10 @@ class LocalFederation:
         return self.folder / "coordinator"
 
     def found(self, sites: Sequence[str]) -> None:
-        """Make authority, certificates and keys."""
+        """Make authority, certificates and keys anew, and let a SuperLink that knew older ones forget them."""
+        shutil.rmtree(self.certificates, ignore_errors=True)
+        for left in self.folder.glob("state.db*"):
+            left.unlink()
         script = PROJECT / "deploy" / "make_authority.sh"
         _run(["bash", str(script), str(self.certificates), "localhost", *sites])
         conf = (PROJECT / "deploy" / "nginx.conf").read_text()
@@ -96,7 +106,7 @@ class LocalFederation:
 
     def start_nginx(self) -> None:
         """Start the filter in front of the SuperLink."""
-        nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") or "nginx"
+        nginx = shutil.which("nginx", path=_TOOLS) or "nginx"
         command = [nginx, "-e", "stderr", "-p", str(self.certificates), "-c", "nginx.conf", "-g", "daemon off;"]
         self.start("nginx", command, dict(os.environ))
         _until_listening(self.public_port)
@@ -150,28 +160,48 @@ class LocalFederation:
         return [*command, f"--params={given}"]
 
     def start(self, name: str, command: Sequence[str], surroundings: Mapping[str, str] | None = None) -> None:
-        """Start a process in a group of its own."""
+        """Start a process that ends with this one."""
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         with (self.folder / "logs" / f"{name}.log").open("a") as log:
-            self.processes[name] = subprocess.Popen(  # noqa: S603 - no shell
-                command, env=None if surroundings is None else dict(surroundings), stdout=log, stderr=log,
-                stdin=subprocess.DEVNULL, start_new_session=True, cwd=PROJECT,
-            )  # fmt: skip
+            self.processes[name] = Leashed(
+                command, surroundings, patience=_STOP_SECONDS, stdout=log, stderr=log, cwd=PROJECT
+            )
 
     def log(self, name: str) -> str:
         """Return what a process has said so far."""
         return (self.folder / "logs" / f"{name}.log").read_text()
 
-    def stop(self, name: str, number: signal.Signals = signal.SIGTERM) -> int:
-        """Send a process's whole group a signal, and return its exit status once it has ended."""
-        process = self.processes.pop(name)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+    def run(self, command: Sequence[str]) -> int:
+        """Run the coordinator's command on this terminal, Ctrl-C included; return its exit status.
+
+        Raises:
+            PartEnded: another process has ended before it.
+        """
+        self.processes["kedro"] = coordinator = Leashed(command, patience=_STOP_SECONDS, cwd=PROJECT)
         try:
-            return process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return process.wait()
+            while (status := coordinator.poll()) is None:
+                self._check_parts()
+                time.sleep(0.2)
+        except KeyboardInterrupt:
+            # In a session of its own, it has not got it from the terminal.
+            coordinator.send(signal.SIGINT)
+            return coordinator.wait()
+        return status
+
+    def _check_parts(self) -> None:
+        for name, process in self.processes.items():
+            if name != "kedro" and process.poll() is not None:
+                raise PartEnded(f"{name} has ended. The end of its log:\n{self.log(name)[-_LOG_END:]}")
+
+    def stop(self, name: str) -> int:
+        """End a process and all below it; return its exit status."""
+        return self.processes.pop(name).end()
+
+    def kill(self, name: str) -> None:
+        """Kill a process, and what of its group has no leash of its own, as a power cut would."""
+        process = self.processes.pop(name)
+        process.send(signal.SIGKILL)
+        process.wait()
 
     def close(self) -> None:
         """End all that was started, the latest first."""
@@ -210,8 +240,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def missing_tools(engine: Path | None) -> list[str]:
+    """Return what this machine lacks for the demonstration, each with its cure."""
+    lacking = [
+        f"there is no {tool} here: apt-get install {package}"
+        for tool, package in (("nginx", "nginx-light"), ("openssl", "openssl"), ("ssh-keygen", "openssh-client"))
+        if shutil.which(tool, path=_TOOLS) is None
+    ]
+    try:
+        engine_folder(engine)
+    except FileNotFoundError as error:
+        lacking.append(str(error))
+    return lacking
+
+
 def main() -> int:
-    """Run the demonstration; return the exit status of ``kedro run``."""
+    """Run the demonstration, or what is left of it; return the exit status of ``kedro run``."""
     parser = argparse.ArgumentParser(description="A deployed federation on one machine.")
     parser.add_argument("--folder", type=Path, default=Path("data/flower_demo"), help="for all that it writes")
     parser.add_argument("--engine", type=Path, help="bin folder of the environment that flwr is in")
@@ -220,12 +264,36 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # So that what was started is ended, as on Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    if lacking := missing_tools(given.engine):
+        logger.error("Error: %s", "\n       ".join(lacking))
+        return 1
     folder = given.folder.resolve()
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        logger.info("%s is there: going on with what is in it; delete it to begin anew", given.folder)
+    try:
+        status = _demonstrate(folder, engine_folder(given.engine), given.params)
+    except PartEnded as ended:
+        logger.error("Error: %s", ended)
+        return 1
+    except KeyboardInterrupt:
+        status = _INTERRUPTED
+    logger.info("All processes are stopped. %s", _ENDS.get(status, "").format(folder=given.folder))
+    return status
+
+
+_INTERRUPTED = 130
+_ENDS = {
+    0: "What the hospitals keep is in {folder}/hospital_*, what their coordinator has is in {folder}/data",
+    _INTERRUPTED: "'make flower-demo' goes on from here",
+}
+
+
+def _demonstrate(folder: Path, engine: Path, params: str) -> int:
     sites = ("hospital_a", "hospital_b", "hospital_c")
     raw = folder / "raw"
     write_demo_sites(raw, DemoSitesConfig())
-    with LocalFederation(folder, engine_folder(given.engine), free_port(), free_port()) as federation:
+    with LocalFederation(folder, engine, free_port(), free_port()) as federation:
+        logger.info("Starting SuperLink, nginx and %s; their logs are in %s", ", ".join(sites), folder / "logs")
         federation.found(sites)
         federation.start_superlink()
         federation.start_nginx()
@@ -233,11 +301,10 @@ def main() -> int:
         for site, data in zip(sites, sorted(raw.iterdir()), strict=False):
             federation.site_file(site, data)
             federation.start_site(site)
-        logger.info("SuperLink, nginx and %s are up; their logs are in %s", ", ".join(sites), folder / "logs")
-        parameters = dict(pair.split("=", 1) for pair in given.params.split(",") if pair)
+        logger.info("Starting their coordinator: kedro run --pipeline=federated_training --env=flower")
+        parameters = dict(pair.split("=", 1) for pair in params.split(",") if pair)
         # Three hospitals share this machine.
-        command = federation.coordinate({"run.threads": 1, **parameters})
-        return subprocess.run(command, check=False, cwd=PROJECT).returncode  # noqa: S603 - no shell
+        return federation.run(federation.coordinate({"run.threads": 1, **parameters}))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import secrets
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -21,14 +19,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fedsca_pipeline.errors import ConfigError, DataError, FedscaError
 from fedsca_pipeline.files import write_bytes
 from fedsca_pipeline.flower import frames
 from fedsca_pipeline.flower.config import SiteConfig, read_site_config
 from fedsca_pipeline.flower.engine import SITE_SOCKET, engine_folder, environment
-from fedsca_pipeline.flower.worker_process import WorkerProcess
+from fedsca_pipeline.flower.leash import Leashed
+from fedsca_pipeline.flower.lock import Held, locked
+from fedsca_pipeline.flower.worker_process import WorkerLost, WorkerProcess, worker_command
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Desk:
             return found
 
     def _replace_worker(self) -> None:
-        with self._one_at_a_time, suppress(OSError, EOFError):
+        with self._one_at_a_time, suppress(WorkerLost):
             self.worker.start()
 
     def _attend(self, line: socket.socket) -> None:
@@ -95,6 +95,7 @@ class Engine:
     config: SiteConfig
     socket: Path
     port: int
+    lock: TextIO
 
     def commands(self, folder: Path) -> Sequence[list[str]]:
         """Return the commands of SuperNode and SuperExec, whose secret is in ``folder``."""
@@ -125,7 +126,7 @@ class Engine:
         (home / "superexec.secret").chmod(0o600)
         surroundings = environment(folder, home, {SITE_SOCKET: str(self.socket)})
         keepers = [
-            threading.Thread(target=_keep_alive, args=(command, surroundings, stopped), daemon=True)
+            threading.Thread(target=_keep_alive, args=(command, surroundings, self.lock, stopped), daemon=True)
             for command in self.commands(home)
         ]
         for keeper in keepers:
@@ -146,29 +147,16 @@ def _write_guard(folder: Path, engine: Path) -> None:
     script.chmod(0o700)
 
 
-def _keep_alive(command: list[str], surroundings: Mapping[str, str], stopped: threading.Event) -> None:
+def _keep_alive(command: list[str], surroundings: Mapping[str, str], lock: TextIO, stopped: threading.Event) -> None:
     name = Path(command[0]).name
     while not stopped.is_set():
-        process = subprocess.Popen(command, env=dict(surroundings), start_new_session=True)  # noqa: S603 - no shell
+        process = Leashed(command, surroundings, pass_fds=[lock.fileno()])
         while process.poll() is None and not stopped.wait(0.2):
             pass
-        if process.poll() is None:
-            _end(process)
-            return
+        status = process.end()
         if not stopped.is_set():
-            logger.warning("%s ended with status %s; it is started again", name, process.returncode)
+            logger.warning("%s ended with status %s; it is started again", name, status)
             stopped.wait(_RESTART_SECONDS)
-
-
-def _end(process: subprocess.Popen) -> None:
-    """End a process and all that it has started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(_STOP_SECONDS)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def check_data(config: SiteConfig) -> int:
@@ -194,32 +182,46 @@ def check_data(config: SiteConfig) -> int:
     return len(manifest)
 
 
-def run_site(config: SiteConfig, worker: WorkerProcess, stopped: threading.Event) -> None:
-    """Take part in the federation until ``stopped``; whatever happens, no process is left, not the worker's either.
+def run_site(config: SiteConfig, worker: Sequence[str], stopped: threading.Event) -> None:
+    """Take part in the federation until ``stopped``; no process is left then, nor if this one is killed.
+
+    ``worker`` is the command of a worker, without the number of its socket.
 
     Raises:
-        ConfigError: the engine is missing, or the worker cannot start.
+        ConfigError: the engine is missing, the worker cannot start, or another command serves this site.
     """
-    address = config.work / "flower" / "site.sock"
+    home = config.work / "flower"
     try:
         engine_folder(config.engine)
-        listener = frames.listen(address)
+        # All that this command starts inherits the lock; were it killed, they would end within that time.
+        with locked(home / "lock", 2 * _STOP_SECONDS) as lock, frames.listen(home / "site.sock") as listener:
+            _take_part(config, WorkerProcess(worker, config.resources, [lock.fileno()]), listener, lock, stopped)
+    except Held as error:
+        raise ConfigError(
+            f"work: another fedsca-site, or what it has started, still runs in {config.work}; stop it, or give every "
+            "site a work folder of its own"
+        ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
+
+
+def _take_part(
+    config: SiteConfig, worker: WorkerProcess, listener: socket.socket, lock: TextIO, stopped: threading.Event
+) -> None:
+    address = Path(listener.getsockname())
     try:
         worker.start()
         threading.Thread(target=Desk(config, worker).serve, args=(listener,), daemon=True).start()
-        with Engine(config, address, _free_port()).running(stopped):
+        with Engine(config, address, _free_port(), lock).running(stopped):
             logger.info("%s: joined the federation at %s; Ctrl-C leaves it", config.site, config.coordinator)
             stopped.wait()
-    except (EOFError, OSError) as error:
+    except WorkerLost as lost:
         if not stopped.is_set():
-            raise ConfigError(f"the site's worker could not start ({error!r}); what it said is above") from error
+            raise ConfigError(f"{lost}; what it said is above") from lost
     finally:
         stopped.set()
-        listener.close()
-        address.unlink(missing_ok=True)
         worker.end()
+        address.unlink(missing_ok=True)
 
 
 def _free_port() -> int:
@@ -242,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = read_site_config(given.file)
         logger.info("%s: %d images, none broken", config.site, check_data(config))
         if not given.check:
-            run_site(config, WorkerProcess.of_site(given.file, config.resources.most_bytes), stopped)
+            run_site(config, worker_command(given.file), stopped)
     except FedscaError as error:
         logger.error("Error: %s", error)
         return 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import socket
@@ -19,6 +18,7 @@ from fedsca_pipeline.flower import frames
 from fedsca_pipeline.flower.config import FlowerConfig
 from fedsca_pipeline.flower.engine import engine_folder, environment
 from fedsca_pipeline.flower.fleet import LinkLost, Node, Reply
+from fedsca_pipeline.flower.lock import Held, locked
 
 logger = logging.getLogger(__name__)
 
@@ -133,25 +133,28 @@ def open_link(config: FlowerConfig) -> Iterator[RelayLink]:
     Raises:
         ConfigError: another command holds the link, the engine is missing, or the SuperLink cannot be reached.
     """
-    config.home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (config.home / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"flower.home: another command of this coordinator runs a federation through {config.home}; wait for "
-                "its end, or stop it"
-            ) from error
-        try:
-            link = RelayLink(config)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"flower: {error}") from error
-        try:
-            link.restore()
+    try:
+        with locked(config.home / "lock"), _link(config) as link:
             yield link
-        except LinkLost as error:
-            raise ConfigError(
-                f"flower.superlink: {error}; are flower-superlink and flower-superexec up there (docs/deployment.md)?"
-            ) from error
-        finally:
-            link.close()
+    except Held as error:
+        raise ConfigError(
+            f"flower.home: another command of this coordinator runs a federation through {config.home}; wait for "
+            "its end, or stop it"
+        ) from error
+
+
+@contextmanager
+def _link(config: FlowerConfig) -> Iterator[RelayLink]:
+    try:
+        link = RelayLink(config)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"flower: {error}") from error
+    try:
+        link.restore()
+        yield link
+    except LinkLost as error:
+        raise ConfigError(
+            f"flower.superlink: {error}; are flower-superlink and flower-superexec up there (docs/deployment.md)?"
+        ) from error
+    finally:
+        link.close()

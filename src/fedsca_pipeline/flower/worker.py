@@ -11,8 +11,6 @@ import logging
 import os
 import queue
 import re
-import resource
-import signal
 import socket
 import sys
 import threading
@@ -35,6 +33,7 @@ from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.files import remove_partial_files, write_bytes, write_json
 from fedsca_pipeline.flower import documents, frames
 from fedsca_pipeline.flower.config import SiteConfig, read_site_config
+from fedsca_pipeline.flower.memory import OUT_OF_MEMORY, is_shortage, limit_memory
 from fedsca_pipeline.flower.wire import WireLog
 from fedsca_pipeline.foundation import prepare_foundation
 from fedsca_pipeline.pipelines.evaluation.nodes import draw_overlays, score_site
@@ -315,11 +314,13 @@ def serve(config: SiteConfig, line: socket.socket) -> None:
             answer, said = work.answer(header["kind"], header["round"], payload), {}
             log.add("up", *place, answer, most)
         except FedscaError as error:
+            if is_shortage(error):
+                raise
             logger.warning("%s, round %d: %s", header["kind"], header["round"], error)
             answer, said = b"", {"failed": outward(error)}
-        except MemoryError:
-            raise
         except Exception as error:
+            if is_shortage(error):
+                raise
             # Whatever a library raises must not end a site's part in the federation; what it was is told here only.
             # What it left in memory, and how much, nobody knows: the next task gets a fresh worker.
             logger.exception("%s, round %d", header["kind"], header["round"])
@@ -333,6 +334,8 @@ def _listen(line: socket.socket, most: int, tasks: queue.SimpleQueue) -> None:
             tasks.put(frames.receive(line, most))
     except (EOFError, OSError):
         os._exit(0)
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
 
 
 def _options(wanted: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -342,15 +345,18 @@ def _options(wanted: Mapping[str, Any]) -> Mapping[str, Any]:
 def main() -> None:
     """Be a worker: arguments are the site's YAML file and the number of the socket to the site's command."""
     config = read_site_config(Path(sys.argv[1]))
-    # They reach the whole group; the site's command, which gets them too, ends its worker.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker: %(message)s")
     logging.captureWarnings(capture=True)
     if config.resources.memory is not None:
-        limit = int(config.resources.memory * 2**30)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    serve(config, socket.socket(fileno=int(sys.argv[2])))
+        limit_memory(config.resources.memory)
+    try:
+        serve(config, socket.socket(fileno=int(sys.argv[2])))
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+        # The site's command says what to do about it; an answer might not find the memory for itself.
+        logger.exception("out of memory")
+        sys.exit(OUT_OF_MEMORY)
 
 
 if __name__ == "__main__":

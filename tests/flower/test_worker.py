@@ -1,0 +1,97 @@
+"""A site's worker over a whole run, and one that may not have the memory it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedsca_pipeline.foundation
+from fedsca_pipeline.config import FederationConfig
+from fedsca_pipeline.federation.checkpoint import CheckpointFolder
+from fedsca_pipeline.federation.rounds import Server
+from fedsca_pipeline.federation.strategies import build_strategy
+from fedsca_pipeline.flower import documents
+from fedsca_pipeline.flower.config import read_site_config
+from fedsca_pipeline.flower.fleet import FlowerFleet
+from fedsca_pipeline.flower.worker import SiteWork
+from fedsca_pipeline.flower.worker_process import WorkerProcess, worker_command
+from fedsca_pipeline.pipelines.federated_training.nodes import build_trainable, start_values
+from fedsca_pipeline.runs import CONFIGURATION, code_version, describe_run
+
+
+@pytest.fixture
+def configuration() -> Callable[..., dict[str, Any]]:
+    """A run's configuration over a tiny random foundation; keywords go over ``preprocessing``."""
+
+    def make(**preprocessing: Any) -> dict[str, Any]:
+        given = {
+            "foundation": {"name": "random"},
+            "preprocessing": {"image_size": 32, **preprocessing},
+            "adapters": {"width": 4},
+            "run": {"threads": 1},
+            "federation": {"rounds": 3, "strategy": "fedsca"},
+        }
+        whole = {key: model.model_validate(given.get(key, {})) for key, model in CONFIGURATION.items()}
+        return {**{key: model.model_dump(mode="json") for key, model in whole.items()}, "strategies": {"fedsca": {}}}
+
+    return make
+
+
+def test_the_foundation_is_loaded_once_for_all_rounds(
+    site_file, configuration, config, link, scripted, reply, clock, tmp_path: Path, monkeypatch
+) -> None:
+    work = SiteWork(read_site_config(site_file()))
+    wanted = configuration()
+    terms = documents.write(documents.Terms(configuration=wanted, code=code_version()))
+    prepared = documents.read(documents.Prepared, work.answer("prepare", 0, terms))
+    description = describe_run(wanted, {"a": prepared.version}, prepared.foundation, 1)
+    models = documents.parameters(wanted)
+    model, layout = build_trainable(
+        models["foundation"], models["adapters"], tmp_path / "foundations", models["preprocessing"]
+    )
+    link.sites = {
+        "a": scripted(answer=lambda m: reply("", m.node, work.answer(m.task["kind"], m.task["round"], m.payload)))
+    }
+    opening = documents.write(documents.Description(**description))
+    strategy = build_strategy("fedsca", {})
+    server = Server(
+        FlowerFleet(link, config.model_copy(update={"sites": ["a"]}), opening=opening, clock=clock, sleep=clock.sleep),
+        strategy,
+        layout,
+        start_values(model, strategy.shared(layout)),
+        FederationConfig(rounds=3),
+        run=description["fingerprint"],
+        seed=0,
+        folder=CheckpointFolder(tmp_path / "server"),
+    )
+    loads = []
+    real = fedsca_pipeline.foundation.load_foundation
+    monkeypatch.setattr(fedsca_pipeline.foundation, "load_foundation", lambda *a, **k: loads.append(a) or real(*a, **k))
+
+    records = list(server.rounds())
+
+    assert [record.sites["a"].absent for record in records] == [None] * 4
+    assert len(loads) == 1
+
+
+def test_a_worker_that_needs_more_memory_than_it_may_have_says_so_and_the_next_task_gets_another(
+    site_file, configuration
+) -> None:
+    file = site_file(resources={"memory": 1.0})
+    worker = WorkerProcess(worker_command(file), read_site_config(file).resources)
+
+    def prepare(image_size: int) -> tuple[dict[str, Any], bytes]:
+        terms = documents.Terms(configuration=configuration(image_size=image_size), code=code_version())
+        return worker.ask({"kind": "prepare", "round": 0}, documents.write(terms), 300)
+
+    try:
+        said, _ = prepare(4096)
+        assert "ran out of memory (resources.memory in the site's YAML file allows 1 GiB; raise it" in said["failed"]
+        said, answer = prepare(32)
+        assert said == {}
+        assert documents.read(documents.Prepared, answer).site == "a"
+    finally:
+        worker.end()
