@@ -78,9 +78,11 @@ def test_the_foundation_is_loaded_once_for_all_rounds(
 
 
 def test_a_worker_that_needs_more_memory_than_it_may_have_says_so_and_the_next_task_gets_another(
-    site_file, configuration
+    site_file, configuration, monkeypatch
 ) -> None:
-    file = site_file(resources={"memory": 1.0})
+    # Every thread has a stack.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    file = site_file(resources={"memory": 0.75})
     worker = WorkerProcess(worker_command(file), read_site_config(file).resources)
 
     def prepare(image_size: int) -> tuple[dict[str, Any], bytes]:
@@ -89,7 +91,7 @@ def test_a_worker_that_needs_more_memory_than_it_may_have_says_so_and_the_next_t
 
     try:
         said, _ = prepare(4096)
-        assert "ran out of memory (resources.memory in the site's YAML file allows 1 GiB; raise it" in said["failed"]
+        assert "ran out of memory (resources.memory in the site's YAML file allows 0.75 GiB; raise it" in said["failed"]
         said, answer = prepare(32)
         assert said == {}
         assert documents.read(documents.Prepared, answer).site == "a"

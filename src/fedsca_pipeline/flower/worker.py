@@ -26,8 +26,8 @@ from fedsca_pipeline.errors import ConfigError, DataError, FedscaError, MessageE
 from fedsca_pipeline.evaluation import MEAN, WORST
 from fedsca_pipeline.evaluation.tables import site_table
 from fedsca_pipeline.federation.devices import deterministic
-from fedsca_pipeline.federation.local import LocalSettings, LocalWorker, ignore_step
 from fedsca_pipeline.federation.envelope import outline
+from fedsca_pipeline.federation.local import LocalSettings, LocalWorker, ignore_step
 from fedsca_pipeline.federation.store import SiteStore
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.files import remove_partial_files, write_bytes, write_json
