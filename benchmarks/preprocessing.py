@@ -6,8 +6,8 @@
 The bare loop opens and decodes each image and its mask, makes the image RGB and resizes both (bilinear and nearest
 neighbour), and keeps nothing: no check, no hash, no normalisation, no file. Both candidates go through the same sites
 in the same number of processes, by the clock, and in one process by the processor's own seconds, which other work on
-the machine and reading ahead by threads leave alone. Memory is the peak of a process of its own, over sites made of
-shifted copies of one picture (Linux only: from /proc).
+the machine leaves alone. Memory is the peak of a process of its own, over sites made of shifted copies of one picture
+(Linux only: from /proc).
 """
 
 from __future__ import annotations

@@ -2,46 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 from kornia_rs.io import decode_image_png_u8
-from PIL import Image
 
-# What may turn a photograph, wherever it stands in the file: Pillow knows how.
-_ORIENTED = (b"eXIf", b"Raw profile type", b"adobe.xmp")
+# https://www.w3.org/TR/png-3/#5DataRep: signature; of the first chunk length, name, width, height, bit depth, colour
+# type and three methods, the last of which is interlacing; and its checksum.
+_BEGINNING = struct.Struct(">8sI4sIIBBBBB4x")
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_CHUNK = struct.Struct(">I4s")
+_CHECKSUM = 4
+# Chunks that change no pixel. What may turn the picture, make it move or see through is Pillow's to know.
+_HARMLESS = frozenset((b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"sBIT", b"bKGD", b"pHYs", b"tIME"))
 # Bytes that a file may have beyond twice those of its pixels; more is not for memory.
 _SPARE = 2**16
 
 
-def read_plain_png(path: Path, header: Image.Image) -> np.ndarray | None:
-    """Decode a PNG of 8 bit grey, RGB or RGBA, of which ``header`` is what Pillow made of its beginning.
+def read_plain_png(path: Path, max_pixels: int) -> np.ndarray | None:
+    """Decode a PNG of 8 bit grey, RGB or RGBA without anything that asks for more than its pixels.
 
     Returns:
-        uint8 [H, W], [H, W, 3] or [H, W, 4]; None where the file is not so plain, or damaged: Pillow can say how.
+        uint8 [H, W], [H, W, 3] or [H, W, 4]; None where the file is another, damaged, or larger: Pillow can say how.
 
     Raises:
         OSError: the file cannot be read.
     """
-    kind = _KINDS.get(header.mode) if header.format == "PNG" else None
-    if kind is None or {"transparency", "interlace"} & header.info.keys():
-        return None
-    mode, channels = kind
-    if [tile.args for tile in header.tile] != [header.mode]:
-        return None
-    if path.stat().st_size > 2 * header.height * header.width * channels + _SPARE:
-        return None
-    data = path.read_bytes()
-    if any(mark in data for mark in _ORIENTED):
+    with path.open("rb") as file:
+        beginning = file.read(_BEGINNING.size)
+        if len(beginning) < _BEGINNING.size:
+            return None
+        signature, _, name, width, height, depth, colour, *_, interlaced = _BEGINNING.unpack(beginning)
+        kind = _KINDS.get((depth, colour))
+        if (signature, name, interlaced) != (_SIGNATURE, b"IHDR", 0) or kind is None or width * height > max_pixels:
+            return None
+        mode, channels = kind
+        most = 2 * width * height * channels + _SPARE
+        data = beginning + file.read(most)
+    if len(data) > most or not _HARMLESS.issuperset(_names(data)):
         return None
     try:
-        pixels = decode_image_png_u8(data, (header.height, header.width), mode)
+        pixels = decode_image_png_u8(data, (height, width), mode)
     # kornia_rs has no exception of its own.
     except Exception:
         return None
     return pixels[..., 0] if channels == 1 else pixels
 
 
-_KINDS: Mapping[str, tuple[str, int]] = MappingProxyType({"L": ("mono", 1), "RGB": ("rgb", 3), "RGBA": ("rgba", 4)})
+def _names(data: bytes) -> Iterator[bytes]:
+    """Yield the names of a PNG's chunks after the first."""
+    place = _BEGINNING.size
+    while place + _CHUNK.size <= len(data):
+        length, name = _CHUNK.unpack_from(data, place)
+        yield name
+        place += _CHUNK.size + length + _CHECKSUM
+
+
+_KINDS: Mapping[tuple[int, int], tuple[str, int]] = MappingProxyType(
+    {(8, 0): ("mono", 1), (8, 2): ("rgb", 3), (8, 6): ("rgba", 4)}
+)

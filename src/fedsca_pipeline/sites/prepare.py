@@ -366,6 +366,7 @@ def _absent_classes(config: PreprocessingConfig, samples: Sequence[Sample], spli
 
 
 def _manifest(site: str, samples: Sequence[Sample], settled: Settled) -> pd.DataFrame:
+    kept = [(sample, plane) for sample in samples for plane in settled.planes[sample.pair.image]]
     rows = [
         {
             "site": site,
@@ -383,12 +384,15 @@ def _manifest(site: str, samples: Sequence[Sample], settled: Settled) -> pd.Data
             "original_width": sample.original[1],
             "volume": sample.pair.stem if sample.is_volume else "",
             "slice": plane if sample.is_volume else -1,
+            "row": row,
             "split_settings": settled.settings,
         }
-        for sample in samples
-        for plane in settled.planes[sample.pair.image]
+        for row, (sample, plane) in enumerate(kept)
     ]
-    return pd.DataFrame(rows).assign(row=range(len(rows)))[list(MANIFEST_DTYPES)].astype(dict(MANIFEST_DTYPES))
+    # Typed column by column: the whole frame at once takes twice as long.
+    return pd.DataFrame(
+        {name: pd.Series([row[name] for row in rows], dtype=dtype) for name, dtype in MANIFEST_DTYPES.items()}
+    )
 
 
 def _summary(samples: Sequence[Sample], classes: int) -> dict[str, Any]:
