@@ -1,10 +1,11 @@
-"""``kedro run`` of this project: Kedro's own, with plain errors, the final table and the next commands to type."""
+"""Kedro's ``run`` with plain errors, the final table and the next commands to type; and ``kedro audit``."""
 
 from __future__ import annotations
 
 import re
 import warnings
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import click
@@ -77,6 +78,19 @@ def _run(**options: Any) -> Any:
             hooks.interrupted()
         click.echo("\nStopped. The same command (without force) goes on from the last finished round.", err=True)
         raise click.exceptions.Exit(_INTERRUPTED) from None
+
+
+@cli.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--known", multiple=True, help="Hash of a line that an earlier look has shown; fail unless it is there.")
+def audit(file: Path, known: tuple[str, ...]) -> None:
+    """Check the audit log FILE and show what came and left by run and round."""
+    from fedsca_pipeline.flower.audit_table import show_audit
+
+    try:
+        show_audit(file, known)
+    except FedscaError as error:
+        raise click.ClickException(str(error)) from error
 
 
 run = click.Command(name="run", params=kedro_run.params, callback=_run, help=kedro_run.help)

@@ -34,6 +34,10 @@ class MessageError(FedscaError):
     """A message from the wire breaks its contract: names, shapes, dtype, base hash, round or site."""
 
 
+class AuditError(FedscaError):
+    """An audit log cannot be written, or is not as it was written; without its line no message is sent."""
+
+
 class SiteError(FedscaError):
     """A site could not do its local work this round; the federation counts it as absent."""
 

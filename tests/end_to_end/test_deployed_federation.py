@@ -25,6 +25,7 @@ import torch
 from fedsca_pipeline.config import DemoSitesConfig
 from fedsca_pipeline.files import read_tensors
 from fedsca_pipeline.flower import leash
+from fedsca_pipeline.flower.audit import read_log
 from fedsca_pipeline.flower.demo import LocalFederation, free_port
 from fedsca_pipeline.sites.demo import write_demo_sites
 
@@ -68,10 +69,10 @@ class Deployed:
 
     def rounds_begun(self, site: str) -> list[int]:
         """The rounds that a site's worker was given, in order."""
-        record = self.folder / site / "wire.jsonl"
+        record = self.folder / site / "audit.jsonl"
         lines = record.read_text().splitlines() if record.is_file() else []
         entries = [json.loads(line) for line in lines]
-        return [entry["round"] for entry in entries if (entry["kind"], entry["way"]) == ("round", "down")]
+        return [entry["round"] for entry in entries if (entry["kind"], entry["direction"]) == ("round", "in")]
 
     def process(self, site: str, word: str) -> psutil.Process:
         """One of the processes that a site's command has started, by a word of its command line."""
@@ -168,11 +169,13 @@ def nothing_private_at_the_coordinator(deployed: Deployed) -> None:
 
 
 def the_wire_holds_what_it_may(deployed: Deployed) -> None:
-    """Both ends recorded the same messages, and what they hold is on the list."""
-    ends = {site: deployed.folder / site / "wire.jsonl" for site in SITES}
-    records = [json.loads(line) for path in ends.values() for line in path.read_text().splitlines()]
-    server = [json.loads(line) for line in (deployed.federation.home / "wire.jsonl").read_text().splitlines()]
-    assert sorted(r["sha256"] for r in records) == sorted(r["sha256"] for r in server)
+    """Both ends recorded the same messages, byte for byte, and what they hold is on the list."""
+    ends = [record for site in SITES for record in read_log(deployed.folder / site / "audit.jsonl")]
+    server = list(read_log(deployed.federation.home / "audit.jsonl"))
+    other = {"in": "out", "out": "in"}
+    assert sorted(seen(record, record["direction"]) for record in ends) == sorted(
+        seen(record, other[record["direction"]]) for record in server
+    )
     low = {name for name in deployed.model(SITES[0]) if ".blocks." in name}
     for record in server:
         if record["kind"] == "round":
@@ -181,10 +184,15 @@ def the_wire_holds_what_it_may(deployed: Deployed) -> None:
             metrics = {"dice_validation", "dice_local", "loss", "steps", "seconds"}
             assert set(record["manifest"]["metrics"]) <= metrics
         else:
-            assert set(record["keys"]) <= {
+            assert set(record.get("document", record.get("keys"))) <= {
                 "code", "configuration", "data", "fingerprint", "foundation", "threads", "site", "version", "train",
-                "validation", "test", "run", "models", "rounds", "dice_validation",
+                "validation", "test", "run", "means", "volumes", "rounds", "dice_validation",
             }  # fmt: skip
+
+
+def seen(record: Mapping[str, Any], direction: str) -> tuple:
+    """What both ends must say alike of one message, ``direction`` as its site sees it."""
+    return (record["site"], record["kind"], record["round"], direction, record["bytes"], record["sha256"])
 
 
 @pytest.mark.slow

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
 import pytest
 
 from fedsca_pipeline.federation.fleet import Failure
+from fedsca_pipeline.flower.audit import AuditLog, read_log
 from fedsca_pipeline.flower.fleet import FlowerFleet
-from fedsca_pipeline.flower.wire import WireLog
 
 
 def test_every_site_gets_its_payload_and_its_answer_comes_back(exchange, link) -> None:
@@ -234,16 +233,21 @@ class TestOpening:
         assert [m.task["kind"] for m in link.pushed] == ["open", "round", "open", "round"]
 
 
-def test_every_message_is_on_record_both_ways(link, config, clock, tmp_path: Path) -> None:
-    log = tmp_path / "wire.jsonl"
-    fleet = FlowerFleet(link, config, opening=b"{}", log=WireLog(log), clock=clock, sleep=clock.sleep)
+def test_every_message_is_on_record_both_ways(link, config, clock, scripted, reply, tmp_path: Path) -> None:
+    link.sites["b"] = scripted(answer=lambda message: reply("", message.node, b"", {"failed": "no"}))
+    with AuditLog(tmp_path / "audit.jsonl") as log:
+        fleet = FlowerFleet(link, config, opening=b"{}", log=log, clock=clock, sleep=clock.sleep)
 
-    fleet.exchange(1, {"a": b"payload"}, deadline=None, quorum=1, grace=0.0)
+        fleet.exchange(1, dict.fromkeys("ab", b"payload"), deadline=None, quorum=1, grace=0.0)
 
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [(entry["way"], entry["kind"], entry["site"], entry["bytes"]) for entry in entries] == [
-        ("down", "open", "a", 2), ("up", "open", "a", 2), ("down", "round", "a", 7), ("up", "round", "a", 2),
+    entries = list(read_log(tmp_path / "audit.jsonl"))
+    rows = [[entry[key] for key in ("direction", "kind", "site", "bytes", "answer_to")] for entry in entries]
+    assert rows == [
+        ["out", "open", "a", 2, None], ["out", "open", "b", 2, None],
+        ["in", "open", "a", 2, 1], ["in", "open", "b", 2, 2],
+        ["out", "round", "a", 7, None], ["in", "round", "a", 2, 5],
     ]  # fmt: skip
+    assert entries[3]["refused"] == "no"
 
 
 @pytest.fixture(autouse=True)

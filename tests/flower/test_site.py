@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+import resource
+import signal
 import threading
+from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.flower import frames, site
+from fedsca_pipeline.errors import AuditError, ConfigError
+from fedsca_pipeline.flower import documents, frames, site
+from fedsca_pipeline.flower.audit import AuditLog, read_log
 from fedsca_pipeline.flower.config import SiteConfig, read_site_config
 from fedsca_pipeline.flower.lock import locked
 from fedsca_pipeline.flower.memory import OUT_OF_MEMORY
@@ -56,26 +61,43 @@ class FakeWorker:
     def __init__(self) -> None:
         self.asked: list[tuple] = []
         self.fails = False
+        self.says: bytes | None = None
 
     def start(self) -> None:
         self.asked.append("start")
 
     def ask(self, task, payload, seconds):
         self.asked.append((task, payload, seconds))
-        return ({"failed": "it died"}, b"") if self.fails else ({}, payload[::-1])
+        return ({"failed": "it died"}, b"") if self.fails else ({}, self.says or opened(payload))
+
+
+def opened(payload: bytes) -> bytes:
+    return documents.write(documents.Opened(site="a", run=payload.decode()))
 
 
 @pytest.fixture
-def desk(site_file) -> Desk:
-    return Desk(read_site_config(site_file(resources={"task_seconds": 50, "max_message": 1})), FakeWorker())
+def config(site_file) -> SiteConfig:
+    return read_site_config(site_file(resources={"task_seconds": 50, "max_message": 1}))
+
+
+@pytest.fixture
+def desk(config) -> Iterator[Desk]:
+    with AuditLog(config.audit) as log:
+        yield Desk(config, FakeWorker(), log)
+
+
+@pytest.fixture
+def logged(config) -> Callable[..., list[list[Any]]]:
+    """The lines of the site's audit log, of each what is asked for."""
+    return lambda *keys: [[record.get(key) for key in keys] for record in read_log(config.audit)]
 
 
 def task(**changed: Any) -> dict[str, Any]:
-    return {"kind": "round", "round": 1, "site": "a", "seconds": 20.0, **changed}
+    return {"kind": "open", "round": 0, "site": "a", "seconds": 20.0, **changed}
 
 
 def test_a_task_goes_to_the_worker_with_the_shorter_of_two_limits(desk) -> None:
-    assert desk.answer(task(), b"abc") == ({}, b"cba")
+    assert desk.answer(task(), b"abc") == ({}, opened(b"abc"))
     desk.answer(task(round=2, seconds=1e9), b"abc")
 
     assert [seconds for _, _, seconds in desk.worker.asked] == [20.0, 50.0]
@@ -93,7 +115,7 @@ def test_a_failure_is_not_remembered(desk) -> None:
     assert "failed" in desk.answer(task(), b"abc")[0]
     desk.worker.fails = False
 
-    assert desk.answer(task(), b"abc") == ({}, b"cba")
+    assert desk.answer(task(), b"abc") == ({}, opened(b"abc"))
 
 
 def test_a_task_for_another_site_never_reaches_the_worker(desk) -> None:
@@ -103,14 +125,73 @@ def test_a_task_for_another_site_never_reaches_the_worker(desk) -> None:
     assert desk.worker.asked == []
 
 
-def test_through_its_socket_a_task_too_large_is_refused_by_the_parameter(desk, tmp_path_factory) -> None:
+@pytest.mark.parametrize("faulty", [{"kind": "shell"}, {"round": -1}, {"seconds": float("nan")}, {"more": 1}])
+def test_a_task_of_no_known_form_never_reaches_the_worker(desk, faulty) -> None:
+    assert "unknown form" in desk.answer(task(**faulty), b"abc")[0]["failed"]
+    assert desk.worker.asked == []
+
+
+def test_all_that_comes_and_leaves_has_its_line_repeated_answers_and_refusals_too(desk, logged) -> None:
+    desk.answer(task(), b"abc")
+    desk.answer(task(), b"abc")
+    desk.answer(task(site="b"), b"abc")
+    desk.worker.fails = True
+    desk.answer(task(kind="finish"), b"[]")
+    desk.answer(task(kind="shell"), b"abc")
+
+    assert logged("direction", "kind", "answer_to", "refused") == [
+        ["in", "open", None, None], ["out", "open", 1, None],
+        ["in", "open", None, None], ["out", "open", 3, None],
+        ["in", "open", None, None], ["out", "open", 5, "this site is a, not b"],
+        ["in", "finish", None, None], ["out", "finish", 7, "it died"],
+        ["in", "unknown", None, None], ["out", "unknown", 9, logged("refused")[9][0]],
+    ]  # fmt: skip
+    assert "unknown form" in logged("refused")[9][0]
+    assert logged("bytes", "sha256")[1] == [len(opened(b"abc")), sha256(opened(b"abc")).hexdigest()]
+
+
+@pytest.mark.parametrize(
+    "says", [b"raw pixels", b'{"site": "a", "run": "abc", "patient": "7"}', b'{"site": "a"}', b""], ids=repr
+)
+def test_an_answer_of_another_form_than_may_leave_stays(desk, logged, says) -> None:
+    desk.worker.says = says or b" "
+
+    said, answer = desk.answer(task(), b"abc")
+
+    assert answer == b""
+    assert said == {"failed": "its answer was nothing that may leave the site"}
+    assert logged("direction", "refused")[-1] == ["out", said["failed"]]
+
+
+def test_the_line_is_on_the_disk_before_the_answer_is_handed_over(desk, config, monkeypatch, tmp_path_factory) -> None:
+    path = tmp_path_factory.mktemp("s") / "s"
+    listener = frames.listen(path)
+    written: list[list[str]] = []
+    send = frames.send
+
+    def record_first(line, header, payload=b"") -> None:
+        written.append([record["direction"] for record in read_log(config.audit)])
+        send(line, header, payload)
+
+    threading.Thread(target=desk.serve, args=(listener,), daemon=True).start()
+    try:
+        with frames.connect(path, 10.0) as line:
+            send(line, task(), b"abc")
+            monkeypatch.setattr(frames, "send", record_first)
+            assert frames.receive(line, 1000) == ({}, opened(b"abc"))
+    finally:
+        listener.close()
+    assert written == [["in", "out"]]
+
+
+def test_through_its_socket_a_task_too_large_is_refused_by_the_parameter(desk, logged, tmp_path_factory) -> None:
     path = tmp_path_factory.mktemp("s") / "s"
     listener = frames.listen(path)
     threading.Thread(target=desk.serve, args=(listener,), daemon=True).start()
     try:
         with frames.connect(path, 10.0) as line:
             frames.send(line, task(), b"abc")
-            assert frames.receive(line, 10) == ({}, b"cba")
+            assert frames.receive(line, 1000) == ({}, opened(b"abc"))
         with frames.connect(path, 10.0) as line:
             frames.send(line, {"site": "a"}, b"")
             assert "unknown form" in frames.receive(line, 10)[0]["failed"]
@@ -119,6 +200,35 @@ def test_through_its_socket_a_task_too_large_is_refused_by_the_parameter(desk, t
             assert "resources.max_message" in frames.receive(line, 10)[0]["failed"]
     finally:
         listener.close()
+    assert "resources.max_message" in logged("refused")[-1][0]
+
+
+def test_where_the_log_cannot_be_written_nothing_leaves_but_the_fixed_words_that_say_so(
+    desk, config, logged, tmp_path_factory, caplog
+) -> None:
+    path = tmp_path_factory.mktemp("s") / "s"
+    listener = frames.listen(path)
+    threading.Thread(target=desk.serve, args=(listener,), daemon=True).start()
+    desk.answer(task(), b"abc")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        # As on a full disk: the file takes a part of the next line, and no more.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (config.audit.stat().st_size + 10, limits[1]))
+        with frames.connect(path, 10.0) as line:
+            frames.send(line, task(), b"other")
+            said, payload = frames.receive(line, 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+        listener.close()
+
+    assert payload == b""
+    assert "audit log cannot be written" in said["failed"]
+    assert len(desk.worker.asked) == 1
+    assert str(config.audit) in caplog.text
+    assert logged("direction") == [["in"], ["out"]]
+    assert desk.answer(task(), b"other") == ({}, opened(b"other"))
 
 
 def test_a_site_config_cannot_be_changed(site_file) -> None:
@@ -139,6 +249,16 @@ def test_a_second_command_for_the_same_work_folder_is_refused(site_file, tmp_pat
         locked(config.work / "flower" / "lock"),
         pytest.raises(ConfigError, match=r"^work: another fedsca-site.*still runs in .*work"),
     ):
+        run_site(config, ["false"], threading.Event())
+
+
+def test_a_site_whose_log_is_broken_does_not_join(site_file, tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("w")
+    (folder / "flwr").touch()
+    config = read_site_config(site_file(engine=str(folder), work=str(folder)))
+    config.audit.write_text("no line of ours\n")
+
+    with pytest.raises(AuditError, match="line 1 is not as it was written"):
         run_site(config, ["false"], threading.Event())
 
 

@@ -27,7 +27,7 @@ class FlowerConfig(_Config):
     superlink: str = Field("127.0.0.1:8000", description="host:port of the SuperLink, on loopback")
     authority: Path = Field(description="certificate of the authority that signed the SuperLink's")
     engine: Path | None = Field(None, description="bin folder of the environment that flwr is in; null: this one")
-    home: Path = Field(description="folder for Flower's files, the relay's socket, the lock and the record of the wire")
+    home: Path = Field(description="folder for Flower's files, the relay's socket, the lock and the audit log")
     max_message: int = Field(256, ge=1, le=2047, description="MiB, of one message")
     poll: float = Field(0.5, gt=0.0, le=60.0, description="s between two looks for answers")
     retry: float = Field(30.0, gt=0.0, description="s until a site that failed, or the SuperLink, is tried again")
@@ -37,6 +37,11 @@ class FlowerConfig(_Config):
     def most_bytes(self) -> int:
         """The limit of one message in bytes."""
         return self.max_message * _MIB
+
+    @property
+    def audit(self) -> Path:
+        """Where the coordinator's audit log lies."""
+        return self.home / "audit.jsonl"
 
     @field_validator("sites")
     @classmethod
@@ -81,6 +86,11 @@ class SiteConfig(_Config):
     resources: Resources = Resources()
     foundations: Path | None = Field(None, description="folder of foundation weights; null: in work")
     engine: Path | None = Field(None, description="bin folder of the environment that flwr is in; null: this one")
+
+    @property
+    def audit(self) -> Path:
+        """Where this site's audit log lies."""
+        return self.work / "audit.jsonl"
 
     @property
     def foundation_root(self) -> Path:

@@ -6,7 +6,8 @@ From a site only counts, hashes and means leave: no file name, no row of a table
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,6 +22,18 @@ Hash = Field(pattern=r"^[0-9a-f]{8,64}$")
 
 class _Document(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+TaskKind = Literal["prepare", "open", "round", "finish"]
+
+
+class Task(_Document):
+    """What a message to a site asks for, and within how many seconds; the payload is beside it."""
+
+    kind: TaskKind
+    round: int = Field(ge=0)
+    site: str
+    seconds: float = Field(gt=0.0)
 
 
 class Terms(_Document):
@@ -90,6 +103,9 @@ class Scores(_Document):
     dice_validation: dict[str, float | None]
 
 
+ANSWERS: Mapping[str, type[_Document]] = MappingProxyType({"prepare": Prepared, "open": Opened, "finish": Scores})
+"""All that leaves a site beside the answers to rounds, by kind of task."""
+
 D = TypeVar("D", bound=_Document)
 
 
@@ -109,8 +125,19 @@ def read(kind: type[D], data: bytes) -> D:
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'JSON'}: {fault['msg']}" for fault in error.errors())
-        raise MessageError(f"{kind.__name__}: {faults}") from error
+        raise _unlike(kind, error) from error
+
+
+def read_task(header: Mapping[str, Any]) -> Task:
+    """Return the task that a message's header asks for.
+
+    Raises:
+        MessageError: it has not exactly the form of one.
+    """
+    try:
+        return Task.model_validate(header)
+    except ValidationError as error:
+        raise _unlike(Task, error) from error
 
 
 def parameters(configuration: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,3 +153,8 @@ def parameters(configuration: Mapping[str, Any]) -> dict[str, Any]:
     except ValidationError as error:
         raise MessageError(f"a configuration that this version does not understand: {error}") from error
     return {**models, "strategies": configuration["strategies"]}
+
+
+def _unlike(kind: type[_Document], error: ValidationError) -> MessageError:
+    faults = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'JSON'}: {fault['msg']}" for fault in error.errors())
+    return MessageError(f"{kind.__name__}: {faults}")

@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from fedsca_pipeline.errors import MessageError
 from fedsca_pipeline.federation.fleet import Failure
+from fedsca_pipeline.flower.audit import AuditLog
 from fedsca_pipeline.flower.config import FlowerConfig
-from fedsca_pipeline.flower.wire import WireLog
+from fedsca_pipeline.flower.contents import answer_content, question_content
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +76,14 @@ class Link(Protocol):
 
 @dataclass(frozen=True)
 class _Flight:
-    """A message under way."""
+    """A message under way; ``line`` is its number in the audit log."""
 
     site: str
     kind: str
     round: int
     node: Node
     until: float
+    line: int | None
 
 
 @dataclass
@@ -137,7 +140,7 @@ class FlowerFleet:
         link: to the sites.
         config: names the sites, and limits and intervals.
         opening: what a site must have accepted before it is sent rounds; None where nothing is to be opened.
-        log: the record of the wire; None keeps none.
+        log: the coordinator's audit log; None keeps none.
         absent: for tests; site to the rounds in which it is not asked (``federation.inject_failures``).
         clock, sleep: seconds.
     """
@@ -148,7 +151,7 @@ class FlowerFleet:
         config: FlowerConfig,
         *,
         opening: bytes | None = None,
-        log: WireLog | None = None,
+        log: AuditLog | None = None,
         absent: Mapping[str, Sequence[int]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -229,13 +232,12 @@ class FlowerFleet:
         left = min(left, _LONGEST_SECONDS)
         task = {"kind": kind, "round": round_, "site": site, "seconds": left}
         gathering.retry_at[site] = now + self._config.retry
+        line = self._note_question(site, kind, round_, payload)
         message = self._link.push(node.id, task, payload, left + _LATE_SECONDS)
         if message is None:
             logger.warning("round %d: the SuperLink did not take the message for %s", gathering.round, site)
             return
-        self._flights[message] = _Flight(site, kind, round_, node, now + left + _LATE_SECONDS)
-        if self._log is not None:
-            self._log.add("down", kind, round_, site, payload, self._config.most_bytes)
+        self._flights[message] = _Flight(site, kind, round_, node, now + left + _LATE_SECONDS, line)
 
     def _recall(self) -> None:
         """Count messages as lost whose node is gone or was started anew; an answer may come all the same."""
@@ -255,8 +257,7 @@ class FlowerFleet:
             logger.info("round %d: no answer of %s: %s", flight.round, site, reply.error)
             return
         failed = self._fault(flight, reply)
-        if self._log is not None and failed is None:
-            self._log.add("up", flight.kind, flight.round, site, reply.payload, self._config.most_bytes)
+        self._note_answer(flight, reply, failed)
         if flight.kind == "open" and failed is None:
             self._opened.add(site)
             gathering.retry_at.pop(site, None)
@@ -266,6 +267,28 @@ class FlowerFleet:
             gathering.answers.setdefault(site, reply.payload)
         elif site not in gathering.answers:
             self._fail(gathering, site, failed)
+
+    def _note_question(self, site: str, kind: str, round_: int, payload: bytes) -> int | None:
+        if self._log is None:
+            return None
+        content = question_content(kind, payload, self._config.most_bytes)
+        return self._log.add("out", site=site, kind=kind, round_=round_, sent=payload, content=content)
+
+    def _note_answer(self, flight: _Flight, reply: Reply, failed: str | None) -> None:
+        if self._log is None:
+            return
+        sent, content = reply.payload, {"run": None, "refused": failed}
+        if "failed" in reply.said:
+            sent = str(reply.said["failed"]).encode()
+        elif failed is None:
+            try:
+                content = answer_content(flight.kind, reply.payload, self._config.most_bytes)
+            except MessageError as error:
+                content = {"run": None, "unreadable": str(error)}
+        self._log.add(
+            "in", site=flight.site, kind=flight.kind, round_=flight.round, sent=sent, content=content,
+            answer_to=flight.line,
+        )  # fmt: skip
 
     def _fault(self, flight: _Flight, reply: Reply) -> str | None:
         if reply.node != flight.node.id:

@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+LONGEST_REASON = 2_000
+"""Characters in which a site may say why it has no answer."""
+
 _LENGTHS = struct.Struct("!IQ")
 _MOST_HEADER = 1 << 20
 _LONGEST_PATH = 100  # bytes; the kernel's limit is 108 on Linux, 104 on macOS

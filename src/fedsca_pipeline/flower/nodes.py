@@ -211,13 +211,13 @@ def _fleet(flower: FlowerConfig, **options: Any) -> Any:
     """Return the fleet, to be entered; leaving it ends the Flower run."""
     from contextlib import contextmanager
 
+    from fedsca_pipeline.flower.audit import AuditLog
     from fedsca_pipeline.flower.fleet import FlowerFleet
     from fedsca_pipeline.flower.superlink import open_link
-    from fedsca_pipeline.flower.wire import WireLog
 
     @contextmanager
     def opened() -> Iterator[FlowerFleet]:
-        with open_link(flower) as link:
-            yield FlowerFleet(link, flower, log=WireLog(flower.home / "wire.jsonl"), **options)
+        with open_link(flower) as link, AuditLog(flower.audit) as log:
+            yield FlowerFleet(link, flower, log=log, **options)
 
     return opened()

@@ -16,8 +16,6 @@ from fedsca_pipeline.flower import frames
 
 app = ServerApp()
 
-_LONGEST_REASON = 2_000  # characters
-
 _Frame = tuple[dict[str, Any], bytes]
 
 
@@ -75,7 +73,7 @@ def _answer(content: RecordDict) -> _Frame:
     payload, failed = record.get("payload"), record.get("failed")
     if not isinstance(payload, bytes):
         return {"failed": "an answer without a payload of bytes"}, b""
-    return ({} if failed is None else {"failed": str(failed)[:_LONGEST_REASON]}), payload
+    return ({} if failed is None else {"failed": str(failed)[: frames.LONGEST_REASON]}), payload
 
 
 _ANSWERS: Mapping[str, Callable[[Grid, Mapping[str, Any], bytes], _Frame]] = MappingProxyType(

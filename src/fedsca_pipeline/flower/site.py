@@ -21,10 +21,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TextIO
 
-from fedsca_pipeline.errors import ConfigError, DataError, FedscaError
+from fedsca_pipeline.errors import AuditError, ConfigError, DataError, FedscaError, MessageError
 from fedsca_pipeline.files import write_bytes
-from fedsca_pipeline.flower import frames
+from fedsca_pipeline.flower import documents, frames
+from fedsca_pipeline.flower.audit import AuditLog, Direction
+from fedsca_pipeline.flower.audit_table import show_audit
 from fedsca_pipeline.flower.config import SiteConfig, read_site_config
+from fedsca_pipeline.flower.contents import answer_content, question_content
 from fedsca_pipeline.flower.engine import SITE_SOCKET, engine_folder, environment
 from fedsca_pipeline.flower.leash import Leashed
 from fedsca_pipeline.flower.lock import Held, locked
@@ -35,14 +38,25 @@ logger = logging.getLogger(__name__)
 _MOST_CLASSES = 254
 _RESTART_SECONDS = 5.0
 _STOP_SECONDS = 10.0
+_UNKNOWN = "unknown"  # kind of a message that cannot be read as a task
+
+_Frame = tuple[dict[str, Any], bytes]
+
+
+_UNLOGGED = "its audit log cannot be written, so nothing leaves the site; its own log says more"
+"""The one answer that leaves without a line, always in these words."""
 
 
 @dataclass
 class Desk:
-    """Answers the shim's tasks, one at a time, through the worker; what was answered last is not worked out again."""
+    """Answers the shim's tasks, one at a time, through the worker; what was answered last is not worked out again.
+
+    Whatever comes or leaves has its line in the audit log first.
+    """
 
     config: SiteConfig
     worker: WorkerProcess
+    log: AuditLog
     _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
     _last: tuple[tuple, tuple[dict[str, Any], bytes]] | None = None
 
@@ -55,16 +69,40 @@ class Desk:
                 return
             threading.Thread(target=self._attend, args=(line,), daemon=True).start()
 
-    def answer(self, task: Mapping[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
-        """Return the frame that answers a task; a task that comes twice in a row is worked on once."""
-        if task.get("site") != self.config.site:
-            return {"failed": f"this site is {self.config.site}, the task is for {task.get('site')}"}, b""
-        key = (task["kind"], task["round"], sha256(payload).hexdigest())
+    def answer(self, header: Mapping[str, Any], payload: bytes) -> _Frame:
+        """Return the frame that answers a task; a task that comes twice in a row is worked on once.
+
+        Raises:
+            AuditError: the audit log cannot be written; nothing may be sent.
+        """
+        try:
+            task = documents.read_task(header)
+        except MessageError as error:
+            content = {"run": None, "unreadable": str(error)}
+            asked = self._note("in", _UNKNOWN, 0, payload, content)
+            return self._refuse(_UNKNOWN, 0, asked, f"a task of an unknown form ({error})")
+        content = question_content(task.kind, payload, self.config.resources.most_bytes)
+        asked = self._note("in", task.kind, task.round, payload, content)
+        if task.site != self.config.site:
+            return self._refuse(task.kind, task.round, asked, f"this site is {self.config.site}, not {task.site}")
+        said, answer = self._work(task, payload)
+        if "failed" in said:
+            return self._refuse(task.kind, task.round, asked, str(said["failed"]))
+        try:
+            content = answer_content(task.kind, answer, self.config.resources.most_bytes)
+        except MessageError as error:
+            logger.error("%s, round %d: the worker's answer may not leave: %s", task.kind, task.round, error)
+            return self._refuse(task.kind, task.round, asked, "its answer was nothing that may leave the site")
+        self._note("out", task.kind, task.round, answer, content, answer_to=asked)
+        return {}, answer
+
+    def _work(self, task: documents.Task, payload: bytes) -> _Frame:
+        key = (task.kind, task.round, sha256(payload).hexdigest())
         with self._one_at_a_time:
             if self._last is not None and self._last[0] == key:
                 return self._last[1]
-            seconds = min(float(task["seconds"]), self.config.resources.task_seconds)
-            found = self.worker.ask({"kind": task["kind"], "round": task["round"]}, payload, seconds)
+            seconds = min(task.seconds, self.config.resources.task_seconds)
+            found = self.worker.ask({"kind": task.kind, "round": task.round}, payload, seconds)
             if "failed" not in found[0]:
                 self._last = (key, found)
             else:
@@ -76,15 +114,35 @@ class Desk:
         with self._one_at_a_time, suppress(WorkerLost):
             self.worker.start()
 
+    def _refuse(self, kind: str, round_: int, asked: int | None, reason: str) -> _Frame:
+        # Flower carries no lone surrogates, which a file's name may hold.
+        words = reason[: frames.LONGEST_REASON].encode(errors="replace")
+        self._note("out", kind, round_, words, {"run": None, "refused": words.decode()}, answer_to=asked)
+        return {"failed": words.decode()}, b""
+
+    def _note(
+        self,
+        direction: Direction,
+        kind: str,
+        round_: int,
+        sent: bytes,
+        content: Mapping[str, Any],
+        answer_to: int | None = None,
+    ) -> int:
+        return self.log.add(
+            direction, site=self.config.site, kind=kind, round_=round_, sent=sent, content=content, answer_to=answer_to
+        )
+
     def _attend(self, line: socket.socket) -> None:
         with line, suppress(OSError, EOFError):
             try:
-                task, payload = frames.receive(line, self.config.resources.most_bytes)
-                answer = self.answer(task, payload)
-            except frames.FrameError as error:
-                answer = {"failed": f"resources.max_message: {error}"}, b""
-            except (KeyError, TypeError, ValueError) as error:
-                answer = {"failed": f"a task of an unknown form ({error!r})"}, b""
+                try:
+                    answer = self.answer(*frames.receive(line, self.config.resources.most_bytes))
+                except frames.FrameError as error:
+                    answer = self._refuse(_UNKNOWN, 0, None, f"resources.max_message: {error}")
+            except AuditError as error:
+                logger.error("%s", error)
+                answer = {"failed": _UNLOGGED}, b""
             frames.send(line, *answer)
 
 
@@ -188,14 +246,20 @@ def run_site(config: SiteConfig, worker: Sequence[str], stopped: threading.Event
     ``worker`` is the command of a worker, without the number of its socket.
 
     Raises:
+        AuditError: the audit log is broken or cannot be written.
         ConfigError: the engine is missing, the worker cannot start, or another command serves this site.
     """
     home = config.work / "flower"
     try:
         engine_folder(config.engine)
         # All that this command starts inherits the lock; were it killed, they would end within that time.
-        with locked(home / "lock", 2 * _STOP_SECONDS) as lock, frames.listen(home / "site.sock") as listener:
-            _take_part(config, WorkerProcess(worker, config.resources, [lock.fileno()]), listener, lock, stopped)
+        with (
+            locked(home / "lock", 2 * _STOP_SECONDS) as lock,
+            AuditLog(config.audit) as log,
+            frames.listen(home / "site.sock") as listener,
+        ):
+            desk = Desk(config, WorkerProcess(worker, config.resources, [lock.fileno()]), log)
+            _take_part(desk, listener, lock, stopped)
     except Held as error:
         raise ConfigError(
             f"work: another fedsca-site, or what it has started, still runs in {config.work}; stop it, or give every "
@@ -205,13 +269,12 @@ def run_site(config: SiteConfig, worker: Sequence[str], stopped: threading.Event
         raise ConfigError(str(error)) from error
 
 
-def _take_part(
-    config: SiteConfig, worker: WorkerProcess, listener: socket.socket, lock: TextIO, stopped: threading.Event
-) -> None:
+def _take_part(desk: Desk, listener: socket.socket, lock: TextIO, stopped: threading.Event) -> None:
+    config, worker = desk.config, desk.worker
     address = Path(listener.getsockname())
     try:
         worker.start()
-        threading.Thread(target=Desk(config, worker).serve, args=(listener,), daemon=True).start()
+        threading.Thread(target=desk.serve, args=(listener,), daemon=True).start()
         with Engine(config, address, _free_port(), lock).running(stopped):
             logger.info("%s: joined the federation at %s; Ctrl-C leaves it", config.site, config.coordinator)
             stopped.wait()
@@ -231,10 +294,11 @@ def _free_port() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Be ``fedsca-site``; return its exit status: 0, 1 where the data or the configuration are refused."""
+    """Be ``fedsca-site``; return its exit status: 0, 1 where data, configuration or audit log are refused."""
     parser = argparse.ArgumentParser(prog="fedsca-site", description="Take part in a federation as one hospital.")
     parser.add_argument("file", type=Path, help="the site's YAML file; deploy/site.yml is an example")
     parser.add_argument("--check", action="store_true", help="check configuration and data, then stop")
+    parser.add_argument("--audit", action="store_true", help="check the audit log, show what came and left, then stop")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     stopped = threading.Event()
@@ -242,6 +306,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stopped.set())
     try:
         config = read_site_config(given.file)
+        if given.audit:
+            show_audit(config.audit)
+            return 0
         logger.info("%s: %d images, none broken", config.site, check_data(config))
         if not given.check:
             run_site(config, worker_command(given.file), stopped)

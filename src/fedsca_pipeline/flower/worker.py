@@ -34,7 +34,6 @@ from fedsca_pipeline.files import remove_partial_files, write_bytes, write_json
 from fedsca_pipeline.flower import documents, frames
 from fedsca_pipeline.flower.config import SiteConfig, read_site_config
 from fedsca_pipeline.flower.memory import OUT_OF_MEMORY, is_shortage, limit_memory
-from fedsca_pipeline.flower.wire import WireLog
 from fedsca_pipeline.foundation import prepare_foundation
 from fedsca_pipeline.pipelines.evaluation.nodes import draw_overlays, score_site
 from fedsca_pipeline.pipelines.federated_training.nodes import build_trainable, data_version, export_site_models
@@ -66,7 +65,6 @@ class Places:
     checkpoints: Path
     scores: Path
     overlays: Path
-    wire: Path
 
     @classmethod
     def of(cls, config: SiteConfig) -> Places:
@@ -84,7 +82,6 @@ class Places:
             checkpoints=root / "07_model_output" / "checkpoints",
             scores=root / "07_model_output" / "test_scores.csv",
             overlays=root / "08_reporting" / "overlays.png",
-            wire=root / "wire.jsonl",
         )
 
     def description(self, run: str) -> Path:
@@ -304,15 +301,11 @@ def serve(config: SiteConfig, line: socket.socket) -> None:
     work = SiteWork(config)
     # A worker that was killed may have left them; no other one is alive.
     remove_partial_files(work.places.checkpoints)
-    log = WireLog(work.places.wire)
     frames.send(line, {"ready": True})
     while True:
         header, payload = tasks.get()
-        place = (header["kind"], header["round"], config.site)
-        log.add("down", *place, payload, most)
         try:
             answer, said = work.answer(header["kind"], header["round"], payload), {}
-            log.add("up", *place, answer, most)
         except FedscaError as error:
             if is_shortage(error):
                 raise
