@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 PROJECT = Path(__file__).resolve().parents[3]
 _START_SECONDS = 60.0
 _STOP_SECONDS = 15.0
+_SERVERS = ("superlink", "superexec", "nginx")
 _LOG_END = 2_000  # characters
 # Debian keeps nginx where only root looks.
 _TOOLS = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}/usr/sbin"
@@ -204,7 +205,10 @@ class LocalFederation:
         process.wait()
 
     def close(self) -> None:
-        """End all that was started, the latest first."""
+        """End all that was started, the latest first: sites at once, and then what they take their leave of."""
+        for name, process in self.processes.items():
+            if name not in _SERVERS:
+                process.let_go()
         for name in reversed(list(self.processes)):
             self.stop(name)
 
@@ -277,7 +281,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         status = _INTERRUPTED
-    logger.info("All processes are stopped. %s", _ENDS.get(status, "").format(folder=given.folder))
+    logger.info("All processes are stopped. %s", _ENDS.get(status, _FAILED).format(folder=given.folder))
     return status
 
 
@@ -286,6 +290,7 @@ _ENDS = {
     0: "What the hospitals keep is in {folder}/hospital_*, what their coordinator has is in {folder}/data",
     _INTERRUPTED: "'make flower-demo' goes on from here",
 }
+_FAILED = "Without {folder}, 'make flower-demo' begins anew"
 
 
 def _demonstrate(folder: Path, engine: Path, params: str) -> int:

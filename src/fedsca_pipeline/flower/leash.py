@@ -66,9 +66,13 @@ class Leashed:
         if self._process.poll() is None:
             os.killpg(self.pid, number)
 
-    def end(self) -> int:
-        """End the command as if its owner had died, and return its exit status; nothing of the group is left."""
+    def let_go(self) -> None:
+        """Let the leash end the command, as if its owner had died, and do not wait for that."""
         self._process.stdin.close()
+
+    def end(self) -> int:
+        """End the command, and return its exit status; nothing of the group is left."""
+        self.let_go()
         return self.wait()
 
     def _cleared(self) -> int:
