@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -230,6 +231,28 @@ def test_a_worker_that_hangs_or_dies_is_absent_and_the_site_frees_itself(new_dep
     assert "took longer than" in log or "its worker died" in log
     assert max(deployed.rounds_begun("hospital_b")) == 6
     assert max(deployed.rounds_begun("hospital_c")) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_worker_out_of_memory_is_absent_for_a_round_and_comes_back_with_its_private_state(
+    new_deployed, tmp_path: Path
+) -> None:
+    deployed = new_deployed()
+    coordinator = deployed.start(federation__rounds=4, federation__grace=15)
+    until(lambda: 1 in deployed.rounds_begun("hospital_c"))
+    # What it has it keeps; it gets no more. The next worker starts without that limit.
+    deployed.process("hospital_c", "flower.worker").rlimit(psutil.RLIMIT_DATA, (1, psutil.RLIM_INFINITY))
+
+    assert coordinator.wait(900) == 0, deployed.said()
+
+    missed = re.findall(r"round (\d+): hospital_c: its worker .*?resources\.memory", deployed.said())
+    assert len(missed) == 1
+    assert max(deployed.rounds_begun("hospital_c")) == 5
+    absent = {"federation.rounds": 4, "federation.inject_failures.hospital_c": f"[{missed[0]}]"}
+    run = in_process(deployed, tmp_path / "data", **absent)
+    for site in SITES:
+        assert same(deployed.model(site), read_tensors(run / "sites" / site / "last.safetensors"))
 
 
 @pytest.mark.slow
