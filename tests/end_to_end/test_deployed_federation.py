@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -85,15 +86,21 @@ class Deployed:
 
 
 @pytest.fixture
-def new_deployed(engine: Path, empty_database: Path) -> Iterator[Callable[..., Deployed]]:
-    """Starts federations of three hospitals; keywords are resources of each."""
+def new_deployed(
+    engine: Path, empty_database: Path, write_volume_site: Callable[..., None]
+) -> Iterator[Callable[..., Deployed]]:
+    """Starts federations of three hospitals, the last one's data volumes if asked; keywords are resources of each."""
     folders = []
 
-    def make(**resources: object) -> Deployed:
+    def make(*, volumes: bool = False, **resources: object) -> Deployed:
         # pytest's own folders are too long for unix sockets.
         folders.append(Path(tempfile.mkdtemp(prefix="fedsca-")))
         shutil.copy(empty_database, folders[-1] / "mlflow.db")
         write_demo_sites(folders[-1] / "raw", DemoSitesConfig(images_per_site=10, image_size=64))
+        if volumes:
+            last = sorted((folders[-1] / "raw").iterdir())[len(SITES) - 1]
+            shutil.rmtree(last)
+            write_volume_site(last, count=6)
         started.append(LocalFederation(folders[-1], engine, free_port(), free_port()))
         federation = started[-1]
         federation.found(SITES)
@@ -143,11 +150,12 @@ def in_process(deployed: Deployed, root: Path, **parameters: Any) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_deployed_run_ends_in_the_table_and_in_the_bits_of_a_run_in_process(new_deployed, tmp_path: Path) -> None:
-    deployed = new_deployed()
+    deployed = new_deployed(volumes=True)
 
     output = deployed.run()
 
     assert "Test results per site" in output
+    assert "Chosen models by volume, on the volumes' own grids" in output
     assert all(site in output for site in SITES)
     run = in_process(deployed, tmp_path / "data")
     for round_ in (2, 3):
@@ -155,15 +163,35 @@ def test_a_deployed_run_ends_in_the_table_and_in_the_bits_of_a_run_in_process(ne
     for site in SITES:
         for name in ("best", "last"):
             assert same(deployed.model(site, name), read_tensors(run / "sites" / site / f"{name}.safetensors"))
+    the_tables_are_those_of_a_run_in_process(deployed, tmp_path / "data")
     nothing_private_at_the_coordinator(deployed)
     the_wire_holds_what_it_may(deployed)
     for site in SITES:
         assert deployed.federation.stop(site) == 0
 
 
+def the_tables_are_those_of_a_run_in_process(deployed: Deployed, data: Path) -> None:
+    # A message holds how long it took, and the size of a compressed one depends on that.
+    for name in ("site_scores", "site_volume_scores", "final_table"):
+        here, there = (pd.read_csv(root / "08_reporting" / f"{name}.csv") for root in (deployed.folder / "data", data))
+        unlike = [column for column in here.columns if column.startswith("bytes")]
+        pd.testing.assert_frame_equal(here.drop(columns=unlike), there.drop(columns=unlike), rtol=1e-12)
+    own = [path.name for path in (deployed.folder / SITES[-1]).rglob("predictions/*/*.nii.gz")]
+    assert sorted(own) == sorted(path.name for path in data.rglob("predictions/*/*.nii.gz"))
+    assert own
+
+
 def nothing_private_at_the_coordinator(deployed: Deployed) -> None:
     here = {path.name for path in (deployed.folder / "data").rglob("*") if path.is_file()}
-    assert not here & {"manifest.csv", "arrays.safetensors", "test_scores.csv", "overlays.png", "report.json"}
+    assert not [name for name in here if name.endswith(".nii.gz")]
+    assert not here & {
+        "manifest.csv",
+        "arrays.safetensors",
+        "test_scores.csv",
+        "volume_scores.csv",
+        "overlays.png",
+        "report.json",
+    }
     assert not [name for name in here if name.startswith(("state_", "best", "last."))]
     at_site = {path.name for path in (deployed.folder / SITES[0]).rglob("*") if path.is_file()}
     assert {"manifest.csv", "arrays.safetensors", "test_scores.csv", "overlays.png", "site_model.json"} <= at_site

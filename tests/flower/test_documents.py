@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 
-import pandas as pd
 import pytest
 
 from fedsca_pipeline.errors import ConfigError, DataError, MessageError
-from fedsca_pipeline.evaluation.tables import IMAGE_COLUMNS
 from fedsca_pipeline.flower import documents
-from fedsca_pipeline.flower.worker import means_of, outward
+from fedsca_pipeline.flower.worker import outward
 from fedsca_pipeline.runs import CONFIGURATION
 
 PREPARED = {
@@ -54,16 +52,52 @@ def test_a_configuration_is_taken_whole_and_known_or_not_at_all() -> None:
             documents.parameters(faulty)
 
 
-def test_of_a_sites_scores_only_means_and_counts_leave_it() -> None:
-    rows = [["a", f"patient_{i}", "chosen", 1, 0.5 + i / 10, 0.4, 3.0, float("nan"), ""] for i in range(3)]
-    scores = pd.DataFrame(rows, columns=list(IMAGE_COLUMNS))
+ROW = {
+    "model": "chosen", "label": 0, "one_empty": 0, "images": 3, "dice": 0.5, "iou": 0.4, "hd95": 3.0, "asd": 1.0,
+    "dice_std": 0.1, "iou_std": 0.1, "hd95_std": 1.0, "asd_std": 0.5,
+}  # fmt: skip
+SCORES = {
+    "site": "a", "run": "0" * 16, "means": [ROW], "volumes": [], "rounds": {"best": 1},
+    "dice_validation": {"best": 0.5},
+}  # fmt: skip
 
-    means = means_of(scores)["chosen"]
 
-    assert means.dice == pytest.approx(0.6)
-    assert means.images == 3
-    assert means.asd is None
-    assert "patient" not in means.model_dump_json()
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"means": [{**ROW, "dice": 1.5}]},
+        {"means": [{**ROW, "dice": None}]},
+        {"means": [{**ROW, "images": -1}]},
+        {"means": [{**ROW, "model": "patient_7"}]},
+        {"means": [{**ROW, "patient": "7"}]},
+        {"rounds": {"patient_7": 1}},
+        {"volumes": [ROW]},
+    ],
+    ids=str,
+)
+def test_scores_have_no_room_for_more_than_means_and_counts(changed) -> None:
+    documents.read(documents.Scores, json.dumps(SCORES).encode())
+    with pytest.raises(MessageError):
+        documents.read(documents.Scores, json.dumps({**SCORES, **changed}).encode())
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "fits"),
+    [
+        ([{**ROW, "label": label} for label in (0, 1, 2)], 2, True),
+        ([{**ROW, "label": 0}], 1, True),
+        ([{**ROW, "label": 3}], 2, False),
+        ([{**ROW, "label": 1}], 1, False),
+        ([ROW, ROW], 1, False),
+    ],
+)
+def test_scores_are_of_the_runs_classes_once_each(rows, classes, fits) -> None:
+    scores = documents.read(documents.Scores, json.dumps({**SCORES, "means": rows}).encode())
+    if fits:
+        scores.check_classes(classes)
+    else:
+        with pytest.raises(MessageError, match="other classes"):
+            scores.check_classes(classes)
 
 
 def test_a_data_error_is_told_without_its_files() -> None:

@@ -69,15 +69,48 @@ def site_table(
         Columns ``SITE_COLUMNS``, of these metrics, with ``class`` after ``model`` where K > 1; models in the order
         before, after, chosen. No image: no row.
     """
-    models = [*MODELS, *sorted(set(images["model"]) - set(MODELS))]
+    return table_of_means(site_means(images, names, metrics), names, metrics)
+
+
+def site_means(
+    images: pd.DataFrame, names: Sequence[str] = ("class 1",), metrics: Sequence[str] = METRICS
+) -> pd.DataFrame:
+    """One row per model and site, of several classes also one per class: what ``site_table`` says of sites, in numbers.
+
+    A site's rows depend on its own images only, so that a site can make them where its images are.
+
+    Args:
+        images: rows of ``image_table``, any number of sites and models.
+        names: of all K classes, class 1 first.
+        metrics: the columns to average; ``dice`` is among them.
+
+    Returns:
+        Columns site, model, label (0: over the classes that a site has; of several classes also 1..K), the means and
+        spreads, images and one_empty. No image: no row.
+    """
+    labels = range(len(names) + 1) if len(names) > 1 else (0,)
+    parts = [
+        (model, label, part)
+        for model in _in_order(images["model"])
+        for label in labels
+        for part in [images[(images["model"] == model) & ((images["class"] == label) | (label == 0))]]
+    ]
+    blocks = [_means(part, list(metrics)).assign(model=model, label=label) for model, label, part in parts if len(part)]
+    table = pd.concat(blocks, ignore_index=True) if blocks else pd.DataFrame()
+    return table.reindex(columns=["site", "model", "label", *_site_columns(metrics)[2:-1]])
+
+
+def table_of_means(
+    means: pd.DataFrame, names: Sequence[str] = ("class 1",), metrics: Sequence[str] = METRICS
+) -> pd.DataFrame:
+    """Return the table that ``site_table`` makes of images, from the sites' rows of ``site_means`` alone."""
     columns = _site_columns(metrics)
     if len(names) > 1:
         columns = (*columns[:2], "class", *columns[2:])
     blocks = [
         block
-        for model in models
-        if model in set(images["model"])
-        for block in _model_blocks(images[images["model"] == model], names, list(metrics))
+        for model in _in_order(means["model"])
+        for block in _model_blocks(means[means["model"] == model], names, list(metrics))
     ]
     table = pd.concat(blocks, ignore_index=True) if blocks else pd.DataFrame()
     return table.reindex(columns=list(columns))
@@ -143,13 +176,28 @@ def _class_means(sites: pd.DataFrame, by_class: pd.DataFrame) -> pd.Series:
     )
 
 
-def _model_blocks(images: pd.DataFrame, names: Sequence[str], metrics: list[str]) -> list[pd.DataFrame]:
+def _in_order(models: pd.Series) -> list[str]:
+    """Return each model that there is once: before, after, chosen, others by name."""
+    there = set(models)
+    return [*(model for model in MODELS if model in there), *sorted(there - set(MODELS))]
+
+
+def _means(images: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
+    """One row a site, by name, of one model's images."""
+    per_image = images.groupby(["site", "image"])[metrics].mean()
+    means, spreads = per_image.groupby("site").mean(), per_image.groupby("site").std(ddof=0)
+    one_empty = images["empty"].isin(["truth", "prediction"]).groupby(images["site"]).sum()
+    rows = means.join(spreads.add_suffix("_std"))
+    rows["images"], rows["one_empty"] = per_image.groupby("site").size(), one_empty
+    return rows.reset_index()
+
+
+def _model_blocks(means: pd.DataFrame, names: Sequence[str], metrics: list[str]) -> list[pd.DataFrame]:
     """The rows of one model: over all classes, and of several classes of each that any site has."""
-    (model,) = images["model"].unique()
-    block = _site_block(images, model, metrics)
+    block = _site_block(means[means["label"] == 0], metrics)
     if len(names) == 1:
         return [block]
-    numbers = images.groupby("site")["class"].unique()
+    numbers = means.groupby("site")["label"].unique()
     lacking = {
         site: [name for label, name in enumerate(names, start=1) if label not in numbers[site]]
         for site in numbers.index
@@ -158,9 +206,9 @@ def _model_blocks(images: pd.DataFrame, names: Sequence[str], metrics: list[str]
     block["note"] = block["site"].map(told).fillna(block["note"])
     blocks = [block.assign(**{"class": ALL_CLASSES})]
     for label, name in enumerate(names, start=1):
-        if label not in set(images["class"]):
+        if label not in set(means["label"]):
             continue
-        block = _site_block(images[images["class"] == label], model, metrics)
+        block = _site_block(means[means["label"] == label], metrics)
         if absent := [site for site in numbers.index if name in lacking[site]]:
             there = len(numbers) - len(absent)
             said = f"unweighted, over {there} of {_count(numbers.index)}: not at {', '.join(absent)}"
@@ -169,27 +217,22 @@ def _model_blocks(images: pd.DataFrame, names: Sequence[str], metrics: list[str]
     return blocks
 
 
-def _site_block(images: pd.DataFrame, model: str, metrics: list[str]) -> pd.DataFrame:
-    """The rows of one model: its sites by name, their mean, the worst."""
-    per_image = images.groupby(["site", "image"])[metrics].mean()
-    means, spreads = per_image.groupby("site").mean(), per_image.groupby("site").std(ddof=0)
-    one_empty = images["empty"].isin(["truth", "prediction"]).groupby(images["site"]).sum()
-    rows = means.join(spreads.add_suffix("_std"))
-    rows["images"], rows["one_empty"] = per_image.groupby("site").size(), one_empty
-    rows["note"] = ""
-    sites = rows.reset_index()
+def _site_block(means: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
+    """The rows of one model and class: its sites by name, their mean, the worst."""
+    sites = means.drop(columns="label").sort_values("site", ignore_index=True).assign(note="")
     worst = sites.loc[[sites["dice"].idxmin()]]
     summary = [
-        _mean_row(means, sites),
+        _mean_row(sites, metrics),
         worst.assign(site=WORST, note=f"lowest Dice: {worst['site'].item()}"),
     ]
-    return pd.concat([sites, *summary], ignore_index=True).assign(model=model)
+    return pd.concat([sites, *summary], ignore_index=True).assign(model=means["model"].iloc[0])
 
 
-def _mean_row(means: pd.DataFrame, sites: pd.DataFrame) -> pd.DataFrame:
+def _mean_row(sites: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
+    means = sites[metrics]
     values = {**means.mean(), **means.std(ddof=0).add_suffix("_std")}
     counts = {"images": sites["images"].sum(), "one_empty": sites["one_empty"].sum()}
-    return pd.DataFrame([{"site": MEAN, **values, **counts, "note": f"unweighted, over {_count(means.index)}"}])
+    return pd.DataFrame([{"site": MEAN, **values, **counts, "note": f"unweighted, over {_count(sites['site'])}"}])
 
 
 def _count(sites: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from fedsca_pipeline.evaluation import ALL_CLASSES, MEAN, WORST
-from fedsca_pipeline.evaluation.tables import site_table
+from fedsca_pipeline.evaluation.tables import site_means, table_of_means
 
 VOLUME_METRICS = ("dice", "hd95_mm", "asd_mm", "nsd")
 VOLUME_COLUMNS = ("site", "volume", "model", "class", *VOLUME_METRICS, "empty")
@@ -46,7 +46,18 @@ def site_volume_table(volumes: pd.DataFrame, names: Sequence[str]) -> pd.DataFra
     Returns:
         As ``tables.site_table``, of ``VOLUME_METRICS``, with ``volumes`` for ``images``.
     """
-    table = site_table(volumes.rename(columns={"volume": "image"}), names, VOLUME_METRICS)
+    return volume_table_of_means(site_volume_means(volumes, names), names)
+
+
+def site_volume_means(volumes: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """One row per model, site and class: ``tables.site_means`` of volumes, with ``volumes`` for ``images``."""
+    table = site_means(volumes.rename(columns={"volume": "image"}), names, VOLUME_METRICS)
+    return table.rename(columns={"images": "volumes"})
+
+
+def volume_table_of_means(means: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """Return the table that ``site_volume_table`` makes of volumes, from rows of ``site_volume_means`` alone."""
+    table = table_of_means(means.rename(columns={"volumes": "images"}), names, VOLUME_METRICS)
     return table.rename(columns={"images": "volumes"})
 
 

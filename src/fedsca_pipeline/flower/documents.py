@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -78,29 +78,74 @@ class Finished(_Document):
     run: str = Field(pattern=r"^[0-9a-f]{16}$")
 
 
-class Means(_Document):
-    """Means over one site's test images of one model; distances in pixels. None: not defined for these images."""
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Distance = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=0)]
 
-    dice: float | None
-    iou: float | None
-    hd95: float | None
-    asd: float | None
-    dice_std: float | None
-    iou_std: float | None
-    hd95_std: float | None
-    asd_std: float | None
-    images: int = Field(ge=0)
-    one_empty: int = Field(ge=0)
+
+class _MeansRow(_Document):
+    """Of one model and class of a site; ``label`` 0 is the mean over its classes, 1 the first class."""
+
+    model: Literal["before", "after", "chosen"]
+    label: int = Field(ge=0, le=254)
+    one_empty: Count
+
+
+class Means(_MeansRow):
+    """A row of ``evaluation.tables.site_means``: over a site's test images or slices; distances in pixels."""
+
+    dice: Share
+    iou: Share
+    hd95: Distance
+    asd: Distance
+    dice_std: Distance
+    iou_std: Distance
+    hd95_std: Distance
+    asd_std: Distance
+    images: Count
+
+
+class VolumeMeans(_MeansRow):
+    """A row of ``evaluation.volume_tables.site_volume_means``: over a site's test volumes; distances in mm."""
+
+    dice: Share
+    hd95_mm: Distance
+    asd_mm: Distance
+    nsd: Share
+    dice_std: Distance
+    hd95_mm_std: Distance
+    asd_mm_std: Distance
+    nsd_std: Distance
+    volumes: Count
+
+
+Snapshot = Literal["best", "last"]
 
 
 class Scores(_Document):
-    """Site to coordinator: what its models reached. ``rounds`` and ``dice_validation`` are of the kept snapshots."""
+    """Site to coordinator: what its models reached, ``volumes`` where it has some.
+
+    ``rounds`` and ``dice_validation`` are of the kept snapshots.
+    """
 
     site: str
     run: str
-    models: dict[str, Means]
-    rounds: dict[str, int]
-    dice_validation: dict[str, float | None]
+    means: list[Means]
+    volumes: list[VolumeMeans]
+    rounds: dict[Snapshot, int]
+    dice_validation: dict[Snapshot, float | None]
+
+    def check_classes(self, classes: int) -> None:
+        """Do nothing where there is at most one row a model and class, of a run with so many classes.
+
+        Raises:
+            MessageError: there are others.
+        """
+        known = range(classes + 1) if classes > 1 else (0,)
+        for rows in (self.means, self.volumes):
+            keys = [(row.model, row.label) for row in rows]
+            if len(set(keys)) < len(keys) or any(label not in known for _, label in keys):
+                raise MessageError(f"Scores: rows of other classes than {classes}, or two of one")
 
 
 ANSWERS: Mapping[str, type[_Document]] = MappingProxyType({"prepare": Prepared, "open": Opened, "finish": Scores})

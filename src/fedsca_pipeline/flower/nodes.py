@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+
 from fedsca_pipeline.config import (
     AdaptersConfig,
     EvaluationConfig,
@@ -150,7 +152,7 @@ def finish(
     scores = {}
     for site, answer in answers.items():
         try:
-            scores[site] = _scores(site, description["fingerprint"], answer)
+            scores[site] = _scores(site, description["fingerprint"], answer, preprocessing.classes)
         except MessageError as error:
             logger.warning("%s: no test scores (%s)", site, error)
     index = export_site_models(
@@ -168,33 +170,52 @@ def finish(
 
 
 def tabulate(
+    preprocessing: PreprocessingConfig,
     description: dict[str, Any],
     round_metrics: Mapping[str, Any],
     site_models: Mapping[str, Any],
     deployed_scores: Mapping[str, Any],
 ) -> tuple[Any, Any, Any]:
-    """Gather the sites' means: per site, the final table, and that as ``{site: {column: value}}``."""
+    """Gather the sites' means, as evaluation in process does their scores.
+
+    Returns the tables per site, and at the end, and the latter as ``{site: {column: value}}``.
+    """
     import json
 
-    import pandas as pd
+    from fedsca_pipeline.evaluation.tables import final_table, table_of_means
+    from fedsca_pipeline.flower import documents
 
-    from fedsca_pipeline.evaluation.tables import SITE_COLUMNS, final_table
-
-    rows = [
-        {"site": site, "model": model, **means, "note": ""}
-        for site, scores in deployed_scores.items()
-        for model, means in scores["models"].items()
-    ]
-    sites = pd.DataFrame(rows, columns=list(SITE_COLUMNS))
+    sites = table_of_means(_rows(deployed_scores, "means", documents.Means), preprocessing.names)
     final = final_table(sites, traffic_of(records_of(description, round_metrics), site_models))
     return sites, final, json.loads(final.set_index("site").to_json(orient="index"))
 
 
-def _scores(site: str, run: str, answer: bytes | Failure) -> dict[str, Any]:
+def tabulate_volumes(preprocessing: PreprocessingConfig, deployed_scores: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Gather the sites' means by volume: per site, and of the chosen models as ``{site: {column: value}}``.
+
+    No site with volumes: no row.
+    """
+    import json
+
+    from fedsca_pipeline.evaluation.volume_tables import final_volume_table, volume_table_of_means
+    from fedsca_pipeline.flower import documents
+
+    sites = volume_table_of_means(_rows(deployed_scores, "volumes", documents.VolumeMeans), preprocessing.names)
+    return sites, json.loads(final_volume_table(sites).set_index("site").to_json(orient="index"))
+
+
+def _rows(deployed_scores: Mapping[str, Any], part: str, kind: type[BaseModel]) -> Any:
+    import pandas as pd
+
+    rows = [{"site": site, **row} for site, scores in deployed_scores.items() for row in scores[part]]
+    return pd.DataFrame(rows, columns=["site", *kind.model_fields])
+
+
+def _scores(site: str, run: str, answer: bytes | Failure, classes: int) -> dict[str, Any]:
     """Return what a site says of its models.
 
     Raises:
-        MessageError: it says nothing, or of another site or run.
+        MessageError: it says nothing, or of another site, run or number of classes.
     """
     from fedsca_pipeline.federation.fleet import Failure
     from fedsca_pipeline.flower import documents
@@ -204,6 +225,7 @@ def _scores(site: str, run: str, answer: bytes | Failure) -> dict[str, Any]:
     scores = documents.read(documents.Scores, answer)
     if (scores.site, scores.run) != (site, run):
         raise MessageError(f"scores of site {scores.site}, run {scores.run}")
+    scores.check_classes(classes)
     return scores.model_dump()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kedro.pipeline import Pipeline, node, pipeline
 
-from fedsca_pipeline.flower.nodes import describe, finish, join, tabulate, train
+from fedsca_pipeline.flower.nodes import describe, finish, join, tabulate, tabulate_volumes, train
 
 
 def create_pipeline() -> Pipeline:
@@ -48,9 +48,17 @@ def create_pipeline() -> Pipeline:
             ),
             node(
                 tabulate,
-                inputs=["run_description", "round_metrics", "site_models", "deployed_scores"],
+                inputs=[
+                    "params:preprocessing", "run_description", "round_metrics", "site_models", "deployed_scores",
+                ],
                 outputs=["site_scores", "final_table", "final_metrics"],
                 name="tabulate",
+            ),
+            node(
+                tabulate_volumes,
+                inputs=["params:preprocessing", "deployed_scores"],
+                outputs=["site_volume_scores", "volume_metrics"],
+                name="tabulate_volumes",
             ),
         ]
     )  # fmt: skip

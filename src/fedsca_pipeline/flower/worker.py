@@ -17,14 +17,14 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
 from fedsca_pipeline.config import RunConfig
 from fedsca_pipeline.errors import ConfigError, DataError, FedscaError, MessageError, SiteError
-from fedsca_pipeline.evaluation import MEAN, WORST
-from fedsca_pipeline.evaluation.tables import site_table
+from fedsca_pipeline.evaluation.tables import site_means
+from fedsca_pipeline.evaluation.volume_tables import site_volume_means, volume_table
 from fedsca_pipeline.federation.devices import deterministic
 from fedsca_pipeline.federation.envelope import outline
 from fedsca_pipeline.federation.local import LocalSettings, LocalWorker, ignore_step
@@ -36,6 +36,7 @@ from fedsca_pipeline.flower.config import SiteConfig, read_site_config
 from fedsca_pipeline.flower.memory import OUT_OF_MEMORY, is_shortage, limit_memory
 from fedsca_pipeline.foundation import prepare_foundation
 from fedsca_pipeline.pipelines.evaluation.nodes import draw_overlays, score_site
+from fedsca_pipeline.pipelines.evaluation.volume_nodes import score_volumes
 from fedsca_pipeline.pipelines.federated_training.nodes import build_trainable, data_version, export_site_models
 from fedsca_pipeline.pipelines.preprocessing.nodes import prepare_for
 from fedsca_pipeline.runs import RunFolder, code_version
@@ -47,12 +48,14 @@ logger = logging.getLogger(__name__)
 UNKNOWN_RUN = "unknown run"
 """How a failure begins whose cure is to open the run at the site."""
 
+Row = TypeVar("Row", documents.Means, documents.VolumeMeans)
+
 _FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where a site's files are; ``raw``, ``private``, ``models`` and ``checkpoints`` are folders."""
+    """Where a site's files are; ``raw``, ``private``, ``models``, ``checkpoints`` and ``predictions`` are folders."""
 
     site: str
     raw: Path
@@ -64,6 +67,8 @@ class Places:
     models: Path
     checkpoints: Path
     scores: Path
+    volume_scores: Path
+    predictions: Path
     overlays: Path
 
     @classmethod
@@ -81,6 +86,8 @@ class Places:
             models=root / "06_models",
             checkpoints=root / "07_model_output" / "checkpoints",
             scores=root / "07_model_output" / "test_scores.csv",
+            volume_scores=root / "07_model_output" / "volume_scores.csv",
+            predictions=root / "07_model_output" / "predictions",
             overlays=root / "08_reporting" / "overlays.png",
         )
 
@@ -206,8 +213,10 @@ class SiteWork:
             manifest,
         )  # fmt: skip
         here = RunConfig(seed=wanted["run"].seed, device=self.config.resources.device, threads=description.threads)
-        scores = score_site(here, *same, evaluation, index, *shared, manifest, self.places.arrays)
+        scoring = (here, *same, evaluation, index, *shared)
+        scores = score_site(*scoring, manifest, self.places.arrays)
         write_bytes(self.places.scores, scores.to_csv(index=False).encode())
+        volumes = self._score_volumes(scoring, manifest)
         figure = draw_overlays(*same, evaluation, scores, *shared, manifest, self.places.arrays)
         self.places.overlays.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.places.overlays)
@@ -217,11 +226,21 @@ class SiteWork:
             documents.Scores(
                 site=self.config.site,
                 run=run,
-                models=means_of(scores),
+                means=rows_of(documents.Means, site_means(scores, wanted["preprocessing"].names)),
+                volumes=rows_of(documents.VolumeMeans, site_volume_means(volumes, wanted["preprocessing"].names)),
                 rounds={name: entry["round"] for name, entry in kept.items()},
                 dice_validation={name: entry["dice_validation"] for name, entry in kept.items()},
             )
         )
+
+    def _score_volumes(self, scoring: tuple[Any, ...], manifest: pd.DataFrame) -> pd.DataFrame:
+        """Score the test volumes and write what the chosen model makes of them; of none where there are only images."""
+        if (manifest["volume"] == "").all():
+            return volume_table(self.config.site, "before", {})
+        places = self.places
+        scores = score_volumes(*scoring, places.raw, places.private, places.predictions, manifest, places.arrays)
+        write_bytes(places.volume_scores, scores.to_csv(index=False).encode())
+        return scores
 
     def _same_code(self, theirs: str) -> None:
         if self._code != theirs:
@@ -271,18 +290,9 @@ class SiteWork:
             return LocalWorker(model.to(device), layout, strategy, settings)
 
 
-def means_of(scores: pd.DataFrame) -> dict[str, documents.Means]:
-    """Return the means over a site's test images, by model: all of its scores that may leave it."""
-    table = site_table(scores)
-    rows = table[~table["site"].isin([MEAN, WORST])].set_index("model")
-    fields = list(documents.Means.model_fields)
-    found = {}
-    for model, row in rows[fields].iterrows():
-        values = {name: None if pd.isna(value) else float(value) for name, value in row.items()}
-        found[str(model)] = documents.Means(
-            **{**values, "images": int(row["images"]), "one_empty": int(row["one_empty"])}
-        )
-    return found
+def rows_of(kind: type[Row], means: pd.DataFrame) -> list[Row]:
+    """Return a table of a site's means as the rows of a document: all of its scores that may leave it."""
+    return [kind.model_validate(row) for row in means.drop(columns="site").to_dict("records")]
 
 
 def outward(error: Exception) -> str:

@@ -50,7 +50,7 @@ def score_volumes(
     rule = read_site_file(raw_sites / site, terse=True).label_rule
     volumes = _TestVolumes(folder, rule, manifest, SiteArrays(arrays, manifest), preprocessing, evaluation)
     same = {"best", "last"} <= kept.keys() and kept["best"]["round"] == kept["last"]["round"]
-    tables: dict[str, pd.DataFrame] = {"none": volume_table(site, "none", {})}
+    tables: dict[str, pd.DataFrame] = {}
     with deterministic(run, resolve_threads(run.threads)) as device:
         for model, snapshot in SNAPSHOTS.items():
             if snapshot not in kept and model != "before":
@@ -64,7 +64,7 @@ def score_volumes(
     if same:
         tables["after"] = tables["chosen"].assign(model="after")
     volumes.tidy(predictions / site, written="chosen" in tables)
-    return pd.concat([tables[model] for model in ("none", *SNAPSHOTS) if model in tables], ignore_index=True)
+    return pd.concat([tables[model] for model in SNAPSHOTS if model in tables], ignore_index=True)
 
 
 def tabulate_volumes(preprocessing: PreprocessingConfig, *scores: Any) -> tuple[Any, Any, Any]:
