@@ -239,7 +239,7 @@ def test_predictions_are_written_at_the_site_and_there_only(deployed, in_process
 
 
 def test_of_scores_only_means_and_counts_leave_a_site(deployed) -> None:
-    said = documents.Scores.model_validate({"site": "a", "run": "b", **_without(deployed.scores["two_classes"])})
+    said = documents.Scores.model_validate(deployed.scores["two_classes"])
     text = said.model_dump_json()
 
     assert not [name for name in deployed.works["two_classes"].places.load_manifest()["volume"] if name in text]
@@ -248,10 +248,6 @@ def test_of_scores_only_means_and_counts_leave_a_site(deployed) -> None:
     }
     assert {row.label for row in documents.Scores.model_validate(deployed.scores["one_class"]).volumes} == {0, 1}
     assert documents.Scores.model_validate(deployed.scores["images"]).volumes == []
-
-
-def _without(scores: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in scores.items() if key not in ("site", "run")}
 
 
 def test_without_volumes_their_tables_are_empty(deployed) -> None:

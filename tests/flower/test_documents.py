@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fedsca_pipeline.errors import ConfigError, DataError, MessageError
+from fedsca_pipeline.errors import ConfigError, DataError, MessageError, WeightsError
 from fedsca_pipeline.flower import documents
 from fedsca_pipeline.flower.worker import outward
 from fedsca_pipeline.runs import CONFIGURATION
@@ -103,4 +103,5 @@ def test_scores_are_of_the_runs_classes_once_each(rows, classes, fits) -> None:
 def test_a_data_error_is_told_without_its_files() -> None:
     assert "patient_7" not in outward(DataError("images/patient_7.png: unreadable"))
     assert "patient_7" not in outward(ValueError("patient_7"))
+    assert "patient_7" not in outward(WeightsError("/data/patient_7/last.safetensors: cannot be read"))
     assert outward(ConfigError("resources.most_threads is 2")) == "resources.most_threads is 2"

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedsca_pipeline.errors import AuditError, ConfigError
+from fedsca_pipeline.federation.messages import Manifest, encode
 from fedsca_pipeline.flower import documents, frames, site
 from fedsca_pipeline.flower.audit import AuditLog, read_log
 from fedsca_pipeline.flower.config import SiteConfig, read_site_config
@@ -34,6 +36,7 @@ def test_paths_are_relative_to_the_file(site_file, tmp_path: Path) -> None:
     ("changed", "named"),
     [
         ({"site": "a b"}, "site"),
+        ({"work": "data/work"}, "work: .* lies in the data folder"),
         ({"coordinator": "no-port"}, "coordinator"),
         ({"resources": {"treads": 2}}, "resources.treads"),
         ({"certificates": {"authority": "ca.crt"}}, "certificates.key"),
@@ -43,6 +46,13 @@ def test_paths_are_relative_to_the_file(site_file, tmp_path: Path) -> None:
 def test_a_wrong_file_is_refused_by_the_key_at_fault(site_file, changed, named) -> None:
     with pytest.raises(ConfigError, match=named):
         read_site_config(site_file(**changed))
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "site.yml").write_bytes(b"site: \xff\xfe")
+
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_site_config(tmp_path / "site.yml")
 
 
 def test_sound_data_pass_the_check(site_file) -> None:
@@ -72,7 +82,14 @@ class FakeWorker:
 
 
 def opened(payload: bytes) -> bytes:
-    return documents.write(documents.Opened(site="a", run=payload.decode()))
+    return documents.write(documents.Opened(site="a", run=sha256(payload).hexdigest()[:16]))
+
+
+def update() -> bytes:
+    manifest = Manifest(
+        kind="update", run="0" * 16, round=1, site="a", base_hash="1" * 16, samples=3, dtype="fp16", relative=True
+    )
+    return encode(manifest, {"low": torch.zeros(2)})
 
 
 @pytest.fixture
@@ -103,10 +120,19 @@ def test_a_task_goes_to_the_worker_with_the_shorter_of_two_limits(desk) -> None:
     assert [seconds for _, _, seconds in desk.worker.asked] == [20.0, 50.0]
 
 
-def test_a_task_that_comes_twice_is_worked_on_once(desk) -> None:
-    assert desk.answer(task(), b"abc") == desk.answer(task(), b"abc")
+def test_a_round_that_comes_twice_is_worked_on_once(desk) -> None:
+    desk.worker.says = update()
+
+    assert desk.answer(task(kind="round"), b"abc") == desk.answer(task(kind="round"), b"abc") == ({}, update())
     assert len(desk.worker.asked) == 1
-    desk.answer(task(), b"other")
+    desk.answer(task(kind="round"), b"other")
+    assert len(desk.worker.asked) == 2
+
+
+def test_data_may_have_changed_when_the_same_question_about_them_comes_again(desk) -> None:
+    for _ in range(2):
+        assert desk.answer(task(), b"abc") == ({}, opened(b"abc"))
+
     assert len(desk.worker.asked) == 2
 
 

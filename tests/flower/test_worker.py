@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,11 @@ import pytest
 
 import fedsca_pipeline.foundation
 from fedsca_pipeline.config import FederationConfig
+from fedsca_pipeline.errors import MessageError
 from fedsca_pipeline.federation.checkpoint import CheckpointFolder
 from fedsca_pipeline.federation.rounds import Server
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.flower import documents
+from fedsca_pipeline.flower import documents, frames, worker
 from fedsca_pipeline.flower.config import read_site_config
 from fedsca_pipeline.flower.fleet import FlowerFleet
 from fedsca_pipeline.flower.worker import SiteWork
@@ -75,6 +78,27 @@ def test_the_foundation_is_loaded_once_for_all_rounds(
 
     assert [record.sites["a"].absent for record in records] == [None] * 4
     assert len(loads) == 1
+
+
+def test_a_description_under_another_fingerprint_than_its_own_is_refused(site_file, configuration) -> None:
+    work = SiteWork(read_site_config(site_file()))
+    honest = documents.Description(**describe_run(configuration(), {"a": "data"}, "ab" * 32, 1))
+    other = documents.Description(**{**honest.model_dump(), "data": {"a": "other"}})
+
+    assert honest.worked_out() == honest.fingerprint
+    with pytest.raises(MessageError, match="its fingerprint is"):
+        work.answer("open", 0, documents.write(other))
+
+
+def test_a_worker_ends_where_its_line_cannot_be_read_any_more(monkeypatch) -> None:
+    ended = []
+    monkeypatch.setattr(worker.os, "_exit", ended.append)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        frames.send(ours, {"kind": "round"}, bytes(11))
+        worker._listen(theirs, 10, queue.SimpleQueue())
+
+    assert ended == [1]
 
 
 def test_a_worker_that_needs_more_memory_than_it_may_have_says_so_and_the_next_task_gets_another(

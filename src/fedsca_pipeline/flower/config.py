@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fedsca_pipeline.errors import ConfigError
 
-SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+SITE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+SiteName = Annotated[str, Field(pattern=SITE_PATTERN)]
 _MIB = 2**20
 
 
@@ -24,7 +25,7 @@ class FlowerConfig(_Config):
     sites: list[SiteName] = Field(
         min_length=1, description="the hospitals, by the names their keys are registered under"
     )
-    superlink: str = Field("127.0.0.1:8000", description="host:port of the SuperLink, on loopback")
+    superlink: str = Field("127.0.0.1:8000", pattern=r"^.+:\d+$", description="host:port of the SuperLink, on loopback")
     authority: Path = Field(description="certificate of the authority that signed the SuperLink's")
     engine: Path | None = Field(None, description="bin folder of the environment that flwr is in; null: this one")
     home: Path = Field(description="folder for Flower's files, the relay's socket, the lock and the audit log")
@@ -106,13 +107,15 @@ def read_site_config(path: Path) -> SiteConfig:
     """
     try:
         values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); deploy/site.yml is an example") from error
     try:
         config = SiteConfig.model_validate(_resolved(values, path.resolve().parent))
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise ConfigError(f"{path}: {faults}") from error
+    if config.work.resolve().is_relative_to(config.data.resolve()):
+        raise ConfigError(f"{path}: work: {config.work} lies in the data folder, where nothing may be written; move it")
     for key, file in (("authority", config.certificates.authority), ("key", config.certificates.key)):
         if not file.is_file():
             raise ConfigError(f"{path}: certificates.{key}: there is no file {file}")

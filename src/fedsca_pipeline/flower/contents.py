@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from typing import Any
 
@@ -15,8 +16,10 @@ from pydantic_core import from_json
 from fedsca_pipeline.errors import MessageError
 from fedsca_pipeline.federation.envelope import METRICS, outline
 from fedsca_pipeline.flower import documents
+from fedsca_pipeline.flower.config import SITE_PATTERN
 
 _ANSWERS = ("update", "report")
+_FORMS = {"run": documents.RUN_PATTERN, "base_hash": documents.RUN_PATTERN, "site": SITE_PATTERN}
 _DTYPES = frozenset({"F32", "F16", "I8"})
 _LONGEST = 2**20  # bytes of a line: room for the names of ten thousand tensors
 
@@ -47,6 +50,8 @@ def answer_content(kind: str, payload: bytes, most: int) -> dict[str, Any]:
     manifest = content["manifest"]
     faults = [f"metric {name}" for name in sorted(manifest["metrics"].keys() - METRICS)]
     faults += [f"dtype {dtype}" for dtype in sorted(content["values"].keys() - _DTYPES)]
+    # A manifest's other words are of fixed lists.
+    faults += [f"a {key} of another form" for key, form in _FORMS.items() if not re.fullmatch(form, manifest[key])]
     if manifest["kind"] not in _ANSWERS:
         faults.append(f"a message of kind {manifest['kind']}")
     if faults:

@@ -12,12 +12,18 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedsca_pipeline.errors import MessageError
+from fedsca_pipeline.files import fingerprint
+from fedsca_pipeline.flower.config import SiteName
 from fedsca_pipeline.runs import CONFIGURATION
+
+RUN_PATTERN = r"^[0-9a-f]{16}$"
 
 MOST_BYTES = 2**18
 """Of one document."""
 
 Hash = Field(pattern=r"^[0-9a-f]{8,64}$")
+Run = Annotated[str, Field(pattern=RUN_PATTERN)]
+"""A run's fingerprint."""
 
 
 class _Document(BaseModel):
@@ -46,7 +52,7 @@ class Terms(_Document):
 class Prepared(_Document):
     """Site to coordinator: its data are ready. ``version`` and ``foundation`` go into the run's fingerprint."""
 
-    site: str
+    site: SiteName
     version: str = Field(pattern=r"^[0-9a-f]{16}-[0-9a-f]{16}$")
     foundation: str = Hash
     train: int = Field(ge=1)
@@ -57,25 +63,29 @@ class Prepared(_Document):
 class Description(_Document):
     """Coordinator to site, at a run's start: all that decides its numbers, as ``runs.describe_run`` returns it."""
 
-    fingerprint: str = Field(pattern=r"^[0-9a-f]{16}$")
+    fingerprint: Run
     configuration: dict[str, Any]
     data: dict[str, str]
     foundation: str = Hash
     code: str = Hash
     threads: int = Field(ge=1)
 
+    def worked_out(self) -> str:
+        """Return the fingerprint of what the description says, which an honest one carries."""
+        return fingerprint(self.model_dump(exclude={"fingerprint"}))
+
 
 class Opened(_Document):
     """Site to coordinator: it takes part in the run."""
 
-    site: str
-    run: str
+    site: SiteName
+    run: Run
 
 
 class Finished(_Document):
     """Coordinator to site, after the last round: write the models and test them."""
 
-    run: str = Field(pattern=r"^[0-9a-f]{16}$")
+    run: Run
 
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -128,8 +138,8 @@ class Scores(_Document):
     ``rounds`` and ``dice_validation`` are of the kept snapshots.
     """
 
-    site: str
-    run: str
+    site: SiteName
+    run: Run
     means: list[Means]
     volumes: list[VolumeMeans]
     rounds: dict[Snapshot, int]

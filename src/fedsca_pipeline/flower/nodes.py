@@ -57,7 +57,12 @@ def join(
     terms = documents.write(documents.Terms(configuration=configuration, code=code_version()))
     with _fleet(flower) as fleet:
         answers = fleet.ask("prepare", 0, dict.fromkeys(flower.sites, terms), quorum=len(flower.sites))
-    joined = {site: documents.read(documents.Prepared, answers[site]) for site in flower.sites}
+    joined = {}
+    for site in flower.sites:
+        try:
+            joined[site] = documents.read(documents.Prepared, answers[site])
+        except MessageError as error:
+            raise MessageError(f"{site}: what it says of its data cannot be taken: {error}") from error
     for site, prepared in joined.items():
         if prepared.site != site:
             raise ConfigError(f"{site}: its node answers as {prepared.site}; correct site in its YAML file, or its key")

@@ -40,6 +40,8 @@ _RESTART_SECONDS = 5.0
 _STOP_SECONDS = 10.0
 _UNKNOWN = "unknown"  # kind of a message that cannot be read as a task
 
+_REMEMBERED = ("round", "finish")
+
 _Frame = tuple[dict[str, Any], bytes]
 
 
@@ -49,7 +51,7 @@ _UNLOGGED = "its audit log cannot be written, so nothing leaves the site; its ow
 
 @dataclass
 class Desk:
-    """Answers the shim's tasks, one at a time, through the worker; what was answered last is not worked out again.
+    """Answers the shim's tasks, one at a time, through the worker; a round answered last is not worked out again.
 
     Whatever comes or leaves has its line in the audit log first.
     """
@@ -70,7 +72,7 @@ class Desk:
             threading.Thread(target=self._attend, args=(line,), daemon=True).start()
 
     def answer(self, header: Mapping[str, Any], payload: bytes) -> _Frame:
-        """Return the frame that answers a task; a task that comes twice in a row is worked on once.
+        """Return the frame that answers a task; a round, or the finish, that comes twice in a row is worked on once.
 
         Raises:
             AuditError: the audit log cannot be written; nothing may be sent.
@@ -103,9 +105,9 @@ class Desk:
                 return self._last[1]
             seconds = min(task.seconds, self.config.resources.task_seconds)
             found = self.worker.ask({"kind": task.kind, "round": task.round}, payload, seconds)
-            if "failed" not in found[0]:
-                self._last = (key, found)
-            else:
+            # Before a run, the data, or what lies in the work folder, may have changed since.
+            self._last = (key, found) if task.kind in _REMEMBERED and "failed" not in found[0] else None
+            if "failed" in found[0]:
                 # Where the worker has ended, the next task need not wait for a new one's start.
                 threading.Thread(target=self._replace_worker, daemon=True).start()
             return found

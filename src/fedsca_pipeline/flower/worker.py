@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from fedsca_pipeline.config import RunConfig
-from fedsca_pipeline.errors import ConfigError, DataError, FedscaError, MessageError, SiteError
+from fedsca_pipeline.errors import ConfigError, DataError, FedscaError, MessageError, SiteError, WeightsError
 from fedsca_pipeline.evaluation.tables import site_means
 from fedsca_pipeline.evaluation.volume_tables import site_volume_means, volume_table
 from fedsca_pipeline.federation.devices import deterministic
@@ -49,8 +49,6 @@ UNKNOWN_RUN = "unknown run"
 """How a failure begins whose cure is to open the run at the site."""
 
 Row = TypeVar("Row", documents.Means, documents.VolumeMeans)
-
-_FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -174,6 +172,9 @@ class SiteWork:
     def _open(self, _round: int, payload: bytes) -> bytes:
         run = documents.read(documents.Description, payload)
         self._same_code(run.code)
+        # States are kept under this name: two runs must not go by one.
+        if run.fingerprint != run.worked_out():
+            raise MessageError(f"Description: its fingerprint is {run.fingerprint}, that of what it says is another")
         most = self.config.resources.most_threads
         if most is not None and run.threads > most:
             raise ConfigError(f"run.threads: {run.threads}, but resources.most_threads of this site is {most}")
@@ -252,7 +253,7 @@ class SiteWork:
     def _description(self, run: str) -> documents.Description:
         path = self.places.description(run)
         # A run's name becomes a path here.
-        if not _FINGERPRINT.fullmatch(run) or not path.is_file():
+        if not re.fullmatch(documents.RUN_PATTERN, run) or not path.is_file():
             raise SiteError(f"{UNKNOWN_RUN} {run[:16]!r}: this site has not been asked to take part in it")
         return documents.read(documents.Description, path.read_bytes())
 
@@ -295,12 +296,15 @@ def rows_of(kind: type[Row], means: pd.DataFrame) -> list[Row]:
     return [kind.model_validate(row) for row in means.drop(columns="site").to_dict("records")]
 
 
+_TELLABLE = (ConfigError, MessageError, SiteError)
+_HELD_BACK = {DataError: "its data were refused", WeightsError: "its weights were refused"}
+
+
 def outward(error: Exception) -> str:
-    """Return what the coordinator may be told of an error: data errors name files, which stay here."""
-    if isinstance(error, DataError) or not isinstance(error, FedscaError):
-        kind = "its data were refused" if isinstance(error, DataError) else f"its worker raised {type(error).__name__}"
-        return f"{kind}; the site's own log says more"
-    return str(error)
+    """Return what the coordinator may be told of an error: those of data and weights name files, which stay here."""
+    if isinstance(error, _TELLABLE):
+        return str(error)
+    return f"{_HELD_BACK.get(type(error), f'its worker raised {type(error).__name__}')}; the site's own log says more"
 
 
 def serve(config: SiteConfig, line: socket.socket) -> None:
@@ -337,6 +341,9 @@ def _listen(line: socket.socket, most: int, tasks: queue.SimpleQueue) -> None:
             tasks.put(frames.receive(line, most))
     except (EOFError, OSError):
         os._exit(0)
+    except frames.FrameError:
+        # Nothing that follows on this line can be read; the site's command starts another worker.
+        os._exit(1)
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
 
