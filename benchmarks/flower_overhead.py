@@ -2,16 +2,16 @@
 
     python benchmarks/flower_overhead.py --engine .flower-venv/bin
 
-Everything is real but the work: SuperLink, nginx and four SuperNodes on loopback, node keys, a ClientApp process for
-every message; a site's worker gives back at once what it was sent. In process the same exchange is a function call. CPU
-seconds are those of all processes of the federation, the coordinator's too. The first round is not counted.
+Everything is real but the work: SuperLink, nginx and four SuperNodes on loopback, node keys, audit logs, a ClientApp
+process for every message; a site's worker gives back at once what it was sent, an update of random values. In process
+the same exchange is a function call. CPU seconds are those of all processes of the federation, the coordinator's too.
+The first round is not counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
 import socket
 import sys
 import tempfile
@@ -21,10 +21,13 @@ from pathlib import Path
 from statistics import median
 
 import psutil
+import torch
 from measure import RESULTS, machine
 
+from fedsca_pipeline.federation.messages import Manifest, encode
 from fedsca_pipeline.files import write_json
 from fedsca_pipeline.flower import frames
+from fedsca_pipeline.flower.audit import AuditLog
 from fedsca_pipeline.flower.config import FlowerConfig, read_site_config
 from fedsca_pipeline.flower.demo import LocalFederation, free_port
 from fedsca_pipeline.flower.engine import engine_folder
@@ -68,7 +71,7 @@ def _be_site(file: Path) -> None:
 
 def _measure(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING)
-    payloads = dict.fromkeys(SITES, os.urandom(int(options.megabytes * 1e6)))
+    payloads = dict.fromkeys(SITES, _update(int(options.megabytes * 1e6)))
     with tempfile.TemporaryDirectory(prefix="fedsca-") as root:
         folder = Path(root)
         with LocalFederation(folder, engine_folder(options.engine), free_port(), free_port()) as federation:
@@ -77,7 +80,7 @@ def _measure(options: argparse.Namespace) -> None:
             federation.start_nginx()
             federation.register(SITES)
             for site in SITES:
-                file = federation.site_file(site, folder)
+                file = federation.site_file(site, folder / "data")
                 federation.start(site, [sys.executable, __file__, "--site", str(file)])
             config = FlowerConfig(
                 sites=list(SITES),
@@ -86,8 +89,8 @@ def _measure(options: argparse.Namespace) -> None:
                 engine=federation.engine,
                 home=federation.home,
             )
-            with open_link(config) as link:
-                fleet = FlowerFleet(link, config)
+            with open_link(config) as link, AuditLog(config.audit) as log:
+                fleet = FlowerFleet(link, config, log=log)
                 rounds = [_round(fleet, number, payloads) for number in range(options.rounds + 1)][1:]
     wall, cpu = (median(values) for values in zip(*rounds, strict=True))
     print(f"a round of {len(SITES)} sites x {options.megabytes:g} MB each way over Flower, beyond in process:")
@@ -96,6 +99,13 @@ def _measure(options: argparse.Namespace) -> None:
     found = {"seconds": [value for value, _ in rounds], "cpu_seconds": [value for _, value in rounds]}
     settings = {"sites": len(SITES), "megabytes": options.megabytes}
     write_json(RESULTS / "flower_overhead.json", {"machine": machine(), **settings, **found})
+
+
+def _update(size: int) -> bytes:
+    manifest = Manifest(
+        kind="update", run="0" * 16, round=1, site="a", base_hash="0" * 16, samples=1, dtype="fp16", relative=True
+    )
+    return encode(manifest, {"values": torch.randn(size // 2)})
 
 
 def _round(fleet: FlowerFleet, number: int, payloads: dict[str, bytes]) -> tuple[float, float]:
