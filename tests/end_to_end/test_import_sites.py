@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import yaml
 from PIL import Image
 
 from fedsca_pipeline.files import read_json
@@ -56,8 +57,48 @@ def test_volumes_come_by_the_same_command_with_an_option(new_workplace, tmp_path
 
     assert done.code == 0, done.output
     assert "3 enhancing tumour; train them with preprocessing.classes=3" in done.words
+    assert "one to 3 of: 0 t1, 1 t1ce, 2 t2, 3 flair" in done.words
+    settings = yaml.safe_load(done.output[done.output.index("preprocessing:\n") :])["preprocessing"]
+    assert settings["class_names"] == ["necrotic core", "oedema", "enhancing tumour"]
+    assert settings["volume"] == {"modalities": [0, 1, 2]}
     assert sorted(read_json(place.data / "02_intermediate" / "import.json")) == ["Partition_01", "Partition_02"]
     assert (place.raw / "Partition_02" / "masks" / "FeTS2022_00002.nii.gz").is_file()
+
+
+def test_what_was_left_out_is_named_and_demonstration_sites_are_not_forgotten(new_workplace, tmp_path: Path) -> None:
+    place = new_workplace()
+    source = polyps(tmp_path / "polyps", 5)
+    (source / "Kvasir-SEG" / "masks" / "p3.jpg").unlink()
+    (place.raw / "harbour_ct" / "images").mkdir(parents=True)
+
+    done = place.run("import_sites", f"importer=polyps,source={source},preprocessing.on_bad_sample=quarantine")
+
+    assert done.code == 0, done.output
+    assert "Kvasir-SEG: Kvasir-SEG/images/p3.jpg: no mask as" in done.words
+    assert "the demonstration sites harbour_ct are there, too" in done.words
+
+
+def test_a_folder_of_a_pacs_comes_by_the_same_command(new_workplace, tmp_path: Path, dicom_files) -> None:
+    place = new_workplace()
+    affine, labels = np.diag([-1.0, -1.0, 2.0, 1.0]), np.zeros((3, 8, 8, 1), np.uint8)
+    labels[1, 2:6, 2:6] = 1
+    for number in range(5):
+        slices = dicom_files.slices(np.full((8, 8, 3), number, np.int16), affine, PatientID=f"4711{number}")
+        dicom_files.series(tmp_path / "export" / f"Meier Erna {number}", slices)
+        dicom_files.segmentation(tmp_path / "export" / f"seg {number}", slices, labels)
+
+    done = place.run("import_sites", f"importer=dicom,source={tmp_path / 'export'},import_options.site=clinic")
+    report = place.run("data_report", "data_report.embedding=false")
+
+    assert (done.code, report.code) == (0, 0), done.output + report.output
+    assert "clinic: 5 images of 5 subjects, 0 broken" in done.words
+    written = [
+        path for path in place.data.rglob("*") if path.is_file() and not path.is_relative_to(place.data / "private")
+    ]
+    for path in written:
+        if not path.is_relative_to(place.raw):
+            assert b"Erna" not in path.read_bytes()
+    assert "Erna" not in done.output + report.output
 
 
 def test_what_is_missing_or_wrong_is_said_without_a_traceback(new_workplace, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import math
 import struct
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +40,54 @@ def read_header(path: Path) -> DicomHeader | None:
     try:
         with _discreet():
             header = _dataset(path, pixels=False)
-            patient = str(header.get("PatientID") or "").strip()
-            issuer = str(header.get("IssuerOfPatientID") or "").strip()
-            return DicomHeader(f"{issuer}\0{patient}" if patient else "", int(header.get("NumberOfFrames") or 1))
+            return DicomHeader(_patient(header), _frames(header))
     except BrokenSampleError:
         return None
+
+
+@dataclass(frozen=True)
+class Relations:
+    """What a file says of which others it belongs to.
+
+    ``patient`` is issuer and PatientID, empty where it names none; ``instance`` and ``series`` are its own identifiers.
+    ``placed`` tells whether its one frame has a position in space. Of a segmentation ``segments`` are the labels by
+    number, and ``sources`` the identifiers of the series and instances that it was drawn on; of others they are empty.
+    """
+
+    patient: str
+    instance: str
+    series: str
+    is_image: bool
+    frames: int
+    placed: bool
+    segments: Mapping[int, str]
+    sources: frozenset[str]
+
+
+def read_relations(path: Path) -> Relations:
+    """Read what grouping the files of an export needs; no pixels are decoded.
+
+    Raises:
+        BrokenSampleError: the file cannot be read as DICOM.
+    """
+    with _discreet():
+        header = _dataset(path, pixels=False)
+        is_segmentation = header.get("SOPClassUID") in _SEGMENTATIONS
+        series = header.get("ReferencedSeriesSequence") or () if is_segmentation else ()
+        instances = (item for one in series for item in one.get("ReferencedInstanceSequence") or ())
+        return Relations(
+            _patient(header),
+            str(header.SOPInstanceUID),
+            str(header.SeriesInstanceUID),
+            bool(header.get("Rows")),
+            _frames(header),
+            "ImagePositionPatient" in header and "ImageOrientationPatient" in header,
+            _segment_labels(header) if is_segmentation else {},
+            frozenset(
+                {str(one.SeriesInstanceUID) for one in series}
+                | {str(item.ReferencedSOPInstanceUID) for item in instances}
+            ),
+        )
 
 
 def read_frame(path: Path) -> np.ndarray:
@@ -66,17 +109,26 @@ def read_frame(path: Path) -> np.ndarray:
 
 
 def read_series(folder: Path) -> Volume:
-    """Read a folder of single-frame files of one series: voxels [X, Y, Z] = [column, row, slice].
+    """Read a folder of single-frame files of one series as ``read_series_files`` does. Hidden files are passed over.
+
+    Raises:
+        BrokenSampleError: as there; the folder is empty, or holds a folder or a link that leads out of it.
+    """
+    with _discreet():
+        return read_series_files(_files_of(folder))
+
+
+def read_series_files(files: Sequence[Path]) -> Volume:
+    """Read the single-frame files of one series: voxels [X, Y, Z] = [column, row, slice].
 
     Values are those of ``read_frame``, in grey. Slices are sorted by where they lie along their normal, whatever the
-    files are called. Hidden files are passed over.
+    files are called.
 
     Raises:
         BrokenSampleError: a file is as in ``read_frame``; the files are of several series, sizes, orientations or
             frames of reference, in colour or without a position; slices are missing, doubled or unevenly spaced.
     """
     with _discreet():
-        files = _files_of(folder)
         headers = [_numbered(index, file, pixels=False) for index, file in enumerate(files)]
         _check_one_series(headers)
         rows, columns = _size(headers[0])
@@ -119,17 +171,18 @@ def read_multiframe(path: Path) -> Volume:
         return Volume(slices.T, affine, _frame_of_reference(dataset))
 
 
-def read_segmentation(path: Path, image: Volume) -> Volume:
+def read_segmentation(path: Path, image: Volume, values: Mapping[int, int] | None = None) -> Volume:
     """Read a DICOM SEG on the grid of ``image``: uint16 [X, Y, Z], a voxel's value is the number of its segment.
 
-    Frames are laid where they lie in space, so order, orientation and left-out empty frames do not matter. Where
-    segments overlap the higher number wins.
+    ``values`` has other values for segments, by number; those that it does not name become 0. Frames are laid where
+    they lie in space, so order, orientation and left-out empty frames do not matter. Where segments overlap the higher
+    value wins.
 
     Raises:
         BrokenSampleError: unreadable, no SEG, fractional, of another frame of reference, or not on the image's grid.
     """
     with _discreet():
-        labels = _SegmentationFrames(path)
+        labels = _SegmentationFrames(path, values)
         labels.check_reference(image.frame_of_reference)
         voxels = np.zeros(image.shape, np.uint16)
         to_index = np.linalg.inv(image.affine)
@@ -138,7 +191,7 @@ def read_segmentation(path: Path, image: Volume) -> Volume:
         return Volume(voxels, image.affine, image.frame_of_reference)
 
 
-def read_frame_segmentation(path: Path, image: Path) -> np.ndarray:
+def read_frame_segmentation(path: Path, image: Path, values: Mapping[int, int] | None = None) -> np.ndarray:
     """Read the DICOM SEG of a single frame: uint16 [H, W], as ``read_segmentation``.
 
     Where the image has a position, so have its segments, and those that lie elsewhere are left out. Where it has none
@@ -150,7 +203,7 @@ def read_frame_segmentation(path: Path, image: Path) -> np.ndarray:
     with _discreet():
         header = _image(image, pixels=False)
         rows, columns = _size(header)
-        labels = _SegmentationFrames(path)
+        labels = _SegmentationFrames(path, values)
         if "ImagePositionPatient" in header and "ImageOrientationPatient" in header:
             labels.check_reference(header.get("FrameOfReferenceUID"))
             _, affine = _stack([_plane(header)], header)
@@ -175,7 +228,7 @@ def read_frame_segmentation(path: Path, image: Path) -> np.ndarray:
 class _SegmentationFrames:
     """The frames of a SEG file, read one at a time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, values: Mapping[int, int] | None = None) -> None:
         from highdicom.seg import SegmentationTypeValues, segread
 
         header = _dataset(path, pixels=False)
@@ -190,18 +243,22 @@ class _SegmentationFrames:
         self._label_map = header.get("SegmentationType") == SegmentationTypeValues.LABELMAP.value
         self._seg = segread(path)
         self._shape = (rows, columns)
+        self._values = np.arange(2**16, dtype=np.uint16)
+        if values is not None:
+            self._values[:] = 0
+            self._values[list(values)] = list(values.values())
 
     def __len__(self) -> int:
         return int(self._seg.number_of_frames)
 
     def labels(self, frame: int) -> np.ndarray:
-        """Return a frame's segment numbers, uint16 [H, W], 0 where there is none."""
+        """Return the values of a frame's segments, uint16 [H, W], 0 where there is none."""
         stored = self._seg.get_stored_frame(frame, as_index=True)
         if stored.shape != self._shape:
             raise ValueError("a frame of another size than the header says")
         if self._label_map:
-            return stored.astype(np.uint16)
-        return (stored != 0).astype(np.uint16) * np.uint16(self._segment_number(frame))
+            return self._values[stored]
+        return (stored != 0).astype(np.uint16) * self._values[self._segment_number(frame)]
 
     def affine(self, frame: int) -> np.ndarray:
         """Return what takes (column, row, 0, 1) of a frame to mm, RAS+."""
@@ -399,6 +456,18 @@ def _dataset(path: Path, *, pixels: bool) -> Dataset:
         # pydicom would inflate it whole, and few bytes can hold gigabytes.
         raise BrokenSampleError("a deflated DICOM file", "export it uncompressed, or with its pixels compressed")
     return dcmread(path, stop_before_pixels=not pixels)
+
+
+def _segment_labels(header: Dataset) -> dict[int, str]:
+    """Return labels by number; a label map may list its background, 0, too."""
+    labels = {int(item.SegmentNumber): str(item.SegmentLabel) for item in header.SegmentSequence}
+    return {number: label for number, label in labels.items() if number}
+
+
+def _patient(dataset: Dataset) -> str:
+    patient = str(dataset.get("PatientID") or "").strip()
+    issuer = str(dataset.get("IssuerOfPatientID") or "").strip()
+    return f"{issuer}\0{patient}" if patient else ""
 
 
 def _size(dataset: Dataset) -> tuple[int, int]:

@@ -60,7 +60,7 @@ def open_site(raw: Path, site: str, private: Path) -> SiteSource:
     if not home.is_dir():
         raise DataError(f"{home}: no such site folder; make it with images/ and masks/ in it, or drop the site")
     files = [(kind, path) for kind in KINDS for path in _visible(home / kind)]
-    has_dicom = any(_is_dicom(path, home) for _, path in files)
+    has_dicom = any(is_dicom(path, home) for _, path in files)
     site_file = read_site_file(home, terse=has_dicom)
     # Where a whole folder is missing there is no file to name, and the folder itself is to be named.
     if not (has_dicom or site_file.hide_names) or {kind for kind, _ in files} != set(KINDS):
@@ -112,7 +112,7 @@ class _Hidden:
 
         found = {}
         for path in paths:
-            stem, dicom = _stem(path), _is_dicom(path, self._home)
+            stem, dicom = _stem(path), is_dicom(path, self._home)
             link = self._pseudonym("file", stem)
             first = _first(path)
             readable = dicom and is_own_file(first, self._home)
@@ -186,10 +186,10 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
 
 
-def _is_dicom(path: Path, home: Path) -> bool:
+def is_dicom(path: Path, home: Path) -> bool:
     """Whether a file is DICOM, by its suffix or the mark after its preamble; a folder, if one of its files is."""
     if path.is_dir():
-        return any(_is_dicom(file, home) for file in _visible(path) if not file.is_dir())
+        return any(is_dicom(file, home) for file in _visible(path) if not file.is_dir())
     if split_name(path.name)[1] == ".dcm":
         return True
     try:

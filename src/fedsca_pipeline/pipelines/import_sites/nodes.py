@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedsca_pipeline.config import PreprocessingConfig
 from fedsca_pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedsca_pipeline.sites.importers.layout import Importer
 
 logger = logging.getLogger(__name__)
 
 
 def import_sites(
     raw_sites: Path,
+    private_sites: Path,
     importer: str | None,
     source: str | None,
     import_options: dict[str, str],
@@ -21,7 +25,7 @@ def import_sites(
 ) -> dict[str, Any]:
     """Write the source's images as site folders; what is broken follows ``preprocessing.on_bad_sample``.
 
-    Says what each site has, and which classes to train.
+    Says what each site has, what was left out and why, and which classes and modalities to train.
 
     Raises:
         ConfigError: importer or source is not named, or there is no such importer.
@@ -45,12 +49,28 @@ def import_sites(
             raw_sites,
             layout,
             folder,
+            private=private_sites,
             quarantine=preprocessing.on_bad_sample == "quarantine",
             progress=lambda done, of: progress.update(task, completed=done, total=of),
         )
+    _tell(layout, summary, _demonstration_sites(raw_sites))
+    return summary
+
+
+def _tell(layout: Importer, summary: dict[str, Any], demonstration: list[str]) -> None:
+    """Say what came and what did not, and what to set for it to be trained."""
+    from rich.console import Console
+
     for site, found in summary.items():
         logger.info(
             "%s: %d images of %d subjects, %d broken", site, found["images"], found["subjects"], len(found["broken"])
+        )
+        for entry in found["broken"]:
+            logger.warning("%s: %s: %s (left out; %s)", site, entry["file"], entry["reason"], entry["cure"])
+    if demonstration:
+        logger.warning(
+            "the demonstration sites %s are there, too, and would be trained with; take them away",
+            ", ".join(demonstration),
         )
     logger.info("Terms: %s", layout.licence)
     logger.info(
@@ -58,4 +78,39 @@ def import_sites(
         ", ".join(f"{number} {name}" for number, name in enumerate(layout.classes, start=1)),
         len(layout.classes),
     )
-    return summary
+    if settings := _settings(layout):
+        # To be pasted, so not as a log line, which is broken to fit.
+        Console().print(
+            f"For all later commands, in conf/local/parameters.yml:\n\n{settings}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _settings(layout: Importer) -> str:
+    """Return the parameters that the layout's classes and modalities need, as YAML; empty where the defaults do."""
+    import yaml
+
+    needed: dict[str, Any] = {}
+    if len(layout.classes) > 1:
+        needed |= {"classes": len(layout.classes), "class_names": list(layout.classes)}
+    if layout.modalities:
+        needed["volume"] = {"modalities": list(range(len(layout.modalities)))[:_CHANNELS]}
+    if not needed:
+        return ""
+    named = ", ".join(f"{number} {name}" for number, name in enumerate(layout.modalities))
+    remark = f"# modalities, one to {_CHANNELS} of: {named}\n" if named else ""
+    return remark + yaml.safe_dump(
+        {"preprocessing": needed}, sort_keys=False, allow_unicode=True, default_flow_style=None
+    )
+
+
+def _demonstration_sites(raw_sites: Path) -> list[str]:
+    from fedsca_pipeline.sites.discovery import DEMO_SITES
+
+    return [site for site in DEMO_SITES if (raw_sites / site).is_dir()]
+
+
+# Of an image to the model.
+_CHANNELS = 3

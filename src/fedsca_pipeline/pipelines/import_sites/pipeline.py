@@ -15,6 +15,7 @@ def create_pipeline() -> Pipeline:
                 import_sites,
                 inputs=[
                     "raw_sites",
+                    "private_sites",
                     "params:importer",
                     "params:source",
                     "params:import_options",

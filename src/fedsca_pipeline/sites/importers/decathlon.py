@@ -34,6 +34,7 @@ class _Task(BaseModel):
     licence: str = "not stated"
     labels: dict[Annotated[int, Field(ge=0)], str] = Field(min_length=2)
     training: tuple[_Pair, ...] = Field(min_length=1)
+    modality: dict[Annotated[int, Field(ge=0)], str] = Field(default_factory=dict)
 
 
 def configure(source: Path, options: Mapping[str, str]) -> Importer:
@@ -57,6 +58,7 @@ def configure(source: Path, options: Mapping[str, str]) -> Importer:
         licence=task.licence,
         classes=tuple(task.labels[value] for value in values),
         label=stored_values({0: 0} | {value: number for number, value in enumerate(values, start=1)}),
+        modalities=tuple(task.modality[number] for number in sorted(task.modality)) if len(task.modality) > 1 else (),
         patterns=_PATTERNS,
         refine=partial(
             _listed, path=path, task=task, site=_finder("site", options, task.name), subject=_finder("subject", options)

@@ -82,6 +82,7 @@ IMPORTER = Importer(
         ),
     ),
     read=read_modalities,
+    modalities=MODALITIES,
     options=("partitioning",),
     configure=configure,
 )

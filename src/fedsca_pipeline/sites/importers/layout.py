@@ -2,13 +2,14 @@
 
 A pattern is a path relative to the source with ``{placeholders}``: ``{site}/images/{stem}.png``. A placeholder stands
 for one or more characters within one name, and for the same characters wherever it comes again; ``*`` stands for any
-characters within a name, ``**/`` for any folders. ``[ab]`` and ``?`` are those characters themselves.
+characters within a name, ``**/`` for any folders. ``[ab]`` and ``?`` are those characters themselves. Suffixes match in
+small and capital letters.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from fedsca_pipeline.errors import ConfigError, DataError
 from fedsca_pipeline.sites.importers.labels import Label
 from fedsca_pipeline.sites.importers.pictures import Picture, read_picture
+from fedsca_pipeline.sites.readers import split_name
 
 _TOKEN = re.compile(r"\{(\w*)\}|(\*\*/)|(\*)")
 
@@ -79,7 +81,8 @@ class Importer:
     table in it knows better: sites, subjects, several images in one file. ``read`` is for images that are not a file
     each; it may do without a label. ``regroup`` may give an image another site once it is read. ``options`` are the
     keys of ``import_options``, from which, and the source, ``configure`` makes the importer. ``merged`` makes one class
-    of all.
+    of all. ``modalities`` names those of the fourth axis, where volumes have one. ``discreet``: names of files may name
+    patients, so that messages call an image by its stem.
     """
 
     title: str
@@ -93,6 +96,8 @@ class Importer:
     options: tuple[str, ...] = ()
     configure: Callable[[Path, Mapping[str, str]], Importer] | None = None
     merged: bool = False
+    modalities: tuple[str, ...] = ()
+    discreet: bool = False
 
     def merge(self, name: str) -> Importer:
         """Return an importer whose one class ``name`` is all that is not background."""
@@ -118,7 +123,7 @@ class Importer:
             samples = list(self.refine(source, samples))
         if not samples:
             wanted = "; ".join(pattern.images for pattern in self.patterns)
-            raise DataError(f"{source}: holds nothing of the layout of {self.title} ({wanted})")
+            raise DataError(f"{source}: holds nothing of the layout of {self.title} ({wanted}); there {_there(source)}")
         return sorted(samples, key=lambda sample: (sample.site, sample.stem))
 
 
@@ -132,6 +137,13 @@ def match_files(names: Iterable[str], pattern: str) -> Iterator[tuple[str, dict[
     for name in names:
         if match := compiled.fullmatch(name):
             yield name, match.groupdict()
+
+
+def _there(source: Path) -> str:
+    """Say what files a source has, by suffix alone: names may name patients."""
+    suffixes = Counter(split_name(path.name)[1] for path in source.rglob("*") if path.is_file())
+    listed = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in suffixes.most_common(5))
+    return f"are other files ({listed})" if listed else "is no file"
 
 
 def _samples(source: Path, patterns: Iterable[Patterns]) -> list[Sample]:
@@ -194,4 +206,6 @@ def _expression(pattern: str) -> str:
             parts.append(f"(?P={name})" if name in seen else f"(?P<{name}>[^/]+?)")
             seen.add(name)
         end = token.end()
-    return "".join([*parts, re.escape(pattern[end:])])
+    # A suffix is one only behind something.
+    rest, suffix = split_name(f"*{pattern[end:]}")
+    return "".join([*parts, re.escape(rest[1:]), f"(?i:{re.escape(suffix)})"])

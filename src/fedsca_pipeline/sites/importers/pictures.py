@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 class Picture:
     """An image and its mask, uint8 classes of its shape: [H, W], or [X, Y, Z] for a volume.
 
-    ``copied`` is the file that is the image as it is; without one, ``image`` is written: uint8 [H, W] or [H, W, 3] as
-    PNG, a volume as NIfTI in the type of its voxels.
+    ``copies`` are the files that are the image as it is, by how their names go on after the stem (``.png``, or
+    ``/00000.dcm`` of a folder); without any, ``image`` is written: uint8 [H, W] or [H, W, 3] as PNG, a volume as NIfTI
+    in the type of its voxels.
     """
 
     image: Image
     mask: np.ndarray
-    copied: Path | None = None
+    copies: Mapping[str, Path] = field(default_factory=dict)
 
 
 class UnusableError(Exception):
@@ -69,7 +70,7 @@ def read_picture(sample: Sample, label: Label) -> Picture:
     with blaming(file):
         image = read_volume(file) if split_name(file.name)[1] in IMAGE_READERS else read_image(file)
     with blaming(sample.masks[0] if sample.masks else file):
-        return Picture(image, label(sample.masks, image), copied=file)
+        return Picture(image, label(sample.masks, image), {split_name(file.name)[1]: file})
 
 
 def read_nifti(file: Path, frame: int | None = None) -> Volume:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 import shutil
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,8 +23,10 @@ from fedsca_pipeline.sites.discovery import SITES_READY, settle_sites
 from fedsca_pipeline.sites.importers.layout import Importer, Sample
 from fedsca_pipeline.sites.importers.pictures import Picture, UnusableError, blaming
 from fedsca_pipeline.sites.pairing import Broken
-from fedsca_pipeline.sites.readers import BrokenSampleError, split_name
+from fedsca_pipeline.sites.readers import BrokenSampleError
 from fedsca_pipeline.sites.volumes import Volume, write_nifti
+
+IMPORTED = "import.csv"
 
 _LISTED = 20
 
@@ -32,6 +37,7 @@ def import_sites(
     source: Path,
     *,
     quarantine: bool = False,
+    private: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, dict[str, Any]]:
     """Write the samples of ``source`` as site folders below ``raw``.
@@ -45,6 +51,8 @@ def import_sites(
         importer: the layout.
         source: where the data set was unpacked.
         quarantine: leave out what is broken, and list it, instead of stopping.
+        private: where to list, of an importer whose file names may name patients, what files its stems stand for
+            (left out: ``private`` beside ``raw``).
         progress: is told after each image how many of how many are done.
 
     Returns:
@@ -58,9 +66,10 @@ def import_sites(
     if not source.is_dir():
         raise DataError(f"source: {source} is not a folder; unpack the data set there, or name where it is")
     settle_sites(raw)
-    samples = [replace(sample, site=_plain(sample.site)) for sample in importer.find(source)]
+    samples = [replace(sample, site=_site_name(sample.site)) for sample in importer.find(source)]
     if importer.regroup is None:
         _refuse_existing(raw, {sample.site for sample in samples})
+    legend = _write_names(private or raw.parent / "private", source, samples) if importer.discreet else ""
     workshop = raw / ".import_sites.partial"
     try:
         # A killed command may have left its workshop behind.
@@ -71,8 +80,8 @@ def import_sites(
             listed = "\n  ".join(str(Broken(**entry)) for entry in broken[:_LISTED])
             more = f"\n  and {len(broken) - _LISTED} more" if len(broken) > _LISTED else ""
             raise DataError(
-                f"{source}: {len(broken)} broken files:\n  {listed}{more}\n"
-                "Mend them, or leave them out with preprocessing.on_bad_sample=quarantine"
+                f"{source}: {len(broken)} broken file{'s' * (len(broken) > 1)}:\n  {listed}{more}\n"
+                f"Mend them, or leave them out with preprocessing.on_bad_sample=quarantine{legend}"
             )
         _refuse_existing(raw, {path.name for path in workshop.iterdir()})
         workshop.rename(raw / SITES_READY)
@@ -108,15 +117,14 @@ def _write(
     for done, sample in enumerate(samples, start=1):
         try:
             picture = _read(importer, sample, source)
-            name = _plain(importer.regroup(picture.image)) if importer.regroup else sample.site
+            name = _site_name(importer.regroup(picture.image)) if importer.regroup else sample.site
             site, stem = sites[name], _plain(sample.stem)
             if stem in site.subjects:
                 raise UnusableError(
                     sample.images[0], BrokenSampleError(f"another image of {name} has the stem {stem!r}", "rename one")
                 )
         except UnusableError as unusable:
-            entry = Broken.of(unusable.file.relative_to(source).as_posix(), unusable.error)
-            sites[sample.site].broken.append(entry.as_dict())
+            sites[sample.site].broken.append(_described(importer, sample, unusable, source).as_dict())
         else:
             _place(workshop / name, stem, picture)
             site.subjects[stem] = _plain(sample.subject)
@@ -138,6 +146,23 @@ def _write(
     }
 
 
+def _described(importer: Importer, sample: Sample, unusable: UnusableError, source: Path) -> Broken:
+    if importer.discreet:
+        return Broken(f"image {sample.stem}", unusable.error.unquoted, unusable.error.cure)
+    return Broken.of(unusable.file.relative_to(source).as_posix(), unusable.error)
+
+
+def _write_names(private: Path, source: Path, samples: Sequence[Sample]) -> str:
+    """List what the stems of images stand for, for the owner of the data alone; return where, for a message."""
+    private.mkdir(parents=True, exist_ok=True)
+    private.chmod(0o700)
+    stream = io.StringIO()
+    rows = [(sample.site, sample.stem, sample.images[0].relative_to(source).as_posix()) for sample in samples]
+    csv.writer(stream).writerows([("site", "image", "first file"), *rows])
+    write_bytes(private / IMPORTED, stream.getvalue().encode(errors="surrogateescape"))
+    return f"\nImages stand for files of the source as {private / IMPORTED} lists them."
+
+
 def _read(importer: Importer, sample: Sample, source: Path) -> Picture:
     if sample.fault is not None:
         raise UnusableError(sample.images[0], BrokenSampleError(*sample.fault))
@@ -150,18 +175,21 @@ def _read(importer: Importer, sample: Sample, source: Path) -> Picture:
 
 
 def _place(folder: Path, stem: str, picture: Picture) -> None:
-    for kind in ("images", "masks"):
-        (folder / kind).mkdir(parents=True, exist_ok=True)
-    if picture.copied is not None:
-        shutil.copyfile(picture.copied, folder / "images" / f"{stem}{split_name(picture.copied.name)[1]}")
-    elif isinstance(picture.image, Volume):
-        write_nifti(folder / "images" / f"{stem}.nii.gz", picture.image.voxels, picture.image.affine)
-    else:
-        Image.fromarray(picture.image).save(folder / "images" / f"{stem}.png")
+    images, masks = folder / "images", folder / "masks"
+    for kind in (images, masks):
+        kind.mkdir(parents=True, exist_ok=True)
+    for ending, file in picture.copies.items():
+        target = images / f"{stem}{ending}"
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
     if isinstance(picture.image, Volume):
-        write_nifti(folder / "masks" / f"{stem}.nii.gz", picture.mask, picture.image.affine)
+        if not picture.copies:
+            write_nifti(images / f"{stem}.nii.gz", picture.image.voxels, picture.image.affine)
+        write_nifti(masks / f"{stem}.nii.gz", picture.mask, picture.image.affine)
     else:
-        Image.fromarray(picture.mask).save(folder / "masks" / f"{stem}.png")
+        if not picture.copies:
+            Image.fromarray(picture.image).save(images / f"{stem}.png")
+        Image.fromarray(picture.mask).save(masks / f"{stem}.png")
 
 
 def _write_site_file(folder: Path, importer: Importer, subjects: Mapping[str, str]) -> None:
@@ -175,9 +203,18 @@ def _write_site_file(folder: Path, importer: Importer, subjects: Mapping[str, st
     write_bytes(folder / "site.yml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
 
 
+def _site_name(name: str) -> str:
+    """Make a name of ASCII letters, digits, ``_`` and ``-`` that starts with a letter or digit; accents are dropped."""
+    ascii_letters = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    return _trimmed(re.sub(r"[^A-Za-z0-9_-]+", "-", ascii_letters), name)
+
+
 def _plain(name: str) -> str:
-    """Make a name of letters, digits, ``_`` and ``-`` that starts with a letter or digit."""
-    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("_-")
-    if not plain:
+    """Make a name of letters of any script, digits, ``_`` and ``-`` that starts with a letter or digit."""
+    return _trimmed(re.sub(r"[^\w-]+", "-", unicodedata.normalize("NFC", name)), name)
+
+
+def _trimmed(plain: str, name: str) -> str:
+    if not (trimmed := plain.strip("_-")):
         raise DataError(f"{name!r}: no letter or digit of a name is left; rename it")
-    return plain
+    return trimmed

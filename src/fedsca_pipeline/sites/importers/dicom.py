@@ -1,0 +1,214 @@
+"""A PACS export: DICOM files in any folders under any names, images with the segmentations (SEG) that refer to them.
+
+A series of single frames that lie in space becomes a volume, every other file an image of its own. Which segmentation
+belongs to what, and who is one patient, the files say themselves; segments are told apart by their labels, since their
+numbers differ from file to file. As names of files and folders may name patients, no message holds any.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from fedsca_pipeline.errors import ConfigError, DataError
+from fedsca_pipeline.sites.dicom import (
+    Relations,
+    read_frame,
+    read_frame_segmentation,
+    read_multiframe,
+    read_relations,
+    read_segmentation,
+    read_series_files,
+)
+from fedsca_pipeline.sites.discovery import is_own_file
+from fedsca_pipeline.sites.importers.labels import Label
+from fedsca_pipeline.sites.importers.layout import Importer, Patterns, Sample
+from fedsca_pipeline.sites.importers.pictures import Picture, UnusableError, blaming
+from fedsca_pipeline.sites.pseudonyms import is_dicom
+from fedsca_pipeline.sites.readers import BrokenSampleError
+from fedsca_pipeline.sites.volumes import Volume
+
+_DIVIDER = "|"
+_MOST = 254
+_NO_MASK = (
+    "no segmentation (SEG) refers to it",
+    "export the one drawn on it with the series, contours (RTSTRUCT) as SEG; or leave out what has none",
+)
+
+
+@dataclass(frozen=True)
+class _Export:
+    """The DICOM files of a source: those that can be read, each once, and those that cannot, with what is wrong."""
+
+    files: Mapping[Path, Relations]
+    unreadable: Mapping[Path, BrokenSampleError]
+
+    @classmethod
+    def of(cls, source: Path) -> _Export:
+        files: dict[Path, Relations] = {}
+        unreadable: dict[Path, BrokenSampleError] = {}
+        instances = set()
+        for path in sorted(source.rglob("*")):
+            # A DICOMDIR lists what lies beside it.
+            if path.name.startswith(".") or path.name == "DICOMDIR" or not is_own_file(path, source):
+                continue
+            if not is_dicom(path, source):
+                continue
+            try:
+                found = read_relations(path)
+            except BrokenSampleError as error:
+                unreadable[path] = error
+                continue
+            # Exports have copies of one instance in several folders.
+            if found.instance not in instances:
+                instances.add(found.instance)
+                files[path] = found
+        return cls(files, unreadable)
+
+    @property
+    def segments(self) -> Counter[str]:
+        """How many segmentations have a segment of this label."""
+        return Counter(label for found in self.files.values() for label in set(found.segments.values()))
+
+
+def configure(source: Path, options: Mapping[str, str]) -> Importer:
+    """Look at the source's files, and make the importer of their segments.
+
+    Raises:
+        ConfigError: ``segments`` names one that no file has.
+        DataError: no segmentation is there.
+    """
+    export = _Export.of(source)
+    there = export.segments
+    if not there:
+        raise DataError(
+            f"{source}: {len(export.files)} DICOM files, and none is a segmentation (SEG); export the segmentations "
+            "with the images, contours (RTSTRUCT) as SEG"
+        )
+    chosen = str(options["segments"]).split(_DIVIDER) if "segments" in options else sorted(there)
+    if missing := sorted(set(chosen) - set(there)):
+        raise ConfigError(
+            f"import_options.segments: no segment is labelled {missing[0]!r}; there are {_DIVIDER.join(sorted(there))}"
+        )
+    classes = {label: number for number, label in enumerate(dict.fromkeys(chosen), start=1)}
+    if len(classes) > _MOST:
+        raise ConfigError(f"import_options.segments: {len(classes)} segments; name the {_MOST} or fewer that matter")
+    segments = {
+        path: {number: classes.get(label, 0) for number, label in found.segments.items()}
+        for path, found in export.files.items()
+        if found.segments
+    }
+    return Importer(
+        title="DICOM of a PACS",
+        licence="your own",
+        classes=tuple(classes),
+        patterns=_PATTERNS,
+        refine=partial(_related, export=export, site=str(options.get("site", "dicom"))),
+        read=partial(_read, segments=segments, ordered="segments" in options or len(classes) == 1),
+        discreet=True,
+    )
+
+
+def _related(_: Path, __: list[Sample], *, export: _Export, site: str) -> Iterator[Sample]:
+    """Yield an image a series of placed frames, or a file, with the segmentations that refer to it."""
+    masks: dict[str, list[Path]] = defaultdict(list)
+    for path, found in export.files.items():
+        for uid in found.sources if found.segments else ():
+            masks[uid].append(path)
+    taken: set[Path] = set()
+    for uid, known_as, files in _images(export.files):
+        own = list(dict.fromkeys(mask for key in known_as for mask in masks.get(key, ())))
+        taken.update(own)
+        patient = export.files[files[0]].patient
+        fault = None if own else _NO_MASK
+        if not patient:
+            fault = "holds no PatientID, so nobody knows which images show one patient", "enter one"
+        yield Sample(site, _digest(uid), _digest(patient), tuple(files), tuple(own), fault)
+    for path, found in export.files.items():
+        if found.segments and path not in taken:
+            fault = "a segmentation of an image that is not there", "export that series too"
+            yield Sample(site, _digest(found.instance), "", (path,), (), fault)
+    for path, error in export.unreadable.items():
+        yield Sample(site, _digest(str(path)), "", (path,), (), (error.unquoted, error.cure))
+
+
+def _images(files: Mapping[Path, Relations]) -> Iterator[tuple[str, tuple[str, ...], list[Path]]]:
+    """Yield of each image its identifier, those by which a segmentation may refer to it, and its files.
+
+    It is a series of several placed single frames, or a file; one that is its whole series goes by both names.
+    """
+    series: dict[str, list[Path]] = defaultdict(list)
+    for path, found in files.items():
+        if found.is_image and not found.segments:
+            series[found.series].append(path)
+    for uid, members in series.items():
+        if len(members) > 1 and all(files[path].frames == 1 and files[path].placed for path in members):
+            yield uid, (uid,), members
+            continue
+        for path in members:
+            own = files[path].instance
+            yield own, (own, uid) if len(members) == 1 else (own,), [path]
+
+
+def _read(sample: Sample, _: Label | None, *, segments: Mapping[Path, Mapping[int, int]], ordered: bool) -> Picture:
+    """Read an image and its segmentations; where they overlap, and are ``ordered``, the higher class is on top."""
+    first = sample.images[0]
+    with blaming(first):
+        image = _image(sample.images)
+    mask = _joined(sample, image, segments)
+    if not ordered:
+        # Numbers that fall as classes rise, so that the lowest class is on top.
+        turned = {path: {number: -value % 256 for number, value in own.items()} for path, own in segments.items()}
+        if (mask != -_joined(sample, image, turned)).any():
+            raise UnusableError(
+                sample.masks[0],
+                BrokenSampleError(
+                    "its segments overlap",
+                    f"name all in import_options.segments=<label>{_DIVIDER}<label>, the one on top last",
+                ),
+            )
+    if len(sample.images) > 1:
+        return Picture(image, mask, {f"/{place:05d}.dcm": file for place, file in enumerate(sample.images)})
+    return Picture(image, mask, {".dcm": first})
+
+
+def _joined(sample: Sample, image: np.ndarray | Volume, segments: Mapping[Path, Mapping[int, int]]) -> np.ndarray:
+    """Return uint8 classes; the highest of those that a pixel has."""
+    mask = np.zeros(image.shape if isinstance(image, Volume) else image.shape[:2], np.uint8)
+    for path in sample.masks:
+        with blaming(path):
+            if isinstance(image, Volume):
+                labels = read_segmentation(path, image, segments[path]).voxels
+            else:
+                labels = read_frame_segmentation(path, sample.images[0], segments[path])
+            mask = np.maximum(mask, labels.astype(np.uint8))
+    return mask
+
+
+def _image(files: Sequence[Path]) -> np.ndarray | Volume:
+    if len(files) > 1:
+        return read_series_files(files)
+    return read_multiframe(files[0]) if read_relations(files[0]).frames > 1 else read_frame(files[0])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+_PATTERNS = (Patterns("**/{file}", "", site="dicom", stem="{file}", subject="{file}", empty_without_mask=True),)
+
+IMPORTER = Importer(
+    title="DICOM of a PACS",
+    licence="your own",
+    classes=(),
+    patterns=_PATTERNS,
+    options=("site", "segments"),
+    configure=configure,
+    discreet=True,
+)
