@@ -519,6 +519,49 @@ class TestFolders:
         with pytest.raises(ConfigError, match=r"import\.yml: no such file.*import_options\.layout"):
             find_importer("folders", tmp_path, {})
 
+    def test_masks_that_number_objects_are_taken_for_what_they_are_told_to_be(self, imported, tmp_path) -> None:
+        patterns = [{"images": "{stem}.tif", "masks": "{stem}_mask.tif", "site": "lab"}]
+        numbered = HALF.astype(np.uint16)
+        numbered[:5] *= 3
+        files = {"a.tif": photograph(), "a_mask.tif": Image.fromarray(numbered)}
+        source = tree(self.layout(tmp_path / "mine", patterns=patterns), files)
+
+        with pytest.raises(DataError, match="mask values 1, 3, the largest below half of what its type can hold"):
+            imported("folders", source)
+
+        self.layout(source, patterns=patterns, objects=True)
+        assert imported("folders", source)["lab"]["pixels"] == {"background": 96, "foreground": 96}
+
+    def test_a_black_mask_is_one_without_foreground(self, imported, tmp_path) -> None:
+        patterns = [{"images": "{stem}.png", "masks": "{stem}_mask.png", "site": "lab"}]
+        files = {"a.png": photograph(), "a_mask.png": Image.fromarray(HALF * 0)}
+        source = tree(self.layout(tmp_path / "mine", patterns=patterns), files)
+
+        assert imported("folders", source)["lab"]["pixels"]["foreground"] == 0
+
+    def test_suffixes_in_capitals_and_names_in_any_script_are_taken(self, imported, tmp_path) -> None:
+        source = self.layout(
+            tmp_path / "mine",
+            patterns=[
+                {
+                    "images": "{hospital}/Bilder/{stem}.png",
+                    "masks": "{hospital}/Masken/{stem}_label.png",
+                    "site": "{hospital}",
+                }
+            ],
+        )
+        for stem in ("Müller, Jürgen (1)", "Παππάς"):
+            tree(
+                source / "Klinik Süd",
+                {f"Bilder/{stem}.PNG": photograph(), f"Masken/{stem}_label.Png": two_valued()},
+            )
+
+        summary = imported("folders", source)
+
+        assert list(summary) == ["Klinik-Sud"]
+        masks, site_file = stored(tmp_path / "raw", "Klinik-Sud")
+        assert set(masks) == set(site_file["subjects"]) == {"Müller-Jürgen-1", "Παππάς"}
+
 
 class TestRefusals:
     def one(self, tmp_path: Path, mask: Image.Image | None = None) -> Path:

@@ -109,7 +109,7 @@ def refuse_lossy_mask(path: Path) -> None:
     Raises:
         BrokenSampleError: a JPEG, whose compression alters them.
     """
-    if path.suffix.lower() in _LOSSY:
+    if path.suffix.lower() in LOSSY:
         raise BrokenSampleError(
             "a JPEG mask: its compression alters labels",
             "export the mask as PNG or TIFF; of two classes, set mask_threshold in the site's site.yml",
@@ -281,7 +281,7 @@ def _bomb() -> BrokenSampleError:
 COPY_AGAIN = "copy or export the file again"
 DICOM = ".dcm"
 DOUBLE_SUFFIXES = (".nii.gz",)
-_LOSSY = (".jpg", ".jpeg")
+LOSSY = (".jpg", ".jpeg")
 _ARRAY_MODES = ("1", "L", "RGB", "RGBA", "LA", "I", "F", "I;16", "I;16L", "I;16B")
 # What Pillow, tifffile and numpy raise on damaged input: the parsers reach these from any byte of a file.
 UNREADABLE = (

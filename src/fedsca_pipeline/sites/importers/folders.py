@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.sites.importers.labels import Label, colours, seen_values, stored_values, two_values
+from fedsca_pipeline.sites.importers.labels import Label, colours, objects, seen_values, stored_values, two_values
 from fedsca_pipeline.sites.importers.layout import Importer, Patterns, Sample
 from fedsca_pipeline.sites.importers.tables import check_inside, listed_file, read_table
 from fedsca_pipeline.sites.labels import number_of
@@ -55,7 +55,7 @@ class _Table(BaseModel):
 
 
 class Layout(BaseModel):
-    """The keys of a layout file; one of ``values``, ``indices``, ``colours`` says what masks hold, or none of them."""
+    """The keys of a layout file; at most one of ``values``, ``indices``, ``colours``, ``objects`` says what masks hold."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -65,6 +65,7 @@ class Layout(BaseModel):
     values: dict[int, Class] | None = Field(None, description="grey value as seen: class")
     indices: dict[int, Class] | None = Field(None, description="number as stored (palette index): class")
     colours: dict[str, Class] | None = Field(None, description="'#rrggbb': class")
+    objects: bool = Field(False, description="whether masks number their objects, and all but 0 is foreground")
     title: str = "a folder of your own"
     licence: str = "not stated"
 
@@ -78,8 +79,8 @@ class Layout(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Layout:
         maps = [given for given in (self.values, self.indices, self.colours) if given is not None]
-        if len(maps) > 1:
-            raise ValueError("give one of values, indices and colours")
+        if len(maps) + self.objects > 1:
+            raise ValueError("give one of values, indices, colours and objects")
         if not maps and len(self.classes) > 1:
             raise ValueError("several classes need values, indices or colours")
         if beyond := [number for given in maps for number in given.values() if number > len(self.classes)]:
@@ -88,6 +89,8 @@ class Layout(BaseModel):
 
     def label(self) -> Label:
         """Return what reads the masks; two values, and foreground from the half on, where nothing else is said."""
+        if self.objects:
+            return objects()
         if self.values is not None:
             return seen_values(self.values)
         if self.indices is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fedsca_pipeline.sites.labels import colour_of, listed, look_up, number_of, packed
-from fedsca_pipeline.sites.readers import BrokenSampleError, read_image, read_mask
+from fedsca_pipeline.sites.readers import LOSSY, BrokenSampleError, read_image, read_mask, split_name
 from fedsca_pipeline.sites.volumes import Volume, read_volume_mask
 
 Image = np.ndarray | Volume
@@ -40,12 +40,10 @@ def two_values() -> Label:
     """Foreground is what is at least half the type's largest value, in the mean of the channels.
 
     For masks that JPEG compression has blurred, and those whose values are 0 and 1 in one file and 0 and 255 in the
-    next: where no value is above 1, all above 0 is foreground. Several files are joined. A volume's mask has one value
-    beside 0.
+    next: where no value is above 1, all above 0 is foreground. One that holds nothing but low values, 2 and more,
+    numbers classes or objects, and is refused. Several files are joined. A volume's mask has one value beside 0.
     """
-    return from_files(
-        lambda path, image: _one_value(path, image) if _solid(image) else _upper_half(_grey(read_image(path)))
-    )
+    return from_files(lambda path, image: _one_value(path, image) if _solid(image) else _black_or_white(path))
 
 
 def coloured() -> Label:
@@ -84,13 +82,15 @@ def file_a_class(endings: Mapping[str, int]) -> Label:
     A mask lacks no class's file: one that shows none of it is there, and empty.
     """
 
+    half = from_files(lambda path, _: _upper_half(_grey(read_image(path))))
+
     def label(paths: tuple[Path, ...], image: Image) -> np.ndarray:
         mask = _nothing(image)
         for ending, number in endings.items():
             own = [path for path in paths if path.name.endswith(ending)]
             if not own:
                 raise BrokenSampleError(f"its mask *{ending} is missing", "add it, or take the image away")
-            mask = np.maximum(mask, two_values()(tuple(own), image) * np.uint8(number))
+            mask = np.maximum(mask, half(tuple(own), image) * np.uint8(number))
         return mask
 
     return label
@@ -160,6 +160,20 @@ def _one_value(path: Path, image: Image) -> np.ndarray:
             "say by values in a layout file which is which class",
         )
     return (numbers != 0).astype(np.uint8)
+
+
+def _black_or_white(path: Path) -> np.ndarray:
+    grey = _grey(read_image(path))
+    mask = _upper_half(grey)
+    # What compression makes of a black mask is dark, too.
+    if not mask.any() and grey.any() and split_name(path.name)[1] not in LOSSY:
+        values = np.unique(grey[grey > 0])
+        raise BrokenSampleError(
+            f"mask values {listed(values.tolist(), str)}, the largest below half of what its type can hold: numbers of "
+            "classes or objects",
+            "say in a layout file, by values or objects, what they mean",
+        )
+    return mask
 
 
 def _at_shape(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
