@@ -55,7 +55,7 @@ class _Table(BaseModel):
 
 
 class Layout(BaseModel):
-    """The keys of a layout file; at most one of ``values``, ``indices``, ``colours``, ``objects`` says what masks are."""
+    """The keys of a layout file; what masks are is said by one of ``values``, ``indices``, ``colours``, ``objects``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
