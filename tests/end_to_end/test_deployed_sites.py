@@ -43,7 +43,7 @@ def start(engine: Path) -> Iterator[Callable[[], subprocess.Popen]]:
     folder = Path(tempfile.mkdtemp(prefix="fedsca-"))
     federation = LocalFederation(folder, engine, free_port(), free_port())
     federation.found(["a"])
-    file = federation.site_file("a", folder)
+    file = federation.site_file("a", folder / "data")
     started = []
 
     def begin() -> subprocess.Popen:
