@@ -47,7 +47,8 @@ def test_a_configuration_is_taken_whole_and_known_or_not_at_all() -> None:
     whole["strategies"] = {"fedsca": {}}
 
     assert documents.parameters(whole)["federation"].strategy == "fedsca"
-    for faulty in ({**whole, "more": {}}, {**whole, "training": {"learning_rate": -1}}, {}):
+    no_options = [{**whole, "strategies": strategies} for strategies in ([], {"fedsca": []}, None)]
+    for faulty in ({**whole, "more": {}}, {**whole, "training": {"learning_rate": -1}}, {}, *no_options):
         with pytest.raises(MessageError):
             documents.parameters(faulty)
 

@@ -78,3 +78,11 @@ def test_a_listening_socket_is_this_users_alone_and_takes_the_place_of_an_old_on
 def test_a_path_too_long_for_a_socket_is_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="too long"):
         frames.listen(tmp_path / ("x" * 120))
+
+
+def test_the_socket_lies_where_only_this_user_may_enter_even_if_the_folder_was_open(tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("s")
+    folder.chmod(0o755)
+
+    with frames.listen(folder / "s"):
+        assert folder.stat().st_mode & 0o777 == 0o700

@@ -12,7 +12,7 @@ import pytest
 
 import fedsca_pipeline.foundation
 from fedsca_pipeline.config import FederationConfig
-from fedsca_pipeline.errors import MessageError
+from fedsca_pipeline.errors import ConfigError, DataError, MessageError
 from fedsca_pipeline.federation.checkpoint import CheckpointFolder
 from fedsca_pipeline.federation.rounds import Server
 from fedsca_pipeline.federation.strategies import build_strategy
@@ -88,6 +88,21 @@ def test_a_description_under_another_fingerprint_than_its_own_is_refused(site_fi
     assert honest.worked_out() == honest.fingerprint
     with pytest.raises(MessageError, match="its fingerprint is"):
         work.answer("open", 0, documents.write(other))
+
+
+def test_after_a_failed_preparation_the_site_takes_part_in_no_run_with_the_old_one(site_file, configuration) -> None:
+    config = read_site_config(site_file())
+    work = SiteWork(config)
+    terms = documents.write(documents.Terms(configuration=configuration(), code=code_version()))
+    prepared = documents.read(documents.Prepared, work.answer("prepare", 0, terms))
+    run = documents.Description(**describe_run(configuration(), {"a": prepared.version}, prepared.foundation, 1))
+    assert documents.read(documents.Opened, work.answer("open", 0, documents.write(run))).run == run.fingerprint
+    (config.data / "masks" / "3.png").write_bytes(b"broken")
+
+    with pytest.raises(DataError):
+        work.answer("prepare", 0, terms)
+    with pytest.raises(ConfigError, match="not prepared"):
+        work.answer("open", 0, documents.write(run))
 
 
 def test_a_worker_ends_where_its_line_cannot_be_read_any_more(monkeypatch) -> None:

@@ -207,7 +207,10 @@ def parameters(configuration: Mapping[str, Any]) -> dict[str, Any]:
         models = {key: model.model_validate(configuration[key]) for key, model in CONFIGURATION.items()}
     except ValidationError as error:
         raise MessageError(f"a configuration that this version does not understand: {error}") from error
-    return {**models, "strategies": configuration["strategies"]}
+    strategies = configuration["strategies"]
+    if not isinstance(strategies, dict) or not all(isinstance(options, dict) for options in strategies.values()):
+        raise MessageError("a configuration whose strategies are not options by the name of a strategy")
+    return {**models, "strategies": strategies}
 
 
 def _unlike(kind: type[_Document], error: ValidationError) -> MessageError:

@@ -74,14 +74,15 @@ def connect(path: Path | str, seconds: float | None = None) -> socket.socket:
 
 
 def listen(path: Path) -> socket.socket:
-    """Return a socket that listens at ``path``, in a folder that only this user may enter.
+    """Return a socket that listens at ``path``, in a folder that from now on only this user may enter.
 
     Raises:
         ValueError: the path is too long for a unix socket.
     """
     if len(str(path).encode()) > _LONGEST_PATH:
         raise ValueError(f"{path}: too long for a unix socket (at most {_LONGEST_PATH} bytes); choose a shorter folder")
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.chmod(0o700)
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))

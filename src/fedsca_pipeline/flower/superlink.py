@@ -51,14 +51,11 @@ class RelayLink:
             self._listener.settimeout(max(0.1, until - time.monotonic()))
             try:
                 line, _ = self._listener.accept()
-                line.settimeout(_CALL_SECONDS)
-                hello, _ = frames.receive(line, 0)
-            except (OSError, EOFError, frames.FrameError) as error:
+            except OSError as error:
                 raise LinkLost(f"Flower run {run} did not start its relay ({error!r})") from error
-            if hello.get("run") == run:
+            if _is_relay_of(run, line):
                 self._line = line
             else:
-                # Of an earlier run, started late: it ends when it is hung up on.
                 line.close()
 
     def nodes(self) -> Mapping[str, Node]:
@@ -124,6 +121,16 @@ class RelayLink:
         if not answer.get("success"):
             raise LinkLost(f"the SuperLink at {self._config.superlink}: {answer.get('error-message') or done.stdout}")
         return str(answer["run-id"])
+
+
+def _is_relay_of(run: str, line: socket.socket) -> bool:
+    """Tell whether a run's relay has connected, and not that of an earlier run, which ends when it is hung up on."""
+    line.settimeout(_CALL_SECONDS)
+    try:
+        hello, _ = frames.receive(line, 0)
+    except (OSError, EOFError, frames.FrameError):
+        return False
+    return hello.get("run") == run
 
 
 @contextmanager

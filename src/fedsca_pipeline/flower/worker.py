@@ -140,6 +140,8 @@ class SiteWork:
         terms = documents.read(documents.Terms, payload)
         self._same_code(terms.code)
         wanted = documents.parameters(terms.configuration)
+        # Whatever this comes to, what was prepared before is no longer what lies here.
+        self.places.prepared.unlink(missing_ok=True)
         self.places.link_raw(self.config.data)
         self.places.arrays.parent.mkdir(parents=True, exist_ok=True)
         prepare = prepare_for(self.config.site)

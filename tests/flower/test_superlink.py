@@ -1,0 +1,69 @@
+"""The coordinator's end of the relay, with a relay that this test plays."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedsca_pipeline.flower import frames
+from fedsca_pipeline.flower.config import FlowerConfig
+from fedsca_pipeline.flower.fleet import LinkLost
+from fedsca_pipeline.flower.superlink import RelayLink
+
+
+@pytest.fixture
+def link(tmp_path_factory, monkeypatch) -> Iterator[RelayLink]:
+    home = tmp_path_factory.mktemp("h")
+    (home / "flwr").touch()
+    config = FlowerConfig(sites=["a"], authority=home / "ca.crt", engine=home, home=home, connect=20.0)
+    monkeypatch.setattr(RelayLink, "_start_run", lambda self: "7")
+    link = RelayLink(config)
+    yield link
+    link.close()
+
+
+def relay_at(home: Path, run: str) -> None:
+    with frames.connect(home / "relay.sock", 20.0) as line:
+        frames.send(line, {"run": run})
+        header, _ = frames.receive(line, 10)
+        frames.send(line, {"nodes": [["a", "1", "then"], ["", "2", "then"]]} if header["ask"] == "nodes" else {})
+
+
+def test_relays_of_earlier_runs_and_connections_that_break_off_do_not_keep_the_right_one_out(link) -> None:
+    def connect() -> None:
+        frames.connect(link._home / "relay.sock").close()
+        with frames.connect(link._home / "relay.sock") as line:
+            frames.send(line, {"run": "6"})
+            with pytest.raises(EOFError):
+                frames.receive(line, 10)
+        relay_at(link._home, "7")
+
+    thread = threading.Thread(target=connect)
+    thread.start()
+    link.restore()
+
+    assert list(link.nodes()) == ["a"]
+    thread.join()
+
+
+def test_a_run_that_starts_no_relay_is_a_lost_link(link) -> None:
+    link._config = link._config.model_copy(update={"connect": 0.1})
+
+    with pytest.raises(LinkLost, match="run 7 did not start its relay"):
+        link.restore()
+
+
+def test_a_relay_that_hangs_up_is_a_lost_link(link) -> None:
+    thread = threading.Thread(target=relay_at, args=(link._home, "7"))
+    thread.start()
+    link.restore()
+    link.nodes()
+    thread.join()
+
+    with pytest.raises(LinkLost, match="the relay is gone"):
+        link.nodes()
+    with pytest.raises(LinkLost, match="no relay"):
+        link.nodes()
