@@ -81,6 +81,12 @@ class TestProstate:
         summary = imported("prostate_saml", tree(tmp_path / "Prostate", files))
 
         assert {site: found["subjects"] for site, found in summary.items()} == {"BMC": 1, "RUNMC": 2}
+        # Every site numbers its own cases: those of one number are different patients.
+        subjects = [
+            set(yaml.safe_load((tmp_path / "raw" / site / "site.yml").read_text())["subjects"].values())
+            for site in ("BMC", "RUNMC")
+        ]
+        assert subjects[0].isdisjoint(subjects[1])
         np.testing.assert_array_equal(stored(tmp_path / "raw", "BMC")["Case00"][1].dataobj, labelled(1, 2) > 0)
         image, mask = stored(tmp_path / "raw", "RUNMC")["Case01"]
         np.testing.assert_array_equal(mask.dataobj, labelled(2) > 0)

@@ -78,32 +78,26 @@ def _tell(layout: Importer, summary: dict[str, Any], demonstration: list[str]) -
         ", ".join(f"{number} {name}" for number, name in enumerate(layout.classes, start=1)),
         len(layout.classes),
     )
-    if settings := _settings(layout):
-        # To be pasted, so not as a log line, which is broken to fit.
-        Console().print(
-            f"For all later commands, in conf/local/parameters.yml:\n\n{settings}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+    # To be pasted, so not as a log line, which is broken to fit.
+    Console().print(
+        f"For later commands without --env, in conf/local/parameters.yml:\n\n{_settings(layout)}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _settings(layout: Importer) -> str:
-    """Return the parameters that the layout's classes and modalities need, as YAML; empty where the defaults do."""
+    """Return the parameters that the layout's classes and modalities ask for, as YAML."""
     import yaml
 
-    needed: dict[str, Any] = {}
-    if len(layout.classes) > 1:
-        needed |= {"classes": len(layout.classes), "class_names": list(layout.classes)}
+    wanted: dict[str, Any] = {"classes": len(layout.classes), "class_names": list(layout.classes)}
     if layout.modalities:
-        needed["volume"] = {"modalities": list(range(len(layout.modalities)))[:_CHANNELS]}
-    if not needed:
-        return ""
+        wanted["volume"] = {"modalities": list(range(len(layout.modalities)))[:_CHANNELS]}
     named = ", ".join(f"{number} {name}" for number, name in enumerate(layout.modalities))
     remark = f"# modalities, one to {_CHANNELS} of: {named}\n" if named else ""
-    return remark + yaml.safe_dump(
-        {"preprocessing": needed}, sort_keys=False, allow_unicode=True, default_flow_style=None
-    )
+    written = yaml.safe_dump({"preprocessing": wanted}, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    return remark + written
 
 
 def _demonstration_sites(raw_sites: Path) -> list[str]:

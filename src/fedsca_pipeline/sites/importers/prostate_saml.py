@@ -18,7 +18,8 @@ IMPORTER = Importer(
             "**/{site}/Case{number}.nii.gz",
             "**/{site}/Case{number}_*egmentation.nii.gz",
             stem="Case{number}",
-            subject="Case{number}",
+            # Every site numbers its own cases.
+            subject="{site}-Case{number}",
         ),
     ),
 )
