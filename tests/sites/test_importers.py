@@ -539,6 +539,18 @@ class TestFolders:
 
         assert imported("folders", source)["lab"]["pixels"]["foreground"] == 0
 
+    def test_what_macos_adds_to_an_archive_is_passed_over(self, imported, tmp_path) -> None:
+        patterns = [{"images": "**/set/{stem}.png", "masks": "**/set/{stem}_mask.png", "site": "lab"}]
+        source = self.layout(tmp_path / "mine", patterns=patterns)
+        tree(source, {"set/a.png": photograph(), "set/a_mask.png": two_valued()})
+        for name in ("__MACOSX/set/._a.png", "__MACOSX/set/._a_mask.png", "set/._a.png", "set/._a_mask.png"):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes(b"\0\5\x16\7")
+
+        summary = imported("folders", source)
+
+        assert (summary["lab"]["images"], summary["lab"]["broken"]) == (1, [])
+
     def test_suffixes_in_capitals_and_names_in_any_script_are_taken(self, imported, tmp_path) -> None:
         source = self.layout(
             tmp_path / "mine",

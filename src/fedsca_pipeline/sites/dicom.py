@@ -47,7 +47,7 @@ def read_header(path: Path) -> DicomHeader | None:
 
 @dataclass(frozen=True)
 class Relations:
-    """What a file says of which others it belongs to.
+    """What a file says of itself and of which others it belongs to.
 
     ``patient`` is issuer and PatientID, empty where it names none; ``instance`` and ``series`` are its own identifiers.
     ``placed`` tells whether its one frame has a position in space. Of a segmentation ``segments`` are the labels by
@@ -79,7 +79,7 @@ def read_relations(path: Path) -> Relations:
             _patient(header),
             str(header.SOPInstanceUID),
             str(header.SeriesInstanceUID),
-            bool(header.get("Rows")),
+            bool(header.get("Rows")) and not is_segmentation,
             _frames(header),
             "ImagePositionPatient" in header and "ImageOrientationPatient" in header,
             _segment_labels(header) if is_segmentation else {},

@@ -25,6 +25,9 @@ _SPARE = 2**16
 def read_plain_png(path: Path, max_pixels: int) -> np.ndarray | None:
     """Decode a PNG of 8 bit grey, RGB or RGBA without anything that asks for more than its pixels.
 
+    Damage is told by the chunks' checksums. The one within the compressed pixels is not compared, so a file that was
+    altered before its chunks' were reckoned is read, where Pillow refuses it.
+
     Returns:
         uint8 [H, W], [H, W, 3] or [H, W, 4]; None where the file is another, damaged, or larger: Pillow can say how.
 

@@ -30,6 +30,7 @@ from fedsca_pipeline.sites.discovery import is_own_file
 from fedsca_pipeline.sites.importers.labels import Label
 from fedsca_pipeline.sites.importers.layout import Importer, Patterns, Sample
 from fedsca_pipeline.sites.importers.pictures import Picture, UnusableError, blaming
+from fedsca_pipeline.sites.importers.tables import visible_files
 from fedsca_pipeline.sites.pseudonyms import is_dicom
 from fedsca_pipeline.sites.readers import BrokenSampleError
 from fedsca_pipeline.sites.volumes import Volume
@@ -54,11 +55,9 @@ class _Export:
         files: dict[Path, Relations] = {}
         unreadable: dict[Path, BrokenSampleError] = {}
         instances = set()
-        for path in sorted(source.rglob("*")):
+        for path in visible_files(source):
             # A DICOMDIR lists what lies beside it.
-            if path.name.startswith(".") or path.name == "DICOMDIR" or not is_own_file(path, source):
-                continue
-            if not is_dicom(path, source):
+            if path.name == "DICOMDIR" or not is_own_file(path, source) or not is_dicom(path, source):
                 continue
             try:
                 found = read_relations(path)
@@ -145,7 +144,7 @@ def _images(files: Mapping[Path, Relations]) -> Iterator[tuple[str, tuple[str, .
     """
     series: dict[str, list[Path]] = defaultdict(list)
     for path, found in files.items():
-        if found.is_image and not found.segments:
+        if found.is_image:
             series[found.series].append(path)
     for uid, members in series.items():
         if len(members) > 1 and all(files[path].frames == 1 and files[path].placed for path in members):

@@ -19,6 +19,7 @@ import numpy as np
 from fedsca_pipeline.errors import ConfigError, DataError
 from fedsca_pipeline.sites.importers.labels import Label
 from fedsca_pipeline.sites.importers.pictures import Picture, read_picture
+from fedsca_pipeline.sites.importers.tables import visible_files
 from fedsca_pipeline.sites.readers import split_name
 
 _TOKEN = re.compile(r"\{(\w*)\}|(\*\*/)|(\*)")
@@ -141,13 +142,13 @@ def match_files(names: Iterable[str], pattern: str) -> Iterator[tuple[str, dict[
 
 def _there(source: Path) -> str:
     """Say what files a source has, by suffix alone: names may name patients."""
-    suffixes = Counter(split_name(path.name)[1] for path in source.rglob("*") if path.is_file())
+    suffixes = Counter(split_name(path.name)[1] for path in visible_files(source))
     listed = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in suffixes.most_common(5))
     return f"are other files ({listed})" if listed else "is no file"
 
 
 def _samples(source: Path, patterns: Iterable[Patterns]) -> list[Sample]:
-    names = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
+    names = sorted(path.relative_to(source).as_posix() for path in visible_files(source))
     found: dict[tuple[Path, ...], Sample] = {}
     for pattern in patterns:
         for sample in _of_pattern(source, names, pattern):

@@ -8,6 +8,20 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from fedsca_pipeline.errors import DataError
 
+_MACOS = "__MACOSX"
+
+
+def visible_files(source: Path, pattern: str = "*") -> list[Path]:
+    """Return the files below ``source`` whose names match a glob pattern, sorted.
+
+    Hidden ones are left out, and so is what macOS adds to archives: each has a file's name, and none of its content.
+    """
+    return [
+        path
+        for path in sorted(source.rglob(pattern))
+        if not any(part.startswith(".") or part == _MACOS for part in path.relative_to(source).parts) and path.is_file()
+    ]
+
 
 def find_file(source: Path, pattern: str) -> Path:
     """Return the one file below ``source`` whose name matches a glob pattern.
@@ -15,7 +29,7 @@ def find_file(source: Path, pattern: str) -> Path:
     Raises:
         DataError: there is none, or several, or it is a link that leads out of the source.
     """
-    found = sorted(path for path in source.rglob(pattern) if path.is_file())
+    found = visible_files(source, pattern)
     if len(found) != 1:
         names = ", ".join(path.relative_to(source).as_posix() for path in found[:3])
         raise DataError(
