@@ -189,6 +189,26 @@ class AugmentConfig(_Config):
     contrast: float = Field(0.25, ge=0.0, lt=1.0, description="largest relative change of gamma")
 
 
+class PrivacyBound(_Config):
+    """The most that a site gives away of any of its units, over every run that it takes part in (docs/privacy.md)."""
+
+    epsilon: float = Field(gt=0.0, le=1000.0)
+    delta: float = Field(1e-5, gt=0.0, lt=1.0)
+
+
+class PrivacyConfig(_Config):
+    """``training.privacy``: differential privacy inside the sites (docs/privacy.md)."""
+
+    epsilon: Annotated[float, Field(gt=0.0, le=1000.0)] | None = Field(
+        None, description="of one run, for each unit of a site; it sets the noise; null: no differential privacy"
+    )
+    delta: float = Field(1e-5, gt=0.0, lt=1.0, description="below 1 / (units of the largest site)")
+    clip: Positive = Field(1.0, description="norm that one unit's gradient is cut to, over all trained tensors")
+    budget: Annotated[float, Field(gt=0.0, le=1000.0)] | None = Field(
+        None, description="epsilon of all runs that a site has answered, beyond which it refuses; null: only told"
+    )
+
+
 class TrainingConfig(_Config):
     """``training``: one site's local work in one round."""
 
@@ -210,6 +230,7 @@ class TrainingConfig(_Config):
         4.0, ge=0.0, description="GiB on disk for what the frozen prefix makes of images, over all sites; 0: none"
     )
     augment: AugmentConfig = AugmentConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
 
     def times(self, sites: int) -> TrainingConfig:
         """Return what one site does that holds the images of ``sites``: as many steps as these would do together."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import tempfile
@@ -79,6 +80,21 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` to ``path`` as indented JSON, atomically. NaN and infinity raise ValueError."""
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def kept_secret(path: Path) -> bytes:
+    """Return the secret kept at ``path``, 64 hex digits; it is drawn, for its owner's eyes alone, where there is none.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if not path.exists():
+        write_bytes(path, secrets.token_hex(32).encode())
+        path.chmod(0o600)
+    secret = path.read_bytes().strip()
+    if not re.fullmatch(rb"[0-9a-f]{64}", secret):
+        raise ValueError(f"{path}: not the secret that was written there; restore it from a copy, or delete it")
+    return secret
 
 
 def read_json(path: Path) -> Any:

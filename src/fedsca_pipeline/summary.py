@@ -40,7 +40,8 @@ def render_final_table(table: FinalTable) -> Table:
     Three decimals, human byte sizes, the mean set apart, a dash for what is missing; the lowest chosen Dice is named in
     the caption. No site: the headings alone.
     """
-    return _by_site("Test results per site", table, _COLUMNS, _caption(table))
+    private = any(row.get("epsilon") is not None for row in table.values())
+    return _by_site("Test results per site", table, _COLUMNS | (_PRIVATE if private else {}), _caption(table))
 
 
 def render_class_table(table: FinalTable) -> Table | None:
@@ -90,6 +91,7 @@ _COLUMNS = {
     "bytes down": ("bytes\ndown", decimal),
     "best round": ("best\nround", str),
 }
+_PRIVATE = {"epsilon": ("epsilon\nspent", "{:.2f}".format)}
 
 
 def _view(title: str, caption: str | None = None) -> Table:
@@ -126,10 +128,20 @@ def _by_site(
 def _caption(table: FinalTable) -> str | None:
     chosen = {site: row["Dice chosen"] for site, row in table.items() if site != MEAN}
     known = {site: dice for site, dice in chosen.items() if dice is not None}
-    if len(chosen) < 2 or not known:
-        return None
-    worst = min(known, key=known.__getitem__)
-    return f"Lowest chosen Dice: {worst} ({known[worst]:.3f}). Sizes are serialised bytes, all rounds."
+    said = _levels(table)
+    if len(chosen) > 1 and known:
+        worst = min(known, key=known.__getitem__)
+        said.insert(0, f"Lowest chosen Dice: {worst} ({known[worst]:.3f}). Sizes are serialised bytes, all rounds.")
+    return "\n".join(said) or None
+
+
+def _levels(table: FinalTable) -> list[str]:
+    """Return a line for each level of differential privacy, with its sites."""
+    sites: dict[str, list[str]] = {}
+    for site, row in table.items():
+        if row.get("privacy"):
+            sites.setdefault(row["privacy"], []).append(site)
+    return [f"epsilon is {level} at {', '.join(names)}." for level, names in sorted(sites.items())]
 
 
 def show_comparison(table: Sequence[Mapping[str, Any]], page: str, mlflow: Mapping[str, str]) -> None:

@@ -264,12 +264,16 @@ class Tracker(MlflowWriter):
                     batch.append(Metric("dice_validation", validation, now, step - 1))
                 # Sites whose data are pooled train as one that has no run of its own.
                 self._log_steps(self._runs.get(site, self._runs[""]), batch)
+                if level := entry.get("privacy_level"):
+                    client.set_tag(self._runs.get(site, self._runs[""]), "fedsca.privacy", level)
             totals = [
                 Metric(f"{key}_{name}", value, now, step - 1 if key == "dice_validation" else step)
                 for key, name, reduce in _OVER_SITES
                 if key == "dice_validation" or not record["final"]
                 if (
-                    values := [e[key] for e in (everyone if key.startswith("bytes") else present) if e[key] is not None]
+                    values := [
+                        e[key] for e in (everyone if key.startswith("bytes") else present) if e.get(key) is not None
+                    ]
                 )
                 for value in [reduce(values)]
             ]
@@ -289,7 +293,7 @@ class Tracker(MlflowWriter):
             run_id = self._runs.get(row, self._runs[""])
             for key, value in columns.items():
                 name = f"test {key}" if row in self._runs else f"test {key} {row}"
-                if value is not None and self._logged.get((run_id, name, 0)) != value:
+                if isinstance(value, int | float) and self._logged.get((run_id, name, 0)) != value:
                     client.log_metric(run_id, name, value)
                     self._logged[run_id, name, 0] = value
 
@@ -304,6 +308,7 @@ _OVER_SITES: tuple[tuple[str, str, Callable[[list[float]], float]], ...] = (
     ("dice_validation", "mean", lambda values: sum(values) / len(values)),
     ("dice_validation", "worst", min),
     ("self_weight", "mean", lambda values: sum(values) / len(values)),
+    ("epsilon", "largest", max),
     ("bytes_up", "total", sum),
     ("bytes_down", "total", sum),
 )

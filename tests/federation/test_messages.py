@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tracemalloc
 from contextlib import suppress
 from dataclasses import replace
@@ -18,6 +19,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from safetensors.torch import save
 
 from fedsca_pipeline.errors import MessageError
+from fedsca_pipeline.federation.envelope import Spent, outline
 from fedsca_pipeline.federation.messages import (
     Manifest,
     Message,
@@ -421,3 +423,21 @@ class TestTensorLayout:
         assert self.layout.size(self.layout.adapters) == 13
         assert self.layout.size(self.layout.decoder) == 1
         assert self.layout.size(()) == 0
+
+
+def test_what_a_site_says_of_its_privacy_travels() -> None:
+    said = Spent("patient-level", epsilon=2.5, delta=1e-5, noise_multiplier=1.25)
+    manifest = replace(MANIFEST, privacy=said)
+
+    assert decode(encode(manifest, {})).manifest.privacy == said
+    assert outline(encode(manifest, {}))["manifest"]["privacy"]["level"] == "patient-level"
+
+
+@pytest.mark.parametrize("change", [{"level": "site-level"}, {"epsilon": "2"}, {"epsilon": math.inf}, {"more": 1}])
+def test_privacy_of_another_form_is_refused(change: dict) -> None:
+    said = {"level": "image-level", "epsilon": 2.5, "delta": 1e-5, "noise_multiplier": 1.0} | change
+    values = MANIFEST.as_json() | {"privacy": said}
+    blob = save({}, metadata={"manifest": json.dumps(values)})
+
+    with pytest.raises(MessageError, match="privacy"):
+        decode(blob)

@@ -200,6 +200,7 @@ class _Training:
             cache_bytes=int(training.feature_cache * 2**30 / len(self.data)),
             validate_every=self.evaluation.every,
             validate_after_training=self.evaluation.after_training,
+            rounds=self.federation.rounds,
         )
         self.worker = LocalWorker(model.to(device), self.layout, self.strategy, settings)
         self.forward = whole_model(model)
@@ -207,7 +208,13 @@ class _Training:
     def run(self, told: Told) -> list[RoundRecord]:
         """Run the rounds; return their records."""
         server = Server(
-            InProcessFleet(self.worker, self.data, self.folder / "sites", self.federation.inject_failures),
+            InProcessFleet(
+                self.worker,
+                self.data,
+                self.folder / "sites",
+                self.federation.inject_failures,
+                private=self.folder / "private",
+            ),
             self.strategy,
             self.layout,
             self.worker.initial,

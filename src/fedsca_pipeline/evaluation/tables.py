@@ -122,11 +122,13 @@ def final_table(sites: pd.DataFrame, traffic: Mapping[str, Mapping[str, float]])
     Args:
         sites: of ``site_table``.
         traffic: by site: ``bytes_up`` and ``bytes_down``, serialised bytes summed over the rounds, and ``best_round``,
-            the one validation chose. A site that is not named sent nothing and has no best round.
+            the one validation chose; with differential privacy ``epsilon`` and ``privacy``, its level. A site that is
+            not named sent nothing and has no best round.
 
     Returns:
         Columns site, Dice before, Dice after, Dice chosen, of several classes ``CLASS_DICE`` of each, HD95 (of the
-        chosen model, pixels), bytes up, bytes down (int), best round (nullable int; missing in the mean row). Metrics
+        chosen model, pixels), bytes up, bytes down (int), best round (nullable int; missing in the mean row), and
+        epsilon and privacy (missing there, too) where any site tells of them. Metrics
         of a model that was not evaluated are missing, and so is the Dice of a class that a site does not have. The last
         row is ``mean over sites``, that of a class over the sites that have it, unless there is no site.
     """
@@ -148,6 +150,9 @@ def final_table(sites: pd.DataFrame, traffic: Mapping[str, Mapping[str, float]])
         table.loc[MEAN, by_class.columns] = _class_means(every_class, by_class)
     table = table.round(dict.fromkeys(_BYTES, 0)).astype(dict.fromkeys(_BYTES, "int64"))
     table["best round"] = pd.array([traffic.get(site, {}).get("best_round") for site in table.index], dtype="Int64")
+    if any("epsilon" in entry for entry in traffic.values()):
+        for column in ("epsilon", "privacy"):
+            table[column] = [traffic.get(site, {}).get(column) for site in table.index]
     return table.rename_axis(index="site").reset_index()
 
 

@@ -91,6 +91,11 @@ class SiteBatches:
                 batch = _stack([self._augmented(row, stream_seed(seed, site, round_, epoch, row)) for row in rows])
             yield batch
 
+    def augmented(self, row: int, seed: int) -> Batch:
+        """Return one training image, a batch of its own, flipped, turned and jittered as ``seed`` says."""
+        with _plain_tensors():
+            return self._augmented(row, seed)
+
     def plain(self, split: str, batch_size: int) -> Iterator[Batch]:
         """Yield a split in manifest order, unaugmented; the last batch may be smaller, an empty split yields none."""
         for rows in _chunks(self._data.rows(split), batch_size):

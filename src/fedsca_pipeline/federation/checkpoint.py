@@ -23,7 +23,8 @@ class SiteRecord:
     """What is known of one site after one round. Bytes are those of the serialised messages.
 
     ``dice_validation`` is of the model the site had *before* this round's training, that is of round - 1 (round 0: the
-    foundation); ``dice_local`` is right after local training. Dice lie in [0, 1]. None: not known (absent, rejected).
+    foundation); ``dice_local`` is right after local training. Dice lie in [0, 1]. ``epsilon`` is that of all that the
+    site has ever answered (docs/privacy.md). None: not known (absent, rejected, without differential privacy).
     """
 
     bytes_down: int = 0
@@ -37,6 +38,9 @@ class SiteRecord:
     self_weight: float | None = None
     spread: float | None = None
     absent: str | None = None
+    epsilon: float | None = None
+    noise_multiplier: float | None = None
+    privacy_level: str | None = None
 
 
 @dataclass(frozen=True)

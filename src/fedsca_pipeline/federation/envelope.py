@@ -24,6 +24,21 @@ MANIFEST = "manifest"
 """Where the manifest is in a blob's metadata."""
 
 
+PrivacyLevel = Literal["patient-level", "image-level"]
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a site says of its differential privacy: ``epsilon`` over all that it has ever answered, at ``delta``."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    level: PrivacyLevel
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a message says of itself.
@@ -31,7 +46,7 @@ class Manifest:
     An ``aggregate`` is answered by an ``update``; after the last round a ``final`` aggregate is answered by a
     ``report``, which holds metrics only. ``site`` is the sender of an answer and the receiver of an aggregate.
     ``relative``: the tensors are a difference from the base whose hash is ``base_hash``. ``metrics`` are small numbers
-    that travel along (loss, dice, seconds).
+    that travel along (loss, dice, seconds). ``privacy``: of a run with differential privacy; not written where None.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -45,6 +60,12 @@ class Manifest:
     dtype: WireDtype
     relative: bool
     metrics: Mapping[str, float] = field(default_factory=dict)
+    privacy: Spent | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the manifest as JSON values; ``privacy`` only where there is some."""
+        values = asdict(self) | {"metrics": {name: float(value) for name, value in self.metrics.items()}}
+        return {key: value for key, value in values.items() if (key, value) != ("privacy", None)}
 
 
 def outline(data: bytes, *, max_bytes: int = 2**30) -> dict[str, Any]:
@@ -57,7 +78,7 @@ def outline(data: bytes, *, max_bytes: int = 2**30) -> dict[str, Any]:
     """
     manifest, flat = opened(data, max_bytes)
     tensors = {name: [view["dtype"], list(view["shape"])] for name, view in flat}
-    return {"manifest": asdict(manifest), "tensors": tensors}
+    return {"manifest": manifest.as_json(), "tensors": tensors}
 
 
 def opened(data: bytes, max_bytes: int) -> tuple[Manifest, list[tuple[str, dict[str, Any]]]]:

@@ -17,6 +17,7 @@ from fedsca_pipeline.federation.local import LocalSettings, LocalWorker, StepCal
 from fedsca_pipeline.federation.messages import TensorLayout
 from fedsca_pipeline.federation.store import SiteStore
 from fedsca_pipeline.federation.strategies.base import Strategy
+from fedsca_pipeline.federation.vault import Vault
 from fedsca_pipeline.foundation.model import SegmentationModel
 from fedsca_pipeline.sites.arrays import Arrays, PooledArrays, SiteArrays
 
@@ -109,7 +110,8 @@ class LocalSites:
     """The sites on this machine, and what it takes to do their work: what every fleet here is made of.
 
     ``model`` is on the CPU, its trainable tensors at their start values; ``folder`` keeps the sites' states; ``device``
-    is the kind of device to compute on; ``threads`` are torch's, for one site.
+    is the kind of device to compute on; ``threads`` are torch's, for one site; ``private`` is a folder of what sites
+    keep for themselves over all runs, and only differential privacy needs it.
     """
 
     model: SegmentationModel
@@ -120,6 +122,7 @@ class LocalSites:
     folder: Path
     device: torch.device
     threads: int
+    private: Path | None = None
 
     def worker(self, device: torch.device) -> LocalWorker:
         """Return a worker on ``device``, which takes the model over."""
@@ -131,7 +134,7 @@ def open_in_process(
 ) -> AbstractContextManager[InProcessFleet]:
     """Return the fleet ``in_process``; leaving it does nothing."""
     worker = here.worker(here.device)
-    return nullcontext(InProcessFleet(worker, here.data, here.folder, config.inject_failures, on_step))
+    return nullcontext(InProcessFleet(worker, here.data, here.folder, config.inject_failures, on_step, here.private))
 
 
 @dataclass
@@ -146,6 +149,7 @@ class InProcessFleet:
     folder: Path
     inject_failures: Mapping[str, Sequence[int]] = field(default_factory=dict)
     on_step: StepCallback = ignore_step
+    private: Path | None = None
 
     def sites(self) -> Sequence[str]:
         """Every site there is data of, sorted."""
@@ -153,7 +157,7 @@ class InProcessFleet:
 
     def store(self, site: str) -> SiteStore:
         """Return what ``site`` keeps between rounds."""
-        return SiteStore(self.folder / site)
+        return SiteStore(self.folder / site, Vault(self.private / site) if self.private else None)
 
     def exchange(
         self, round_: int, payloads: Mapping[str, bytes], *, deadline: float | None, quorum: int, grace: float

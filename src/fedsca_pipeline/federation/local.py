@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, count, islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +33,10 @@ from fedsca_pipeline.federation.messages import (
     encode,
     hash_tensors,
     most_bytes,
+    sha256_tensors,
 )
 from fedsca_pipeline.federation.prefix import FeatureCache, SplitModel
+from fedsca_pipeline.federation.privacy import PrivateSteps
 from fedsca_pipeline.federation.store import SiteState, SiteStore, Snapshot
 from fedsca_pipeline.federation.strategies.base import LocalRule, Phase, Strategy
 from fedsca_pipeline.foundation.model import SegmentationModel
@@ -40,14 +44,14 @@ from fedsca_pipeline.sites.arrays import Arrays, known_classes
 
 Tensors = Mapping[str, Tensor]
 Forward = Callable[[Batch], Tensor]
-StepCallback = Callable[[str, int, int, float], None]
+StepCallback = Callable[[str, int, int, float | None], None]
 
 
 _REPORT_SECONDS = 0.2
 _NO_FILE = Path("no file")
 
 
-def ignore_step(site: str, step: int, steps: int, loss: float) -> None:
+def ignore_step(site: str, step: int, steps: int, loss: float | None) -> None:
     """Report nothing: the default for local work that nobody watches."""
 
 
@@ -56,7 +60,7 @@ class LocalSettings:
     """What every site of a run does alike.
 
     ``cache_bytes``: most that one site's feature cache may take. ``validate_every``: rounds from one validation to the
-    next. ``validate_after_training``: whether there is a second one in such a round.
+    next. ``validate_after_training``: whether there is a second one in such a round. ``rounds``: of the run.
     """
 
     run: str
@@ -70,6 +74,7 @@ class LocalSettings:
     cache_bytes: int = 0
     validate_every: int = 1
     validate_after_training: bool = True
+    rounds: int = 1
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ class _Trained:
     """What one round's local training left: by name, fp32, on the CPU.
 
     ``tensors``: of the model that is shared in part. ``personal``: of the site's own copy, where there is one. ``kept``
-    and ``carried``: the local rule's. ``steps`` are those behind ``tensors``; ``loss`` is the mean over all steps.
+    and ``carried``: the local rule's. ``steps`` are those behind ``tensors``; ``loss`` is the mean over all steps, None
+    where it stays private.
     """
 
     tensors: Tensors
@@ -86,7 +92,7 @@ class _Trained:
     kept: Tensors
     carried: Tensors
     steps: int
-    loss: float
+    loss: float | None
 
 
 class LocalWorker:
@@ -130,7 +136,7 @@ class LocalWorker:
 
         Raises:
             MessageError: the payload is not the one this site expects.
-            SiteError: the loss is not finite.
+            SiteError: the loss is not finite, or the round would cost more privacy than is left.
         """
         started = time.perf_counter()
         state = store.state_before(round_)
@@ -159,7 +165,9 @@ class LocalWorker:
         if final:
             return encode(reply, {}, self.settings.compression)
         self.install(received)
-        trained = self._train(batches, known, site, round_, base, state, on_step)
+        lengths = self._lengths(batches, site, round_)
+        way = self._way(site, round_, base, state, data, store, sum(lengths))
+        trained = self._train(batches, known, site, round_, base, state, on_step, lengths, way)
         for tensors in (trained.tensors, trained.personal, trained.kept, trained.carried):
             if not all(tensor.isfinite().all() for tensor in tensors.values()):
                 raise _diverged(site, round_, "the trained tensors are")
@@ -167,8 +175,9 @@ class LocalWorker:
         sent, residual = self._round_update({name: ends[name] - base[name] for name in self.shapes}, state)
         if self.settings.validate_after_training and self._validates(round_):
             metrics["dice_local"] = self._validate(batches, known)
-        metrics |= {"loss": trained.loss, "steps": trained.steps, "seconds": time.perf_counter() - started}
-        answer = encode(replace(reply, metrics=metrics), sent, self.settings.compression)
+        metrics |= {} if trained.loss is None else {"loss": trained.loss}
+        metrics |= {"steps": trained.steps, "seconds": time.perf_counter() - started}
+        answer = encode(replace(reply, metrics=metrics, privacy=way.settle()), sent, self.settings.compression)
         own = {name: tensor for name, tensor in trained.tensors.items() if name not in self.shapes}
         # Last, so that a state is only ever one whose update can be sent.
         store.save_state(SiteState(round_, own, base, residual, trained.moments, trained.personal, trained.kept))
@@ -193,10 +202,11 @@ class LocalWorker:
         self.install(tensors)
         phase = Phase(tuple(name for name in self.parameters if name in names))
         batches = SiteBatches(data, self._embed, self.augmentation, FeatureCache(_NO_FILE, (), (), 0))
-        stream = islice(self._stream(batches, site, round_=0), steps)
+        way = PlainSteps(self.settings, site, round_=0, device=self.device)
+        stream = islice(way.batches(batches), steps)
         loss = self._loss_among(known_classes(data, self.settings.classes))
-        with self._training(site, round_=0):
-            self._run_phase(phase, stream, self._optimiser(phase, {}), loss, LocalRule({}, {}), lambda _: None)
+        with self._training(way.seed):
+            self._run_phase(phase, stream, way, self._optimiser(phase, {}), loss, LocalRule({}, {}), lambda _: None)
         found = self._tensors()
         if not all(tensor.isfinite().all() for tensor in found.values()):
             raise _diverged(site, 0, "the tuned tensors are")
@@ -272,25 +282,24 @@ class LocalWorker:
         base: Tensors,
         state: SiteState | None,
         on_step: StepCallback,
+        lengths: Sequence[int],
+        way: PlainSteps | PrivateSteps,
     ) -> _Trained:
         rule = self.strategy.local_rule(self._here(base), self._here(state.kept if state else {}))
-        if not batches.count(1):
-            raise SiteError(f"{site}: no training image in round {round_}; lower preprocessing.split, or leave it out")
-        lengths = phase_lengths(self.phases, self._steps(batches))
-        stream, progress = self._stream(batches, site, round_), _Progress(site, sum(lengths), on_step)
+        stream, progress = way.batches(batches), _Progress(site, sum(lengths), on_step)
         loss, personal = self._loss_among(known), state.personal if state else {}
         shared: Tensors = {}
         moments: dict[str, Tensor] = {}
-        with self._training(site, round_):
+        with self._training(way.seed):
             for phase, length in zip(self.phases, lengths, strict=True):
                 if phase.personal and not shared:
                     shared = self._tensors()
                     self.install(personal or self._received(base, state))
                 optimiser = self._optimiser(phase, state.moments if state and not phase.personal else {})
-                self._run_phase(phase, islice(stream, length), optimiser, loss, rule, progress)
+                self._run_phase(phase, islice(stream, length), way, optimiser, loss, rule, progress)
                 if not phase.personal:
                     moments |= self._moments(phase, optimiser)
-        if not torch.isfinite(torch.stack(progress.losses)).all():
+        if not all(torch.isfinite(loss) for loss in progress.losses):
             raise _diverged(site, round_, "the loss was")
         ends = self._tensors()
         return _Trained(
@@ -300,44 +309,90 @@ class LocalWorker:
             kept=_on_cpu(rule.kept()),
             carried=_on_cpu(rule.carried()),
             steps=sum(n for phase, n in zip(self.phases, lengths, strict=True) if not phase.personal),
-            loss=float(torch.stack(progress.losses).double().mean()),
+            loss=float(torch.stack(progress.losses).double().mean()) if progress.losses else None,
         )
 
     @contextmanager
-    def _training(self, site: str, round_: int) -> Iterator[None]:
+    def _training(self, seed: int) -> Iterator[None]:
         """Dropout draws from torch's own generator; seeded here, it draws the same again after a resume."""
         self.model.train()
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(stream_seed(self.settings.seed, site, round_, "torch"))
+            torch.manual_seed(seed)
             yield
 
     def _run_phase(
         self,
         phase: Phase,
-        stream: Iterable[Batch],
+        stream: Iterable[Any],
+        way: PlainSteps | PrivateSteps,
         optimiser: torch.optim.Optimizer,
         loss_of: SegmentationLoss,
         rule: LocalRule,
-        told: Callable[[Tensor], None],
+        told: Callable[[Tensor | None], None],
     ) -> None:
-        training = self.settings.training
-        schedule = warm_up(optimiser, training.warmup_steps)
+        schedule = warm_up(optimiser, self.settings.training.warmup_steps)
         trained = {name: self.parameters[name] for name in phase.trained}
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in trained)
+        step = way.stepper(optimiser)
         for batch in stream:
-            loss = local_step(self._forward, batch.to(self.device), loss_of, optimiser, training.clip_norm,
-                              lambda: rule.penalty(trained, phase), lambda: rule.correct(trained, phase))  # fmt: skip
+            loss = step(self._forward, batch, loss_of, lambda: rule.penalty(trained, phase),
+                        lambda: rule.correct(trained, phase))  # fmt: skip
             schedule.step()
             told(loss)
 
-    def _stream(self, batches: SiteBatches, site: str, round_: int) -> Iterator[Batch]:
-        """Yield the batches of a round, epoch after epoch, without end."""
+    def _way(
+        self,
+        site: str,
+        round_: int,
+        base: Tensors,
+        state: SiteState | None,
+        data: Arrays,
+        store: SiteStore,
+        steps: int,
+    ) -> PlainSteps | PrivateSteps:
+        """Return how this round's local steps are made."""
         training = self.settings.training
-        for epoch in count():
-            yield from batches.training(
-                training.batch_size, seed=self.settings.seed, site=site, round_=round_, epoch=epoch
-            )
+        if training.privacy.epsilon is None:
+            return PlainSteps(self.settings, site, round_, self.device)
+        if store.vault is None:
+            raise SiteError(f"{site}: training.privacy needs a place for the site's secret, and it has none")
+        start = {"received": base, **(state.tensors() if state else {})}
+        place = {
+            "site": site,
+            "round": str(round_),
+            "settings": repr(self.settings),
+            "strategy": f"{self.strategy.name} {self.strategy.options!r}",
+            "machine": f"{torch.__version__} {self.device} {torch.get_num_threads()}",
+            "frozen": self._frozen,
+            "classes": repr(known_classes(data, self.settings.classes)),
+            **{name: sha256_tensors(tensors) for name, tensors in start.items()},
+        }
+        return PrivateSteps(
+            training.privacy,
+            data,
+            store.vault,
+            place,
+            run=self.settings.run,
+            round_=round_,
+            steps=steps,
+            rounds=self.settings.rounds,
+            batch_size=training.batch_size,
+            site=site,
+            device=self.device,
+        )
+
+    @cached_property
+    def _frozen(self) -> str:
+        """SHA-256 of the start values and of all that never changes."""
+        rest = {name: tensor for name, tensor in self.model.state_dict().items() if name not in self.parameters}
+        return sha256_tensors({**rest, **self.initial})
+
+    def _lengths(self, batches: SiteBatches, site: str, round_: int) -> list[int]:
+        """Return the steps of each of the round's phases."""
+        if not batches.count(1):
+            raise SiteError(f"{site}: no training image in round {round_}; lower preprocessing.split, or leave it out")
+        return phase_lengths(self.phases, self._steps(batches))
 
     def _steps(self, batches: SiteBatches) -> int:
         training = self.settings.training
@@ -388,19 +443,49 @@ class LocalWorker:
         return wanted, {name: wanted[name] - heard[name] for name in wanted}
 
 
+class PlainSteps:
+    """The local steps of one site in one round, on one batch after the other."""
+
+    def __init__(self, settings: LocalSettings, site: str, round_: int, device: torch.device) -> None:
+        self._settings, self._place, self._device = settings, (site, round_), device
+        self.seed = stream_seed(settings.seed, site, round_, "torch")
+
+    def batches(self, batches: SiteBatches) -> Iterator[Batch]:
+        """Yield the batches of the round, epoch after epoch, without end."""
+        site, round_ = self._place
+        for epoch in count():
+            yield from batches.training(
+                self._settings.training.batch_size, seed=self._settings.seed, site=site, round_=round_, epoch=epoch
+            )
+
+    def stepper(self, optimiser: torch.optim.Optimizer) -> Callable[..., Tensor]:
+        """Return the step with an optimiser: ``local_step`` on the model's device."""
+        clip_norm = self._settings.training.clip_norm
+
+        def step(forward: Forward, batch: Batch, loss_of: SegmentationLoss, *rule: Any) -> Tensor:
+            return local_step(forward, batch.to(self._device), loss_of, optimiser, clip_norm, *rule)
+
+        return step
+
+    def settle(self) -> None:
+        """Nothing is counted."""
+
+
 class _Progress:
     """Collects the losses of one site's steps, and tells of some."""
 
     def __init__(self, site: str, steps: int, on_step: StepCallback) -> None:
         self.losses: list[Tensor] = []
+        self._done = 0
         self._site, self._steps, self._on_step = site, steps, on_step
         self._reported = 0.0
 
-    def __call__(self, loss: Tensor) -> None:
-        self.losses.append(loss)
+    def __call__(self, loss: Tensor | None) -> None:
+        self._done += 1
+        self.losses += [] if loss is None else [loss]
         # Reading a loss waits for the device; nobody sees more than a few a second.
-        if len(self.losses) == self._steps or time.monotonic() - self._reported > _REPORT_SECONDS:
-            self._on_step(self._site, len(self.losses), self._steps, float(loss))
+        if self._done == self._steps or time.monotonic() - self._reported > _REPORT_SECONDS:
+            self._on_step(self._site, self._done, self._steps, None if loss is None else float(loss))
             self._reported = time.monotonic()
 
 

@@ -102,8 +102,7 @@ def encode(manifest: Manifest, tensors: Mapping[str, Tensor], compression: Compr
     65504 in fp16, NaN or infinity in int8.
     """
     entries = {name: entry.numpy() for name, entry in _pack(tensors, manifest.dtype).items()}
-    metrics = {name: float(value) for name, value in manifest.metrics.items()}
-    blob = save(entries, metadata={MANIFEST: json.dumps(vars(manifest) | {"metrics": metrics}, sort_keys=True)})
+    blob = save(entries, metadata={MANIFEST: json.dumps(manifest.as_json(), sort_keys=True)})
     return _COMPRESS[compression](blob)
 
 
@@ -175,12 +174,17 @@ def as_decoded(tensors: Mapping[str, Tensor], dtype: WireDtype) -> dict[str, Ten
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return 16 hex digits over names, shapes and fp32 bytes, whatever the order; defined for no tensors, too."""
+    """Return the first 16 hex digits of :func:`sha256_tensors`."""
+    return sha256_tensors(tensors)[:16]
+
+
+def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return 64 hex digits over names, shapes and fp32 bytes, whatever the order; defined for no tensors, too."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(json.dumps([name, list(tensors[name].shape)]).encode())
         digest.update(_wire(tensors[name], torch.float32).numpy())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
 
 
 def flatten(tensors: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:

@@ -127,7 +127,7 @@ def _start(equipment: _Equipment, device: torch.device) -> Iterator[Work[_Visit,
     """Be an in-process fleet on the shared model; steps are reported as the arguments of a ``StepCallback``."""
     here, inject_failures = _unpacked(equipment, device)
     with deterministic(RunConfig(device=device.type), here.threads):
-        fleet = InProcessFleet(here.worker(device), here.data, here.folder, inject_failures)
+        fleet = InProcessFleet(here.worker(device), here.data, here.folder, inject_failures, private=here.private)
 
         def answer(visit: _Visit, report: Report) -> bytes | Failure:
             reporting = replace(fleet, on_step=lambda *step: report(step))

@@ -218,7 +218,7 @@ class Server:
             if kind == "update":
                 self.memory.updates[len(replies)] = flatten(reply.tensors, self.names)
             replies[site] = reply.manifest
-            metrics = reply.manifest.metrics
+            metrics, privacy = reply.manifest.metrics, reply.manifest.privacy
             records[site] = SiteRecord(
                 bytes_down=down,
                 bytes_up=len(answer),
@@ -227,6 +227,9 @@ class Server:
                 dice_validation=metrics.get("dice_validation"),
                 dice_local=metrics.get("dice_local"),
                 seconds=metrics.get("seconds"),
+                epsilon=privacy and privacy.epsilon,
+                noise_multiplier=privacy and privacy.noise_multiplier,
+                privacy_level=privacy and privacy.level,
             )
         return replies, {site: records[site] for site in self.sites}
 

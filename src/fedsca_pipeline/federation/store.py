@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fedsca_pipeline.federation.vault import Vault
 from fedsca_pipeline.files import read_header, read_tensors, write_tensors
 
 # The server may go back to the checkpoint before its last, which needs the state before that.
@@ -34,6 +35,10 @@ class SiteState:
 
     _PARTS = ("private", "base", "residual", "moments", "personal", "kept")
 
+    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """Return what is kept, part by part."""
+        return {part: getattr(self, part) for part in self._PARTS}
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -49,10 +54,15 @@ class SiteStore:
 
     Every write is atomic, and a state is only read for a *later* round, so that local work which is done twice for the
     same round (after a crash, or a message that came twice) starts from the same state and ends in the same one.
+
+    Args:
+        folder: of this site in one run.
+        vault: of this site over all runs; only differential privacy needs one.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, vault: Vault | None = None) -> None:
         self.folder = folder
+        self.vault = vault
 
     @property
     def feature_cache(self) -> Path:
@@ -72,7 +82,7 @@ class SiteStore:
 
     def save_state(self, state: SiteState) -> None:
         """Store a state and drop those of rounds that no resume can ask for."""
-        tensors = {f"{part}/{name}": t for part in SiteState._PARTS for name, t in getattr(state, part).items()}
+        tensors = {f"{part}/{name}": t for part, named in state.tensors().items() for name, t in named.items()}
         write_tensors(self.folder / f"state_{state.round:05d}.safetensors", tensors)
         for old in self._states()[:-_KEPT_ROUNDS]:
             old.unlink()

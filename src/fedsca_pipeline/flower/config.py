@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from fedsca_pipeline.config import PrivacyBound
 from fedsca_pipeline.errors import ConfigError
 
 SITE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
@@ -85,6 +86,7 @@ class SiteConfig(_Config):
     coordinator: str = Field(pattern=r"^.+:\d+$", description="host:port, the coordinator's public one")
     certificates: Certificates
     resources: Resources = Resources()
+    privacy: PrivacyBound | None = Field(None, description="the most given away over all runs; null: as a run says")
     foundations: Path | None = Field(None, description="folder of foundation weights; null: in work")
     engine: Path | None = Field(None, description="bin folder of the environment that flwr is in; null: this one")
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from fedsca_pipeline.config import RunConfig
+from fedsca_pipeline.config import PrivacyBound, PrivacyConfig, RunConfig
 from fedsca_pipeline.errors import ConfigError, DataError, FedscaError, MessageError, SiteError, WeightsError
 from fedsca_pipeline.evaluation.tables import site_means
 from fedsca_pipeline.evaluation.volume_tables import site_volume_means, volume_table
@@ -30,6 +30,7 @@ from fedsca_pipeline.federation.envelope import outline
 from fedsca_pipeline.federation.local import LocalSettings, LocalWorker, ignore_step
 from fedsca_pipeline.federation.store import SiteStore
 from fedsca_pipeline.federation.strategies import build_strategy
+from fedsca_pipeline.federation.vault import Vault
 from fedsca_pipeline.files import remove_partial_files, write_bytes, write_json
 from fedsca_pipeline.flower import documents, frames
 from fedsca_pipeline.flower.config import SiteConfig, read_site_config
@@ -183,6 +184,7 @@ class SiteWork:
         wanted = documents.parameters(run.configuration)
         if build_strategy(wanted["federation"].strategy, _options(wanted)).pools:
             raise ConfigError(f"{wanted['federation'].strategy} pools the sites' images, and this site's stay here")
+        _private_enough(self.config.privacy, wanted["training"].privacy)
         if not self.places.prepared.is_file():
             raise ConfigError("this site's data are not prepared; run the coordinator's command again")
         prepared = documents.read(documents.Prepared, self.places.prepared.read_bytes())
@@ -266,7 +268,8 @@ class SiteWork:
         return SiteArrays(self.places.arrays, self.places.load_manifest())
 
     def _store(self, run: str) -> SiteStore:
-        return SiteStore(RunFolder(self.places.checkpoints, run).sites / self.config.site)
+        vault = Vault(self.places.private / self.config.site, self.config.privacy)
+        return SiteStore(RunFolder(self.places.checkpoints, run).sites / self.config.site, vault)
 
     def _build_learner(self, run: str) -> LocalWorker:
         description = self._description(run)
@@ -288,9 +291,28 @@ class SiteWork:
                 compression=federation.compression,
                 validate_every=evaluation.every,
                 validate_after_training=evaluation.after_training,
+                rounds=federation.rounds,
             )
             strategy = build_strategy(federation.strategy, _options(wanted))
             return LocalWorker(model.to(device), layout, strategy, settings)
+
+
+def _private_enough(bound: PrivacyBound | None, offered: PrivacyConfig) -> None:
+    """Do nothing where a run keeps to what the site's owner asks for, or nothing is asked.
+
+    Raises:
+        ConfigError: it has no differential privacy, or a weaker one.
+    """
+    if bound is None:
+        return
+    asked = f"this site's privacy allows epsilon {bound.epsilon:g} at delta {bound.delta:g}"
+    if offered.epsilon is None:
+        raise ConfigError(f"the run has no differential privacy, and {asked}; set training.privacy.epsilon")
+    if offered.epsilon > bound.epsilon or offered.delta > bound.delta:
+        raise ConfigError(
+            f"training.privacy: the run has epsilon {offered.epsilon:g} at delta {offered.delta:g}, and {asked}; "
+            "lower it to that"
+        )
 
 
 def rows_of(kind: type[Row], means: pd.DataFrame) -> list[Row]:

@@ -34,6 +34,14 @@ class Arrays(Protocol):
         """Return the image's stem, or ``<stem>#<slice>``, of each of ``rows(split)``."""
         ...
 
+    def subjects(self, split: str) -> list[str]:
+        """Return the subject of each of ``rows(split)``; what names none is one of its own."""
+        ...
+
+    def images(self, split: str) -> list[str]:
+        """Return the image file of each of ``rows(split)``; the slices of a volume have the same."""
+        ...
+
     def classes(self, *splits: str) -> tuple[int, ...]:
         """Return the classes, of 1..K, in the masks of these splits, sorted; in all masks where no split is named."""
         ...
@@ -94,6 +102,10 @@ class SiteArrays:
     def subjects(self, split: str) -> list[str]:
         """Return the subject of each of ``rows(split)``."""
         return [subject for subject, own in zip(self._subjects, self._splits, strict=True) if own == split]
+
+    def images(self, split: str) -> list[str]:
+        """Return the image file of each of ``rows(split)``; the slices of a volume have the same."""
+        return [image for image, own in zip(self._images_of_rows, self._splits, strict=True) if own == split]
 
     def files(self) -> list[list[int]]:
         """Return the rows of each image file, by the first of them: one of a flat image, of a volume its slices."""
@@ -166,6 +178,14 @@ class PooledArrays:
     def names(self, split: str) -> list[str]:
         """Return the image stem of each of ``rows(split)``; two sites may have the same."""
         return [name for site in self._sites for name in site.names(split)]
+
+    def subjects(self, split: str) -> list[str]:
+        """Return the subject of each of ``rows(split)``, site by site: two sites have no subject in common."""
+        return [f"{index}/{name}" for index, site in enumerate(self._sites) for name in site.subjects(split)]
+
+    def images(self, split: str) -> list[str]:
+        """Return the image file of each of ``rows(split)``, site by site."""
+        return [f"{index}/{name}" for index, site in enumerate(self._sites) for name in site.images(split)]
 
     def classes(self, *splits: str) -> tuple[int, ...]:
         """Return the classes in the masks of these splits at any of the sites; see ``Arrays``."""

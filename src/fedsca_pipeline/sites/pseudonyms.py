@@ -11,14 +11,13 @@ import hashlib
 import hmac
 import io
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedsca_pipeline.errors import DataError
-from fedsca_pipeline.files import write_bytes
+from fedsca_pipeline.files import kept_secret, write_bytes
 from fedsca_pipeline.sites.discovery import is_own_file
 from fedsca_pipeline.sites.readers import READERS, BrokenSampleError, split_name
 from fedsca_pipeline.sites.site_file import HiddenSiteFile, SiteFile, read_site_file
@@ -170,16 +169,10 @@ class _Hidden:
 
 def _salt(path: Path) -> bytes:
     """Return a site's salt, drawn where there is none yet."""
-    if not path.exists():
-        write_bytes(path, secrets.token_hex(32).encode())
-        path.chmod(0o600)
-    salt = path.read_bytes().strip()
-    if len(salt) != 64:
-        raise DataError(
-            f"{path}: not the salt that was written there; restore it from a copy, or delete it, and every name and "
-            "subject of the site will be another one"
-        )
-    return salt
+    try:
+        return kept_secret(path)
+    except ValueError as error:
+        raise DataError(f"{error}, and every name and subject of the site will be another one") from None
 
 
 def _visible(folder: Path) -> list[Path]:

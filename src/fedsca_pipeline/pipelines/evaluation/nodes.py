@@ -100,16 +100,23 @@ def tabulate(
 
 
 def traffic_of(records: Sequence[Any], site_models: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return what crossed the wire and the chosen round, by site, as ``evaluation.tables.final_table`` asks for it."""
+    """Return what crossed the wire, the chosen round and the privacy spent, by site, as ``final_table`` asks for it."""
     # Of a model trained on pooled data no site has a record.
     return {
         site: {
             "bytes_up": sum(r.sites[site].bytes_up for r in records if site in r.sites),
             "bytes_down": sum(r.sites[site].bytes_down for r in records if site in r.sites),
             "best_round": kept.get("best", {}).get("round"),
+            **_privacy_spent([r.sites[site] for r in records if site in r.sites]),
         }
         for site, kept in site_models["sites"].items()
     }
+
+
+def _privacy_spent(entries: Sequence[Any]) -> dict[str, Any]:
+    """Return the last epsilon that a site told of, and its level; nothing where there is no differential privacy."""
+    told = [entry for entry in entries if entry.epsilon is not None]
+    return {"epsilon": told[-1].epsilon, "privacy": told[-1].privacy_level} if told else {}
 
 
 def draw_curves(description: dict[str, Any], round_metrics: Mapping[str, Any]) -> tuple[Any, Any, Any]:

@@ -86,6 +86,7 @@ def train(
     evaluation: EvaluationConfig,
     foundations: Path,
     checkpoints: Path,
+    private_sites: Path,
     *site_inputs: Any,
 ) -> Iterator[dict[str, Any]]:
     """Run the federated rounds, or what is left of them, yielding each round's record as it is done.
@@ -121,8 +122,9 @@ def train(
             compression=federation.compression,
             validate_every=evaluation.every,
             validate_after_training=evaluation.after_training,
+            rounds=federation.rounds,
         )
-        here = LocalSites(model, layout, strategy, settings, data, folder.sites, device, threads)
+        here = LocalSites(model, layout, strategy, settings, data, folder.sites, device, threads, private_sites)
         with (
             folder.scratch(),
             RoundProgress(tuple(data), federation.rounds) as progress,

@@ -34,6 +34,7 @@ def create_pipeline(sites: Sequence[str]) -> Pipeline:
                     "params:evaluation",
                     "foundations",
                     "checkpoints",
+                    "private_sites",
                     *(name for site in sites for name in (f"{site}.manifest", f"{site}.arrays")),
                 ],
                 outputs="round_metrics",

@@ -39,14 +39,14 @@ class RoundProgress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._bars.stop()
 
-    def step(self, site: str, step: int, steps: int, loss: float) -> None:
-        """Report one local step: ``step`` of ``steps``, counted from 1, and its loss. Sites may take turns."""
+    def step(self, site: str, step: int, steps: int, loss: float | None) -> None:
+        """Report one local step: ``step`` of ``steps``, counted from 1, and its loss, if it is known."""
         # A round is one unit, its sites are equal parts of it: the time left follows the steps.
         self._parts[site] = step / steps
         self._bars.update(self._total, completed=self._done + sum(self._parts.values()) / self._count)
         if site not in self._at_work:
             self._at_work[site] = self._bars.add_task(site, total=steps, note="")
-        self._bars.update(self._at_work[site], completed=step, note=f"loss {loss:.3f}")
+        self._bars.update(self._at_work[site], completed=step, note="" if loss is None else f"loss {loss:.3f}")
         if step == steps:
             self._bars.remove_task(self._at_work.pop(site))
 
