@@ -14,10 +14,15 @@ import fedsca_pipeline.foundation
 from fedsca_pipeline.config import FederationConfig
 from fedsca_pipeline.errors import ConfigError, DataError, MessageError
 from fedsca_pipeline.federation.checkpoint import CheckpointFolder
+from fedsca_pipeline.federation.envelope import Manifest
+from fedsca_pipeline.federation.messages import encode, hash_tensors
+from fedsca_pipeline.federation.privacy import epsilon_of
 from fedsca_pipeline.federation.rounds import Server
 from fedsca_pipeline.federation.strategies import build_strategy
+from fedsca_pipeline.federation.vault import Vault
 from fedsca_pipeline.flower import documents, frames, worker
 from fedsca_pipeline.flower.config import read_site_config
+from fedsca_pipeline.flower.contents import answer_content
 from fedsca_pipeline.flower.fleet import FlowerFleet
 from fedsca_pipeline.flower.worker import SiteWork
 from fedsca_pipeline.flower.worker_process import WorkerProcess, worker_command
@@ -103,6 +108,53 @@ def test_after_a_failed_preparation_the_site_takes_part_in_no_run_with_the_old_o
         work.answer("prepare", 0, terms)
     with pytest.raises(ConfigError, match="not prepared"):
         work.answer("open", 0, documents.write(run))
+
+
+@pytest.mark.parametrize(
+    ("offered", "reason"),
+    [
+        ({}, "the run has no differential privacy, and this site's privacy allows epsilon 4 at delta 1e-06"),
+        ({"epsilon": 5.0, "delta": 1e-6}, "the run has epsilon 5 at delta 1e-06"),
+        ({"epsilon": 4.0, "delta": 1e-5}, "the run has epsilon 4 at delta 1e-05"),
+    ],
+)
+def test_a_run_that_is_not_as_private_as_the_site_asks_is_refused_before_it_is_opened(
+    site_file, configuration, offered: dict[str, float], reason: str
+) -> None:
+    work = SiteWork(read_site_config(site_file(privacy={"epsilon": 4, "delta": 1e-6})))
+    wanted = configuration()
+    wanted["training"]["privacy"] |= offered
+
+    with pytest.raises(ConfigError, match=reason):
+        work.answer("open", 0, documents.write(documents.Description(**describe_run(wanted, {}, "ab" * 32, 1))))
+
+    assert not work.places.checkpoints.exists()
+
+
+def test_a_private_enough_run_is_trained_and_entered_in_the_site_s_ledger(site_file, configuration) -> None:
+    work = SiteWork(read_site_config(site_file(privacy={"epsilon": 4, "delta": 1e-6})))
+    wanted = configuration()
+    wanted["training"]["privacy"] |= {"epsilon": 4.0, "delta": 1e-6}
+    terms = documents.write(documents.Terms(configuration=wanted, code=code_version()))
+    prepared = documents.read(documents.Prepared, work.answer("prepare", 0, terms))
+    description = describe_run(wanted, {"a": prepared.version}, prepared.foundation, 1)
+    work.answer("open", 0, documents.write(documents.Description(**description)))
+    models = documents.parameters(wanted)
+    model, layout = build_trainable(
+        models["foundation"], models["adapters"], work.config.foundation_root, models["preprocessing"]
+    )
+    base = start_values(model, build_strategy("fedsca", {}).shared(layout))
+    asked = Manifest("aggregate", description["fingerprint"], 1, "a", hash_tensors(base), 0, "fp16", relative=False)
+
+    answer = work.answer("round", 1, encode(asked, base))
+
+    content = answer_content("round", answer, 2**26)
+    assert content["manifest"]["privacy"]["level"] == "image-level"
+    assert 0 < content["manifest"]["privacy"]["epsilon"] <= 4
+    assert "loss" not in content["manifest"]["metrics"]
+    (entry,) = Vault(work.places.private / "a").entries()
+    assert (entry.run, entry.round) == (description["fingerprint"], 1)
+    assert 2 < epsilon_of([entry] * 3, 1e-6) <= 4
 
 
 def test_a_worker_ends_where_its_line_cannot_be_read_any_more(monkeypatch) -> None:

@@ -274,6 +274,8 @@ class SiteWork:
     def _build_learner(self, run: str) -> LocalWorker:
         description = self._description(run)
         wanted = documents.parameters(description.configuration)
+        # The site's file may have changed since the run was opened.
+        _private_enough(self.config.privacy, wanted["training"].privacy)
         federation, evaluation = wanted["federation"], wanted["evaluation"]
         with self._computing(description) as device:
             model, layout = build_trainable(
