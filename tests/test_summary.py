@@ -54,6 +54,17 @@ def test_it_shows_human_sizes_and_sets_the_mean_apart() -> None:
     assert any("Lowest chosen Dice: a_site (0.750)" in line for line in lines)
 
 
+def test_what_was_spent_of_privacy_stands_by_site_with_its_level_and_only_where_there_is_some() -> None:
+    spent = {"a_site": ("patient-level", 2.4567), "b_site": ("image-level", 8.0), MEAN: (None, None)}
+    private = {site: {**TWO_SITES[site], "privacy": level, "epsilon": e} for site, (level, e) in spent.items()}
+
+    lines = [line.strip() for line in printed(private).splitlines()]
+
+    assert "Epsilon spent, image-level: b_site 8.00." in lines
+    assert "Epsilon spent, patient-level: a_site 2.46." in lines
+    assert "Epsilon" not in printed(TWO_SITES)
+
+
 def test_several_classes_have_a_table_of_their_own_over_the_sites_that_have_them() -> None:
     classes = {
         "Dice chosen tumour": (0.6, 0.8, 0.7),

@@ -38,10 +38,9 @@ def render_final_table(table: FinalTable) -> Table:
     """Draw the table of ``evaluation.tables.final_table`` for a terminal of 80 columns.
 
     Three decimals, human byte sizes, the mean set apart, a dash for what is missing; the lowest chosen Dice is named in
-    the caption. No site: the headings alone.
+    the caption, and what was spent of privacy. No site: the headings alone.
     """
-    private = any(row.get("epsilon") is not None for row in table.values())
-    return _by_site("Test results per site", table, _COLUMNS | (_PRIVATE if private else {}), _caption(table))
+    return _by_site("Test results per site", table, _COLUMNS, _caption(table))
 
 
 def render_class_table(table: FinalTable) -> Table | None:
@@ -91,7 +90,6 @@ _COLUMNS = {
     "bytes down": ("bytes\ndown", decimal),
     "best round": ("best\nround", str),
 }
-_PRIVATE = {"epsilon": ("epsilon\nspent", "{:.2f}".format)}
 
 
 def _view(title: str, caption: str | None = None) -> Table:
@@ -136,12 +134,12 @@ def _caption(table: FinalTable) -> str | None:
 
 
 def _levels(table: FinalTable) -> list[str]:
-    """Return a line for each level of differential privacy, with its sites."""
-    sites: dict[str, list[str]] = {}
+    """Return a line for each level of differential privacy: what its sites have spent."""
+    spent: dict[str, list[str]] = {}
     for site, row in table.items():
         if row.get("privacy"):
-            sites.setdefault(row["privacy"], []).append(site)
-    return [f"epsilon is {level} at {', '.join(names)}." for level, names in sorted(sites.items())]
+            spent.setdefault(row["privacy"], []).append(f"{site} {row['epsilon']:.2f}")
+    return [f"Epsilon spent, {level}: {', '.join(sites)}." for level, sites in sorted(spent.items())]
 
 
 def show_comparison(table: Sequence[Mapping[str, Any]], page: str, mlflow: Mapping[str, str]) -> None:

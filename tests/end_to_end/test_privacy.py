@@ -29,8 +29,7 @@ def test_a_private_run_is_killed_resumed_and_refused_a_second_time(new_sites, si
     # Told in the table, by site and round in MLflow, and kept at the site.
     table = json.loads((unbroken.reporting / "final_table.json").read_text())
     names = sorted(table.keys() - {"mean over sites"})
-    assert "epsilon is image-level at" in done.words
-    assert "epsilon spent" in done.words
+    assert f"Epsilon spent, image-level: {names[0]} " in done.words
     (parent,) = unbroken.parents()
     for site, run in unbroken.nested(parent).items():
         history = unbroken.client.get_metric_history(run.info.run_id, "epsilon")

@@ -188,6 +188,16 @@ def test_the_final_table_joins_dice_of_the_three_models_and_traffic() -> None:
     assert table["best round"].isna().tolist() == [False, False, True]
 
 
+def test_what_was_spent_of_privacy_is_in_the_final_table_where_any_site_tells_of_it() -> None:
+    spent = {"a_site": {**TRAFFIC["a_site"], "epsilon": 2.5, "privacy": "image-level"}, "b_site": TRAFFIC["b_site"]}
+
+    table = final_table(two_sites(), spent)
+
+    assert table["epsilon"].tolist()[0] == 2.5
+    assert table["epsilon"].isna().tolist() == [False, True, True]
+    assert json.loads(table.to_json(orient="records"))[2]["privacy"] is None
+
+
 def test_hd95_of_the_final_table_is_the_chosen_models() -> None:
     before = image_table("a", ["x"], [score(0.1, hd95=90.0)], "before")
     chosen = image_table("a", ["x"], [score(0.9, hd95=3.0)], "chosen")

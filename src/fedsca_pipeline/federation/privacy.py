@@ -69,9 +69,10 @@ def noise_multiplier(epsilon: float, delta: float, rate: float, steps: int) -> f
     from opacus.accountants.utils import get_noise_multiplier
 
     with _orders_as_they_are():
-        return get_noise_multiplier(
+        found = get_noise_multiplier(
             target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps, accountant="rdp"
         )
+    return float(found)
 
 
 def epsilon_of(entries: Sequence[Entry], delta: float) -> float:
