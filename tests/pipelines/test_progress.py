@@ -70,3 +70,13 @@ def test_a_site_that_starts_again_does_not_count_twice() -> None:
         progress.step("a", step, 4, 0.25)
 
     assert progress._bars.tasks[0].completed == 0.25 / 2
+
+
+def test_a_loss_that_stays_private_is_not_shown() -> None:
+    stream = io.StringIO()
+    with RoundProgress(("a",), 2, Console(file=stream, width=120, force_terminal=True, color_system=None)) as progress:
+        progress.step("a", 1, 4, None)
+        progress.round_done(RoundRecord(round=1, final=False, sites={"a": SiteRecord(dice_validation=0.25)}))
+
+    assert "loss 0" not in stream.getvalue()
+    assert "round 1/2: loss -, Dice of round 0 0.250" in stream.getvalue()
