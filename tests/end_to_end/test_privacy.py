@@ -30,9 +30,9 @@ def test_a_private_run_is_killed_resumed_and_refused_a_second_time(new_sites, si
     table = json.loads((unbroken.reporting / "final_table.json").read_text())
     names = sorted(table.keys() - {"mean over sites"})
     # The demonstration sites name patients, most of whom have several images.
-    level = table["valley_endoscopy"]["privacy"]
+    level = table["harbour_ct"]["privacy"]
     assert level == "patient-level"
-    assert f"valley_endoscopy {table['valley_endoscopy']['epsilon']:.2f}" in done.words.partition("patient-level: ")[2]
+    assert f"harbour_ct {table['harbour_ct']['epsilon']:.2f}" in done.words.partition("patient-level: ")[2]
     (parent,) = unbroken.parents()
     for site, run in unbroken.nested(parent).items():
         history = unbroken.client.get_metric_history(run.info.run_id, "epsilon")
