@@ -6,6 +6,9 @@ FedSCA with the preset ``nuclei`` and the real mobile_sam, without differential 
 (at delta 1e-5, of a whole run). How it is trained under differential privacy is chosen among ``CANDIDATES`` once, at
 epsilon 8 on the first seed, by the validation images; test scores have no part in it. No image's patient is known, so
 the guarantee is image-level. What is done is kept after every training; the same command goes on.
+
+What more images would give is told by dividing the noise: a site with k times the images, drawn at the same rate, has
+the same noise in a sum of k times as many gradients. Only the noise is that of a larger site, not the choice of images.
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pandas as pd
 import torch
@@ -34,6 +39,7 @@ from fedsca_pipeline.comparison.cell import Place, run_cell
 from fedsca_pipeline.comparison.plan import Setting, cells, resolve_methods
 from fedsca_pipeline.comparison.results import validation_dice
 from fedsca_pipeline.config import ComparisonConfig
+from fedsca_pipeline.federation.noisy_optimizer import NoisyOptimizer
 from fedsca_pipeline.runs import CONFIGURATION, code_version
 from fedsca_pipeline.sites.arrays import SiteArrays
 from fedsca_pipeline.sites.prepare import MANIFEST_DTYPES
@@ -48,6 +54,7 @@ CANDIDATES: Mapping[str, Mapping[str, Any]] = {
     },
     "all trained, 8 images a step, rate 0.001": {"training.batch_size": 8},
 }  # fmt: skip
+LARGER = (10, 100)
 NO_PRIVACY, SAME_WAY = "no privacy", "no privacy, trained the same way"
 
 
@@ -75,6 +82,10 @@ def main() -> None:
     for seed in range(options.seeds):
         for name, changes in wanted.items():
             trial.run(results, name, seed, changes, until)
+        for times in LARGER if seed == 0 else ():
+            with _as_if_larger(times):
+                name = f"epsilon {CHOSEN_AT:g}, noise of {times} times the images"
+                trial.run(results, name, seed, wanted[f"epsilon {CHOSEN_AT:g}"], until)
     _show(results, Console())
 
 
@@ -95,6 +106,18 @@ def _options() -> argparse.Namespace:
 
 def _private(epsilon: float, changes: Mapping[str, Any]) -> dict[str, Any]:
     return {"training.privacy.epsilon": epsilon, "training.privacy.delta": DELTA, **changes}
+
+
+@contextmanager
+def _as_if_larger(times: int) -> Iterator[None]:
+    """Divide the noise of every step, and nothing that is counted."""
+    real = NoisyOptimizer.__init__
+
+    def quieter(self: NoisyOptimizer, *arguments: Any, noise_multiplier: float, **options: Any) -> None:
+        real(self, *arguments, noise_multiplier=noise_multiplier / times, **options)
+
+    with mock.patch.object(NoisyOptimizer, "__init__", quieter):
+        yield
 
 
 def _best(found: Mapping[str, Mapping[str, Any]]) -> str:
