@@ -140,9 +140,9 @@ def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, list[int]]]:
     seen: list[dict[str, list[int]]] = []
     made = InProcessFleet.__init__
 
-    def spy(fleet: InProcessFleet, worker: LocalWorker, data: Mapping[str, Any], *rest: Any) -> None:
+    def spy(fleet: InProcessFleet, worker: LocalWorker, data: Mapping[str, Any], *rest: Any, **more: Any) -> None:
         seen.append({site: part.rows("train").tolist() for site, part in data.items()})
-        made(fleet, worker, data, *rest)
+        made(fleet, worker, data, *rest, **more)
 
     monkeypatch.setattr(InProcessFleet, "__init__", spy)
     return seen
