@@ -69,7 +69,7 @@ def render_class_table(table: FinalTable) -> Table | None:
 
 def render_volume_table(table: FinalTable) -> Table:
     """Draw the table of ``evaluation.volume_tables.final_volume_table``; a dash for what is missing."""
-    caption = "By slices, as above, an empty slice left empty counts as Dice 1."
+    caption = "Among slices, one rightly left empty has Dice 1."
     return _by_site("Chosen models by volume, on the volumes' own grids", table, _VOLUME_COLUMNS, caption)
 
 

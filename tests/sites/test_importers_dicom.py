@@ -116,6 +116,17 @@ def test_segments_that_overlap_want_an_order(tmp_path, dicom_files, imported) ->
     assert pixels == {"background": 120 - 27, "organ": 18, "lesion": 9}
 
 
+def test_an_import_of_which_nothing_is_left_fails(tmp_path, dicom_files, imported) -> None:
+    slices = dicom_files.slices(stored(0), AFFINE, PatientID="")
+    dicom_files.series(tmp_path / "source" / "a", slices)
+    save_labelled(dicom_files, tmp_path / "source" / "s.dcm", slices, {"organ": ORGAN})
+
+    with pytest.raises(DataError, match=r"(?s)1 broken file:.*Mend them; nothing else is there"):
+        imported(tmp_path / "source", quarantine=True)
+
+    assert not (tmp_path / "01_raw" / "dicom").exists()
+
+
 def test_segmentations_of_one_series_in_several_files_are_joined(tmp_path, dicom_files, imported) -> None:
     slices = dicom_files.slices(stored(0), AFFINE)
     dicom_files.series(tmp_path / "source" / "a", slices)

@@ -61,7 +61,7 @@ def import_sites(
 
     Raises:
         DataError: no such source, nothing of the layout in it, a site that is there already, or broken files without
-            ``quarantine``. The message names them.
+            ``quarantine``, or nothing else. The message names them.
     """
     if not source.is_dir():
         raise DataError(f"source: {source} is not a folder; unpack the data set there, or name where it is")
@@ -75,20 +75,24 @@ def import_sites(
         # A killed command may have left its workshop behind.
         shutil.rmtree(workshop, ignore_errors=True)
         summary = _write(workshop, importer, samples, source, progress)
-        broken = [entry for site in summary.values() for entry in site["broken"]]
-        if broken and not quarantine:
-            listed = "\n  ".join(str(Broken(**entry)) for entry in broken[:_LISTED])
-            more = f"\n  and {len(broken) - _LISTED} more" if len(broken) > _LISTED else ""
-            raise DataError(
-                f"{source}: {len(broken)} broken file{'s' * (len(broken) > 1)}:\n  {listed}{more}\n"
-                f"Mend them, or leave them out with preprocessing.on_bad_sample=quarantine{legend}"
-            )
+        broken = [Broken(**entry) for site in summary.values() for entry in site["broken"]]
+        left = any(site["images"] for site in summary.values())
+        if broken and not (quarantine and left):
+            raise DataError(_refusal(source, broken, quarantine) + legend)
         _refuse_existing(raw, {path.name for path in workshop.iterdir()})
         workshop.rename(raw / SITES_READY)
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
     settle_sites(raw)
     return summary
+
+
+def _refusal(source: Path, broken: Sequence[Broken], quarantine: bool) -> str:
+    listed = "".join(f"\n  {entry}" for entry in broken[:_LISTED])
+    more = f"\n  and {len(broken) - _LISTED} more" if len(broken) > _LISTED else ""
+    leave_out = "or leave them out with preprocessing.on_bad_sample=quarantine"
+    cure = "; nothing else is there" if quarantine else f", {leave_out}"
+    return f"{source}: {len(broken)} broken file{'s' * (len(broken) > 1)}:{listed}{more}\nMend them{cure}"
 
 
 def _refuse_existing(raw: Path, sites: set[str]) -> None:
