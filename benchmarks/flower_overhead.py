@@ -1,31 +1,42 @@
-"""What Flower adds to a round: seconds and CPU seconds of four sites' messages of 2 MB each way, TLS on.
+"""What Flower adds to a round, and what a whole deployed run takes of memory.
 
-    python benchmarks/flower_overhead.py --engine .flower-venv/bin
+    python benchmarks/flower_overhead.py --engine .flower-venv/bin --foundations DIR [--only messages | run]
 
-Everything is real but the work: SuperLink, nginx and four SuperNodes on loopback, node keys, audit logs, a ClientApp
-process for every message; a site's worker gives back at once what it was sent, an update of random values. In process
-the same exchange is a function call. CPU seconds are those of all processes of the federation, the coordinator's too.
-The first round is not counted.
+Messages: seconds and CPU seconds of four sites' messages of 2 MB each way, TLS on. Everything is real but the work:
+SuperLink, nginx and four SuperNodes on loopback, node keys, audit logs, a ClientApp process for every message; a site's
+worker gives back at once what it was sent, an update of random values. In process the same exchange is a function call.
+CPU seconds are those of all processes of the federation, the coordinator's too. The first round is not counted.
+
+Run: ``kedro run --env=flower`` with three hospitals and the real mobile_sam, a few phantoms each. What the
+coordinator's process tree holds resident, and the SuperLink's, is sampled from outside, and the peak counts; a site's
+worker notes each load of the foundation.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import socket
 import sys
 import tempfile
 import threading
 import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import psutil
 import torch
-from measure import RESULTS, machine
+from measure import RESULTS, Ratio, report
 
+from fedsca_pipeline.config import DemoSitesConfig
 from fedsca_pipeline.federation.messages import Manifest, encode
-from fedsca_pipeline.files import write_json
+from fedsca_pipeline.files import read_json
 from fedsca_pipeline.flower import frames
 from fedsca_pipeline.flower.audit import AuditLog
 from fedsca_pipeline.flower.config import FlowerConfig, read_site_config
@@ -34,23 +45,37 @@ from fedsca_pipeline.flower.engine import engine_folder
 from fedsca_pipeline.flower.fleet import FlowerFleet
 from fedsca_pipeline.flower.site import run_site
 from fedsca_pipeline.flower.superlink import open_link
+from fedsca_pipeline.sites.demo import write_demo_sites
 
+NAME = "flower_overhead"
 SITES = ("a", "b", "c", "d")
+HOSPITALS = ("hospital_a", "hospital_b", "hospital_c")
+COORDINATOR_GIB = 1.0
+SAMPLE_SECONDS = 0.1
 
 
 def main() -> None:
-    """Measure, print and keep; with ``--site`` or ``--echo`` be one of the processes that this takes."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure, print and keep; with ``--site``, ``--echo`` or ``--worker`` be one of the processes that this takes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", type=Path, help="bin folder of the environment that flwr is in")
+    parser.add_argument("--foundations", type=Path, help="a foundation_root that holds mobile_sam; without: fetched")
+    parser.add_argument(
+        "--only", choices=["messages", "run"], help="measure this, and keep what was found of the other"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabytes", type=float, default=2.0)
     parser.add_argument("--site", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--real", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--echo", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--line", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.echo is not None:
         _echo(socket.socket(fileno=options.echo))
+    elif options.worker is not None:
+        _be_worker(options.worker, options.line)
     elif options.site is not None:
-        _be_site(options.site)
+        _be_site(options.site, options.real)
     else:
         _measure(options)
 
@@ -65,40 +90,125 @@ def _echo(line: socket.socket) -> None:
         frames.send(line, {}, payload)
 
 
-def _be_site(file: Path) -> None:
-    run_site(read_site_config(file), [sys.executable, __file__, "--echo"], threading.Event())
+def _be_worker(file: Path, line: str) -> None:
+    """Be a site's worker that notes each load of the foundation, and the task it was for, beside the site's file."""
+    from fedsca_pipeline import foundation
+
+    load = foundation.load_foundation
+
+    def noted(*args: Any, **options: Any) -> Any:
+        task = [frame.name for frame in traceback.extract_stack() if frame.filename.endswith("flower/worker.py")][-1]
+        with file.with_suffix(".loads").open("a") as notes:
+            notes.write(f"{task}\n")
+        return load(*args, **options)
+
+    foundation.load_foundation = noted
+    # Only now: it binds the name.
+    from fedsca_pipeline.flower import worker
+
+    sys.argv[1:] = [str(file), line]
+    worker.main()
+
+
+def _be_site(file: Path, real: bool) -> None:
+    worker = ["--worker", str(file), "--line"] if real else ["--echo"]
+    run_site(read_site_config(file), [sys.executable, __file__, *worker], threading.Event())
 
 
 def _measure(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING)
-    payloads = dict.fromkeys(SITES, _update(int(options.megabytes * 1e6)))
+    kept = RESULTS / f"{NAME}.json"
+    details = read_json(kept) if kept.is_file() else {}
+    if options.only != "run":
+        details |= {"sites": len(SITES), "megabytes": options.megabytes, **_messages(options)}
+    if options.only != "messages":
+        details["run"] = _run(options)
+    found = details.get("run")
+    findings = found and [
+        Ratio("coordinator, peak resident", "1 GiB", [found["peak_gib"]["kedro"]], COORDINATOR_GIB),
+        Ratio("loads of the foundation for all rounds, by site", "one", found["loads_for_rounds"], 1.0),
+    ]
+    for key in ("machine", "ratios"):
+        details.pop(key, None)
+    report(NAME, findings or [], details)
+
+
+@contextmanager
+def _federation(
+    options: argparse.Namespace, sites: Sequence[str], data: Path | None = None
+) -> Iterator[LocalFederation]:
+    """Start a federation; of real sites where there is a folder with their data, else of such as send back."""
     with tempfile.TemporaryDirectory(prefix="fedsca-") as root:
         folder = Path(root)
+        if options.foundations is not None:
+            (folder / "foundations").symlink_to(options.foundations.resolve())
         with LocalFederation(folder, engine_folder(options.engine), free_port(), free_port()) as federation:
-            federation.found(SITES)
+            federation.found(sites)
             federation.start_superlink()
             federation.start_nginx()
-            federation.register(SITES)
-            for site in SITES:
-                file = federation.site_file(site, folder / "data")
-                federation.start(site, [sys.executable, __file__, "--site", str(file)])
-            config = FlowerConfig(
-                sites=list(SITES),
-                superlink=f"127.0.0.1:{federation.superlink_port}",
-                authority=federation.certificates / "ca.crt",
-                engine=federation.engine,
-                home=federation.home,
-            )
-            with open_link(config) as link, AuditLog(config.audit) as log:
-                fleet = FlowerFleet(link, config, log=log)
-                rounds = [_round(fleet, number, payloads) for number in range(options.rounds + 1)][1:]
+            federation.register(sites)
+            for site, own in zip(
+                sites, sorted(data.iterdir()) if data else [folder / "data"] * len(sites), strict=False
+            ):
+                file = federation.site_file(site, own)
+                real = ["--real"] if data else []
+                federation.start(site, [sys.executable, __file__, "--site", str(file), *real])
+            yield federation
+
+
+def _run(options: argparse.Namespace) -> dict[str, Any]:
+    """Run a deployed federation; return peaks in GiB by part, and the number of loads of the foundation by site."""
+    with tempfile.TemporaryDirectory() as data:
+        write_demo_sites(Path(data), DemoSitesConfig(images_per_site=10))
+        with _federation(options, HOSPITALS, Path(data)) as federation:
+            tracking = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{federation.folder / 'mlflow.db'}"}
+            command = federation.coordinate({"run.threads": 1, "federation.rounds": 3})
+            federation.start("kedro", command, tracking)
+            peaks: Counter[str] = Counter()
+            while (status := federation.processes["kedro"].poll()) is None:
+                federation.check_parts()
+                for name, process in federation.processes.items():
+                    peaks[name] = max(peaks[name], _resident(process.pid))
+                time.sleep(SAMPLE_SECONDS)
+            if status:
+                raise RuntimeError(federation.log("kedro"))
+            loads = [Counter((federation.folder / f"{site}.loads").read_text().split()) for site in HOSPITALS]
+    return {
+        "peak_gib": {name: round(peak / 2**30, 3) for name, peak in peaks.items()},
+        "loads_for_rounds": [load["_build_learner"] for load in loads],
+        "loads_for_export_and_test": [load["_finish"] for load in loads],
+    }
+
+
+def _resident(leash: int) -> int:
+    """Return the resident bytes of all that a leash holds, pages that processes share counted for each."""
+    total = 0
+    for process in psutil.Process(leash).children(recursive=True):
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+def _messages(options: argparse.Namespace) -> dict[str, list[float]]:
+    payloads = dict.fromkeys(SITES, _update(int(options.megabytes * 1e6)))
+    with _federation(options, SITES) as federation:
+        config = FlowerConfig(
+            sites=list(SITES),
+            superlink=f"127.0.0.1:{federation.superlink_port}",
+            authority=federation.certificates / "ca.crt",
+            engine=federation.engine,
+            home=federation.home,
+        )
+        with open_link(config) as link, AuditLog(config.audit) as log:
+            fleet = FlowerFleet(link, config, log=log)
+            rounds = [_round(fleet, number, payloads) for number in range(options.rounds + 1)][1:]
     wall, cpu = (median(values) for values in zip(*rounds, strict=True))
     print(f"a round of {len(SITES)} sites x {options.megabytes:g} MB each way over Flower, beyond in process:")
     print(f"  {wall:.2f} s (of {[f'{value:.2f}' for value, _ in rounds]})")
     print(f"  {cpu:.2f} CPU s (of {[f'{value:.2f}' for _, value in rounds]})")
-    found = {"seconds": [value for value, _ in rounds], "cpu_seconds": [value for _, value in rounds]}
-    settings = {"sites": len(SITES), "megabytes": options.megabytes}
-    write_json(RESULTS / "flower_overhead.json", {"machine": machine(), **settings, **found})
+    return {"seconds": [value for value, _ in rounds], "cpu_seconds": [value for _, value in rounds]}
 
 
 def _update(size: int) -> bytes:

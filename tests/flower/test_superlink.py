@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from fedsca_pipeline.flower import frames
+from fedsca_pipeline.flower import frames, superlink
 from fedsca_pipeline.flower.config import FlowerConfig
 from fedsca_pipeline.flower.fleet import LinkLost
 from fedsca_pipeline.flower.superlink import RelayLink
@@ -53,6 +54,17 @@ def test_a_run_that_starts_no_relay_is_a_lost_link(link) -> None:
     link._config = link._config.model_copy(update={"connect": 0.1})
 
     with pytest.raises(LinkLost, match="run 7 did not start its relay"):
+        link.restore()
+
+
+def test_a_run_that_ends_without_its_relay_is_not_waited_for_and_says_why(link, monkeypatch) -> None:
+    monkeypatch.setattr(superlink, "_LOOK_SECONDS", 0.1)
+    flwr = link._home / "flwr"
+    answer = {"success": True, "runs": [{"status": "finished:failed", "status-details": "no temporary folder"}]}
+    flwr.write_text(f"#!/bin/sh\necho '{json.dumps(answer)}'\n")
+    flwr.chmod(0o700)
+
+    with pytest.raises(LinkLost, match=r"run 7 ended without its relay .no temporary folder"):
         link.restore()
 
 

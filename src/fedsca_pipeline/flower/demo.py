@@ -181,7 +181,7 @@ class LocalFederation:
         self.processes["kedro"] = coordinator = Leashed(command, patience=_STOP_SECONDS, cwd=PROJECT)
         try:
             while (status := coordinator.poll()) is None:
-                self._check_parts()
+                self.check_parts()
                 time.sleep(0.2)
         except KeyboardInterrupt:
             # In a session of its own, it has not got it from the terminal.
@@ -189,7 +189,12 @@ class LocalFederation:
             return coordinator.wait()
         return status
 
-    def _check_parts(self) -> None:
+    def check_parts(self) -> None:
+        """Do nothing while all but the coordinator run.
+
+        Raises:
+            PartEnded: one has ended; with the end of its log.
+        """
         for name, process in self.processes.items():
             if name != "kedro" and process.poll() is not None:
                 raise PartEnded(f"{name} has ended. The end of its log:\n{self.log(name)[-_LOG_END:]}")

@@ -26,7 +26,7 @@ def engine_folder(configured: Path | None) -> Path:
     Raises:
         FileNotFoundError: it holds no ``flwr``.
     """
-    folder = configured or Path(sys.executable).parent
+    folder = (configured or Path(sys.executable).parent).absolute()
     if not (folder / "flwr").is_file():
         raise FileNotFoundError(
             f"{folder}: no flwr there; install requirements-flower.lock into an environment of its own and name its "

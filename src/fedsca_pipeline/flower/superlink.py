@@ -26,6 +26,8 @@ APP = Path(__file__).with_name("app")
 _CONNECTION = "coordinator"
 # One look at the SuperLink; its own retries must not hold the coordinator for ever.
 _CALL_SECONDS = 120.0
+# Until a run whose relay has not come is looked at.
+_LOOK_SECONDS = 10.0
 
 
 class RelayLink:
@@ -48,15 +50,7 @@ class RelayLink:
         run = self._start_run()
         until = time.monotonic() + self._config.connect
         while self._line is None:
-            self._listener.settimeout(max(0.1, until - time.monotonic()))
-            try:
-                line, _ = self._listener.accept()
-            except OSError as error:
-                raise LinkLost(f"Flower run {run} did not start its relay ({error!r})") from error
-            if _is_relay_of(run, line):
-                self._line = line
-            else:
-                line.close()
+            self._line = self._next_relay(run, until)
 
     def nodes(self) -> Mapping[str, Node]:
         """Return the connected nodes by name; one without a name was registered without ours and is nobody."""
@@ -86,6 +80,28 @@ class RelayLink:
         self._listener.close()
         (self._home / "relay.sock").unlink(missing_ok=True)
 
+    def _next_relay(self, run: str, until: float) -> socket.socket | None:
+        """Return the line of a run's relay, or None if none, or another caller, has come within a while."""
+        self._listener.settimeout(max(0.1, min(_LOOK_SECONDS, until - time.monotonic())))
+        try:
+            line, _ = self._listener.accept()
+        except TimeoutError as error:
+            if time.monotonic() >= until:
+                raise LinkLost(f"Flower run {run} did not start its relay in {self._config.connect:.0f} s") from error
+            self._refuse_ended(run)
+            return None
+        except OSError as error:
+            raise LinkLost(f"Flower run {run} did not start its relay ({error!r})") from error
+        if _is_relay_of(run, line):
+            return line
+        line.close()
+        return None
+
+    def _refuse_ended(self, run: str) -> None:
+        (found,) = self._flwr("list", _CONNECTION, "--run-id", run)["runs"]
+        if found["status"].startswith("finished"):
+            raise LinkLost(f"Flower run {run} ended without its relay ({found.get('status-details')})")
+
     def _hang_up(self) -> None:
         if self._line is not None:
             self._line.close()
@@ -105,10 +121,13 @@ class RelayLink:
     def _start_run(self) -> str:
         most = min(self._config.most_bytes * (len(self._config.sites) + 1), 2**62)
         settings = f"socket={json.dumps(str(self._home / 'relay.sock'))} most={most}"
-        command = [str(self._engine / "flwr"), "run", str(APP), _CONNECTION, "--run-config", settings]
+        return str(self._flwr("run", str(APP), _CONNECTION, "--run-config", settings)["run-id"])
+
+    def _flwr(self, *command: str) -> dict[str, Any]:
+        """Return what a ``flwr`` command answers."""
         try:
             done = subprocess.run(  # noqa: S603 - no shell, and an engine that the coordinator has configured
-                [*command, "--format", "json"],
+                [str(self._engine / "flwr"), *command, "--format", "json"],
                 env=environment(self._engine, self._home),
                 capture_output=True,
                 text=True,
@@ -120,7 +139,7 @@ class RelayLink:
             raise LinkLost(f"the SuperLink at {self._config.superlink} does not answer ({error})") from error
         if not answer.get("success"):
             raise LinkLost(f"the SuperLink at {self._config.superlink}: {answer.get('error-message') or done.stdout}")
-        return str(answer["run-id"])
+        return answer
 
 
 def _is_relay_of(run: str, line: socket.socket) -> bool:
