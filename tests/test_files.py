@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from fedsca_pipeline.files import (
     atomic_path,
     fingerprint,
+    kept_secret,
     read_json,
     read_tensors,
     sha256_file,
@@ -200,3 +201,20 @@ def test_ctrl_c_while_tensors_are_read_comes_after_and_is_ctrl_c(
 
     assert done
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_kept_secret_is_drawn_once_and_for_its_owner_alone(tmp_path: Path) -> None:
+    secret = kept_secret(tmp_path / "key")
+
+    assert kept_secret(tmp_path / "key") == secret != kept_secret(tmp_path / "other")
+    assert (tmp_path / "key").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("content", ["", "abc", "G" * 64, "a" * 63])
+def test_what_is_no_secret_is_refused_and_stays(tmp_path: Path, content: str) -> None:
+    (tmp_path / "key").write_text(content)
+
+    with pytest.raises(ValueError, match="key: not the secret that was written there"):
+        kept_secret(tmp_path / "key")
+
+    assert (tmp_path / "key").read_text() == content
