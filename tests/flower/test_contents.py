@@ -11,7 +11,7 @@ import torch
 from fedsca_pipeline.errors import MessageError
 from fedsca_pipeline.federation.messages import Manifest, encode
 from fedsca_pipeline.flower import documents
-from fedsca_pipeline.flower.contents import answer_content, question_content
+from fedsca_pipeline.flower.contents import answer_content, check_tensors, question_content
 
 MOST = 2**20
 MANIFEST = Manifest(
@@ -60,6 +60,25 @@ def test_a_document_that_leaves_is_kept_whole() -> None:
 def test_all_else_may_not_leave(kind, answer, reason) -> None:
     with pytest.raises(MessageError, match=reason):
         answer_content(kind, answer, 2**22)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "others"),
+    [
+        ({**TENSORS, "decoder": torch.zeros(5)}, r"decoder \[5\]"),
+        ({"low": torch.zeros(3, 2)}, r"low \[3, 2\]"),
+    ],
+    ids=["another name", "another shape"],
+)
+def test_an_answer_holds_no_tensors_but_those_of_the_message_that_it_answers(tensors, others) -> None:
+    asked = encode(replace(MANIFEST, kind="aggregate", dtype="fp32", relative=False), TENSORS)
+    question = question_content("round", asked, MOST)
+
+    check_tensors(answer_content("round", encode(MANIFEST, TENSORS), MOST), question)
+    check_tensors(answer_content("round", encode(replace(MANIFEST, kind="report"), {}), MOST), question)
+    for unexpected in (question, question_content("round", b"unreadable", MOST)):
+        with pytest.raises(MessageError, match=others):
+            check_tensors(answer_content("round", encode(MANIFEST, tensors), MOST), unexpected)
 
 
 def test_a_question_is_told_by_its_keys() -> None:

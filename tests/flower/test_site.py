@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fedsca_pipeline.errors import AuditError, ConfigError
-from fedsca_pipeline.federation.messages import Manifest, encode
+from fedsca_pipeline.federation.messages import Manifest, MessageKind, encode
 from fedsca_pipeline.flower import documents, frames, site
 from fedsca_pipeline.flower.audit import AuditLog, read_log
 from fedsca_pipeline.flower.config import SiteConfig, read_site_config
@@ -85,9 +85,9 @@ def opened(payload: bytes) -> bytes:
     return documents.write(documents.Opened(site="a", run=sha256(payload).hexdigest()[:16]))
 
 
-def update() -> bytes:
+def message(kind: MessageKind, round_: int = 1) -> bytes:
     manifest = Manifest(
-        kind="update", run="0" * 16, round=1, site="a", base_hash="1" * 16, samples=3, dtype="fp16", relative=True
+        kind=kind, run="0" * 16, round=round_, site="a", base_hash="1" * 16, samples=3, dtype="fp16", relative=True
     )
     return encode(manifest, {"low": torch.zeros(2)})
 
@@ -121,11 +121,12 @@ def test_a_task_goes_to_the_worker_with_the_shorter_of_two_limits(desk) -> None:
 
 
 def test_a_round_that_comes_twice_is_worked_on_once(desk) -> None:
-    desk.worker.says = update()
+    desk.worker.says = message("update")
+    first = message("aggregate")
 
-    assert desk.answer(task(kind="round"), b"abc") == desk.answer(task(kind="round"), b"abc") == ({}, update())
+    assert desk.answer(task(kind="round"), first) == desk.answer(task(kind="round"), first) == ({}, desk.worker.says)
     assert len(desk.worker.asked) == 1
-    desk.answer(task(kind="round"), b"other")
+    desk.answer(task(kind="round"), message("aggregate", round_=2))
     assert len(desk.worker.asked) == 2
 
 
@@ -187,6 +188,14 @@ def test_an_answer_of_another_form_than_may_leave_stays(desk, logged, says) -> N
     assert answer == b""
     assert said == {"failed": "its answer was nothing that may leave the site"}
     assert logged("direction", "refused")[-1] == ["out", said["failed"]]
+
+
+def test_an_update_of_tensors_that_were_not_asked_for_stays(desk, logged) -> None:
+    desk.worker.says = message("update")
+
+    assert desk.answer(task(kind="round"), b"no message")[1] == b""
+    assert "may not leave" not in str(desk.answer(task(kind="round"), message("aggregate")))
+    assert logged("refused")[1] == ["its answer was nothing that may leave the site"]
 
 
 def test_the_line_is_on_the_disk_before_the_answer_is_handed_over(desk, config, monkeypatch, tmp_path_factory) -> None:

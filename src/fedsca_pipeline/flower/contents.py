@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic_core import from_json
@@ -57,6 +58,22 @@ def answer_content(kind: str, payload: bytes, most: int) -> dict[str, Any]:
     if faults:
         raise MessageError(f"no answer to a round: {', '.join(faults)}")
     return content
+
+
+def check_tensors(answer: Mapping[str, Any], question: Mapping[str, Any]) -> None:
+    """Do nothing where an answer holds no other tensors than what it answers, each in its shape.
+
+    Args:
+        answer: what ``answer_content`` says of it.
+        question: what ``question_content`` says of the message to the site.
+
+    Raises:
+        MessageError: naming those that it may not hold.
+    """
+    shared = {name: shape for name, (_, shape) in question.get("tensors", {}).items()}
+    held = {name: shape for name, (_, shape) in answer.get("tensors", {}).items()}
+    if others := [f"{name} {shape}" for name, shape in held.items() if shared.get(name) != shape]:
+        raise MessageError(f"tensors that the coordinator's message does not hold: {', '.join(others)}")
 
 
 def _round_content(payload: bytes, most: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from fedsca_pipeline.flower import documents, frames
 from fedsca_pipeline.flower.audit import AuditLog, Direction
 from fedsca_pipeline.flower.audit_table import show_audit
 from fedsca_pipeline.flower.config import SiteConfig, read_site_config
-from fedsca_pipeline.flower.contents import answer_content, question_content
+from fedsca_pipeline.flower.contents import answer_content, check_tensors, question_content
 from fedsca_pipeline.flower.engine import SITE_SOCKET, engine_folder, environment
 from fedsca_pipeline.flower.leash import Leashed
 from fedsca_pipeline.flower.lock import Held, locked
@@ -83,8 +83,8 @@ class Desk:
             content = {"run": None, "unreadable": str(error)}
             asked = self._note("in", _UNKNOWN, 0, payload, content)
             return self._refuse(_UNKNOWN, 0, asked, f"a task of an unknown form ({error})")
-        content = question_content(task.kind, payload, self.config.resources.most_bytes)
-        asked = self._note("in", task.kind, task.round, payload, content)
+        question = question_content(task.kind, payload, self.config.resources.most_bytes)
+        asked = self._note("in", task.kind, task.round, payload, question)
         if task.site != self.config.site:
             return self._refuse(task.kind, task.round, asked, f"this site is {self.config.site}, not {task.site}")
         said, answer = self._work(task, payload)
@@ -92,6 +92,7 @@ class Desk:
             return self._refuse(task.kind, task.round, asked, str(said["failed"]))
         try:
             content = answer_content(task.kind, answer, self.config.resources.most_bytes)
+            check_tensors(content, question)
         except MessageError as error:
             logger.error("%s, round %d: the worker's answer may not leave: %s", task.kind, task.round, error)
             return self._refuse(task.kind, task.round, asked, "its answer was nothing that may leave the site")
