@@ -416,6 +416,24 @@ def test_what_was_spent_in_earlier_runs_is_told_too(answer, make_worker, tmp_pat
     assert spent.noise_multiplier == vault.entries()[-1].noise
 
 
+def test_a_round_counts_from_its_first_step_on_and_once_when_it_is_asked_for_again(
+    answer, make_worker, tmp_path: Path
+) -> None:
+    """What breaks off says, by breaking off, something of the images."""
+    worker = make_worker(**PRIVATE)
+
+    def break_off(*_: Any) -> None:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        answer(worker, payload(worker), on_step=break_off)
+    broken = Vault(tmp_path / "vault").entries()
+    answer(worker, payload(worker))
+
+    assert len(broken) == 1
+    assert Vault(tmp_path / "vault").entries() == broken
+
+
 def test_nothing_that_was_computed_on_training_images_is_told(answer, make_worker) -> None:
     worker, told = make_worker(**PRIVATE), []
 

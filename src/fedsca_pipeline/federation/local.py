@@ -167,6 +167,8 @@ class LocalWorker:
         self.install(received)
         lengths = self._lengths(batches, site, round_)
         way = self._way(site, round_, base, state, data, store, sum(lengths))
+        # Before it trains: a failure, too, would tell something of the training.
+        spent = way.settle()
         trained = self._train(batches, known, site, round_, base, state, on_step, lengths, way)
         for tensors in (trained.tensors, trained.personal, trained.kept, trained.carried):
             if not all(tensor.isfinite().all() for tensor in tensors.values()):
@@ -177,7 +179,7 @@ class LocalWorker:
             metrics["dice_local"] = self._validate(batches, known)
         metrics |= {} if trained.loss is None else {"loss": trained.loss}
         metrics |= {"steps": trained.steps, "seconds": time.perf_counter() - started}
-        answer = encode(replace(reply, metrics=metrics, privacy=way.settle()), sent, self.settings.compression)
+        answer = encode(replace(reply, metrics=metrics, privacy=spent), sent, self.settings.compression)
         own = {name: tensor for name, tensor in trained.tensors.items() if name not in self.shapes}
         # Last, so that a state is only ever one whose update can be sent.
         store.save_state(SiteState(round_, own, base, residual, trained.moments, trained.personal, trained.kept))

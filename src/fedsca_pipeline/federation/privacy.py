@@ -2,7 +2,7 @@
 
 Abadi et al., *Deep Learning with Differential Privacy*, CCS 2016. Each step draws every unit with the same probability,
 cuts the gradient of each drawn one to a norm, adds Gaussian noise to the sum and divides by the expected number drawn.
-A unit is a subject of the site's training images and gives one image a step, whichever its subject has most of.
+A unit is a subject of the site's training images, and gives one of its images, drawn anew in each step.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ class PrivateSteps:
         """Enter the round in the site's ledger, and return what to tell of it."""
         self._vault.record(self.entry)
         logger.info(
-            "%s: %s epsilon %.2f at delta %g after round %d (noise multiplier %.3f)",
+            "%s: %s epsilon %.2f at delta %g with round %d (noise multiplier %.3f)",
             self._site, self.units.level, self.epsilon, self._config.delta, self.entry.round, self.entry.noise,
         )  # fmt: skip
         return Spent(self.units.level, self.epsilon, self._config.delta, self.entry.noise)

@@ -61,7 +61,7 @@ class Vault:
             ) from error
 
     def record(self, entry: Entry) -> None:
-        """Write an answer down before it is given; one that is there already is not written again."""
+        """Write an answer down before it is worked out; one that is there already is not written again."""
         entries = self.entries()
         if entry not in entries:
             self._open()
