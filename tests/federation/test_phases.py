@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsca_pipeline.federation.local import phase_lengths
+from fedsca_pipeline.federation.local import PlainSteps, phase_lengths
 from fedsca_pipeline.federation.strategies.base import LocalRule, Phase, Strategy, StrategyOptions
 
 EPOCH = 3  # batches of two of five images
@@ -46,9 +46,7 @@ def test_a_round_has_the_steps_asked_for_however_many_images(steps: int, federat
 
     def watch(worker) -> None:
         run_phase = worker._run_phase
-        worker._run_phase = lambda phase, stream, optimiser, loss_of, rule, tell: run_phase(
-            phase, stream, optimiser, loss_of, rule, lambda loss: (told.append(loss), tell(loss))
-        )
+        worker._run_phase = lambda *given: run_phase(*given[:-1], lambda loss: (told.append(loss), given[-1](loss)))
 
     run = federate("fedavg", rounds=1, steps_per_round=steps, local_epochs=9, change=watch)
 
@@ -60,7 +58,8 @@ def test_epochs_go_on_with_new_augmentation(make_worker, make_site) -> None:
     worker, data = make_worker(steps_per_round=7), make_site("a")
     batches = batches_of(worker, data)
 
-    found = list(islice(worker._stream(batches, "a", 1), 2 * EPOCH))
+    way = PlainSteps(worker.settings, "a", 1, worker.device)
+    found = list(islice(way.batches(batches), 2 * EPOCH))
 
     for epoch in range(2):
         expected = list(batches.training(2, seed=0, site="a", round_=1, epoch=epoch))

@@ -116,9 +116,8 @@ def test_a_run_trains_one_model_on_every_image_and_sends_nothing(sites, federate
 
 def test_a_pool_of_one_site_is_that_site_alone_but_for_its_name(sites, federate):
     def rename(worker):
-        stream, training = worker._stream, worker._training
-        worker._stream = lambda batches, site, round_: stream(batches, "a", round_)
-        worker._training = lambda site, round_: training("a", round_)
+        way = worker._way
+        worker._way = lambda site, *rest: way("a", *rest)
 
     pooled = federate("centralised", ALLOWED, data=PooledData({"a": sites["a"]}), change=rename)
     alone = federate("local", data={"a": sites["a"]})

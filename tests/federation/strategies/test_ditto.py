@@ -20,8 +20,15 @@ def distance(one, other):
 
 def behind_the_first_phase(worker):
     """Let a worker's rounds begin with the batches that come behind those of a first phase."""
-    stream = worker._stream
-    worker._stream = lambda *arguments, **more: islice(stream(*arguments, **more), STEPS, None)
+    made = worker._way
+
+    def later(*arguments):
+        way = made(*arguments)
+        stream = way.batches
+        way.batches = lambda batches: islice(stream(batches), STEPS, None)
+        return way
+
+    worker._way = later
 
 
 def test_the_second_of_two_phases_is_personal_and_as_long(make_layout):
