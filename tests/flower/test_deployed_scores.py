@@ -172,7 +172,7 @@ def in_process(deployed: Deployed, tmp_path_factory) -> InProcess:
     rounds = rounds_of(
         training.train(
             dict(deployed.description), False, *deployed.given("run", *MODEL, "training"), local,
-            *deployed.given("strategies", "evaluation"), root / "foundations", root / "checkpoints",
+            *deployed.given("strategies", "evaluation"), root / "foundations", root / "checkpoints", root / "private",
             *(part for place, manifest in zip(places, manifests, strict=True) for part in (manifest, place.arrays)),
         )
     )  # fmt: skip

@@ -59,6 +59,14 @@ def test_sound_data_pass_the_check(site_file) -> None:
     assert main([str(site_file()), "--check"]) == 0
 
 
+def test_signals_mean_what_they_did_once_the_command_has_ended(site_file) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+    main([str(site_file()), "--check"])
+
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
 def test_with_broken_data_the_site_does_not_join_and_says_what_to_mend(site_file, tmp_path: Path, caplog) -> None:
     (tmp_path / "data/masks/3.png").write_bytes(b"broken")
 

@@ -290,6 +290,18 @@ def _take_part(desk: Desk, listener: socket.socket, lock: TextIO, stopped: threa
         address.unlink(missing_ok=True)
 
 
+@contextmanager
+def _told_to_stop() -> Iterator[threading.Event]:
+    """Yield what SIGINT and SIGTERM set for as long as the block lasts."""
+    stopped = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -304,17 +316,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--audit", action="store_true", help="check the audit log, show what came and left, then stop")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
     try:
         config = read_site_config(given.file)
         if given.audit:
             show_audit(config.audit)
             return 0
-        logger.info("%s: %d images, none broken", config.site, check_data(config))
-        if not given.check:
-            run_site(config, worker_command(given.file), stopped)
+        with _told_to_stop() as stopped:
+            logger.info("%s: %d images, none broken", config.site, check_data(config))
+            if not given.check:
+                run_site(config, worker_command(given.file), stopped)
     except FedscaError as error:
         logger.error("Error: %s", error)
         return 1
