@@ -38,9 +38,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
             yield temporary
             # safetensors makes files private to the user; results are ordinary files.
             temporary.chmod(0o644)
-            _fsync(temporary)
+            sync_to_disk(temporary)
             temporary.replace(path)
-            _fsync(path.parent)
+            sync_to_disk(path.parent)
     finally:
         shutil.rmtree(folder)
 
@@ -68,7 +68,16 @@ def remove_partial_files(folder: Path, name: str = "*") -> None:
 def move(source: Path, target: Path) -> None:
     """Rename a file over ``target``, on the same disk, and make that last."""
     source.replace(target)
-    _fsync(target.parent)
+    sync_to_disk(target.parent)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Return once the file, or the folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -196,11 +205,3 @@ def _system_error(error: Exception) -> OSError | None:
     """Return the operating system's error (a full disk) that safetensors only tells the number of."""
     number = re.search(r"\(os error (\d+)\)", str(error))
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedsca_pipeline.errors import AuditError
+from fedsca_pipeline.files import sync_to_disk
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +187,7 @@ class AuditLog:
             os.ftruncate(self._file.fileno(), self._chain.length)
             logger.warning("%s: a half-written last line of %d bytes was taken out", self._path, len(torn))
             self.add("none", site="", kind=TORN_LINE, round_=0, sent=torn, content={})
-        _fsync_folder(self._path.parent)
+        sync_to_disk(self._path.parent)
 
     def _follow(self, line: bytes) -> None:
         try:
@@ -232,11 +233,3 @@ def _object(text: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
