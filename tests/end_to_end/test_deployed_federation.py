@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,13 @@ class Deployed:
 
     def process(self, site: str, word: str) -> psutil.Process:
         """One of the processes that a site's command has started, by a word of its command line."""
-        return next(
-            child
-            for child in psutil.Process(self.federation.processes[site].pid).children(recursive=True)
-            if any(word in part for part in child.cmdline()) and not any(leash.__file__ in p for p in child.cmdline())
-        )
+        for child in psutil.Process(self.federation.processes[site].pid).children(recursive=True):
+            # One that has just ended has no command line any more.
+            with suppress(psutil.NoSuchProcess):
+                command = child.cmdline()
+                if any(word in part for part in command) and leash.__file__ not in command:
+                    return child
+        raise AssertionError(f"{site}: no process of {word}")
 
 
 @pytest.fixture

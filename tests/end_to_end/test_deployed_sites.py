@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -65,10 +66,12 @@ def parts(process: psutil.Process | subprocess.Popen) -> dict[str, psutil.Proces
     """What a command has started, by name; leashes by their number."""
     found = {}
     for child in psutil.Process(process.pid).children(recursive=True):
-        words = child.cmdline()
-        leash = any(word.endswith("leash.py") for word in words)
-        name = next((Path(word).name for word in words if Path(word).name.startswith("flower-super")), "worker")
-        found[str(child.pid) if leash else name] = child
+        # One that has just ended has no command line any more.
+        with suppress(psutil.NoSuchProcess):
+            words = child.cmdline()
+            leash = any(word.endswith("leash.py") for word in words)
+            name = next((Path(word).name for word in words if Path(word).name.startswith("flower-super")), "worker")
+            found[str(child.pid) if leash else name] = child
     return found
 
 
