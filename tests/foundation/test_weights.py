@@ -212,7 +212,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(package, tmp_path, 
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr("fedsca_pipeline.files._fsync", full)
+    monkeypatch.setattr("fedsca_pipeline.files.sync_to_disk", full)
 
     with pytest.raises(WeightsError, match=r"No space left on device.*free space"):
         prepare_foundation(MOBILE_SAM, tmp_path / "foundation", fetch=package())
