@@ -301,7 +301,7 @@ class LocalWorker:
                 self._run_phase(phase, islice(stream, length), way, optimiser, loss, rule, progress)
                 if not phase.personal:
                     moments |= self._moments(phase, optimiser)
-        if not all(torch.isfinite(loss) for loss in progress.losses):
+        if progress.losses and not torch.isfinite(torch.stack(progress.losses)).all():
             raise _diverged(site, round_, "the loss was")
         ends = self._tensors()
         return _Trained(

@@ -49,8 +49,7 @@ def read_plain_png(path: Path, max_pixels: int) -> np.ndarray | None:
         return None
     try:
         pixels = decode_image_png_u8(data, (height, width), mode)
-    # kornia_rs has no exception of its own.
-    except Exception:
+    except Exception:  # kornia_rs has none of its own
         return None
     return pixels[..., 0] if channels == 1 else pixels
 
