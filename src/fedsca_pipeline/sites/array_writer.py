@@ -23,6 +23,8 @@ from fedsca_pipeline.sites.arrays import manifest_digest
 # Room for length and header, so that rows have their place before their number is known. The format allows a header to
 # end in blanks; https://huggingface.co/docs/safetensors/index#format.
 _LENGTH, _START = 8, 512
+# Bytes of masks that wait in memory; more of them wait on the disk.
+_FEW = 2**22
 
 
 class ArraysFile(Mapping[str, np.ndarray]):
@@ -60,7 +62,8 @@ class ArraysWriter:
     """Writes the file that ``SiteArrays`` reads, as rows come; a context manager.
 
     The file grows in a hidden folder within ``folder``, which is removed if the block fails. Images go to their place
-    at once; masks wait in a second file, because where they begin depends on the number of images.
+    at once; masks wait elsewhere, because where they begin depends on the number of images: in memory while they are
+    few, then in a second file.
 
     Args:
         folder: on the disk where the file shall end up.
@@ -76,7 +79,7 @@ class ArraysWriter:
         self._mask = np.zeros((side, side), np.uint8)
         self._sizes: list[tuple[int, int]] = []
         self._images: IO[bytes] = self._path.open("w+b")
-        self._masks: IO[bytes] = (workshop / "masks").open("w+b")
+        self._masks: IO[bytes] = tempfile.SpooledTemporaryFile(_FEW, dir=workshop)  # noqa: SIM115 -- closed at the block's end
         self._images.seek(_START)
 
     def __enter__(self) -> ArraysWriter:

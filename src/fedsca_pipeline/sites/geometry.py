@@ -114,7 +114,7 @@ def normalise_and_fit(channels: Channels, config: NormaliseConfig, side: int) ->
     (table,) = to_levels(np.arange(256, dtype=np.uint8)[None], low, high)
     height, width = fitted_size(*channels.image.shape[:2], side)
     if (height, width) == channels.image.shape[:2]:
-        levels = np.rint(table).astype(np.uint8).take(channels.distinct)
+        levels = _by_table(channels.distinct, np.rint(table).astype(np.uint8))
     else:
         resized = [_resize(table.take(plane), height, width, Image.Resampling.BILINEAR) for plane in channels.distinct]
         levels = np.rint(np.stack(resized)).astype(np.uint8)
@@ -143,6 +143,12 @@ def fit_mask(mask: np.ndarray, side: int, pixel: tuple[float, float] = (1.0, 1.0
     """Resize uint8 classes [H, W] (nearest neighbour) to uint8 [height, width]; ``pixel`` as in ``fit_image``."""
     height, width = fitted_size(mask.shape[0] * pixel[0], mask.shape[1] * pixel[1], side)
     return mask if (height, width) == mask.shape else _resize(mask, height, width, Image.Resampling.NEAREST)
+
+
+def _by_table(pixels: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Replace uint8 values of any shape by those that stand at them in uint8 [256]; read-only."""
+    # NumPy would turn every pixel into an index of eight bytes first.
+    return np.frombuffer(pixels.tobytes().translate(table.tobytes()), np.uint8).reshape(pixels.shape)
 
 
 def _resize(plane: np.ndarray, height: int, width: int, method: Image.Resampling) -> np.ndarray:

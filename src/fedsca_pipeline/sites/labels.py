@@ -41,6 +41,11 @@ class Tally:
     @classmethod
     def of(cls, values: np.ndarray) -> Tally:
         """Count integers of any shape; there is at least one."""
+        ends = np.array(sorted({values.min(), values.max()}))
+        often = occurrences(values, ends)
+        # Most masks show one class; a look at every value takes several times as long.
+        if often.sum() == values.size:
+            return cls(ends, often)
         if values.dtype != np.uint8:
             return cls(*np.unique(values, return_counts=True))
         # A table of 256 is much faster than sorting.
@@ -129,17 +134,17 @@ def look_up(values: np.ndarray, classes: Mapping[int, int], tally: Tally | None 
         uint8 of the same shape, and the values that ``classes`` does not name, the most frequent first; these are 0.
     """
     tally = tally or Tally.of(values)
-    if values.dtype == np.uint8:
-        table = np.zeros(256, np.uint8)
-        table[tally.values] = [classes.get(value, 0) for value in tally.values.tolist()]
-        mask = table.take(values)
-    else:
-        # A number's place among all is eight bytes a pixel, which a volume has not to spare.
-        mask = np.zeros(values.shape, np.uint8)
-        for value in tally.values.tolist():
-            if number := classes.get(value):
-                mask[values == value] = number
+    # A look-up by index is eight bytes a pixel, which a volume has not to spare, and for few values it takes longer.
+    mask = np.zeros(values.shape, np.uint8)
+    for value in tally.values.tolist():
+        if number := classes.get(value):
+            np.copyto(mask, number, where=values == value)
     return mask, [value for value in tally.most_frequent_first() if value not in classes]
+
+
+def occurrences(values: np.ndarray, of: Iterable[int]) -> np.ndarray:
+    """Return how often each of some integers occurs in an array of any shape, int64."""
+    return np.array([np.count_nonzero(values == value) for value in of], np.int64)
 
 
 def packed(pixels: np.ndarray) -> np.ndarray:

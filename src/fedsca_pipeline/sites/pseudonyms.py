@@ -188,7 +188,7 @@ def is_dicom(path: Path, home: Path) -> bool:
     try:
         if not is_own_file(path, home):
             return False
-        with path.open("rb") as stream:
+        with path.open("rb", buffering=0) as stream:
             return stream.read(132)[128:] == b"DICM"
     except OSError:
         return False

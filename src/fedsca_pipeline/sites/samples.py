@@ -14,7 +14,7 @@ import numpy as np
 from fedsca_pipeline.config import PreprocessingConfig
 from fedsca_pipeline.files import sha256_path
 from fedsca_pipeline.sites.geometry import ByteCounts, Channels, fit_mask, normalise_and_fit
-from fedsca_pipeline.sites.labels import LabelRule, read_classes, read_volume_classes
+from fedsca_pipeline.sites.labels import LabelRule, occurrences, read_classes, read_volume_classes
 from fedsca_pipeline.sites.pairing import Broken, Pair
 from fedsca_pipeline.sites.readers import BrokenSampleError, read_image
 from fedsca_pipeline.sites.site_file import HiddenSiteFile, SiteFile
@@ -103,7 +103,7 @@ def _read(folder: Path, site_file: SiteFile, config: PreprocessingConfig, pair: 
             "label_map": label_map,
             "sha256": sha256_path(files[0]),
             "mask_sha256": sha256_path(files[1]),
-            "class_pixels": ByteCounts.of(mask.reshape(1, len(mask), -1)).counts[: config.classes + 1].copy(),
+            "class_pixels": occurrences(mask, range(config.classes + 1)),
         }
         return kind.sample(image, mask, described, config)
     except BrokenSampleError as error:
