@@ -40,6 +40,7 @@ class DemoSitesConfig(_Config):
     images_per_site: int = Field(40, ge=4, le=10_000)
     image_size: int = Field(256, ge=32, le=2048, description="pixels, both sides")
     seed: int = Field(2503, ge=0)
+    anyway: bool = Field(False, description="use them although an import was tried, or is set")
 
 
 class NormaliseConfig(_Config):

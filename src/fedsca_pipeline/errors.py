@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class FedscaError(Exception):
     """Base of every error this project raises on purpose.
@@ -16,6 +19,17 @@ class ConfigError(FedscaError):
 
 class DataError(FedscaError):
     """A site's raw data, manifest or cached arrays cannot be used."""
+
+
+class RefusedImportError(DataError):
+    """Files of a source are broken, and none of it was imported.
+
+    ``found`` has per site ``broken``, a list of ``file``, ``reason`` and ``cure``.
+    """
+
+    def __init__(self, message: str, found: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.found = {site: {"broken": entries["broken"]} for site, entries in found.items()}
 
 
 class WeightsError(FedscaError):

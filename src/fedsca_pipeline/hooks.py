@@ -20,10 +20,10 @@ from pydantic import ValidationError
 
 from fedsca_pipeline.comparison_tracking import ComparisonTracker
 from fedsca_pipeline.config import FoundationConfig
-from fedsca_pipeline.errors import DataError, TrackingError
+from fedsca_pipeline.errors import DataError, RefusedImportError, TrackingError
 from fedsca_pipeline.federation.strategies import check_names
 from fedsca_pipeline.files import read_json, write_json
-from fedsca_pipeline.sites.discovery import settle_sites
+from fedsca_pipeline.sites.discovery import DEMO_SITES, discover_sites, settle_sites
 from fedsca_pipeline.summary import FinalTable, show_comparison, show_data_report, show_result
 from fedsca_pipeline.tracking import Tracker, TrackingConfig
 
@@ -76,6 +76,8 @@ class ProjectHooks:
         whole = [name for name in names if name in _WHOLE_RUNS]
         parameters = catalog.load("parameters")
         _refuse_unknown_keys(parameters)
+        if "demo_sites_summary" in pipeline.all_outputs():
+            _refuse_demonstration(parameters, catalog)
         check_names(parameters["strategies"])
         description = _described_now(parameters, catalog)
         if whole and description and not any(run_params.get(key) for key in _SLICES) and not parameters["force"]:
@@ -95,9 +97,20 @@ class ProjectHooks:
 
     @hook_impl
     def before_node_run(self, node: Node, catalog: DataCatalog) -> None:
-        """Forget the last whole run as soon as something is made that its table would no longer describe."""
+        """Forget the last whole run as soon as something is made that its table would no longer describe.
+
+        Remember that an import was tried, whatever becomes of it.
+        """
+        if "import_summary" in node.outputs and not catalog.exists("import_summary"):
+            catalog.save("import_summary", {})
         if _REPORTED.intersection(node.outputs):
             (catalog.load("reporting") / _LAST_RUN).unlink(missing_ok=True)
+
+    @hook_impl
+    def on_node_error(self, error: Exception, catalog: DataCatalog) -> None:
+        """Keep the whole list of what a refused import found broken."""
+        if isinstance(error, RefusedImportError):
+            catalog.save("import_summary", error.found)
 
     @hook_impl
     def after_dataset_saved(self, dataset_name: str, data: Any) -> None:
@@ -242,6 +255,25 @@ def _refuse_unknown_keys(parameters: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key} is no parameter{hint} there are: {', '.join(sorted(known - {'parameters'}))}")
 
 
+def _refuse_demonstration(parameters: Mapping[str, Any], catalog: DataCatalog) -> None:
+    """Refuse to go on with the demonstration alone where the user has meant to import data.
+
+    Raises:
+        DataError: what points to that, and what to do.
+    """
+    raw = catalog.load("raw_sites")
+    if parameters["demo_sites"].anyway or set(discover_sites(raw)) - set(DEMO_SITES):
+        return
+    set_ = [key for key in ("importer", "source") if parameters[key] is not None]
+    tried = catalog.exists("import_summary")
+    if set_ or tried:
+        why = f"{' and '.join(set_)} set" if set_ else "an import was tried"
+        raise DataError(
+            f"{raw}: no site of your own, though {why}; import with kedro run --pipeline=import_sites, or put site "
+            "folders there (docs/data.md). To use the demonstration sites all the same: --params=demo_sites.anyway=true"
+        )
+
+
 def _check_parameters(parameters: Mapping[str, Any]) -> None:
     """Build the strategy once, so that a bad option fails before any work.
 
@@ -282,7 +314,6 @@ def _sites(parameters: Mapping[str, Any]) -> tuple[str, ...]:
         flower = parameters["flower"]
         return tuple(flower["sites"] if isinstance(flower, Mapping) else flower.sites)
     from fedsca_pipeline.pipeline_registry import raw_folder
-    from fedsca_pipeline.sites.discovery import DEMO_SITES, discover_sites
 
     raw = raw_folder.get()
     return (discover_sites(raw) if raw else ()) or DEMO_SITES

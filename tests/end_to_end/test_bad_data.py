@@ -159,6 +159,41 @@ def test_with_quarantine_the_run_goes_on_and_the_report_lists_the_file(
     assert place.contents("01_raw") == raw
 
 
+@pytest.fixture
+def faulty(place):
+    """A place with 40 images more, of which none has a mask, and a mask that is too narrow."""
+    for number in range(40):
+        write(place.raw / SITE / "images" / f"x{number:02d}.png", np.full((SIDE, SIDE), number, np.uint8))
+    resize_a_mask(place.raw / SITE)
+    return place
+
+
+def test_a_fault_of_many_files_is_printed_once_and_the_data_report_has_each(faulty) -> None:
+    refused = faulty.run("preprocessing")
+    told = faulty.run("data_report", "data_report.embedding=false,data_report.thumbnails=0")
+
+    assert (refused.code, told.code) == (1, 1)
+    assert f"site {SITE}: 41 files cannot be used" in refused.words
+    assert refused.words.count("image without a mask") == 1
+    names = ", ".join(f"{SITE}/images/x0{number}.png" for number in range(3))
+    assert f"40 files alike ({names}, ...): image without a mask" in refused.words
+    assert f"{SITE}/masks/p3.png: is 32 x 30 pixels" in refused.words
+    assert f"then 08_reporting/data_report/{SITE}.json" in refused.words
+    facts = json.loads((faulty.reporting / "data_report" / f"{SITE}.json").read_text())
+    assert len(facts["broken"]) == 41
+    assert not any("x00" in refusal for refusal in facts["refusals"])
+
+
+def test_what_is_left_out_for_one_fault_is_printed_once_and_the_report_has_each(faulty) -> None:
+    done = faulty.run("preprocessing", "preprocessing.on_bad_sample=quarantine")
+
+    assert done.code == 0, done.output
+    assert done.words.count("image without a mask") == 1
+    assert "40 files alike (images/x00.png, images/x01.png, images/x02.png, ...): image without a mask" in done.words
+    assert "each file is listed in the site's report.json" in done.words
+    assert len(json.loads(faulty.report(SITE).read_text())["broken"]) == 41
+
+
 @pytest.mark.parametrize(("breakage", "fault", "cure"), SITES[:2], ids=ids(SITES[:2]))
 def test_quarantine_does_not_excuse_a_site_without_usable_images(
     place, breakage: Breakage, fault: str, cure: str
@@ -210,6 +245,8 @@ def test_without_a_site_folder_the_demonstration_sites_are_written(workplace) ->
     sites = sorted(folder.name for folder in workplace.raw.iterdir())
     assert done.code == 0, done.output
     assert sites == ["harbour_ct", "meadow_mri", "summit_ultrasound", "valley_endoscopy"]
+    assert f"demonstration data, phantoms and no patients: {', '.join(sites)}" in done.words
+    assert "for your own, take them away" in done.words
     for site in sites:
         images, masks = (
             {path.stem for path in (workplace.raw / site / kind).iterdir()} for kind in ("images", "masks")
@@ -225,6 +262,7 @@ def test_own_sites_are_left_alone_by_the_demonstration(place) -> None:
     done = place.run("demo_sites")
 
     assert done.code == 0, done.output
+    assert "demonstration" not in done.words
     assert place.contents("01_raw") == raw
 
 

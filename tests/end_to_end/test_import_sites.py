@@ -78,6 +78,60 @@ def test_what_was_left_out_is_named_and_demonstration_sites_are_not_forgotten(ne
     assert "the demonstration sites harbour_ct are there, too" in done.words
 
 
+def test_a_refused_import_lists_each_file_and_keeps_the_demonstration_away(new_workplace, tmp_path: Path) -> None:
+    place = new_workplace()
+    source = polyps(tmp_path / "polyps", 12)
+    for number in range(8):
+        (source / "Kvasir-SEG" / "masks" / f"p{number}.jpg").unlink()
+
+    refused = place.run("import_sites", f"importer=polyps,source={source}")
+    training = place.run("federated_training")
+
+    assert (refused.code, training.code) == (1, 1)
+    assert refused.words.count("no mask as") == 1
+    assert (
+        "8 files (Kvasir-SEG/images/p0.jpg, Kvasir-SEG/images/p1.jpg, Kvasir-SEG/images/p2.jpg, ...)" in refused.words
+    )
+    assert "(each file: Kvasir-SEG in 02_intermediate/import.json)" in refused.words
+    listed = read_json(place.data / "02_intermediate" / "import.json")["Kvasir-SEG"]["broken"]
+    assert [entry["file"] for entry in listed] == [f"Kvasir-SEG/images/p{number}.jpg" for number in range(8)]
+    assert "no site of your own, though an import was tried" in training.words
+    assert "Traceback" not in refused.output + training.output
+    assert not list(place.raw.glob("[!.]*"))
+
+
+def test_what_was_left_out_of_an_import_for_one_fault_is_printed_once(new_workplace, tmp_path: Path) -> None:
+    place = new_workplace()
+    source = polyps(tmp_path / "polyps", 12)
+    for number in range(8):
+        (source / "Kvasir-SEG" / "masks" / f"p{number}.jpg").unlink()
+
+    done = place.run("import_sites", f"importer=polyps,source={source},preprocessing.on_bad_sample=quarantine")
+
+    assert done.code == 0, done.output
+    assert done.words.count("no mask as") == 1
+    assert "Kvasir-SEG: 8 files (Kvasir-SEG/images/p0.jpg," in done.words
+    assert "each file is listed in 02_intermediate/import.json" in done.words
+    assert len(read_json(place.data / "02_intermediate" / "import.json")["Kvasir-SEG"]["broken"]) == 8
+
+
+def test_who_has_set_an_import_gets_the_demonstration_only_if_asked_for(new_workplace, tmp_path: Path) -> None:
+    place = new_workplace()
+    few = "demo_sites.images_per_site=4,preprocessing.min_images=3"
+
+    refused = place.run("demo_sites", f"{few},source={tmp_path}")
+    made = place.run("demo_sites", f"{few},source={tmp_path},demo_sites.anyway=true")
+    used = place.run("demo_sites", f"{few}")
+    again = place.run("federated_training", f"{few},importer=polyps")
+
+    assert (refused.code, made.code, used.code, again.code) == (1, 0, 0, 1), made.output
+    assert "no site of your own, though source set" in refused.words
+    assert "demo_sites.anyway=true" in refused.words
+    assert "were made" in made.words
+    assert "are used" in used.words
+    assert "no site of your own, though importer set" in again.words
+
+
 def test_a_folder_of_a_pacs_comes_by_the_same_command(new_workplace, tmp_path: Path, dicom_files) -> None:
     place = new_workplace()
     affine, labels = np.diag([-1.0, -1.0, 2.0, 1.0]), np.zeros((3, 8, 8, 1), np.uint8)

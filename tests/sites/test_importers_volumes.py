@@ -414,7 +414,7 @@ class TestBidsByFolders:
         source = self.source(tmp_path / "bids")
         (source / "participants.tsv").write_text("participant_id\tsite\nsub-01\tn/a\n")
 
-        with pytest.raises(DataError, match=r"(?s)no site for 'sub-01'.*no site for 'sub-02'"):
+        with pytest.raises(DataError, match=r"3 files alike \(sub-01.*sub-02_T1w.*no site for 'sub-01'"):
             imported("folders", source)
 
     def test_the_table_lies_in_the_source(self, imported, tmp_path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedsca_pipeline.errors import DataError
-from fedsca_pipeline.sites.pairing import Broken, pair_files
+from fedsca_pipeline.sites.pairing import Broken, by_fault, list_faults, pair_files
 from fedsca_pipeline.sites.readers import BrokenSampleError
 
 
@@ -130,3 +130,39 @@ def test_what_a_reader_quotes_of_a_file_is_escaped() -> None:
     broken = Broken.of("images/a.nrrd", BrokenSampleError("encoding \x1b[2J\x7f", "copy\nagain"))
 
     assert (broken.reason, broken.cure) == (r"encoding \x1b[2J\x7f", r"copy\nagain")
+
+
+def test_faults_that_differ_in_names_and_numbers_are_one_and_others_are_not() -> None:
+    broken = [
+        Broken("images/b.png", "the same picture as images/a1f.png, of another subject", "delete one"),
+        Broken("images/c.png", "the same picture as images/bee.png, of another subject", "delete one"),
+        Broken("images/d.png", "image without a mask", "add masks/d.png"),
+        *(Broken(f"images/e{number}.png", "image without a mask", f"add masks/e{number}.png") for number in range(3)),
+        Broken("images/f.png", "image without a mask", "take it away"),
+    ]
+
+    assert [(fault.file, fault.cure) for fault in by_fault(broken, "north/")] == [
+        (
+            "4 files alike (north/images/d.png, north/images/e0.png, north/images/e1.png, ...)",
+            "add masks/d.png",
+        ),
+        ("2 files alike (north/images/b.png, north/images/c.png)", "delete one"),
+        ("north/images/f.png", "take it away"),
+    ]
+    assert by_fault([]) == []
+
+
+def test_faults_alike_to_the_letter_are_not_called_alike_but_the_same() -> None:
+    (fault,) = by_fault([Broken(f"images/{stem}.png", "empty", "export again") for stem in "ab"])
+
+    assert fault.file == "2 files (images/a.png, images/b.png)"
+
+
+def test_a_list_of_faults_ends_and_says_where_the_rest_is_only_where_there_is_a_rest() -> None:
+    kinds = [Broken(f"images/{letter}.png", letter * 2, "export again") for letter in "abcdefghijklmnopqrstuvw"]
+
+    *_, last, cut, where = list_faults(kinds, "", "in the report").splitlines()
+
+    assert (last, cut) == ("  images/t.png: tt; export again", "  ... and 3 more faults")
+    assert where == "  (each file: in the report)"
+    assert list_faults(kinds[:2], "", "in the report").count("\n") == 2

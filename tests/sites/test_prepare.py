@@ -318,22 +318,27 @@ def test_copies_within_one_subject_are_kept_with_a_warning(raw: Path) -> None:
     assert any("identical images of subject p0" in warning for warning in prepared.report["warnings"])
 
 
-def test_a_long_list_of_broken_files_is_cut_with_a_count(raw: Path) -> None:
+def test_many_files_with_one_fault_are_one_line_that_says_where_each_is(raw: Path) -> None:
     for number in range(30):
         save(raw / SITE / "images" / f"x{number:02d}.png", scan(number))
+    save(raw / SITE / "masks" / "p0_0.png", spot(7))
 
-    with pytest.raises(DataError, match="30 files cannot be used") as stop:
+    with pytest.raises(DataError, match="31 files cannot be used") as stop:
         prepare(raw)
 
-    assert str(stop.value).count("image without a mask") == 20
-    assert "... and 10 more" in str(stop.value)
+    _, common, single, where, cure = str(stop.value).splitlines()
+    names = ", ".join(f"{SITE}/images/x0{number}.png" for number in range(3))
+    assert common.startswith(f"  30 files alike ({names}, ...): image without a mask; add masks/x00.png")
+    assert single.startswith(f"  {SITE}/masks/p0_0.png: unknown label value 7")
+    assert f"08_reporting/data_report/{SITE}.json" in where
+    assert cure.startswith("Mend them")
 
 
 def test_too_few_usable_images_stop_the_run_also_in_quarantine(raw: Path) -> None:
     for path in sorted((raw / SITE / "masks").iterdir())[3:]:
         path.unlink()
 
-    with pytest.raises(DataError, match=r"site north: 3 usable images.*min_images is 4.*\n  north/images"):
+    with pytest.raises(DataError, match=r"north: 3 usable images.*min_images is 4.*\n  7 files alike \(north/images"):
         prepare(raw, QUARANTINE)
 
 

@@ -44,6 +44,11 @@ def discover_sites(raw: Path) -> tuple[str, ...]:
     return tuple(sites)
 
 
+def demonstration_sites(raw: Path) -> list[str]:
+    """Return which of the demonstration sites are there, by name."""
+    return [site for site in DEMO_SITES if (raw / site).is_dir()]
+
+
 def may_hold_volumes(folder: Path) -> bool:
     """Whether a site folder has an image that may be a volume, by names alone: no file is opened."""
     images = folder / "images"

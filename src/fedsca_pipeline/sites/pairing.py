@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -15,6 +17,12 @@ from fedsca_pipeline.sites.volumes import FRAMES, IMAGE_READERS, SEGMENTATION, S
 
 SUFFIXES: tuple[str, ...] = (*READERS, *IMAGE_READERS, SEGMENTATION)
 """Of every file that is read, flat images first."""
+
+# In what is said of a file: what another with the same fault has differently.
+_VARYING = re.compile(r"\b(images|masks)/\S+|'[^']*'|\d+")
+
+# Of several files with one fault those called by name, and of faults those told at once.
+_NAMED, _TOLD = 3, 20
 
 _OF_SITES = [suffix for suffix in SUFFIXES if suffix not in (SERIES, FRAMES, SEGMENTATION)]
 
@@ -38,6 +46,38 @@ class Broken:
     def as_dict(self) -> dict[str, str]:
         """Return the three fields."""
         return asdict(self)
+
+
+def by_fault(broken: Sequence[Broken], home: str = "") -> list[Broken]:
+    """Return one entry a fault, the commonest first; of several files ``file`` is their number and the first names.
+
+    Reasons, and cures, that differ in numbers, file names or what is quoted are one fault, told by its first file.
+    ``home`` is put before each name.
+    """
+    faults: dict[str, list[Broken]] = defaultdict(list)
+    for entry in broken:
+        faults[_VARYING.sub("#", f"{entry.reason}; {entry.cure}")].append(entry)
+    return [_together(entries, home) for entries in sorted(faults.values(), key=len, reverse=True)]
+
+
+def list_faults(broken: Sequence[Broken], home: str, everywhere: str) -> str:
+    """Return an indented line a fault (``by_fault``); ``everywhere`` says where every file is, if there are many."""
+    faults = by_fault(broken, home)
+    lines = [str(fault) for fault in faults[:_TOLD]]
+    if len(faults) > _TOLD:
+        lines.append(f"... and {len(faults) - _TOLD} more faults")
+    if len(broken) > _NAMED:
+        lines.append(f"(each file: {everywhere})")
+    return "".join(f"\n  {line}" for line in lines)
+
+
+def _together(entries: Sequence[Broken], home: str) -> Broken:
+    first = entries[0]
+    names = ", ".join(f"{home}{entry.file}" for entry in entries[:_NAMED])
+    if len(entries) > 1:
+        alike = "" if all((entry.reason, entry.cure) == (first.reason, first.cure) for entry in entries) else " alike"
+        names = f"{len(entries)} files{alike} ({names}{', ...' * (len(entries) > _NAMED)})"
+    return replace(first, file=names)
 
 
 def shown(name: str) -> str:

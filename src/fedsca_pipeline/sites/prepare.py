@@ -19,7 +19,7 @@ from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.files import fingerprint
 from fedsca_pipeline.sites.array_writer import ArraysFile, ArraysWriter
 from fedsca_pipeline.sites.discovery import fingerprint_site
-from fedsca_pipeline.sites.pairing import Broken, pair_files
+from fedsca_pipeline.sites.pairing import Broken, list_faults, pair_files
 from fedsca_pipeline.sites.pseudonyms import open_site
 from fedsca_pipeline.sites.readers import split_name
 from fedsca_pipeline.sites.samples import Sample, read_samples
@@ -49,8 +49,6 @@ MANIFEST_DTYPES: Mapping[str, str] = MappingProxyType(
     }
 )
 """The manifest's columns. Read a stored one with these, or a subject ``007`` comes back as 7."""
-
-_LISTED = 20
 
 
 @dataclass(frozen=True)
@@ -263,9 +261,8 @@ def _unused_subjects(site_file: SiteFile, samples: Sequence[Sample], broken: Seq
 
 
 def _refusals(site: str, config: PreprocessingConfig, samples: Sequence[Sample], broken: Sequence[Broken]) -> list[str]:
-    listing = "".join(f"\n  {site}/{entry}" for entry in broken[:_LISTED])
-    if len(broken) > _LISTED:
-        listing += f"\n  ... and {len(broken) - _LISTED} more"
+    pages = f"kedro run --pipeline=data_report, then 08_reporting/data_report/{site}.json"
+    listing = list_faults(broken, f"{site}/", pages)
     found = []
     if broken and config.on_bad_sample == "fail":
         found.append(

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from fedsca_pipeline.config import DemoSitesConfig
 
+logger = logging.getLogger(__name__)
+
 
 def write_demo_sites(raw_sites: Path, config: DemoSitesConfig) -> dict[str, Any]:
-    """Write the demonstration sites if ``raw_sites`` holds none; say what is there afterwards."""
+    """Write the demonstration sites if ``raw_sites`` holds none; say what is there afterwards, aloud if it is they."""
     from fedsca_pipeline.sites.demo import write_demo_sites
+    from fedsca_pipeline.sites.discovery import demonstration_sites, discover_sites
 
-    return write_demo_sites(raw_sites, config)
+    made = not discover_sites(raw_sites)
+    summary = write_demo_sites(raw_sites, config)
+    if demonstration := demonstration_sites(raw_sites):
+        logger.warning(
+            "demonstration data, phantoms and no patients: %s in %s %s; for your own, take them away and put site "
+            "folders there, or import (README.md)",
+            ", ".join(demonstration),
+            raw_sites,
+            "were made" if made else "are used",
+        )
+    return summary

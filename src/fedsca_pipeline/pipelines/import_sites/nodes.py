@@ -33,6 +33,7 @@ def import_sites(
     """
     from rich.progress import Progress
 
+    from fedsca_pipeline.sites.discovery import demonstration_sites
     from fedsca_pipeline.sites.importers import find_importer, importer_names
     from fedsca_pipeline.sites.importers.write import import_sites
 
@@ -53,7 +54,7 @@ def import_sites(
             quarantine=preprocessing.on_bad_sample == "quarantine",
             progress=lambda done, of: progress.update(task, completed=done, total=of),
         )
-    _tell(layout, summary, _demonstration_sites(raw_sites))
+    _tell(layout, summary, demonstration_sites(raw_sites))
     return summary
 
 
@@ -61,12 +62,16 @@ def _tell(layout: Importer, summary: dict[str, Any], demonstration: list[str]) -
     """Say what came and what did not, and what to set for it to be trained."""
     from rich.console import Console
 
+    from fedsca_pipeline.sites.pairing import Broken, by_fault
+
     for site, found in summary.items():
         logger.info(
             "%s: %d images of %d subjects, %d broken", site, found["images"], found["subjects"], len(found["broken"])
         )
-        for entry in found["broken"]:
-            logger.warning("%s: %s: %s (left out; %s)", site, entry["file"], entry["reason"], entry["cure"])
+        for fault in by_fault([Broken(**entry) for entry in found["broken"]]):
+            logger.warning("%s: %s: %s (left out; %s)", site, fault.file, fault.reason, fault.cure)
+    if any(found["broken"] for found in summary.values()):
+        logger.warning("each file is listed in 02_intermediate/import.json")
     if demonstration:
         logger.warning(
             "the demonstration sites %s are there, too, and would be trained with; take them away",
@@ -98,12 +103,6 @@ def _settings(layout: Importer) -> str:
     remark = f"# modalities, one to {_CHANNELS} of: {named}\n" if named else ""
     written = yaml.safe_dump({"preprocessing": wanted}, sort_keys=False, allow_unicode=True, default_flow_style=None)
     return remark + written
-
-
-def _demonstration_sites(raw_sites: Path) -> list[str]:
-    from fedsca_pipeline.sites.discovery import DEMO_SITES
-
-    return [site for site in DEMO_SITES if (raw_sites / site).is_dir()]
 
 
 # Of an image to the model.

@@ -25,6 +25,7 @@ def prepare_for(site: str) -> Callable[..., tuple[Any, Any, dict[str, Any]]]:
         run: RunConfig,
     ) -> tuple[Any, Any, dict[str, Any]]:
         from fedsca_pipeline.files import remove_partial_files
+        from fedsca_pipeline.sites.pairing import Broken, by_fault
         from fedsca_pipeline.sites.prepare import prepare_site
 
         # What a killed command left of this site may be as large as all its arrays.
@@ -35,8 +36,10 @@ def prepare_for(site: str) -> Callable[..., tuple[Any, Any, dict[str, Any]]]:
         )
         broken = prepared.report["broken"]
         logger.info("%s: %d images, %d broken", site, prepared.report["counts"]["used"], len(broken))
-        for entry in broken:
-            logger.warning("%s: %s: %s (left out; %s)", site, entry["file"], entry["reason"], entry["cure"])
+        for fault in by_fault([Broken(**entry) for entry in broken]):
+            logger.warning("%s: %s: %s (left out; %s)", site, fault.file, fault.reason, fault.cure)
+        if broken:
+            logger.warning("%s: each file is listed in the site's report.json below 02_intermediate", site)
         if broken and prepared.report["pseudonyms"]:
             logger.warning("%s: names stand for files as %s lists them", site, private / "names.csv")
         return prepared.manifest, prepared.arrays, prepared.report

@@ -17,18 +17,16 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from fedsca_pipeline.errors import DataError
+from fedsca_pipeline.errors import DataError, RefusedImportError
 from fedsca_pipeline.files import write_bytes
 from fedsca_pipeline.sites.discovery import SITES_READY, settle_sites
 from fedsca_pipeline.sites.importers.layout import Importer, Sample
 from fedsca_pipeline.sites.importers.pictures import Picture, UnusableError, blaming
-from fedsca_pipeline.sites.pairing import Broken
+from fedsca_pipeline.sites.pairing import Broken, list_faults
 from fedsca_pipeline.sites.readers import BrokenSampleError
 from fedsca_pipeline.sites.volumes import Volume, write_nifti
 
 IMPORTED = "import.csv"
-
-_LISTED = 20
 
 
 def import_sites(
@@ -60,8 +58,8 @@ def import_sites(
         (relative to the source), ``reason`` and ``cure``.
 
     Raises:
-        DataError: no such source, nothing of the layout in it, a site that is there already, or broken files without
-            ``quarantine``, or nothing else. The message names them.
+        DataError: no such source, nothing of the layout in it, or a site that is there already.
+        RefusedImportError: broken files without ``quarantine``, or nothing else. The message names the first ones.
     """
     if not source.is_dir():
         raise DataError(f"source: {source} is not a folder; unpack the data set there, or name where it is")
@@ -75,10 +73,10 @@ def import_sites(
         # A killed command may have left its workshop behind.
         shutil.rmtree(workshop, ignore_errors=True)
         summary = _write(workshop, importer, samples, source, progress)
-        broken = [Broken(**entry) for site in summary.values() for entry in site["broken"]]
+        broken = {name: [Broken(**entry) for entry in site["broken"]] for name, site in summary.items()}
         left = any(site["images"] for site in summary.values())
-        if broken and not (quarantine and left):
-            raise DataError(_refusal(source, broken, quarantine) + legend)
+        if any(broken.values()) and not (quarantine and left):
+            raise RefusedImportError(_refusal(source, broken, quarantine) + legend, summary)
         _refuse_existing(raw, {path.name for path in workshop.iterdir()})
         workshop.rename(raw / SITES_READY)
     finally:
@@ -87,12 +85,14 @@ def import_sites(
     return summary
 
 
-def _refusal(source: Path, broken: Sequence[Broken], quarantine: bool) -> str:
-    listed = "".join(f"\n  {entry}" for entry in broken[:_LISTED])
-    more = f"\n  and {len(broken) - _LISTED} more" if len(broken) > _LISTED else ""
+def _refusal(source: Path, broken: Mapping[str, Sequence[Broken]], quarantine: bool) -> str:
+    count = sum(map(len, broken.values()))
+    listed = "".join(
+        list_faults(entries, "", f"{site} in 02_intermediate/import.json") for site, entries in broken.items()
+    )
     leave_out = "or leave them out with preprocessing.on_bad_sample=quarantine"
     cure = "; nothing else is there" if quarantine else f", {leave_out}"
-    return f"{source}: {len(broken)} broken file{'s' * (len(broken) > 1)}:{listed}{more}\nMend them{cure}"
+    return f"{source}: {count} broken file{'s' * (count > 1)}:{listed}\nMend them{cure}"
 
 
 def _refuse_existing(raw: Path, sites: set[str]) -> None:
