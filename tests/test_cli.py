@@ -37,6 +37,41 @@ def test_errors_for_the_user_are_one_message_without_a_traceback(kedro_run, erro
     assert result.output == f"Error: {error}\n"
 
 
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("comparison.only=fedsca,local,run.seed=3", {"comparison": {"only": ["fedsca", "local"]}, "run": {"seed": 3}}),
+        ("run.seed=3,comparison.seeds=[1, 2]", {"comparison": {"seeds": [1, 2]}, "run": {"seed": 3}}),
+        ("comparison.seeds=[1]", {"comparison": {"seeds": [1]}}),
+        ("a.b=1,a.c=x y,a.d=null,source=/data/x", {"a": {"b": 1, "c": "x y", "d": None}, "source": "/data/x"}),
+        ("", {}),
+    ],
+)
+def test_params_take_lists_and_all_that_kedro_takes(monkeypatch, given: str, read: dict[str, Any]) -> None:
+    options: dict[str, Any] = {}
+    monkeypatch.setattr(cli.kedro_run, "callback", lambda **found: options.update(found))
+
+    result = CliRunner().invoke(cli.run, ["--params", given])
+
+    assert result.exit_code == 0, result.output
+    assert options["params"] == read
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("comparison.only=[fedsca,local", "write comparison.only=one,two or comparison.only=[one,two]"),
+        ("fedsca,run.seed=1", "Item `fedsca` must contain a key"),
+        ("=1", "cannot be an empty string"),
+    ],
+)
+def test_params_that_cannot_be_read_are_named(given: str, said: str) -> None:
+    result = CliRunner().invoke(cli.run, ["--params", given])
+
+    assert result.exit_code == 2
+    assert said in result.output
+
+
 def test_a_full_disk_names_the_file(kedro_run) -> None:
     result = kedro_run(OSError(28, "No space left on device", "/data/06_models/x"))
 

@@ -5,12 +5,24 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from fedsca_pipeline.config import PreprocessingConfig
+from fedsca_pipeline.config import FederationConfig, PreprocessingConfig, VolumeConfig
 
 
 def test_classes_without_names_are_called_by_number() -> None:
     assert PreprocessingConfig(classes=2).names == ("class 1", "class 2")
     assert PreprocessingConfig(classes=2, class_names=("tumour", "cyst")).names == ("tumour", "cyst")
+
+
+def test_one_entry_alone_is_a_list_of_one_and_is_checked_as_such() -> None:
+    assert PreprocessingConfig(class_names="tumour").names == ("tumour",)
+    assert VolumeConfig(modalities=2).modalities == [2]
+    assert VolumeConfig(modalities=None).modalities is None
+    assert FederationConfig(devices="auto").devices is None
+    assert FederationConfig(devices=1).devices == [1]
+    with pytest.raises(ValidationError, match="greater than or equal to 0"):
+        VolumeConfig(modalities=-1)
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        VolumeConfig(modalities=[])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from copy import copy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ import click
 from kedro import KedroDeprecationWarning
 from kedro.config import MissingConfigException
 from kedro.framework.cli.project import run as kedro_run
+from kedro.framework.cli.utils import split_string
 from kedro.framework.project import pipelines
 from kedro.io import DatasetError
 from kedro.validation.exceptions import ParameterValidationError
+from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from fedsca_pipeline.errors import FedscaError
 from fedsca_pipeline.hooks import RunUpToDate
@@ -80,6 +84,26 @@ def _run(**options: Any) -> Any:
         raise click.exceptions.Exit(_INTERRUPTED) from None
 
 
+def _read_params(context: click.Context, option: click.Parameter, value: Any) -> Any:
+    """Read ``--params`` as Kedro does, and lists besides, which it takes for keys without a value: ``a=x,y``."""
+    items: list[str] = []
+    for piece in split_string(context, option, value) if isinstance(value, str) else ():
+        if "=" in piece or not items:
+            items.append(piece)
+        else:
+            items[-1] += f",{piece}"
+    lists = [item for item in items if re.search(r",|=\s*[\[{]", item)]
+    plain = ",".join(item for item in items if item not in lists) if items else value
+    merged = OmegaConf.create(_PARAMS.callback(context, option, plain))
+    for item in lists:
+        key, _, listed = item.partition("=")
+        try:
+            merged.merge_with_dotlist([f"{key.strip()}={listed if listed.startswith(('[', '{')) else f'[{listed}]'}"])
+        except YAMLError as error:
+            raise click.BadParameter(f"{key}: {listed} is no list; write {key}=one,two or {key}=[one,two]") from error
+    return OmegaConf.to_container(merged)
+
+
 @cli.command()
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--known", multiple=True, help="Hash of a line that an earlier look has shown; fail unless it is there.")
@@ -93,5 +117,13 @@ def audit(file: Path, known: tuple[str, ...]) -> None:
         raise click.ClickException(str(error)) from error
 
 
-run = click.Command(name="run", params=kedro_run.params, callback=_run, help=kedro_run.help)
+_PARAMS = next(option for option in kedro_run.params if option.name == "params")
+_with_lists = copy(_PARAMS)
+_with_lists.callback = _read_params
+run = click.Command(
+    name="run",
+    params=[_with_lists if option is _PARAMS else option for option in kedro_run.params],
+    callback=_run,
+    help=kedro_run.help,
+)
 cli.add_command(run)

@@ -21,6 +21,9 @@ T = TypeVar("T")
 OrAuto = Annotated[T | None, BeforeValidator(lambda value: None if value == "auto" else value)]
 """A value, or ``auto``, which is None here: a union with a literal would report two faults for one."""
 
+OneOrMore = Annotated[T, BeforeValidator(lambda value: [value] if isinstance(value, str | int | float) else value)]
+"""A list, or its one entry alone, as ``--params`` gives it."""
+
 
 class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -92,7 +95,7 @@ class VolumeConfig(_Config):
 
     axis: Literal[0, 1, 2] = Field(2, description="of RAS+, to cut along: 0 sagittal, 1 coronal, 2 axial slices")
     channels: Literal[1, 3] = Field(1, description="1: the slice alone; 3: the slice between its two neighbours")
-    modalities: list[Annotated[int, Field(ge=0)]] | None = Field(
+    modalities: OneOrMore[list[Annotated[int, Field(ge=0)]]] | None = Field(
         None,
         min_length=1,
         max_length=3,
@@ -112,7 +115,7 @@ class PreprocessingConfig(_Config):
 
     image_size: int = Field(256, ge=16, le=4096, multiple_of=16, description="pixels; images are padded to a square")
     classes: int = Field(1, ge=1, le=254, description="K, the number of foreground classes")
-    class_names: tuple[ClassName, ...] | None = Field(
+    class_names: OneOrMore[tuple[ClassName, ...]] | None = Field(
         None, description="K names, class 1 first, for tables, figures and metrics; null: class 1, class 2, ..."
     )
     normalise: NormaliseConfig = NormaliseConfig()
@@ -261,10 +264,10 @@ class FederationConfig(_Config):
         None, description="of fleet flower: s that a round waits for the rest once the quorum is there; null: deadline"
     )
     workers: OrAuto[Annotated[int, Field(ge=1)]] = Field(None, description="of fleet processes: how many")
-    devices: OrAuto[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]] = Field(
+    devices: OrAuto[OneOrMore[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]]] = Field(
         None, description="of fleet processes: numbers of the CUDA devices to use"
     )
-    inject_failures: dict[str, list[int]] = Field(
+    inject_failures: dict[str, OneOrMore[list[int]]] = Field(
         default_factory=dict, description="for tests: site: [rounds] in which it fails"
     )
 
@@ -293,9 +296,11 @@ class MethodConfig(_Config):
     )
     ablation: str | None = Field(None, description="what this variant of the ablated method varies; null: a method")
     tuned: str | None = Field(None, description="what of it was chosen before the grid, and how; the page tells")
-    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1, description="null: the comparison's")
-    train_images: list[int | None] | None = Field(None, min_length=1, description="null: the comparison's")
-    learning_rates: list[Positive] | None = Field(
+    seeds: OneOrMore[list[Annotated[int, Field(ge=0)]]] | None = Field(
+        None, min_length=1, description="null: the comparison's"
+    )
+    train_images: OneOrMore[list[int | None]] | None = Field(None, min_length=1, description="null: the comparison's")
+    learning_rates: OneOrMore[list[Positive]] | None = Field(
         None,
         min_length=1,
         description="to choose from; null: the comparison's; of an ablation the ablated method's choice",
@@ -306,19 +311,21 @@ class ComparisonConfig(_Config):
     """``comparison``: the grid of methods, seeds and numbers of training images."""
 
     methods: dict[str, MethodConfig | None] = Field(default_factory=dict)
-    only: list[str] | None = Field(None, min_length=1, description="names of the methods to compare; null: all")
+    only: OneOrMore[list[str]] | None = Field(
+        None, min_length=1, description="names of the methods to compare; null: all"
+    )
     reference: str = Field("fedsca", description="the method that all others are tested against")
     ablated: str | None = Field(None, description="the method that entries with ablation vary; null: the reference")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
-    train_images: list[Annotated[int, Field(ge=1)] | None] = Field(
+    seeds: OneOrMore[list[Annotated[int, Field(ge=0)]]] = Field([0, 1, 2], min_length=1)
+    train_images: OneOrMore[list[Annotated[int, Field(ge=1)] | None]] = Field(
         [None], min_length=1, description="training images a site; null: all it has"
     )
-    learning_rates: list[Positive] = Field(
+    learning_rates: OneOrMore[list[Positive]] = Field(
         default_factory=list, description="each method chooses one on its first seed, by validation; []: training's"
     )
-    unseen_sites: list[str] = Field(default_factory=list, description="sites that never train")
+    unseen_sites: OneOrMore[list[str]] = Field(default_factory=list, description="sites that never train")
     leave_one_out: bool = Field(False, description="each site in turn is unseen, too")
-    shots: list[Annotated[int, Field(ge=1)]] = Field(
+    shots: OneOrMore[list[Annotated[int, Field(ge=1)]]] = Field(
         [1, 2, 4, 16], description="labelled images of an unseen site to tune on; at most 0.4 of what it has"
     )
     shot_steps: int = Field(20, ge=1, le=100_000, description="local steps of such tuning")

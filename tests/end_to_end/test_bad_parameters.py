@@ -14,6 +14,12 @@ import pytest
         ("federation.fleet=cluster", ["federation", "fleet", "'in_process', 'processes' or 'flower'"]),
         ("federation.rouns=3", ["federation", "rouns", "not permitted"]),
         ("training.augment.flip=3", ["training", "augment.flip", "less than or equal to 1"]),
+        ("preprocessing.class_names=liver,tumour", ["preprocessing", "2 names for 1 classes"]),
+        (
+            "preprocessing.volume.modalities=[0,3],preprocessing.volume.channels=3",
+            ["preprocessing", "channels: 3 takes"],
+        ),
+        ("run.seed=1,2", ["run.seed: ", "valid integer (given: [1, 2])"]),
         ("preprocessing.image_size=50", ["preprocessing", "image_size", "multiple of 16"]),
         ("foundation.name=sam", ["foundation", "name: sam needs source"]),
         ("federation.strategy=fedsda", ["federation.strategy", "did you mean 'fedsca'?"]),

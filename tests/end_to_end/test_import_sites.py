@@ -155,6 +155,18 @@ def test_a_folder_of_a_pacs_comes_by_the_same_command(new_workplace, tmp_path: P
     assert "Erna" not in done.output + report.output
 
 
+def test_looking_at_the_headers_of_a_pacs_shows_how_far_it_is(new_workplace, tmp_path: Path, dicom_files) -> None:
+    slices = dicom_files.slices(np.zeros((8, 8, 3), np.int16), np.eye(4))
+    dicom_files.series(tmp_path / "export", slices)
+
+    terminal = {"FORCE_COLOR": "1", "COLUMNS": "120"}
+    refused = new_workplace().run("import_sites", f"importer=dicom,source={tmp_path / 'export'}", environment=terminal)
+
+    assert refused.code == 1
+    assert "looking at headers" in refused.output
+    assert "100%" in refused.output
+
+
 def test_what_is_missing_or_wrong_is_said_without_a_traceback(new_workplace, tmp_path: Path) -> None:
     place = new_workplace()
 

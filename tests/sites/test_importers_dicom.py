@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,19 @@ def test_what_cannot_be_used_is_called_by_a_number_whose_meaning_stays_private(
     summary = imported(export, quarantine=True)
     assert [summary["dicom"]["images"], len(summary["dicom"]["broken"])] == [2, 4]
     assert yaml.safe_load((tmp_path / "01_raw" / "dicom" / "site.yml").read_text())["subjects"]
+
+
+def test_who_watches_is_told_of_every_file(export) -> None:
+    passed = []
+
+    def watch(files: Sequence[Path]) -> Iterator[Path]:
+        for file in files:
+            yield file
+            passed.append(file)
+
+    find_importer("dicom", export, {}, watch)
+
+    assert sorted(passed) == sorted(path for path in export.rglob("[!.]*") if path.is_file())
 
 
 def test_what_is_asked_for_and_not_there_is_said(tmp_path, export, dicom_files) -> None:

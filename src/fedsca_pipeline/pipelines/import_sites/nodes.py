@@ -43,8 +43,10 @@ def import_sites(
             f'--params="importer=<name>,source=<folder>" with one of {", ".join(importer_names())}'
         )
     folder = Path(source).expanduser()
-    layout = find_importer(importer, folder, import_options)
     with Progress(transient=True) as progress:
+        layout = find_importer(
+            importer, folder, import_options, lambda files: progress.track(files, description="looking at headers")
+        )
         task = progress.add_task("importing")
         summary = import_sites(
             raw_sites,

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.sites.importers.layout import Importer
+from fedsca_pipeline.sites.importers.layout import Importer, Watch
 
 _MACHINERY = ("labels", "layout", "pictures", "tables", "write")
 _MERGE = "merge"
@@ -20,8 +20,8 @@ def importer_names() -> tuple[str, ...]:
     return tuple(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _MACHINERY)
 
 
-def find_importer(name: str | None, source: Path, options: Mapping[str, str]) -> Importer:
-    """Return the importer of that name, ready for ``source``.
+def find_importer(name: str | None, source: Path, options: Mapping[str, str], watch: Watch = iter) -> Importer:
+    """Return the importer of that name, ready for ``source``, whose files it may have to go through, by ``watch``.
 
     Raises:
         ConfigError: there is none, with the nearest name and all of them; or an option is not its own, or is wrong.
@@ -38,5 +38,5 @@ def find_importer(name: str | None, source: Path, options: Mapping[str, str]) ->
             f"import_options.{unknown[0]}: importer {name!r} has {', '.join((*importer.options, _MERGE))}"
         )
     if importer.configure:
-        importer = importer.configure(source, own)
+        importer = importer.configure(source, own, watch)
     return importer.merge(str(options[_MERGE])) if _MERGE in options else importer

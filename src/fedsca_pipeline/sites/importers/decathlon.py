@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from fedsca_pipeline.errors import ConfigError, DataError
 from fedsca_pipeline.sites.importers.labels import stored_values
-from fedsca_pipeline.sites.importers.layout import Importer, Patterns, Sample
+from fedsca_pipeline.sites.importers.layout import Importer, Patterns, Sample, Watch
 from fedsca_pipeline.sites.importers.tables import find_file, listed_file
 from fedsca_pipeline.sites.readers import split_name
 
@@ -37,7 +37,7 @@ class _Task(BaseModel):
     modality: dict[Annotated[int, Field(ge=0)], str] = Field(default_factory=dict)
 
 
-def configure(source: Path, options: Mapping[str, str]) -> Importer:
+def configure(source: Path, options: Mapping[str, str], __: Watch) -> Importer:
     """Make the importer of the one task in the source.
 
     Raises:

@@ -28,7 +28,7 @@ from fedsca_pipeline.sites.dicom import (
 )
 from fedsca_pipeline.sites.discovery import is_own_file
 from fedsca_pipeline.sites.importers.labels import Label
-from fedsca_pipeline.sites.importers.layout import Importer, Patterns, Sample
+from fedsca_pipeline.sites.importers.layout import Importer, Patterns, Sample, Watch
 from fedsca_pipeline.sites.importers.pictures import Picture, UnusableError, blaming
 from fedsca_pipeline.sites.importers.tables import visible_files
 from fedsca_pipeline.sites.pseudonyms import is_dicom
@@ -51,11 +51,11 @@ class _Export:
     unreadable: Mapping[Path, BrokenSampleError]
 
     @classmethod
-    def of(cls, source: Path) -> _Export:
+    def of(cls, source: Path, watch: Watch) -> _Export:
         files: dict[Path, Relations] = {}
         unreadable: dict[Path, BrokenSampleError] = {}
         instances = set()
-        for path in visible_files(source):
+        for path in watch(visible_files(source)):
             # A DICOMDIR lists what lies beside it.
             if path.name == "DICOMDIR" or not is_own_file(path, source) or not is_dicom(path, source):
                 continue
@@ -76,14 +76,14 @@ class _Export:
         return Counter(label for found in self.files.values() for label in set(found.segments.values()))
 
 
-def configure(source: Path, options: Mapping[str, str]) -> Importer:
-    """Look at the source's files, and make the importer of their segments.
+def configure(source: Path, options: Mapping[str, str], watch: Watch) -> Importer:
+    """Look at the headers of the source's files, and make the importer of their segments.
 
     Raises:
         ConfigError: ``segments`` names one that no file has.
         DataError: no segmentation is there.
     """
-    export = _Export.of(source)
+    export = _Export.of(source, watch)
     there = export.segments
     if not there:
         raise DataError(

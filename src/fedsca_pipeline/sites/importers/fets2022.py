@@ -15,7 +15,7 @@ import numpy as np
 
 from fedsca_pipeline.errors import ConfigError
 from fedsca_pipeline.sites.importers.labels import Label, stored_values
-from fedsca_pipeline.sites.importers.layout import Importer, Patterns, Sample
+from fedsca_pipeline.sites.importers.layout import Importer, Patterns, Sample, Watch
 from fedsca_pipeline.sites.importers.pictures import Picture, blaming, read_nifti
 from fedsca_pipeline.sites.importers.tables import find_file, read_table
 from fedsca_pipeline.sites.volumes import Volume, check_grid
@@ -55,7 +55,7 @@ def read_modalities(sample: Sample, label: Label) -> Picture:
         return Picture(image, label(sample.masks, image))
 
 
-def configure(_: Path, options: Mapping[str, str]) -> Importer:
+def configure(_: Path, options: Mapping[str, str], __: Watch) -> Importer:
     """Choose the table of partitions.
 
     Raises:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fedsca_pipeline.errors import ConfigError
 from fedsca_pipeline.sites.importers.labels import Label, colours, objects, seen_values, stored_values, two_values
-from fedsca_pipeline.sites.importers.layout import Importer, Patterns, Sample
+from fedsca_pipeline.sites.importers.layout import Importer, Patterns, Sample, Watch
 from fedsca_pipeline.sites.importers.tables import check_inside, listed_file, read_table
 from fedsca_pipeline.sites.labels import number_of
 
@@ -100,7 +100,7 @@ class Layout(BaseModel):
         return two_values()
 
 
-def configure(source: Path, options: Mapping[str, str]) -> Importer:
+def configure(source: Path, options: Mapping[str, str], __: Watch) -> Importer:
     """Make the importer that the layout file describes.
 
     Raises:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,10 @@ from fedsca_pipeline.sites.importers.tables import visible_files
 from fedsca_pipeline.sites.readers import split_name
 
 _TOKEN = re.compile(r"\{(\w*)\}|(\*\*/)|(\*)")
+
+
+Watch = Callable[[Sequence[Path]], Iterable[Path]]
+"""Passes files on one by one, and may show how far that is: ``rich.progress.track`` is one, and so is ``iter``."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,10 @@ class Importer:
     ``classes`` names them from 1 on. ``refine`` says of the samples that the patterns found, and the source, what a
     table in it knows better: sites, subjects, several images in one file. ``read`` is for images that are not a file
     each; it may do without a label. ``regroup`` may give an image another site once it is read. ``options`` are the
-    keys of ``import_options``, from which, and the source, ``configure`` makes the importer. ``merged`` makes one class
-    of all. ``modalities`` names those of the fourth axis, where volumes have one. ``discreet``: names of files may name
-    patients, so that messages call an image by its stem.
+    keys of ``import_options``, from which, and the source, ``configure`` makes the importer; where it opens the
+    source's files for that, it goes through them by ``watch``. ``merged`` makes one class of all. ``modalities`` names
+    those of the fourth axis, where volumes have one. ``discreet``: names of files may name patients, so that messages
+    call an image by its stem.
     """
 
     title: str
@@ -95,7 +100,7 @@ class Importer:
     read: Callable[[Sample, Label | None], Picture] = read_picture
     regroup: Callable[[np.ndarray], str] | None = None
     options: tuple[str, ...] = ()
-    configure: Callable[[Path, Mapping[str, str]], Importer] | None = None
+    configure: Callable[[Path, Mapping[str, str], Watch], Importer] | None = None
     merged: bool = False
     modalities: tuple[str, ...] = ()
     discreet: bool = False

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from fedsca_pipeline.errors import ConfigError
 from fedsca_pipeline.sites.importers.labels import Label, to_classes
-from fedsca_pipeline.sites.importers.layout import Importer, Patterns, Sample
+from fedsca_pipeline.sites.importers.layout import Importer, Patterns, Sample, Watch
 from fedsca_pipeline.sites.importers.pictures import Picture, blaming, read_nifti
 from fedsca_pipeline.sites.importers.tables import find_file, read_table
 from fedsca_pipeline.sites.readers import whole_numbers
@@ -60,7 +60,7 @@ def read_frame(sample: Sample, _: Label | None) -> Picture:
         return Picture(image, to_classes(whole_numbers(mask.voxels), _CLASSES))
 
 
-def configure(_: Path, options: Mapping[str, str]) -> Importer:
+def configure(_: Path, options: Mapping[str, str], __: Watch) -> Importer:
     """Choose whether a site is a centre or a vendor.
 
     Raises:
