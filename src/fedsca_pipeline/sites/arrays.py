@@ -238,8 +238,11 @@ def _slices(manifest: pd.DataFrame) -> list[int]:
 
 def manifest_digest(manifest: pd.DataFrame) -> np.ndarray:
     """Return what ties arrays to their manifest, uint8 [32]: SHA-256 over which image stands in which row and split."""
-    rows = manifest[["row", "image", "split"]].astype(str).to_numpy().tolist()
-    rows = [row if index < 0 else [*row, str(index)] for row, index in zip(rows, _slices(manifest), strict=True)]
+    columns = (manifest[name].tolist() for name in ("row", "image", "split"))
+    rows = [
+        [str(row), image, split] if index < 0 else [str(row), image, split, str(index)]
+        for row, image, split, index in zip(*columns, _slices(manifest), strict=True)
+    ]
     return np.frombuffer(hashlib.sha256(json.dumps(rows).encode()).digest(), np.uint8)
 
 

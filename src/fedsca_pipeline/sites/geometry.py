@@ -62,9 +62,9 @@ class Channels:
     @classmethod
     def of(cls, image: np.ndarray) -> Channels:
         """Take an image apart."""
-        planes = image[None] if image.ndim == 2 else np.moveaxis(image, -1, 0)
+        planes = np.ascontiguousarray(image[None] if image.ndim == 2 else np.moveaxis(image, -1, 0))
         grey = all(np.array_equal(planes[0], plane) for plane in planes[1:])
-        distinct = np.ascontiguousarray(planes[:1] if grey else planes)
+        distinct = planes[:1] if grey else planes
         counts = ByteCounts.of(distinct, len(planes) // len(distinct)) if image.dtype == np.uint8 else None
         return cls(image, distinct, counts)
 

@@ -293,18 +293,18 @@ def _split_settings(site: str, config: PreprocessingConfig, seed: int, site_file
     }
 
 
-def _previous(manifest: pd.DataFrame | None, settings: str) -> tuple[pd.DataFrame, str, list[str]]:
-    """Return the part of a previous manifest that binds this split, how the split comes about, and warnings."""
-    nothing = pd.DataFrame(columns=list(MANIFEST_DTYPES))
+def _previous(manifest: pd.DataFrame | None, settings: str) -> tuple[dict[str, list[Any]], str, list[str]]:
+    """Return the columns of a previous manifest if it binds this split, how the split comes about, and warnings."""
+    nothing: dict[str, list[Any]] = {name: [] for name in MANIFEST_DTYPES}
     if manifest is None or manifest.empty:
         return nothing, "new", []
     if "split_settings" in manifest and (manifest["split_settings"] == settings).all():
-        return manifest, "kept", []
+        return manifest.to_dict("list"), "kept", []
     return nothing, "anew", ["the seed, split settings or group rule changed: validation and test were drawn anew"]
 
 
 def _draw(
-    site: str, samples: Sequence[Sample], config: PreprocessingConfig, seed: int, previous: pd.DataFrame
+    site: str, samples: Sequence[Sample], config: PreprocessingConfig, seed: int, previous: Mapping[str, list[Any]]
 ) -> dict[str, str]:
     """Split by image path; an earlier image is known by its subject, its path or its content."""
     subjects = {sample.pair.image: sample.subject for sample in samples}

@@ -12,6 +12,7 @@ import hmac
 import io
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,7 +187,7 @@ def is_dicom(path: Path, home: Path) -> bool:
     if split_name(path.name)[1] == ".dcm":
         return True
     try:
-        if not is_own_file(path, home):
+        if not (stat.S_ISREG(path.lstat().st_mode) or is_own_file(path, home)):
             return False
         with path.open("rb", buffering=0) as stream:
             return stream.read(132)[128:] == b"DICM"
