@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -214,3 +217,32 @@ def test_classes_are_told_apart_by_name(tmp_path: Path, add_image: Callable[...,
 
     assert "cup" in text
     assert "disc rim" in text
+
+
+def test_the_index_fits_a_window_of_900_pixels(
+    raw: Path, tmp_path: Path, write_volume_site: Callable[..., None]
+) -> None:
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("needs a chromium to lay the page out")
+    hospital = "northern_university_hospital"
+    write_volume_site(raw / hospital, affine=np.diag([0.8125, 0.8125, 2.5, 1.0]))
+    found = inspect(raw, "north", "south", hospital)
+    page = render_index([site.facts for site in found], across(found), NOT_MEASURED)
+    # Past the policy that no script runs: how far content goes beyond the window, and beyond each table's frame.
+    policy = page.index("<meta http-equiv")
+    asked = (
+        "<script>document.title = [document.documentElement, ...document.querySelectorAll('.wide')]"
+        ".map(box => box.scrollWidth - box.clientWidth).join(' ')</script>"
+    )
+    page = page[:policy] + page[page.index(">", policy) + 1 :].replace("</body>", f"{asked}</body>")
+    (tmp_path / "index.html").write_text(page, encoding="utf-8")
+
+    sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+    options = ["--headless", "--disable-gpu", *sandbox, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    command = [browser, *options, "--window-size=900,1200", (tmp_path / "index.html").as_uri()]
+    dumped = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
+
+    beyond = dumped.split("<title>")[1].split("</title>")[0].split()
+    assert len(beyond) >= 2
+    assert set(beyond) == {"0"}
