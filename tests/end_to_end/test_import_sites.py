@@ -155,6 +155,29 @@ def test_a_folder_of_a_pacs_comes_by_the_same_command(new_workplace, tmp_path: P
     assert "Erna" not in done.output + report.output
 
 
+def test_a_folder_of_a_pacs_with_nifti_masks_comes_by_the_same_command(
+    new_workplace, tmp_path: Path, dicom_files
+) -> None:
+    place = new_workplace()
+    affine, mask = np.diag([-1.0, -1.0, 2.0, 1.0]), np.zeros((8, 8, 3), np.uint8)
+    mask[2:6, 2:6, 1] = 1
+    for number in range(6):
+        slices = dicom_files.slices(np.full((8, 8, 3), number, np.int16), affine, PatientID=f"4711{number}")
+        dicom_files.series(tmp_path / "export" / f"Erna {number}", slices)
+        nibabel.save(nibabel.Nifti1Image(mask, affine), tmp_path / "export" / f"Erna {number}.nii.gz")
+
+    options = "import_options.site=clinic,import_options.segments=Liver"
+    done = place.run("import_sites", f"importer=dicom,source={tmp_path / 'export'},{options}")
+    prepared = place.run("preprocessing")
+
+    assert (done.code, prepared.code) == (0, 0), done.output + prepared.output
+    assert "clinic: 6 images of 6 subjects, 0 broken" in done.words
+    assert "Classes: 1 Liver" in done.words
+    assert "Erna" not in done.output + prepared.output
+    found = read_json(place.data / "02_intermediate" / "import.json")["clinic"]["pixels"]
+    assert found == {"background": 6 * (8 * 8 * 3 - 16), "Liver": 6 * 16}
+
+
 def test_looking_at_the_headers_of_a_pacs_shows_how_far_it_is(new_workplace, tmp_path: Path, dicom_files) -> None:
     slices = dicom_files.slices(np.zeros((8, 8, 3), np.int16), np.eye(4))
     dicom_files.series(tmp_path / "export", slices)

@@ -16,6 +16,7 @@ from pydicom import dcmread
 
 from fedsca_pipeline.config import PreprocessingConfig
 from fedsca_pipeline.errors import ConfigError, DataError
+from fedsca_pipeline.sites.dicom import read_series
 from fedsca_pipeline.sites.importers import find_importer
 from fedsca_pipeline.sites.importers.write import import_sites
 from fedsca_pipeline.sites.prepare import prepare_site
@@ -185,6 +186,74 @@ def test_what_cannot_be_used_is_called_by_a_number_whose_meaning_stays_private(
     summary = imported(export, quarantine=True)
     assert [summary["dicom"]["images"], len(summary["dicom"]["broken"])] == [2, 4]
     assert yaml.safe_load((tmp_path / "01_raw" / "dicom" / "site.yml").read_text())["subjects"]
+
+
+@pytest.fixture
+def drawn(tmp_path: Path, dicom_files: Any) -> Path:
+    """Two series without a segmentation: one has its mask in its folder, one beside it, on another order of axes."""
+    source = tmp_path / "drawn"
+    for number, patient in enumerate(("Erna", "Jürgen")):
+        folder = dicom_files.series(
+            source / patient, dicom_files.slices(stored(number), AFFINE, PatientID=f"47110{number}")
+        )
+        mask = nibabel.Nifti1Image((ORGAN + 2 * LESION).transpose(2, 1, 0), AFFINE)
+        if number:
+            turned = nibabel.orientations.axcodes2ornt("SRP")
+            axes = nibabel.orientations.ornt_transform(nibabel.io_orientation(AFFINE), turned)
+            mask = mask.as_reoriented(axes)
+        nibabel.save(mask, source / "Jürgen.nii.gz" if number else folder / "label.nii.gz")
+    return source
+
+
+def test_a_nifti_in_the_folder_of_a_series_or_called_as_it_is_its_mask(tmp_path, drawn, imported) -> None:
+    summary = imported(drawn, segments="organ|lesion")
+
+    site = tmp_path / "01_raw" / "dicom"
+    assert summary["dicom"]["pixels"] == {"background": 2 * (120 - 27 - 1), "organ": 2 * 27, "lesion": 2}
+    folders = list((site / "images").iterdir())
+    assert len(folders) == 2
+    for folder in folders:
+        assert len(list(folder.iterdir())) == 4
+        mask = nibabel.load(site / "masks" / f"{folder.name}.nii.gz")
+        np.testing.assert_array_equal(np.asarray(mask.dataobj), (ORGAN + 2 * LESION).transpose(2, 1, 0))
+        np.testing.assert_allclose(mask.affine, read_series(folder).affine, atol=1e-5)
+    names = " ".join(path.as_posix() for path in site.rglob("*")) + (site / "site.yml").read_text()
+    assert not any(name in names for name in ("Erna", "rgen", "label.nii", "4711"))
+
+
+def test_a_nifti_that_lies_elsewhere_than_its_series_is_broken(tmp_path, drawn, imported) -> None:
+    mirrored = AFFINE @ np.diag([-1.0, 1.0, 1.0, 1.0])
+    nibabel.save(nibabel.Nifti1Image(ORGAN.transpose(2, 1, 0), mirrored), drawn / "Jürgen.nii.gz")
+
+    found = imported(drawn, quarantine=True, segments="organ|lesion")["dicom"]
+
+    assert found["images"] == 1
+    (entry,) = found["broken"]
+    assert "mm" in entry["reason"]
+
+
+def test_a_nifti_of_several_values_without_names_or_whose_series_is_not_clear_is_broken(
+    tmp_path, drawn, imported, dicom_files
+) -> None:
+    with pytest.raises(DataError, match="where one beside 0 was expected"):
+        imported(drawn)
+
+    dicom_files.series(drawn / "Erna" / "again", dicom_files.slices(stored(5), AFFINE, PatientID="4711"))
+    for place, data in enumerate(dicom_files.slices(stored(6), AFFINE, PatientID="4711")):
+        dicom_files.save(drawn / "Erna" / f"second {place}.dcm", data)
+    (drawn / "lost").mkdir()
+    nibabel.save(nibabel.Nifti1Image(ORGAN, AFFINE), drawn / "lost" / "Erna.nii.gz")
+
+    found = imported(drawn, quarantine=True, segments="organ|lesion")["dicom"]
+
+    assert found["images"] == 1
+    reasons = sorted(entry["reason"] for entry in found["broken"])
+    assert reasons == [
+        "0 NIfTI masks, 1 folders, 1 images in the first",
+        "1 NIfTI masks, 1 folders, 2 images in the first",
+        "1 NIfTI masks, 1 folders, 2 images in the first",
+        "a NIfTI in whose folder, or in that of its name, no series is",
+    ]
 
 
 def test_who_watches_is_told_of_every_file(export) -> None:

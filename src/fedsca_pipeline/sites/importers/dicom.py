@@ -1,5 +1,7 @@
 """A PACS export: DICOM files in any folders under any names, images with the segmentations (SEG) that refer to them.
 
+Where there is no segmentation at all, the NIfTI that lies in the folder of a series, or is called as it, is its mask.
+
 A series of single frames that lie in space becomes a volume, every other file an image of its own. Which segmentation
 belongs to what, and who is one patient, the files say themselves; segments are told apart by their labels, since their
 numbers differ from file to file. As names of files and folders may name patients, no message holds any.
@@ -10,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,16 +29,17 @@ from fedsca_pipeline.sites.dicom import (
     read_series_files,
 )
 from fedsca_pipeline.sites.discovery import is_own_file
-from fedsca_pipeline.sites.importers.labels import Label
+from fedsca_pipeline.sites.importers.labels import Label, stored_values, two_values
 from fedsca_pipeline.sites.importers.layout import Importer, Patterns, Sample, Watch
 from fedsca_pipeline.sites.importers.pictures import Picture, UnusableError, blaming
 from fedsca_pipeline.sites.importers.tables import visible_files
 from fedsca_pipeline.sites.pseudonyms import is_dicom
-from fedsca_pipeline.sites.readers import BrokenSampleError
+from fedsca_pipeline.sites.readers import BrokenSampleError, split_name
 from fedsca_pipeline.sites.volumes import Volume
 
 _DIVIDER = "|"
 _MOST = 254
+_NIFTI = (".nii", ".nii.gz")
 _NO_MASK = (
     "no segmentation (SEG) refers to it",
     "export the one drawn on it with the series, contours (RTSTRUCT) as SEG; or leave out what has none",
@@ -85,10 +88,12 @@ def configure(source: Path, options: Mapping[str, str], watch: Watch) -> Importe
     """
     export = _Export.of(source, watch)
     there = export.segments
+    if not there and (drawn := _drawn(source)):
+        return _with_nifti(export, drawn, options)
     if not there:
         raise DataError(
             f"{source}: {len(export.files)} DICOM files, and none is a segmentation (SEG); export the segmentations "
-            "with the images, contours (RTSTRUCT) as SEG"
+            "with the images, contours (RTSTRUCT) as SEG, or lay a NIfTI mask into each series' folder"
         )
     chosen = str(options["segments"]).split(_DIVIDER) if "segments" in options else sorted(there)
     if missing := sorted(set(chosen) - set(there)):
@@ -114,6 +119,66 @@ def configure(source: Path, options: Mapping[str, str], watch: Watch) -> Importe
     )
 
 
+def _drawn(source: Path) -> dict[Path, list[Path]]:
+    """Return the NIfTI files of a source by the folder that each is called as, or else lies in."""
+    found: dict[Path, list[Path]] = defaultdict(list)
+    for path in visible_files(source):
+        stem, suffix = split_name(path.name)
+        if suffix in _NIFTI and is_own_file(path, source):
+            named = path.parent / stem
+            found[named if named.is_dir() else path.parent].append(path)
+    return found
+
+
+def _with_nifti(export: _Export, drawn: Mapping[Path, list[Path]], options: Mapping[str, str]) -> Importer:
+    """Return the importer of series with NIfTI masks, whose numbers from 1 on are ``segments``, or of one class."""
+    names = str(options["segments"]).split(_DIVIDER) if "segments" in options else ["foreground"]
+    label = stored_values({number: number for number in range(len(names) + 1)}) if len(names) > 1 else two_values()
+    return replace(
+        IMPORTER,
+        classes=tuple(names),
+        refine=partial(_beside, export=export, drawn=drawn, site=str(options.get("site", "dicom"))),
+        read=_read_beside,
+        label=label,
+        configure=None,
+    )
+
+
+def _beside(
+    _: Path, __: list[Sample], *, export: _Export, drawn: Mapping[Path, list[Path]], site: str
+) -> Iterator[Sample]:
+    """Yield an image a series, or file, with the NIfTI of its folder, which holds nothing else."""
+    images = list(_images(export.files))
+    inhabitants = Counter(folder for _, _, files in images for folder in {file.parent for file in files})
+    taken: set[Path] = set()
+    for uid, _, files in images:
+        folders = {file.parent for file in files}
+        masks = [mask for folder in folders for mask in drawn.get(folder, ())]
+        taken.update(masks)
+        patient = export.files[files[0]].patient
+        fault = None
+        if len(masks) != 1 or len(folders) > 1 or inhabitants[files[0].parent] > 1:
+            fault = (
+                f"{len(masks)} NIfTI masks, {len(folders)} folders, {inhabitants[files[0].parent]} images in the first",
+                "give each series a folder of its own with one mask in it, or beside it under the folder's name",
+            )
+        yield Sample(site, _digest(uid), _digest(patient), tuple(files), tuple(masks), fault or _nameless(patient))
+    for mask in (mask for masks in drawn.values() for mask in masks):
+        if mask not in taken:
+            fault = "a NIfTI in whose folder, or in that of its name, no series is", "lay it to its series"
+            yield Sample(site, _digest(str(mask)), "", (mask,), (), fault)
+    yield from _unreadable(export, site)
+
+
+def _nameless(patient: str) -> tuple[str, str] | None:
+    return None if patient else ("holds no PatientID, so nobody knows which images show one patient", "enter one")
+
+
+def _unreadable(export: _Export, site: str) -> Iterator[Sample]:
+    for path, error in export.unreadable.items():
+        yield Sample(site, _digest(str(path)), "", (path,), (), (error.unquoted, error.cure))
+
+
 def _related(_: Path, __: list[Sample], *, export: _Export, site: str) -> Iterator[Sample]:
     """Yield an image a series of placed frames, or a file, with the segmentations that refer to it."""
     masks: dict[str, list[Path]] = defaultdict(list)
@@ -125,16 +190,13 @@ def _related(_: Path, __: list[Sample], *, export: _Export, site: str) -> Iterat
         own = list(dict.fromkeys(mask for key in known_as for mask in masks.get(key, ())))
         taken.update(own)
         patient = export.files[files[0]].patient
-        fault = None if own else _NO_MASK
-        if not patient:
-            fault = "holds no PatientID, so nobody knows which images show one patient", "enter one"
+        fault = _nameless(patient) or (None if own else _NO_MASK)
         yield Sample(site, _digest(uid), _digest(patient), tuple(files), tuple(own), fault)
     for path, found in export.files.items():
         if found.segments and path not in taken:
             fault = "a segmentation of an image that is not there", "export that series too"
             yield Sample(site, _digest(found.instance), "", (path,), (), fault)
-    for path, error in export.unreadable.items():
-        yield Sample(site, _digest(str(path)), "", (path,), (), (error.unquoted, error.cure))
+    yield from _unreadable(export, site)
 
 
 def _images(files: Mapping[Path, Relations]) -> Iterator[tuple[str, tuple[str, ...], list[Path]]]:
@@ -172,9 +234,21 @@ def _read(sample: Sample, _: Label | None, *, segments: Mapping[Path, Mapping[in
                     f"name all in import_options.segments=<label>{_DIVIDER}<label>, the one on top last",
                 ),
             )
+    return _picture(sample, image, mask)
+
+
+def _read_beside(sample: Sample, label: Label) -> Picture:
+    """Read a series and its NIfTI mask, which lies on the series' grid in whatever order of axes."""
+    with blaming(sample.images[0]):
+        image = _image(sample.images)
+    with blaming(sample.masks[0]):
+        return _picture(sample, image, label(sample.masks, image))
+
+
+def _picture(sample: Sample, image: np.ndarray | Volume, mask: np.ndarray) -> Picture:
     if len(sample.images) > 1:
         return Picture(image, mask, {f"/{place:05d}.dcm": file for place, file in enumerate(sample.images)})
-    return Picture(image, mask, {".dcm": first})
+    return Picture(image, mask, {".dcm": sample.images[0]})
 
 
 def _joined(sample: Sample, image: np.ndarray | Volume, segments: Mapping[Path, Mapping[int, int]]) -> np.ndarray:
