@@ -345,6 +345,19 @@ def test_another_base_in_the_same_round_has_other_noise_and_is_counted(answer, m
     assert second.manifest.privacy.epsilon > first.manifest.privacy.epsilon
 
 
+def test_a_round_that_is_answered_again_with_another_secret_counts_anew(answer, make_worker, tmp_path: Path) -> None:
+    """Two answers with noise of their own tell more than one."""
+    worker, vault = make_worker(settings={"rounds": 9}, **PRIVATE), Vault(tmp_path / "vault")
+    first = answer(worker, payload(worker))
+    (vault.folder / KEY).unlink()
+
+    second = answer(worker, payload(worker))
+
+    assert not same(first, second)
+    assert [entry.round for entry in vault.entries()] == [1, 1]
+    assert second.manifest.privacy.epsilon > first.manifest.privacy.epsilon
+
+
 @pytest.mark.parametrize("changed", ["seed", "clip", "secret", "data", "private tensors"])
 def test_whatever_else_differs_has_other_noise_too(
     answer, make_worker, make_site, tmp_path: Path, changed: str
@@ -370,7 +383,7 @@ def test_whatever_else_differs_has_other_noise_too(
     answer(other, payload(other, 2), 2, **options)
 
     *_, first, last = [entry for path in "xy" for entry in Vault(tmp_path / path).entries() if entry.round == 2]
-    assert first.start != last.start or changed == "secret"
+    assert first.start != last.start
 
 
 def test_a_round_beyond_the_run_s_epsilon_is_refused_untrained(answer, make_worker, tmp_path: Path) -> None:

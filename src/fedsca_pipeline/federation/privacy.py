@@ -150,7 +150,7 @@ class PrivateSteps:
         self.rate = min(1.0, batch_size / len(self.units.rows))
         noise = noise_multiplier(config.epsilon, config.delta, self.rate, rounds * steps)
         start = hashlib.sha256(json.dumps([dict(place), data_digest(data)], sort_keys=True).encode()).hexdigest()
-        self.entry = Entry(run, round_, start, steps, self.rate, noise)
+        self.entry = Entry(run, round_, vault.keyed(start), steps, self.rate, noise)
         self.epsilon = self._affordable()
         self._sampling, self._noise = (vault.draws(start, purpose) for purpose in ("sampling", "noise"))
         self.seed = int(vault.draws(start, "dropout").integers(2**32))

@@ -22,7 +22,7 @@ KEY, LEDGER = "privacy.key", "privacy_ledger.json"
 class Entry:
     """One answer: ``steps`` of the Gaussian mechanism with ``noise`` times the clip norm, on units drawn at ``rate``.
 
-    ``start`` is the SHA-256 of all that decided the answer but for the noise: the same start is the same answer.
+    ``start`` stands for all that decided the answer, the site's secret included: the same start is the same answer.
     """
 
     run: str
@@ -67,20 +67,34 @@ class Vault:
             self._open()
             write_json(self.folder / LEDGER, [asdict(one) for one in (*entries, entry)])
 
+    def keyed(self, start: str) -> str:
+        """Return 64 hex digits that stand for ``start`` and the site's secret: an answer with another one counts anew.
+
+        Raises:
+            SiteError: the secret is damaged.
+        """
+        return self._digest(start, "ledger").hex()
+
     def draws(self, start: str, purpose: str) -> np.random.Generator:
         """Return a stream of randomness that nobody knows who does not have the site's secret; the same for the same.
 
         Raises:
             SiteError: the secret is damaged.
         """
+        # torch's CPU generator keeps 32 bits of a seed, which anyone could try one after the other.
+        return np.random.Generator(np.random.Philox(key=int.from_bytes(self._digest(start, purpose)[:16], "big")))
+
+    def _digest(self, start: str, purpose: str) -> bytes:
         self._open()
         try:
             secret = kept_secret(self.folder / KEY)
         except ValueError as error:
-            raise SiteError(f"{error}; with another one the rounds to come are other ones") from None
-        digest = hmac.new(secret, f"{purpose}\0{start}".encode(), hashlib.sha256).digest()
-        # torch's CPU generator keeps 32 bits of a seed, which anyone could try one after the other.
-        return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "big")))
+            # The coordinator hears it, and has no business with the site's folders.
+            raise SiteError(
+                f"{KEY}: the site's secret is damaged; restore it from a copy, or delete it: with another one the "
+                "rounds to come are other ones, and one that is answered again counts anew"
+            ) from error
+        return hmac.new(secret, f"{purpose}\0{start}".encode(), hashlib.sha256).digest()
 
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
