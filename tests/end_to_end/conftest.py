@@ -9,15 +9,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
+from deployed import SITES, Deployed
 from mlflow import MlflowClient
 from mlflow.entities import Run
+
+from fedsca_pipeline.config import DemoSitesConfig
+from fedsca_pipeline.flower.demo import LocalFederation, free_port
+from fedsca_pipeline.sites.demo import write_demo_sites
 
 ROUNDS = 4
 
@@ -292,3 +299,52 @@ def engine(project: Path) -> Path:
     if not (folder / "flwr").is_file() or shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") is None:
         pytest.skip("needs 'make engine' (or FEDSCA_ENGINE, the folder of flwr) and nginx")
     return folder
+
+
+@pytest.fixture
+def new_deployed(
+    engine: Path, empty_database: Path, write_volume_site: Callable[..., None]
+) -> Iterator[Callable[..., Deployed]]:
+    """Starts federations of three hospitals; keywords are resources of each.
+
+    The last one's data are volumes if asked. ``own`` is what else a hospital has in its YAML file. ``recorded``: nginx
+    keeps whatever the hospitals send, without its TLS (``Deployed.sent``).
+    """
+    folders = []
+
+    def make(
+        *,
+        volumes: bool = False,
+        own: Mapping[str, Mapping[str, object]] = MappingProxyType({}),
+        recorded: bool = False,
+        **resources: object,
+    ) -> Deployed:
+        # pytest's own folders are too long for unix sockets.
+        folders.append(Path(tempfile.mkdtemp(prefix="fedsca-")))
+        shutil.copy(empty_database, folders[-1] / "mlflow.db")
+        write_demo_sites(folders[-1] / "raw", DemoSitesConfig(images_per_site=10, image_size=64))
+        if volumes:
+            last = sorted((folders[-1] / "raw").iterdir())[len(SITES) - 1]
+            shutil.rmtree(last)
+            write_volume_site(last, count=6)
+        started.append(LocalFederation(folders[-1], engine, free_port(), free_port()))
+        federation = started[-1]
+        deployed = Deployed(federation, folders[-1] / "mlflow.db")
+        federation.found(SITES)
+        if recorded:
+            deployed.record()
+        federation.start_superlink()
+        federation.start_nginx()
+        federation.register(SITES)
+        for site, data in zip(SITES, sorted((folders[-1] / "raw").iterdir()), strict=False):
+            federation.site_file(site, data, **resources)
+            deployed.change_file(site, **own.get(site, {}))
+            federation.start_site(site)
+        return deployed
+
+    started: list[LocalFederation] = []
+    yield make
+    for federation in started:
+        federation.close()
+    for folder in folders:
+        shutil.rmtree(folder)

@@ -5,149 +5,21 @@ They need Flower's environment (``make engine``) and nginx; without them they ar
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import psutil
 import pytest
-import torch
+from deployed import SITES, Deployed, in_process, same, until
 
-from fedsca_pipeline.config import DemoSitesConfig
 from fedsca_pipeline.files import read_tensors
-from fedsca_pipeline.flower import leash
 from fedsca_pipeline.flower.audit import read_log
-from fedsca_pipeline.flower.demo import LocalFederation, free_port
-from fedsca_pipeline.sites.demo import write_demo_sites
-
-SITES = ("hospital_a", "hospital_b", "hospital_c")
-SMALL = {"foundation.name": "random", "preprocessing.image_size": 32, "adapters.width": 4, "run.threads": 1}
-
-
-@dataclass
-class Deployed:
-    """A federation that is up, and its coordinator's commands."""
-
-    federation: LocalFederation
-    database: Path
-
-    @property
-    def folder(self) -> Path:
-        return self.federation.folder
-
-    def start(self, name: str = "kedro", **parameters: Any) -> subprocess.Popen:
-        given = {key.replace("__", "."): value for key, value in parameters.items()}
-        command = self.federation.coordinate({**SMALL, "federation.rounds": 2, "flower.retry": 5, **given})
-        surroundings = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{self.database}", "COLUMNS": "200"}
-        self.federation.start(name, command, surroundings)
-        return self.federation.processes[name]
-
-    def run(self, name: str = "kedro", **parameters: Any) -> str:
-        code = self.start(name, **parameters).wait(900)
-        assert code == 0, self.said(name)
-        return self.said(name)
-
-    def said(self, name: str = "kedro") -> str:
-        return " ".join(self.federation.log(name).split())
-
-    def server(self, round_: int) -> dict[str, torch.Tensor]:
-        (run,) = (self.folder / "data" / "07_model_output" / "checkpoints").glob("*/")
-        return read_tensors(run / "server" / f"round_{round_:05d}.safetensors")
-
-    def model(self, site: str, name: str = "last") -> dict[str, torch.Tensor]:
-        (run,) = (self.folder / site / "07_model_output" / "checkpoints").glob("*/")
-        return read_tensors(run / "sites" / site / f"{name}.safetensors")
-
-    def rounds_begun(self, site: str) -> list[int]:
-        """The rounds that a site's worker was given, in order."""
-        record = self.folder / site / "audit.jsonl"
-        lines = record.read_text().splitlines() if record.is_file() else []
-        entries = [json.loads(line) for line in lines]
-        return [entry["round"] for entry in entries if (entry["kind"], entry["direction"]) == ("round", "in")]
-
-    def process(self, site: str, word: str) -> psutil.Process:
-        """One of the processes that a site's command has started, by a word of its command line."""
-        for child in psutil.Process(self.federation.processes[site].pid).children(recursive=True):
-            # One that has just ended has no command line any more.
-            with suppress(psutil.NoSuchProcess):
-                command = child.cmdline()
-                if any(word in part for part in command) and leash.__file__ not in command:
-                    return child
-        raise AssertionError(f"{site}: no process of {word}")
-
-
-@pytest.fixture
-def new_deployed(
-    engine: Path, empty_database: Path, write_volume_site: Callable[..., None]
-) -> Iterator[Callable[..., Deployed]]:
-    """Starts federations of three hospitals, the last one's data volumes if asked; keywords are resources of each."""
-    folders = []
-
-    def make(*, volumes: bool = False, **resources: object) -> Deployed:
-        # pytest's own folders are too long for unix sockets.
-        folders.append(Path(tempfile.mkdtemp(prefix="fedsca-")))
-        shutil.copy(empty_database, folders[-1] / "mlflow.db")
-        write_demo_sites(folders[-1] / "raw", DemoSitesConfig(images_per_site=10, image_size=64))
-        if volumes:
-            last = sorted((folders[-1] / "raw").iterdir())[len(SITES) - 1]
-            shutil.rmtree(last)
-            write_volume_site(last, count=6)
-        started.append(LocalFederation(folders[-1], engine, free_port(), free_port()))
-        federation = started[-1]
-        federation.found(SITES)
-        federation.start_superlink()
-        federation.start_nginx()
-        federation.register(SITES)
-        for site, data in zip(SITES, sorted((folders[-1] / "raw").iterdir()), strict=False):
-            federation.site_file(site, data, **resources)
-            federation.start_site(site)
-        return Deployed(federation, folders[-1] / "mlflow.db")
-
-    started: list[LocalFederation] = []
-    yield make
-    for federation in started:
-        federation.close()
-    for folder in folders:
-        shutil.rmtree(folder)
-
-
-def until(ready: Callable[[], bool], seconds: float = 400.0) -> None:
-    end = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.1)
-
-
-def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def in_process(deployed: Deployed, root: Path, **parameters: Any) -> Path:
-    """Run the same sites in process; return the folder of the run's checkpoints."""
-    raw = root / "01_raw"
-    for site, data in zip(SITES, sorted((deployed.folder / "raw").iterdir()), strict=False):
-        shutil.copytree(data, raw / site)
-    given = {**SMALL, "federation.rounds": 2, "federation.quorum": 2, "data_root": root, **parameters}
-    given["foundation_root"] = deployed.folder / "foundations"
-    command = [sys.executable, "-m", "kedro", "run", "--pipeline=federated_training"]
-    command += ["--params=" + ",".join(f"{key}={value}" for key, value in given.items())]
-    surroundings = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{deployed.database}"}
-    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (run,) = (root / "07_model_output" / "checkpoints").glob("*/")
-    return run
 
 
 @pytest.mark.slow

@@ -12,14 +12,15 @@ import pytest
 
 import fedsca_pipeline.foundation
 from fedsca_pipeline.config import FederationConfig
-from fedsca_pipeline.errors import ConfigError, DataError, MessageError
+from fedsca_pipeline.errors import ConfigError, DataError, MessageError, SiteError
 from fedsca_pipeline.federation.checkpoint import CheckpointFolder
 from fedsca_pipeline.federation.envelope import Manifest
-from fedsca_pipeline.federation.messages import encode, hash_tensors
+from fedsca_pipeline.federation.fleet import Failure
+from fedsca_pipeline.federation.messages import decode, encode, hash_tensors
 from fedsca_pipeline.federation.privacy import epsilon_of
 from fedsca_pipeline.federation.rounds import Server
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.federation.vault import Vault
+from fedsca_pipeline.federation.vault import KEY, LEDGER, Entry, Vault
 from fedsca_pipeline.flower import documents, frames, worker
 from fedsca_pipeline.flower.config import read_site_config
 from fedsca_pipeline.flower.contents import answer_content
@@ -131,10 +132,11 @@ def test_a_run_that_is_not_as_private_as_the_site_asks_is_refused_before_it_is_o
     assert not work.places.checkpoints.exists()
 
 
-def test_a_private_enough_run_is_trained_and_entered_in_the_site_s_ledger(site_file, configuration) -> None:
-    work = SiteWork(read_site_config(site_file(privacy={"epsilon": 4, "delta": 1e-6})))
-    wanted = configuration()
-    wanted["training"]["privacy"] |= {"epsilon": 4.0, "delta": 1e-6}
+PRIVATE = {"epsilon": 4.0, "delta": 1e-6}
+
+
+def first_round(work: SiteWork, wanted: dict[str, Any]) -> tuple[str, bytes]:
+    """Have a site join a run; return the run's name and the message of its first round."""
     terms = documents.write(documents.Terms(configuration=wanted, code=code_version()))
     prepared = documents.read(documents.Prepared, work.answer("prepare", 0, terms))
     description = describe_run(wanted, {"a": prepared.version}, prepared.foundation, 1)
@@ -145,16 +147,84 @@ def test_a_private_enough_run_is_trained_and_entered_in_the_site_s_ledger(site_f
     )
     base = start_values(model, build_strategy("fedsca", {}).shared(layout))
     asked = Manifest("aggregate", description["fingerprint"], 1, "a", hash_tensors(base), 0, "fp16", relative=False)
+    return description["fingerprint"], encode(asked, base)
 
-    answer = work.answer("round", 1, encode(asked, base))
+
+def test_a_private_enough_run_is_trained_and_entered_in_the_site_s_ledger(site_file, configuration) -> None:
+    work = SiteWork(read_site_config(site_file(privacy=PRIVATE)))
+    wanted = configuration()
+    wanted["training"]["privacy"] |= PRIVATE
+    run, asked = first_round(work, wanted)
+
+    answer = work.answer("round", 1, asked)
 
     content = answer_content("round", answer, 2**26)
     assert content["manifest"]["privacy"]["level"] == "image-level"
     assert 0 < content["manifest"]["privacy"]["epsilon"] <= 4
     assert "loss" not in content["manifest"]["metrics"]
     (entry,) = Vault(work.places.private / "a").entries()
-    assert (entry.run, entry.round) == (description["fingerprint"], 1)
+    assert (entry.run, entry.round) == (run, 1)
     assert 2 < epsilon_of([entry] * 3, 1e-6) <= 4
+
+
+def test_a_site_that_was_started_again_answers_a_round_with_the_same_bits_and_counts_it_once(
+    site_file, configuration
+) -> None:
+    config = read_site_config(site_file(privacy=PRIVATE))
+    wanted = configuration()
+    wanted["training"]["privacy"] |= PRIVATE
+    _, asked = first_round(SiteWork(config), wanted)
+
+    first, second = (decode(SiteWork(config).answer("round", 1, asked), max_bytes=2**26) for _ in range(2))
+
+    assert hash_tensors(first.tensors) == hash_tensors(second.tensors)
+    assert first.manifest.privacy == second.manifest.privacy
+    assert len(Vault(config.work / "private" / "a").entries()) == 1
+
+
+def test_the_coordinator_hears_why_a_site_refuses_a_round_beyond_its_own_bound_and_goes_on(
+    site_file, configuration, link, scripted, reply, exchange, caplog
+) -> None:
+    config = read_site_config(site_file(privacy=PRIVATE))
+    Vault(config.work / "private" / "a").record(Entry("earlier", 1, "ab" * 32, 16, 0.5, 0.8))
+    wanted = configuration()
+    wanted["training"]["privacy"] |= PRIVATE
+    work = SiteWork(config)
+    _, asked = first_round(work, wanted)
+
+    def answer(message: Any) -> Any:
+        with pytest.raises(SiteError) as refused:
+            work.answer("round", 1, asked)
+        return reply("", message.node, said={"failed": worker.outward(refused.value)})
+
+    link.sites["a"] = scripted(answer=answer)
+
+    found = exchange()
+
+    assert isinstance(found["a"], Failure)
+    assert "round 1 was refused" in found["a"].reason
+    assert "the site's own privacy.epsilon is 4; nothing was trained" in found["a"].reason
+    assert found["b"] == b"b1"
+    assert found["a"].reason in caplog.text
+    assert len(Vault(config.work / "private" / "a").entries()) == 1
+
+
+@pytest.mark.parametrize("name", [KEY, LEDGER])
+def test_what_is_told_of_a_damaged_vault_does_not_name_the_site_s_folders(site_file, configuration, name: str) -> None:
+    config = read_site_config(site_file(privacy=PRIVATE))
+    wanted = configuration()
+    wanted["training"]["privacy"] |= PRIVATE
+    work = SiteWork(config)
+    _, asked = first_round(work, wanted)
+    vault = config.work / "private" / "a"
+    vault.mkdir(parents=True)
+    (vault / name).write_text("damaged")
+
+    with pytest.raises(SiteError) as damaged:
+        work.answer("round", 1, asked)
+
+    assert name in worker.outward(damaged.value)
+    assert str(config.work) not in worker.outward(damaged.value)
 
 
 def test_a_worker_ends_where_its_line_cannot_be_read_any_more(monkeypatch) -> None:

@@ -258,7 +258,7 @@ class SiteWork:
         path = self.places.description(run)
         # A run's name becomes a path here.
         if not re.fullmatch(documents.RUN_PATTERN, run) or not path.is_file():
-            raise SiteError(f"{UNKNOWN_RUN} {run[:16]!r}: this site has not been asked to take part in it")
+            raise SiteError(f"{UNKNOWN_RUN} {run[:16]!r}: this site does not take part in it")
         return documents.read(documents.Description, path.read_bytes())
 
     def _computing(self, description: documents.Description) -> Any:

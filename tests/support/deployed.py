@@ -1,0 +1,123 @@
+"""A federation of real processes on loopback, as tests handle it: SuperLink, nginx, hospitals, coordinator."""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+
+from fedsca_pipeline.files import read_tensors
+from fedsca_pipeline.flower import leash
+from fedsca_pipeline.flower.demo import LocalFederation
+
+SITES = ("hospital_a", "hospital_b", "hospital_c")
+SMALL = {"foundation.name": "random", "preprocessing.image_size": 32, "adapters.width": 4, "run.threads": 1}
+
+
+@dataclass
+class Deployed:
+    """A federation that is up, and its coordinator's commands."""
+
+    federation: LocalFederation
+    database: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.federation.folder
+
+    def start(self, name: str = "kedro", **parameters: Any) -> subprocess.Popen:
+        given = {key.replace("__", "."): value for key, value in parameters.items()}
+        command = self.federation.coordinate({**SMALL, "federation.rounds": 2, "flower.retry": 5, **given})
+        surroundings = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{self.database}", "COLUMNS": "200"}
+        self.federation.start(name, command, surroundings)
+        return self.federation.processes[name]
+
+    def run(self, name: str = "kedro", **parameters: Any) -> str:
+        code = self.start(name, **parameters).wait(900)
+        assert code == 0, self.said(name)
+        return self.said(name)
+
+    def record(self) -> None:
+        """Have nginx, before it starts, keep the body of every request that it lets through."""
+        file = self.federation.certificates / "nginx.conf"
+        text = file.read_text().replace("proxy_request_buffering off;", "client_body_in_file_only on;")
+        # Started by root it would write as somebody who may not enter the folder.
+        file.write_text(f"user {pwd.getpwuid(os.getuid()).pw_name} {grp.getgrgid(os.getgid()).gr_name};\n{text}")
+
+    def sent(self) -> list[Path]:
+        """What the hospitals have sent, a file a request."""
+        return [path for path in (self.federation.certificates / "body").rglob("*") if path.is_file()]
+
+    def change_file(self, site: str, **values: object) -> None:
+        """Change a hospital's YAML file; its command reads it when it starts."""
+        file = self.folder / f"{site}.yml"
+        file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **values}))
+
+    def said(self, name: str = "kedro") -> str:
+        return " ".join(self.federation.log(name).split())
+
+    def server(self, round_: int) -> dict[str, torch.Tensor]:
+        (run,) = (self.folder / "data" / "07_model_output" / "checkpoints").glob("*/")
+        return read_tensors(run / "server" / f"round_{round_:05d}.safetensors")
+
+    def model(self, site: str, name: str = "last") -> dict[str, torch.Tensor]:
+        (run,) = (self.folder / site / "07_model_output" / "checkpoints").glob("*/")
+        return read_tensors(run / "sites" / site / f"{name}.safetensors")
+
+    def rounds_begun(self, site: str) -> list[int]:
+        """The rounds that a site's worker was given, in order."""
+        record = self.folder / site / "audit.jsonl"
+        lines = record.read_text().splitlines() if record.is_file() else []
+        entries = [json.loads(line) for line in lines]
+        return [entry["round"] for entry in entries if (entry["kind"], entry["direction"]) == ("round", "in")]
+
+    def process(self, site: str, word: str) -> psutil.Process:
+        """One of the processes that a site's command has started, by a word of its command line."""
+        for child in psutil.Process(self.federation.processes[site].pid).children(recursive=True):
+            # One that has just ended has no command line any more.
+            with suppress(psutil.NoSuchProcess):
+                command = child.cmdline()
+                if any(word in part for part in command) and leash.__file__ not in command:
+                    return child
+        raise AssertionError(f"{site}: no process of {word}")
+
+
+def until(ready: Callable[[], bool], seconds: float = 400.0) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def in_process(deployed: Deployed, root: Path, **parameters: Any) -> Path:
+    """Run the same sites in process; return the folder of the run's checkpoints."""
+    raw = root / "01_raw"
+    for site, data in zip(SITES, sorted((deployed.folder / "raw").iterdir()), strict=False):
+        shutil.copytree(data, raw / site)
+    given = {**SMALL, "federation.rounds": 2, "federation.quorum": 2, "data_root": root, **parameters}
+    given["foundation_root"] = deployed.folder / "foundations"
+    command = [sys.executable, "-m", "kedro", "run", "--pipeline=federated_training"]
+    command += ["--params=" + ",".join(f"{key}={value}" for key, value in given.items())]
+    surroundings = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{deployed.database}"}
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (root / "07_model_output" / "checkpoints").glob("*/")
+    return run
