@@ -229,12 +229,7 @@ def load_site_model(path: str | Path, foundation_root: str | Path | None = None,
         WeightsError: the folder holds no model, or the foundation is missing or not the one it was trained on.
     """
     folder = Path(path)
-    if not (folder / CARD).is_file():
-        raise WeightsError(f"{folder}: no {CARD}; give the folder of one site, such as data/06_models/<site>")
-    try:
-        card = SiteModelCard.model_validate(read_json(folder / CARD))
-    except ValueError as error:
-        raise WeightsError(f"{folder / CARD}: cannot be read ({error}); export the site's model again") from error
+    card = read_card(folder)
     root = Path(foundation_root) if foundation_root else (folder / card.foundation_root).resolve()
     provenance = prepare_foundation(card.foundation, root)
     if provenance.sha256 != card.foundation_sha256:
@@ -244,14 +239,39 @@ def load_site_model(path: str | Path, foundation_root: str | Path | None = None,
         )
     network = load_foundation(card.foundation, root, image_size=card.image_size, classes=card.classes)
     load_adapters(network, folder)
+    install(network, read_own_tensors(folder))
+    return SiteModel(network, card).eval().to(device)
+
+
+def read_card(folder: Path) -> SiteModelCard:
+    """Return what the model in a folder was made with.
+
+    Raises:
+        WeightsError: the folder holds no model.
+    """
+    if not (folder / CARD).is_file():
+        raise WeightsError(f"{folder}: no {CARD}; give the folder of one site, such as data/06_models/<site>")
+    try:
+        return SiteModelCard.model_validate(read_json(folder / CARD))
+    except ValueError as error:
+        raise WeightsError(f"{folder / CARD}: cannot be read ({error}); export the site's model again") from error
+
+
+def read_own_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the model's tensors beside its adapters, by name: the decoder's, and the encoder's where it has any.
+
+    Raises:
+        WeightsError: a file is missing or damaged.
+    """
+    tensors: dict[str, Tensor] = {}
     for file in (folder / DECODER, folder / ENCODER):
         if file.name == ENCODER and not file.is_file():
             continue
         try:
-            install(network, read_tensors(file))
+            tensors |= read_tensors(file)
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{file}: cannot be read ({error}); export the site's model again") from error
-    return SiteModel(network, card).eval().to(device)
+    return tensors
 
 
 def _readme(card: SiteModelCard) -> str:

@@ -114,6 +114,27 @@ def test_a_saved_adapter_loads_into_a_fresh_foundation(architecture: str, method
         assert torch.equal(fresh.eval().embed(images()), model.eval().embed(images()))
 
 
+@pytest.mark.parametrize("method", ["fel", "lora"])
+def test_a_saved_adapter_takes_the_place_of_others_of_its_kind(
+    method: str, foundation_root: Path, tmp_path: Path
+) -> None:
+    """In mobile_sam they are so many that PEFT abridges the list of where they are."""
+    models = [
+        attach_adapters(
+            load_foundation(FoundationConfig(), foundation_root, image_size=32, classes=1),
+            AdaptersConfig(method=method),
+        )
+        for _ in range(2)
+    ]
+    disturb(models[0])
+    models[0].encoder.save_pretrained(str(tmp_path))
+
+    load_adapters(models[1], tmp_path)
+
+    with torch.no_grad():
+        assert torch.equal(*(model.eval().embed(torch.ones(1, 3, 32, 32)) for model in models))
+
+
 def test_peft_alone_reads_a_saved_adapter_once_fel_is_registered(tmp_path: Path) -> None:
     model = attach_adapters(network(), AdaptersConfig())
     disturb(model)

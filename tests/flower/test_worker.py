@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import queue
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-import fedsca_pipeline.foundation
 from fedsca_pipeline.config import FederationConfig
 from fedsca_pipeline.errors import ConfigError, DataError, MessageError, SiteError
 from fedsca_pipeline.federation.checkpoint import CheckpointFolder
@@ -21,6 +22,7 @@ from fedsca_pipeline.federation.privacy import epsilon_of
 from fedsca_pipeline.federation.rounds import Server
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.federation.vault import KEY, LEDGER, Entry, Vault
+from fedsca_pipeline.files import write_bytes
 from fedsca_pipeline.flower import documents, frames, worker
 from fedsca_pipeline.flower.config import read_site_config
 from fedsca_pipeline.flower.contents import answer_content
@@ -49,41 +51,126 @@ def configuration() -> Callable[..., dict[str, Any]]:
     return make
 
 
-def test_the_foundation_is_loaded_once_for_all_rounds(
-    site_file, configuration, config, link, scripted, reply, clock, tmp_path: Path, monkeypatch
+COUNTING = """
+import sys
+from fedsca_pipeline.foundation import model
+
+build = model.SegmentationModel.__init__
+
+def counted(*given, **named):
+    with open(sys.argv[1] + ".loads", "a") as notes:
+        notes.write("one\\n")
+    build(*given, **named)
+
+model.SegmentationModel.__init__ = counted
+from fedsca_pipeline.flower import worker
+worker.main()
+"""
+"""A worker that notes, beside the site's file, each foundation that it puts into memory, whatever for."""
+
+
+def counting_command(file: Path) -> list[str]:
+    return [sys.executable, "-c", COUNTING, str(file)]
+
+
+def loads(file: Path) -> int:
+    return len(Path(f"{file}.loads").read_text().split())
+
+
+def test_the_foundation_is_loaded_once_for_a_run_with_its_export_and_test(
+    site_file, configuration, config, link, scripted, reply, clock, tmp_path: Path
 ) -> None:
+    file = site_file()
+    process = WorkerProcess(counting_command(file), read_site_config(file).resources)
+
+    def ask(kind: str, round_: int, payload: bytes) -> bytes:
+        said, answer = process.ask({"kind": kind, "round": round_}, payload, 300)
+        assert said == {}
+        return answer
+
+    wanted = configuration()
+    try:
+        terms = documents.write(documents.Terms(configuration=wanted, code=code_version()))
+        prepared = documents.read(documents.Prepared, ask("prepare", 0, terms))
+        description = describe_run(wanted, {"a": prepared.version}, prepared.foundation, 1)
+        models = documents.parameters(wanted)
+        model, layout = build_trainable(
+            models["foundation"], models["adapters"], tmp_path / "foundations", models["preprocessing"]
+        )
+        link.sites = {
+            "a": scripted(answer=lambda m: reply("", m.node, ask(m.task["kind"], m.task["round"], m.payload)))
+        }
+        opening = documents.write(documents.Description(**description))
+        strategy = build_strategy("fedsca", {})
+        server = Server(
+            FlowerFleet(
+                link, config.model_copy(update={"sites": ["a"]}), opening=opening, clock=clock, sleep=clock.sleep
+            ),
+            strategy,
+            layout,
+            start_values(model, strategy.shared(layout)),
+            FederationConfig(rounds=3),
+            run=description["fingerprint"],
+            seed=0,
+            folder=CheckpointFolder(tmp_path / "server"),
+        )
+        finished = documents.write(documents.Finished(run=description["fingerprint"]))
+
+        records = list(server.rounds())
+        scores = ask("finish", 5, finished)
+
+        assert [record.sites["a"].absent for record in records] == [None] * 4
+        assert {row.model for row in documents.read(documents.Scores, scores).means} == {"before", "after", "chosen"}
+        assert loads(file) == 1
+
+        # Another worker, which trained nothing, says the same, and loads it for itself.
+        process.end()
+        assert ask("finish", 5, finished) == scores
+        assert loads(file) == 2
+    finally:
+        process.end()
+
+
+def test_a_round_is_answered_alike_before_and_after_the_models_were_tested(site_file, configuration) -> None:
+    work = SiteWork(read_site_config(site_file()))
+    wanted = configuration()
+    wanted["adapters"] = {"method": "lora", "options": {"r": 2, "lora_dropout": 0.5}}
+    wanted["federation"]["strategy"], wanted["strategies"] = "ffa_lora", {"ffa_lora": {}}
+    terms = documents.write(documents.Terms(configuration=wanted, code=code_version()))
+    prepared = documents.read(documents.Prepared, work.answer("prepare", 0, terms))
+    description = describe_run(wanted, {"a": prepared.version}, prepared.foundation, 1)
+    work.answer("open", 0, documents.write(documents.Description(**description)))
+    models = documents.parameters(wanted)
+    model, layout = build_trainable(
+        models["foundation"], models["adapters"], work.config.foundation_root, models["preprocessing"]
+    )
+    base = start_values(model, build_strategy("ffa_lora", {}).shared(layout))
+
+    def asked(kind: str, round_: int) -> bytes:
+        given = Manifest(kind, description["fingerprint"], round_, "a", hash_tensors(base), 0, "fp16", relative=False)
+        return work.answer("round", round_, encode(given, base))
+
+    first = decode(asked("aggregate", 1), max_bytes=2**26)
+    asked("final", 2)
+    work.answer("finish", 3, documents.write(documents.Finished(run=description["fingerprint"])))
+    again = decode(asked("aggregate", 1), max_bytes=2**26)
+
+    assert first.tensors.keys() == again.tensors.keys()
+    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in first.tensors.items())
+    assert any(tensor.any() for tensor in first.tensors.values())
+
+
+def test_a_foundation_exchanged_since_the_run_was_opened_is_not_trained(site_file, configuration) -> None:
     work = SiteWork(read_site_config(site_file()))
     wanted = configuration()
     terms = documents.write(documents.Terms(configuration=wanted, code=code_version()))
     prepared = documents.read(documents.Prepared, work.answer("prepare", 0, terms))
-    description = describe_run(wanted, {"a": prepared.version}, prepared.foundation, 1)
-    models = documents.parameters(wanted)
-    model, layout = build_trainable(
-        models["foundation"], models["adapters"], tmp_path / "foundations", models["preprocessing"]
-    )
-    link.sites = {
-        "a": scripted(answer=lambda m: reply("", m.node, work.answer(m.task["kind"], m.task["round"], m.payload)))
-    }
-    opening = documents.write(documents.Description(**description))
-    strategy = build_strategy("fedsca", {})
-    server = Server(
-        FlowerFleet(link, config.model_copy(update={"sites": ["a"]}), opening=opening, clock=clock, sleep=clock.sleep),
-        strategy,
-        layout,
-        start_values(model, strategy.shared(layout)),
-        FederationConfig(rounds=3),
-        run=description["fingerprint"],
-        seed=0,
-        folder=CheckpointFolder(tmp_path / "server"),
-    )
-    loads = []
-    real = fedsca_pipeline.foundation.load_foundation
-    monkeypatch.setattr(fedsca_pipeline.foundation, "load_foundation", lambda *a, **k: loads.append(a) or real(*a, **k))
+    description = describe_run(wanted, {"a": prepared.version}, "ab" * 32, 1)
+    path = work.places.description(description["fingerprint"])
+    write_bytes(path, documents.write(documents.Description(**description)))
 
-    records = list(server.rounds())
-
-    assert [record.sites["a"].absent for record in records] == [None] * 4
-    assert len(loads) == 1
+    with pytest.raises(ConfigError, match=r"this site's foundation is .* the run was made for"):
+        work.answer("finish", 1, documents.write(documents.Finished(run=description["fingerprint"])))
 
 
 def test_a_description_under_another_fingerprint_than_its_own_is_refused(site_file, configuration) -> None:

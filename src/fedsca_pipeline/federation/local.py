@@ -109,6 +109,7 @@ class LocalWorker:
         self, model: SegmentationModel, layout: TensorLayout, strategy: Strategy, settings: LocalSettings
     ) -> None:
         self.model = model
+        self.layout = layout
         self.strategy = strategy
         self.settings = settings
         self.shared = strategy.shared(layout)
@@ -557,7 +558,7 @@ def mean_dice(
 
 def predictions(model: SegmentationModel, forward: Forward, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
     """Yield each batch with its logits [B,C,S,S] float32, without gradients and with ``model`` in evaluation mode."""
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
             with torch.inference_mode(), autocast(batch.inputs.device):
                 logits = forward(batch)
@@ -570,7 +571,8 @@ def whole_model(model: SegmentationModel) -> Forward:
 
 
 @contextmanager
-def _evaluating(model: SegmentationModel) -> Iterator[None]:
+def evaluating(model: SegmentationModel) -> Iterator[None]:
+    """Have the model in evaluation mode for a block."""
     was_training = model.training
     model.eval()
     try:

@@ -1,4 +1,6 @@
-"""The site's worker: prepares, trains, exports and tests, in one long-lived process that loads the foundation once.
+"""The site's worker: prepares, trains, exports and tests, in one long-lived process.
+
+A run's foundation is loaded once, by whatever task needs it first, and is all of the run's models in turn.
 
 The work folder has the layout of ``data/``, and the functions are those of the pipelines: a site does here what
 ``kedro run`` would do with it in process. Started by the site's command (``worker_process``), never by hand.
@@ -36,9 +38,10 @@ from fedsca_pipeline.flower import documents, frames
 from fedsca_pipeline.flower.config import SiteConfig, read_site_config
 from fedsca_pipeline.flower.memory import OUT_OF_MEMORY, is_shortage, limit_memory
 from fedsca_pipeline.foundation import prepare_foundation
-from fedsca_pipeline.pipelines.evaluation.nodes import draw_overlays, score_site
-from fedsca_pipeline.pipelines.evaluation.volume_nodes import score_volumes
-from fedsca_pipeline.pipelines.federated_training.nodes import build_trainable, data_version, export_site_models
+from fedsca_pipeline.models_in_turn import ModelsInTurn
+from fedsca_pipeline.pipelines.evaluation.nodes import draw_examples, score_images
+from fedsca_pipeline.pipelines.evaluation.volume_nodes import score_test_volumes
+from fedsca_pipeline.pipelines.federated_training.nodes import build_trainable, data_version, write_site_models
 from fedsca_pipeline.pipelines.preprocessing.nodes import prepare_for
 from fedsca_pipeline.runs import RunFolder, code_version
 from fedsca_pipeline.sites.arrays import SiteArrays
@@ -188,12 +191,8 @@ class SiteWork:
         if not self.places.prepared.is_file():
             raise ConfigError("this site's data are not prepared; run the coordinator's command again")
         prepared = documents.read(documents.Prepared, self.places.prepared.read_bytes())
-        for what, own, theirs in (
-            ("data", prepared.version, run.data.get(self.config.site)),
-            ("foundation", prepared.foundation, run.foundation),
-        ):
-            if own != theirs:
-                raise ConfigError(f"this site's {what} is {own}, the run was made for {theirs}; start the run anew")
+        _same("data", prepared.version, run.data.get(self.config.site))
+        _same("foundation", prepared.foundation, run.foundation)
         write_bytes(self.places.description(run.fingerprint), documents.write(run))
         logger.info("%s: takes part in run %s (%s)", self.config.site, run.fingerprint, wanted["federation"].strategy)
         return documents.write(documents.Opened(site=self.config.site, run=run.fingerprint))
@@ -201,6 +200,9 @@ class SiteWork:
     def _round(self, round_: int, payload: bytes) -> bytes:
         run = outline(payload, max_bytes=self.config.resources.most_bytes)["manifest"]["run"]
         description = self._description(run)
+        # The site's file may have changed since the run was opened.
+        privacy = documents.parameters(description.configuration)["training"].privacy
+        _private_enough(self.config.privacy, privacy)
         learner = self._learner(run)
         with self._computing(description):
             return learner.work(payload, round_, self.config.site, self._data(), self._store(run), ignore_step)
@@ -209,22 +211,22 @@ class SiteWork:
         run = documents.read(documents.Finished, payload).run
         description = self._description(run)
         wanted = documents.parameters(description.configuration)
-        shared = (self.config.foundation_root, self.places.models)
-        manifest, evaluation = self.places.load_manifest(), wanted["evaluation"]
-        same = (wanted["preprocessing"], wanted["foundation"])
-        index = export_site_models(
-            description.model_dump(), None, wanted["run"], *same, wanted["adapters"], wanted["federation"],
-            wanted["strategies"], evaluation, self.config.foundation_root, self.places.checkpoints, self.places.models,
-            manifest,
-        )  # fmt: skip
-        here = RunConfig(seed=wanted["run"].seed, device=self.config.resources.device, threads=description.threads)
-        scoring = (here, *same, evaluation, index, *shared)
-        scores = score_site(*scoring, manifest, self.places.arrays)
-        write_bytes(self.places.scores, scores.to_csv(index=False).encode())
-        volumes = self._score_volumes(scoring, manifest)
-        figure = draw_overlays(*same, evaluation, scores, *shared, manifest, self.places.arrays)
-        self.places.overlays.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.places.overlays)
+        places, manifest, learner = self.places, self.places.load_manifest(), self._learner(run)
+        preprocessing, evaluation = wanted["preprocessing"], wanted["evaluation"]
+        with self._computing(description):
+            index = write_site_models(
+                learner.model, learner.layout, learner.initial, learner.strategy, description.model_dump(),
+                wanted["run"], preprocessing, wanted["foundation"], wanted["federation"], evaluation,
+                self.config.foundation_root, places.checkpoints, places.models, manifest,
+            )  # fmt: skip
+            in_turn = ModelsInTurn(learner.model, description.foundation, learner.initial)
+            testing = (in_turn, preprocessing, evaluation, index, places.models)
+            scores = score_images(*testing, manifest, places.arrays)
+            write_bytes(places.scores, scores.to_csv(index=False).encode())
+            volumes = self._score_volumes(testing, manifest)
+            figure = draw_examples(in_turn, preprocessing, evaluation, scores, places.models, manifest, places.arrays)
+        places.overlays.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(places.overlays)
         remove_partial_files(self.places.checkpoints)
         kept = index["sites"][self.config.site]
         return documents.write(
@@ -238,12 +240,12 @@ class SiteWork:
             )
         )
 
-    def _score_volumes(self, scoring: tuple[Any, ...], manifest: pd.DataFrame) -> pd.DataFrame:
+    def _score_volumes(self, testing: tuple[Any, ...], manifest: pd.DataFrame) -> pd.DataFrame:
         """Score the test volumes and write what the chosen model makes of them; of none where there are only images."""
         if (manifest["volume"] == "").all():
             return volume_table(self.config.site, "before", {})
         places = self.places
-        scores = score_volumes(*scoring, places.raw, places.private, places.predictions, manifest, places.arrays)
+        scores = score_test_volumes(*testing, places.raw, places.private, places.predictions, manifest, places.arrays)
         write_bytes(places.volume_scores, scores.to_csv(index=False).encode())
         return scores
 
@@ -274,8 +276,12 @@ class SiteWork:
     def _build_learner(self, run: str) -> LocalWorker:
         description = self._description(run)
         wanted = documents.parameters(description.configuration)
-        # The site's file may have changed since the run was opened.
-        _private_enough(self.config.privacy, wanted["training"].privacy)
+        # What is loaded now may not be what the site had when the run was opened.
+        _same(
+            "foundation",
+            prepare_foundation(wanted["foundation"], self.config.foundation_root, announce=logger.info).sha256,
+            description.foundation,
+        )
         federation, evaluation = wanted["federation"], wanted["evaluation"]
         with self._computing(description) as device:
             model, layout = build_trainable(
@@ -297,6 +303,11 @@ class SiteWork:
             )
             strategy = build_strategy(federation.strategy, _options(wanted))
             return LocalWorker(model.to(device), layout, strategy, settings)
+
+
+def _same(what: str, own: str, theirs: str | None) -> None:
+    if own != theirs:
+        raise ConfigError(f"this site's {what} is {own}, the run was made for {theirs}; start the run anew")
 
 
 def _private_enough(bound: PrivacyBound | None, offered: PrivacyConfig) -> None:

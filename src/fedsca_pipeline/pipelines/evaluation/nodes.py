@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from fedsca_pipeline.foundation.model import SegmentationModel
+    from fedsca_pipeline.models_in_turn import ModelsInTurn
     from fedsca_pipeline.sites.arrays import SiteArrays
 
 
@@ -30,26 +32,42 @@ def score_site(
 
     A site that never answered has no model, and only its ``before``.
     """
+    from fedsca_pipeline.federation.devices import deterministic
+    from fedsca_pipeline.models_in_turn import ModelsInTurn
+    from fedsca_pipeline.runs import resolve_threads
+
+    with deterministic(run, resolve_threads(run.threads)) as device:
+        in_turn = ModelsInTurn.load(foundation, foundations, preprocessing, device)
+        return score_images(in_turn, preprocessing, evaluation, site_models, models, manifest, arrays)
+
+
+def score_images(
+    in_turn: ModelsInTurn,
+    preprocessing: PreprocessingConfig,
+    evaluation: EvaluationConfig,
+    site_models: Mapping[str, Any],
+    models: Path,
+    manifest: pd.DataFrame,
+    arrays: Path,
+) -> pd.DataFrame:
+    """Score one site's test images on the network of ``in_turn``; as ``score_site``."""
     import pandas as pd
 
     from fedsca_pipeline.evaluation.tables import image_table
-    from fedsca_pipeline.federation.devices import deterministic
-    from fedsca_pipeline.runs import resolve_threads
     from fedsca_pipeline.sites.arrays import SiteArrays
 
     site = str(manifest["site"].iloc[0])
     data, kept = SiteArrays(arrays, manifest), site_models["sites"][site]
     tables: dict[str, pd.DataFrame] = {}
-    with deterministic(run, resolve_threads(run.threads)) as device:
-        for model, snapshot in SNAPSHOTS.items():
-            if snapshot not in kept and model != "before":
-                continue
-            if model == "chosen" and "after" in tables and kept["best"]["round"] == kept["last"]["round"]:
-                tables[model] = tables["after"].assign(model=model)
-                continue
-            network = network_of(model, models / site, foundations, foundation, preprocessing).to(device)
+    for model, snapshot in SNAPSHOTS.items():
+        if snapshot not in kept and model != "before":
+            continue
+        if model == "chosen" and "after" in tables and kept["best"]["round"] == kept["last"]["round"]:
+            tables[model] = tables["after"].assign(model=model)
+            continue
+        with reported(in_turn, model, models / site) as network:
             scores = _score(network, data, preprocessing.classes, evaluation)
-            tables[model] = image_table(site, data.names("test"), scores, model)
+        tables[model] = image_table(site, data.names("test"), scores, model)
     return pd.concat(tables.values(), ignore_index=True)
 
 
@@ -64,18 +82,35 @@ def draw_overlays(
     arrays: Path,
 ) -> Any:
     """Draw the best, median and worst test image of one site, as the chosen model (or the foundation) segments them."""
+    import torch
+
+    from fedsca_pipeline.models_in_turn import ModelsInTurn
+
+    in_turn = ModelsInTurn.load(foundation, foundations, preprocessing, torch.device("cpu"))
+    return draw_examples(in_turn, preprocessing, evaluation, scores, models, manifest, arrays)
+
+
+def draw_examples(
+    in_turn: ModelsInTurn,
+    preprocessing: PreprocessingConfig,
+    evaluation: EvaluationConfig,
+    scores: pd.DataFrame,
+    models: Path,
+    manifest: pd.DataFrame,
+    arrays: Path,
+) -> Any:
+    """Draw test images as the network of ``in_turn`` segments them; as ``draw_overlays``."""
     from fedsca_pipeline.evaluation.figures import choose_examples, overlays
     from fedsca_pipeline.sites.arrays import SiteArrays, scored_classes
 
     data = SiteArrays(arrays, manifest)
     model = "chosen" if "chosen" in set(scores["model"]) else "before"
-    folder = models / str(manifest["site"].iloc[0])
-    network = network_of(model, folder, foundations, foundation, preprocessing)
     scored = scores[scores["model"] == model]
-    examples = [
-        _example(label, name, scored, data, network, preprocessing.classes, evaluation)
-        for label, name in choose_examples(scored).items()
-    ]
+    with reported(in_turn, model, models / str(manifest["site"].iloc[0])) as network:
+        examples = [
+            _example(label, name, scored, data, network, preprocessing.classes, evaluation)
+            for label, name in choose_examples(scored).items()
+        ]
     return overlays(examples, preprocessing.class_names, scored_classes(data, preprocessing.classes))
 
 
@@ -172,18 +207,11 @@ SNAPSHOTS = {"before": "", "after": "last", "chosen": "best"}
 """Reported model: the snapshot of a site's that it is, in the order of tables."""
 
 
-def network_of(
-    model: str, folder: Path, foundations: Path, foundation: FoundationConfig, preprocessing: PreprocessingConfig
-) -> SegmentationModel:
-    """Load one of the reported models of the site whose models are in ``folder``."""
-    from fedsca_pipeline.foundation import load_foundation
-    from fedsca_pipeline.site_model import load_site_model
-
+def reported(in_turn: ModelsInTurn, model: str, folder: Path) -> AbstractContextManager[SegmentationModel]:
+    """Lend one of the reported models of the site whose models are in ``folder``."""
     if model == "before":
-        return load_foundation(
-            foundation, foundations, image_size=preprocessing.image_size, classes=preprocessing.classes
-        )
-    return load_site_model(folder / "last_round" if model == "after" else folder, foundations).network
+        return in_turn.foundation()
+    return in_turn.saved(folder / "last_round" if model == "after" else folder)
 
 
 def _mean_over_groups(weights: list[list[list[float]]]) -> Any:
@@ -221,8 +249,9 @@ def _example(
     known = known_classes(data, classes)
     row = data.rows("test")[data.names("test").index(name)]
     images, masks, valid = map(torch.from_numpy, data.batch([row]))
+    device = next(network.parameters()).device
     with torch.inference_mode():
-        logits = network(network.normalise(images, valid.unsqueeze(1)))
+        logits = network(network.normalise(images.to(device), valid.unsqueeze(1).to(device))).cpu()
     height, width = int(valid[0].any(1).sum()), int(valid[0].any(0).sum())
     return OverlayExample(
         label=label,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsca_pipeline.config import EvaluationConfig, FoundationConfig, PreprocessingConfig, RunConfig
-from fedsca_pipeline.pipelines.evaluation.nodes import SNAPSHOTS, network_of
+from fedsca_pipeline.pipelines.evaluation.nodes import SNAPSHOTS, reported
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
 
     from fedsca_pipeline.foundation.model import SegmentationModel
+    from fedsca_pipeline.models_in_turn import ModelsInTurn
     from fedsca_pipeline.sites.arrays import SiteArrays
     from fedsca_pipeline.sites.labels import LabelRule
     from fedsca_pipeline.sites.slices import VolumeSlices
@@ -35,11 +38,34 @@ def score_volumes(
 
     What the chosen model makes of them is written to ``predictions/<site>/<stem>.nii.gz``; nothing else stays there.
     """
+    from fedsca_pipeline.federation.devices import deterministic
+    from fedsca_pipeline.models_in_turn import ModelsInTurn
+    from fedsca_pipeline.runs import resolve_threads
+
+    with deterministic(run, resolve_threads(run.threads)) as device:
+        in_turn = ModelsInTurn.load(foundation, foundations, preprocessing, device)
+        return score_test_volumes(
+            in_turn, preprocessing, evaluation, site_models, models, raw_sites, private_sites, predictions, manifest,
+            arrays,
+        )  # fmt: skip
+
+
+def score_test_volumes(
+    in_turn: ModelsInTurn,
+    preprocessing: PreprocessingConfig,
+    evaluation: EvaluationConfig,
+    site_models: Mapping[str, Any],
+    models: Path,
+    raw_sites: Path,
+    private_sites: Path,
+    predictions: Path,
+    manifest: pd.DataFrame,
+    arrays: Path,
+) -> pd.DataFrame:
+    """Score one site's test volumes on the network of ``in_turn``; as ``score_volumes``."""
     import pandas as pd
 
     from fedsca_pipeline.evaluation.volume_tables import volume_table
-    from fedsca_pipeline.federation.devices import deterministic
-    from fedsca_pipeline.runs import resolve_threads
     from fedsca_pipeline.sites.arrays import SiteArrays
     from fedsca_pipeline.sites.pseudonyms import readable_folder
     from fedsca_pipeline.sites.site_file import read_site_file
@@ -51,16 +77,15 @@ def score_volumes(
     volumes = _TestVolumes(folder, rule, manifest, SiteArrays(arrays, manifest), preprocessing, evaluation)
     same = {"best", "last"} <= kept.keys() and kept["best"]["round"] == kept["last"]["round"]
     tables: dict[str, pd.DataFrame] = {}
-    with deterministic(run, resolve_threads(run.threads)) as device:
-        for model, snapshot in SNAPSHOTS.items():
-            if snapshot not in kept and model != "before":
-                continue
-            if model == "after" and same:
-                # It is the chosen one, of which predictions are kept.
-                continue
-            network = network_of(model, models / site, foundations, foundation, preprocessing).to(device)
+    for model, snapshot in SNAPSHOTS.items():
+        if snapshot not in kept and model != "before":
+            continue
+        if model == "after" and same:
+            # It is the chosen one, of which predictions are kept.
+            continue
+        with reported(in_turn, model, models / site) as network:
             scores = volumes.score(network, predictions / site if model == "chosen" else None)
-            tables[model] = volume_table(site, model, scores)
+        tables[model] = volume_table(site, model, scores)
     if same:
         tables["after"] = tables["chosen"].assign(model="after")
     volumes.tidy(predictions / site, written="chosen" in tables)

@@ -181,20 +181,47 @@ def export_site_models(
 
     Returns what was written, by site.
     """
+    from fedsca_pipeline.federation.strategies import build_strategy
+
+    model, layout = build_trainable(foundation, adapters, foundations, preprocessing)
+    strategy = build_strategy(federation.strategy, strategies.get(federation.strategy, {}))
+    start = start_values(model, strategy.trained(layout))
+    return write_site_models(
+        model, layout, start, strategy, description, run, preprocessing, foundation, federation, evaluation,
+        foundations, checkpoints, models, *manifests,
+    )  # fmt: skip
+
+
+def write_site_models(
+    model: SegmentationModel,
+    layout: TensorLayout,
+    start: Mapping[str, Tensor],
+    strategy: Strategy,
+    description: Mapping[str, Any],
+    run: RunConfig,
+    preprocessing: PreprocessingConfig,
+    foundation: FoundationConfig,
+    federation: FederationConfig,
+    evaluation: EvaluationConfig,
+    foundations: Path,
+    checkpoints: Path,
+    models: Path,
+    *manifests: Any,
+) -> dict[str, Any]:
+    """Write the models of a run by way of a network in memory; as ``export_site_models``.
+
+    ``model`` may have been trained: all that ``strategy`` trains is written over. ``start`` is what that was in the
+    beginning.
+    """
     from fedsca_pipeline.federation.checkpoint import CheckpointFolder
     from fedsca_pipeline.federation.fleet import POOLED
     from fedsca_pipeline.federation.messages import unflatten
     from fedsca_pipeline.federation.store import SiteStore, Snapshot
-    from fedsca_pipeline.federation.strategies import build_strategy
     from fedsca_pipeline.runs import RunFolder
     from fedsca_pipeline.site_model import GENERAL_MODEL, discard_site_model, save_site_model
     from fedsca_pipeline.sites.arrays import known_in
 
     folder = RunFolder(checkpoints, description["fingerprint"])
-    model, layout = build_trainable(foundation, adapters, foundations, preprocessing)
-    strategy = build_strategy(federation.strategy, strategies.get(federation.strategy, {}))
-    start = start_values(model, strategy.trained(layout))
-
     known = {str(manifest["site"].iloc[0]): known_in(manifest, preprocessing.classes) for manifest in manifests}
     known[GENERAL_MODEL] = sorted(set().union(*known.values()))
 
