@@ -22,7 +22,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -91,20 +90,18 @@ def _echo(line: socket.socket) -> None:
 
 
 def _be_worker(file: Path, line: str) -> None:
-    """Be a site's worker that notes each load of the foundation, and the task it was for, beside the site's file."""
-    from fedsca_pipeline import foundation
-
-    load = foundation.load_foundation
-
-    def noted(*args: Any, **options: Any) -> Any:
-        task = [frame.name for frame in traceback.extract_stack() if frame.filename.endswith("flower/worker.py")][-1]
-        with file.with_suffix(".loads").open("a") as notes:
-            notes.write(f"{task}\n")
-        return load(*args, **options)
-
-    foundation.load_foundation = noted
-    # Only now: it binds the name.
+    """Be a site's worker that notes each foundation that it puts into memory beside the site's file."""
     from fedsca_pipeline.flower import worker
+    from fedsca_pipeline.foundation.model import SegmentationModel
+
+    build = SegmentationModel.__init__
+
+    def noted(*args: Any, **options: Any) -> None:
+        with file.with_suffix(".loads").open("a") as notes:
+            notes.write("one\n")
+        build(*args, **options)
+
+    SegmentationModel.__init__ = noted
 
     sys.argv[1:] = [str(file), line]
     worker.main()
@@ -126,7 +123,7 @@ def _measure(options: argparse.Namespace) -> None:
     found = details.get("run")
     findings = found and [
         Ratio("coordinator, peak resident", "1 GiB", [found["peak_gib"]["kedro"]], COORDINATOR_GIB),
-        Ratio("loads of the foundation for all rounds, by site", "one", found["loads_for_rounds"], 1.0),
+        Ratio("loads of the foundation in the whole run, by site", "one", found["loads"], 1.0),
     ]
     for key in ("machine", "ratios"):
         details.pop(key, None)
@@ -172,11 +169,10 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
                 time.sleep(SAMPLE_SECONDS)
             if status:
                 raise RuntimeError(federation.log("kedro"))
-            loads = [Counter((federation.folder / f"{site}.loads").read_text().split()) for site in HOSPITALS]
+            loads = [len((federation.folder / f"{site}.loads").read_text().split()) for site in HOSPITALS]
     return {
         "peak_gib": {name: round(peak / 2**30, 3) for name, peak in peaks.items()},
-        "loads_for_rounds": [load["_build_learner"] for load in loads],
-        "loads_for_export_and_test": [load["_finish"] for load in loads],
+        "loads": loads,
     }
 
 
