@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedsca_pipeline.config import PrivacyBound, PrivacyConfig
 from fedsca_pipeline.errors import SiteError
+from fedsca_pipeline.federation import local
 from fedsca_pipeline.federation.batches import plain_batches
 from fedsca_pipeline.federation.local import LocalWorker, ignore_step, phase_lengths
 from fedsca_pipeline.federation.losses import build_loss
@@ -358,9 +359,9 @@ def test_a_round_that_is_answered_again_with_another_secret_counts_anew(answer, 
     assert second.manifest.privacy.epsilon > first.manifest.privacy.epsilon
 
 
-@pytest.mark.parametrize("changed", ["seed", "clip", "secret", "data", "private tensors"])
+@pytest.mark.parametrize("changed", ["seed", "clip", "secret", "data", "private tensors", "processor"])
 def test_whatever_else_differs_has_other_noise_too(
-    answer, make_worker, make_site, tmp_path: Path, changed: str
+    answer, make_worker, make_site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
     """A coordinator that renames one run as another, or asks anew after a change, must not meet the same noise."""
     options: dict[str, Any] = {"vault": Vault(tmp_path / "x")}
@@ -374,6 +375,8 @@ def test_whatever_else_differs_has_other_noise_too(
             options["arrays"] = make_site("b", seed=3)
         case "clip":
             training = {"privacy": PrivacyConfig(epsilon=8.0, clip=1.0001)}
+        case "processor":
+            monkeypatch.setattr(local, "get_cpu_capability", lambda: "another")
         case "private tensors":
             answer(worker, payload(worker, 1), 1, vault=options["vault"])
     other = make_worker(settings={"rounds": 9}, **training)

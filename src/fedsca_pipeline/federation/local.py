@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.backends.cpu import get_cpu_capability
 
 from fedsca_pipeline.config import TrainingConfig
 from fedsca_pipeline.errors import SiteError
@@ -366,7 +367,8 @@ class LocalWorker:
             "round": str(round_),
             "settings": repr(self.settings),
             "strategy": f"{self.strategy.name} {self.strategy.options!r}",
-            "machine": f"{torch.__version__} {self.device} {torch.get_num_threads()}",
+            # Another processor rounds otherwise: with the same noise, two answers would differ by that alone.
+            "machine": f"{torch.__version__} {get_cpu_capability()} {self.device} {torch.get_num_threads()}",
             "frozen": self._frozen,
             "classes": repr(known_classes(data, self.settings.classes)),
             **{name: sha256_tensors(tensors) for name, tensors in start.items()},
