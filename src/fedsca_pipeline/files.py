@@ -12,7 +12,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -161,13 +161,14 @@ def read_header(path: Path, key: str) -> Any:
 
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's content as 64 hex digits."""
-    with path.open("rb") as stream:
+    with path.open("rb", buffering=0) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sha256_path(path: Path) -> str:
     """Return ``sha256_file`` of a file; of a folder, one over those of its visible files, whatever they are called."""
-    if not path.is_dir():
+    # To open it and see takes less than to ask before.
+    with suppress(IsADirectoryError):
         return sha256_file(path)
     digests = sorted(sha256_file(file) for file in path.iterdir() if not file.name.startswith("."))
     return hashlib.sha256("".join(digests).encode()).hexdigest()

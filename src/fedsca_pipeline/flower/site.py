@@ -279,7 +279,7 @@ def _take_part(desk: Desk, listener: socket.socket, lock: TextIO, stopped: threa
         worker.start()
         threading.Thread(target=desk.serve, args=(listener,), daemon=True).start()
         with Engine(config, address, _free_port(), lock).running(stopped):
-            logger.info("%s: joined the federation at %s; Ctrl-C leaves it", config.site, config.coordinator)
+            logger.info("%s: ready, connecting to %s; Ctrl-C leaves the federation", config.site, config.coordinator)
             stopped.wait()
     except WorkerLost as lost:
         if not stopped.is_set():

@@ -94,7 +94,7 @@ def read_volume_classes(path: Path, image: Volume, rule: LabelRule, classes: int
 def by_number(values: np.ndarray, numbers: Mapping[int, int], classes: int) -> tuple[np.ndarray, dict[str, int]]:
     """Map integers, of any shape, to classes; see ``LabelRule.numbers`` and ``read_classes``."""
     applied, tally = dict(numbers), Tally.of(values)
-    if not applied and 255 in tally.values and set(tally.values.tolist()) <= {0, 255}:
+    if not applied and {255} <= set(tally.values.tolist()) <= {0, 255}:
         applied = {255: 1}
     meant = {**{number: number for number in range(classes + 1)}, **applied}
     mask, unknown = look_up(values, {value: number for value, number in meant.items() if number <= classes}, tally)
@@ -136,10 +136,12 @@ def look_up(values: np.ndarray, classes: Mapping[int, int], tally: Tally | None 
     tally = tally or Tally.of(values)
     # A look-up by index is eight bytes a pixel, which a volume has not to spare, and for few values it takes longer.
     mask = np.zeros(values.shape, np.uint8)
-    for value in tally.values.tolist():
+    there = tally.values.tolist()
+    for value in there:
         if number := classes.get(value):
             np.copyto(mask, number, where=values == value)
-    return mask, [value for value in tally.most_frequent_first() if value not in classes]
+    named = classes.keys() >= set(there)
+    return mask, [] if named else [value for value in tally.most_frequent_first() if value not in classes]
 
 
 def occurrences(values: np.ndarray, of: Iterable[int]) -> np.ndarray:

@@ -119,9 +119,11 @@ def refuse_lossy_mask(path: Path) -> None:
 def split_name(name: str) -> tuple[str, str]:
     """Split a file name into stem and lower-case suffix; a double suffix (``.nii.gz``) stays whole."""
     lower = name.lower()
-    # Asked ten times a file, and a Path takes six times as long.
-    plain = os.path.splitext(lower)[1]  # noqa: PTH122
-    suffix = next((double for double in DOUBLE_SUFFIXES if lower.endswith(double)), plain)
+    if lower.endswith(DOUBLE_SUFFIXES):
+        suffix = next(double for double in DOUBLE_SUFFIXES if lower.endswith(double))
+    else:
+        # Asked ten times a file, and a Path takes six times as long.
+        suffix = os.path.splitext(lower)[1]  # noqa: PTH122
     return name[: len(name) - len(suffix)], suffix
 
 
