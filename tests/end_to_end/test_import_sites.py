@@ -78,11 +78,15 @@ def test_what_was_left_out_is_named_and_demonstration_sites_are_not_forgotten(ne
     assert "the demonstration sites harbour_ct are there, too" in done.words
 
 
+def without_masks(source: Path, count: int) -> Path:
+    for number in range(count):
+        (source / "Kvasir-SEG" / "masks" / f"p{number}.jpg").unlink()
+    return source
+
+
 def test_a_refused_import_lists_each_file_and_keeps_the_demonstration_away(new_workplace, tmp_path: Path) -> None:
     place = new_workplace()
-    source = polyps(tmp_path / "polyps", 12)
-    for number in range(8):
-        (source / "Kvasir-SEG" / "masks" / f"p{number}.jpg").unlink()
+    source = without_masks(polyps(tmp_path / "polyps", 12), 8)
 
     refused = place.run("import_sites", f"importer=polyps,source={source}")
     training = place.run("federated_training")
@@ -102,9 +106,7 @@ def test_a_refused_import_lists_each_file_and_keeps_the_demonstration_away(new_w
 
 def test_what_was_left_out_of_an_import_for_one_fault_is_printed_once(new_workplace, tmp_path: Path) -> None:
     place = new_workplace()
-    source = polyps(tmp_path / "polyps", 12)
-    for number in range(8):
-        (source / "Kvasir-SEG" / "masks" / f"p{number}.jpg").unlink()
+    source = without_masks(polyps(tmp_path / "polyps", 12), 8)
 
     done = place.run("import_sites", f"importer=polyps,source={source},preprocessing.on_bad_sample=quarantine")
 

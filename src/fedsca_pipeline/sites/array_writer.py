@@ -79,7 +79,7 @@ class ArraysWriter:
         self._mask = np.zeros((side, side), np.uint8)
         self._sizes: list[tuple[int, int]] = []
         self._images: IO[bytes] = self._path.open("w+b")
-        self._masks: IO[bytes] = tempfile.SpooledTemporaryFile(_FEW, dir=workshop)  # noqa: SIM115 -- closed at the block's end
+        self._masks: IO[bytes] = tempfile.SpooledTemporaryFile(_FEW, dir=workshop)  # noqa: SIM115 - __exit__ closes it
         self._images.seek(_START)
 
     def __enter__(self) -> ArraysWriter:
