@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from fedsca_pipeline.files import (
     atomic_path,
     fingerprint,
+    interrupts_deferred,
     kept_secret,
     read_json,
     read_tensors,
@@ -62,6 +64,33 @@ def test_an_interrupted_write_leaves_the_old_content_and_no_partial_file(tmp_pat
 
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupt_has_its_effect_after_the_block_whatever_else_ended_that() -> None:
+    seen = []
+
+    with pytest.raises(KeyboardInterrupt), interrupts_deferred():
+        signal.raise_signal(signal.SIGINT)
+        seen.append("the rest of the block")
+        raise OSError
+
+    assert seen == ["the rest of the block"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_only_an_interrupt_well_after_another_ends_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    with pytest.raises(KeyboardInterrupt), interrupts_deferred():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        seen.append("an impatient one waits")
+        monkeypatch.setattr("fedsca_pipeline.files._PATIENCE", 0.0)
+        signal.raise_signal(signal.SIGINT)
+        seen.append("a patient one waits too")
+
+    assert seen == ["an impatient one waits"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_full_disk_is_reported_with_the_file_it_was_about(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
+from sqlalchemy import Engine, event
 
 from fedsca_pipeline.errors import TrackingError
 from fedsca_pipeline.tracking import Tracker, TrackingConfig, flat
@@ -122,6 +124,30 @@ class TestTracker:
         for run in found:
             assert run.data.metrics
             assert all(len(steps) == 1 for steps in all_steps(client, run.info.run_id).values())
+
+    def test_an_interrupt_within_a_transaction_leaves_a_database_in_which_the_run_can_end(
+        self, tracker: Tracker, config: TrackingConfig
+    ) -> None:
+        pressed = []
+
+        def press_ctrl_c(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+            if statement.startswith("INSERT INTO metrics") and not pressed:
+                pressed.append(statement)
+                signal.raise_signal(signal.SIGINT)
+
+        tracker.open(DESCRIPTION)
+        event.listen(Engine, "after_cursor_execute", press_ctrl_c)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                tracker.saved("round_metrics", record(1), None)
+        finally:
+            event.remove(Engine, "after_cursor_execute", press_ctrl_c)
+        tracker.close("KILLED")
+
+        client = MlflowClient(tracking_uri=config.tracking_uri)
+        found = client.search_runs([client.get_experiment_by_name(config.experiment).experiment_id])
+        assert {run.info.status for run in found} == {"KILLED"}
+        assert all(run.data.metrics for run in found)
 
     def test_parameters_that_a_killed_command_did_not_log_are_logged_by_the_next(
         self, tracker: Tracker, config: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

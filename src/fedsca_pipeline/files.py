@@ -11,6 +11,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,9 @@ from fedsca_pipeline.errors import WeightsError
 
 if TYPE_CHECKING:
     import torch
+
+# Seconds after which a second Ctrl-C is not one of impatience.
+_PATIENCE = 1.0
 
 
 @contextmanager
@@ -182,18 +186,26 @@ def fingerprint(value: Any) -> str:
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """Let Ctrl-C have its effect after the block, not in it; for blocks of milliseconds."""
+    """Let Ctrl-C have its effect after the block, not in it; one that comes a second after the first does not wait."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    came: list[float] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def later(number: int, frame: FrameType | None) -> None:
+        came.append(time.monotonic())
+        if came[-1] - came[0] > _PATIENCE:
+            signal.signal(signal.SIGINT, before)
+            signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGINT, later)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if came and callable(before):
-        before(*came[0])
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _unreadable(path: Path, error: Exception) -> WeightsError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -180,8 +181,9 @@ class ProjectHooks:
         self._comparison.saved(dataset_name, self._filepath(dataset_name))
 
     def interrupted(self) -> None:
-        """Mark the MLflow run as killed: Kedro calls no hook on Ctrl-C."""
-        self._close("KILLED")
+        """Mark the MLflow run as killed: Kedro calls no hook on Ctrl-C. Who presses it again does not wait for that."""
+        with suppress(KeyboardInterrupt):
+            self._close("KILLED")
 
     def _close(self, status: str) -> None:
         """End the MLflow run; what ended the command must not be hidden by MLflow failing too."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from fedsca_pipeline.errors import TrackingError
+from fedsca_pipeline.files import interrupts_deferred
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -90,7 +91,9 @@ class MlflowWriter:
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
-            yield
+            # An interrupt within a transaction leaves SQLite locked, and the run could not be marked as killed.
+            with interrupts_deferred():
+                yield
         except (MlflowException, SQLAlchemyError) as error:
             raise TrackingError(
                 f"MLflow at {self.uri}: {error}. Correct the address (MLFLOW_TRACKING_URI or conf/base/mlflow.yml) or "
