@@ -62,6 +62,18 @@ def test_beyond_its_limit_a_process_gets_none_whatever_the_machine_has() -> None
     assert "MemoryError" in done.stderr
 
 
+def test_with_its_limit_lifted_it_can_tell_what_happened() -> None:
+    code = (
+        "from fedsca_pipeline.flower.memory import lift_limit, limit_memory; limit_memory(0.25)\n"
+        "try: bytearray(2**28)\n"
+        "except MemoryError: lift_limit(); print(len(bytearray(2**28)))"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert done.stdout == f"{2**28}\n", done.stderr
+
+
 @pytest.mark.parametrize("status", [OUT_OF_MEMORY, -signal.SIGKILL, -signal.SIGABRT])
 @pytest.mark.parametrize(("limit", "said"), [(None, "sets no limit"), (1.5, "allows 1.5 GiB")])
 def test_where_memory_may_be_why_the_key_and_the_cure_are_named(status, limit, said) -> None:

@@ -80,10 +80,17 @@ class Deployed:
 
     def rounds_begun(self, site: str) -> list[int]:
         """The rounds that a site's worker was given, in order."""
+        return self._rounds(site, "in")
+
+    def rounds_answered(self, site: str) -> list[int]:
+        """The rounds of which a site has sent its answer, in order."""
+        return self._rounds(site, "out")
+
+    def _rounds(self, site: str, direction: str) -> list[int]:
         record = self.folder / site / "audit.jsonl"
         lines = record.read_text().splitlines() if record.is_file() else []
         entries = [json.loads(line) for line in lines]
-        return [entry["round"] for entry in entries if (entry["kind"], entry["direction"]) == ("round", "in")]
+        return [entry["round"] for entry in entries if (entry["kind"], entry["direction"]) == ("round", direction)]
 
     def process(self, site: str, word: str) -> psutil.Process:
         """One of the processes that a site's command has started, by a word of its command line."""

@@ -10,7 +10,14 @@ OUT_OF_MEMORY = 112
 """Exit status of a worker that could not have the memory it asked for."""
 
 # PyTorch has no class of its own for this on the CPU, nor has oneDNN; the phrases are theirs, glibc's and Python's.
-_PHRASES = ("allocate memory", "not enough memory", "out of memory", "bad_alloc", "can't start new thread")
+_PHRASES = (
+    "allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+    "can't start new thread",
+    "could not create a primitive",
+)
 
 
 def limit_memory(gib: float) -> None:
@@ -19,8 +26,15 @@ def limit_memory(gib: float) -> None:
     What counts is memory of its own (Linux: ``RLIMIT_DATA``), not address space, of which libraries reserve more than
     they use.
     """
-    most = int(gib * 2**30)
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    most, (_, machine) = int(gib * 2**30), resource.getrlimit(resource.RLIMIT_DATA)
+    unlimited = machine == resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_DATA, (most if unlimited else min(most, machine), machine))
+
+
+def lift_limit() -> None:
+    """Let this process have what the machine gives: to tell of a shortage takes memory, too."""
+    _, machine = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (machine, machine))
 
 
 def is_shortage(error: BaseException | None) -> bool:

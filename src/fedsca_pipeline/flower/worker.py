@@ -36,7 +36,7 @@ from fedsca_pipeline.federation.vault import Vault
 from fedsca_pipeline.files import remove_partial_files, write_bytes, write_json
 from fedsca_pipeline.flower import documents, frames
 from fedsca_pipeline.flower.config import SiteConfig, read_site_config
-from fedsca_pipeline.flower.memory import OUT_OF_MEMORY, is_shortage, limit_memory
+from fedsca_pipeline.flower.memory import OUT_OF_MEMORY, is_shortage, lift_limit, limit_memory
 from fedsca_pipeline.foundation import prepare_foundation
 from fedsca_pipeline.models_in_turn import ModelsInTurn
 from fedsca_pipeline.pipelines.evaluation.nodes import draw_examples, score_images
@@ -401,6 +401,7 @@ def main() -> None:
     except Exception as error:
         if not is_shortage(error):
             raise
+        lift_limit()
         # The site's command says what to do about it; an answer might not find the memory for itself.
         logger.exception("out of memory")
         sys.exit(OUT_OF_MEMORY)
