@@ -221,6 +221,16 @@ def test_a_nifti_in_the_folder_of_a_series_or_called_as_it_is_its_mask(tmp_path,
     assert not any(name in names for name in ("Erna", "rgen", "label.nii", "4711"))
 
 
+def test_beside_segmentations_a_nifti_is_passed_over_aloud(export, imported, caplog) -> None:
+    without = imported(export, site="without")
+    nibabel.save(nibabel.Nifti1Image(ORGAN, AFFINE), export / "Erna.nii.gz")
+
+    assert imported(export)["dicom"] == without["without"]
+
+    (warned,) = (record.getMessage() for record in caplog.records if record.name.startswith("fedsca_pipeline"))
+    assert warned == "1 NIfTI files are passed over: the masks are the segmentations (SEG)"
+
+
 def test_a_nifti_that_lies_elsewhere_than_its_series_is_broken(tmp_path, drawn, imported) -> None:
     mirrored = AFFINE @ np.diag([-1.0, 1.0, 1.0, 1.0])
     nibabel.save(nibabel.Nifti1Image(ORGAN.transpose(2, 1, 0), mirrored), drawn / "Jürgen.nii.gz")

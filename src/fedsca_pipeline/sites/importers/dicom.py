@@ -1,6 +1,7 @@
 """A PACS export: DICOM files in any folders under any names, images with the segmentations (SEG) that refer to them.
 
-Where there is no segmentation at all, the NIfTI that lies in the folder of a series, or is called as it, is its mask.
+Where there is no segmentation at all, the NIfTI that lies in the folder of a series, or is called as it, is its mask;
+where there is one, NIfTI files are passed over, with a warning.
 
 A series of single frames that lie in space becomes a volume, every other file an image of its own. Which segmentation
 belongs to what, and who is one patient, the files say themselves; segments are told apart by their labels, since their
@@ -10,6 +11,7 @@ numbers differ from file to file. As names of files and folders may name patient
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +38,8 @@ from fedsca_pipeline.sites.importers.tables import visible_files
 from fedsca_pipeline.sites.pseudonyms import is_dicom
 from fedsca_pipeline.sites.readers import BrokenSampleError, split_name
 from fedsca_pipeline.sites.volumes import Volume
+
+logger = logging.getLogger(__name__)
 
 _DIVIDER = "|"
 _MOST = 254
@@ -87,14 +91,17 @@ def configure(source: Path, options: Mapping[str, str], watch: Watch) -> Importe
         DataError: no segmentation is there.
     """
     export = _Export.of(source, watch)
-    there = export.segments
-    if not there and (drawn := _drawn(source)):
+    there, drawn = export.segments, _drawn(source)
+    if not there and drawn:
         return _with_nifti(export, drawn, options)
     if not there:
         raise DataError(
             f"{source}: {len(export.files)} DICOM files, and none is a segmentation (SEG); export the segmentations "
             "with the images, contours (RTSTRUCT) as SEG, or lay a NIfTI mask into each series' folder"
         )
+    if drawn:
+        passed_over = sum(map(len, drawn.values()))
+        logger.warning("%d NIfTI files are passed over: the masks are the segmentations (SEG)", passed_over)
     chosen = str(options["segments"]).split(_DIVIDER) if "segments" in options else sorted(there)
     if missing := sorted(set(chosen) - set(there)):
         raise ConfigError(
