@@ -55,11 +55,9 @@ class RecordingFleet(InProcessFleet):
 
     carried: list[tuple[str, int, Message]] = field(default_factory=list)
 
-    def exchange(
-        self, round_: int, payloads: Mapping[str, bytes], *, deadline: float | None, quorum: int, grace: float
-    ) -> Mapping[str, bytes | Failure]:
+    def exchange(self, round_: int, payloads: Mapping[str, bytes], **_: object) -> Mapping[str, bytes | Failure]:
         """Visit the sites as the project's own fleet does."""
-        answers = super().exchange(round_, payloads, deadline=deadline, quorum=quorum, grace=grace)
+        answers = super().exchange(round_, payloads)
         self.carried += [("down", round_, decode(payload)) for payload in payloads.values()]
         self.carried += [("up", round_, decode(answer)) for answer in answers.values() if isinstance(answer, bytes)]
         return answers

@@ -38,7 +38,7 @@ class FakeFleet:
     def sites(self) -> Sequence[str]:
         return SITES
 
-    def exchange(self, round_, payloads, *, deadline, quorum, grace):
+    def exchange(self, round_, payloads, **_):
         return {site: self.answer(round_, site, payload) for site, payload in payloads.items()}
 
     def answer(self, round_: int, site: str, payload: bytes) -> bytes | Failure:

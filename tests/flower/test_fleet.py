@@ -51,6 +51,32 @@ class TestAbsence:
         assert second["c"] == Failure("no answer in time")
         assert "round 1: the answer of c came after the round's end and was dropped" in caplog.text
 
+    def test_nor_beyond_it_where_the_quorum_came_late(self, exchange, link, clock, scripted) -> None:
+        link.sites["b"], link.sites["c"] = scripted(seconds=105), scripted(seconds=1000)
+
+        answers = exchange()
+
+        assert 105 <= clock.now <= 107
+        assert answers == {"a": b"a1", "b": b"b1", "c": Failure("no answer in time")}
+
+    def test_while_the_rest_is_waited_for_it_is_said_for_whom_and_how_long(
+        self, exchange, link, scripted, caplog
+    ) -> None:
+        link.sites["c"] = scripted(away=lambda now: now >= 1)
+
+        exchange(grace=20.0)
+
+        waits = [record.getMessage() for record in caplog.records if "waiting" in record.getMessage()]
+        assert waits == ["round 1: 2 sites have answered, 2 must; waiting 20 s at most for c: not connected"]
+
+    def test_an_answer_with_a_fault_is_no_answer_and_makes_no_quorum(self, exchange, link, clock, scripted) -> None:
+        link.sites["a"], link.sites["b"] = scripted(seconds=10), scripted(seconds=40)
+
+        answers = exchange(grace=20.0, fault=lambda site, answer: "rejected: no good" if site == "c" else None)
+
+        assert 40 <= clock.now < 42
+        assert answers == {"a": b"a1", "b": b"b1", "c": Failure("rejected: no good", bytes_up=2)}
+
     def test_a_message_says_how_long_its_answer_is_waited_for(self, exchange, link) -> None:
         exchange(deadline=77.0)
 
@@ -107,6 +133,24 @@ class TestAbsence:
 
         assert answers == {"a": b"a1", "b": b"b1", "c": b"c1"}
         assert len(link.pushed) == 3
+
+    def test_below_the_quorum_a_site_that_is_connected_and_silent_is_named_after_the_deadline(
+        self, exchange, link, scripted, caplog
+    ) -> None:
+        link.sites["c"] = scripted(seconds=500)
+
+        answers = exchange(quorum=3)
+
+        assert answers["c"] == b"c1"
+        waits = [record.getMessage() for record in caplog.records if "waiting" in record.getMessage()]
+        assert waits == ["round 1: 2 sites have answered, 3 must; waiting for c: no answer in time"]
+
+    def test_below_the_quorum_a_site_that_returns_has_all_the_time_of_a_round(self, exchange, link, scripted) -> None:
+        link.sites["c"] = scripted(away=lambda now: now < 199)
+
+        exchange(quorum=3)
+
+        assert [message.task["seconds"] for message in link.sent("c")] == [100.0]
 
     def test_a_site_named_in_inject_failures_is_not_asked(self, link, config, clock) -> None:
         fleet = FlowerFleet(link, config, absent={"b": [1]}, clock=clock, sleep=clock.sleep)
@@ -176,7 +220,7 @@ class TestFaultyAnswers:
     def test_one_of_another_node_is_a_failure(self, exchange, link, scripted, reply) -> None:
         link.sites["b"] = scripted(answer=lambda m: reply("", "node-a", b"b1"))
 
-        assert exchange()["b"] == Failure("answered by another node (node-a)")
+        assert exchange()["b"] == Failure("answered by another node (node-a)", bytes_up=2)
 
     def test_where_flower_has_no_answer_the_site_is_asked_again(self, exchange, link, scripted, reply) -> None:
         def lost_once(message):
@@ -187,6 +231,16 @@ class TestFaultyAnswers:
         link.sites["b"] = scripted(answer=lost_once)
 
         assert exchange()["b"] == b"b"
+
+    def test_if_it_never_has_one_the_site_is_absent_for_that_reason(
+        self, exchange, link, scripted, reply, caplog
+    ) -> None:
+        link.sites["b"] = scripted(answer=lambda m: reply("", "1", error="install the same version at both ends"))
+
+        answers = exchange(grace=50.0)
+
+        assert answers["b"] == Failure("install the same version at both ends")
+        assert caplog.text.count("round 1: no answer of b: install the same version at both ends") == 1
 
 
 class TestOpening:

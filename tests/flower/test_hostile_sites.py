@@ -57,8 +57,10 @@ FAULTS: Mapping[str, tuple[Callable[[Message], bytes], str]] = {
 }  # fmt: skip
 
 
-def run(link, config, clock, scripted, reply, folder: Path, fault=None, absent=None) -> Checkpoint:
-    """Three rounds of three sites; ``fault`` makes site c's answer of round 2."""
+def run(
+    link, config, clock, scripted, reply, folder: Path, fault=None, absent=None, seconds=None, **federation
+) -> Checkpoint:
+    """Three rounds of three sites; ``fault`` makes site c's answer of round 2. ``seconds`` is how long a site takes."""
 
     def answer(message):
         site, round_ = message.task["site"], message.task["round"]
@@ -67,13 +69,13 @@ def run(link, config, clock, scripted, reply, folder: Path, fault=None, absent=N
         return reply("", message.node, fault(found) if faulty else written(found))
 
     for site in link.sites:
-        link.sites[site] = scripted(answer=answer)
+        link.sites[site] = scripted(answer=answer, seconds=(seconds or {}).get(site, 1.0))
     server = Server(
         FlowerFleet(link, config, absent=absent, clock=clock, sleep=clock.sleep),
         build_strategy("fedsca", {}),
         LAYOUT,
         {name: torch.zeros(2) for name in LAYOUT.shapes},
-        FederationConfig(rounds=3, wire_dtype="fp32", compression="none"),
+        FederationConfig(rounds=3, wire_dtype="fp32", compression="none", **federation),
         run="run",
         seed=0,
         folder=CheckpointFolder(folder),
@@ -98,3 +100,17 @@ def test_it_is_rejected_with_the_reason_and_the_others_end_as_if_it_had_been_abs
     states = (found.state.as_tensors() for found in (hostile, absent))
     assert all(torch.equal(one, other) for one, other in zip(*(s.values() for s in states), strict=True))
     assert [record.accepted for record in hostile.history] == [record.accepted for record in absent.history]
+
+
+def test_it_ends_nobody_s_time(link, config, clock, scripted, reply, tmp_path: Path) -> None:
+    """With what site c sends first the quorum would be there, and its grace over before site b has answered."""
+    fault, reason = FAULTS["a wrong base hash"]
+    given = {"seconds": {"a": 10.0, "b": 40.0}, "quorum": 2, "grace": 20.0, "deadline": 100.0}
+
+    hostile = run(link, config, clock, scripted, reply, tmp_path / "hostile", fault=fault, **given)
+    absent = run(link, config, clock, scripted, reply, tmp_path / "absent", absent={"c": [2]}, **given)
+
+    assert reason in hostile.history[1].sites["c"].absent
+    assert hostile.history[1].sites["c"].bytes_up > 0
+    assert [record.accepted for record in hostile.history] == [record.accepted for record in absent.history]
+    assert torch.equal(hostile.aggregates, absent.aggregates)

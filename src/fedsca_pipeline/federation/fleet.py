@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +29,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a site did not answer."""
+    """Why there is no answer of a site that can be used, and how many bytes came all the same."""
 
     reason: str
+    bytes_up: int = 0
+
+
+Fault = Callable[[str, bytes], str | None]
+"""Says what is wrong with a site's answer; None: nothing."""
+
+
+def no_fault(_: str, __: bytes) -> None:
+    """Take every answer."""
 
 
 class Fleet(Protocol):
@@ -42,7 +51,14 @@ class Fleet(Protocol):
         ...
 
     def exchange(
-        self, round_: int, payloads: Mapping[str, bytes], *, deadline: float | None, quorum: int, grace: float
+        self,
+        round_: int,
+        payloads: Mapping[str, bytes],
+        *,
+        deadline: float | None,
+        quorum: int,
+        grace: float,
+        fault: Fault = no_fault,
     ) -> Mapping[str, bytes | Failure]:
         """Deliver one payload a site and return what came back, one entry a site.
 
@@ -53,6 +69,7 @@ class Fleet(Protocol):
             quorum: enough replies to stop waiting for the rest after ``grace``; with fewer a fleet whose sites may come
                 back goes on waiting.
             grace: seconds, from the moment the quorum is there; infinity waits until the deadline.
+            fault: a fleet that waits for a quorum counts an answer that has one as a failure; any other may hand it on.
         """
         ...
 
@@ -159,9 +176,7 @@ class InProcessFleet:
         """Return what ``site`` keeps between rounds."""
         return SiteStore(self.folder / site, Vault(self.private / site) if self.private else None)
 
-    def exchange(
-        self, round_: int, payloads: Mapping[str, bytes], *, deadline: float | None, quorum: int, grace: float
-    ) -> Mapping[str, bytes | Failure]:
+    def exchange(self, round_: int, payloads: Mapping[str, bytes], **_: object) -> Mapping[str, bytes | Failure]:
         """Visit the sites one after the other, in order of their names."""
         return {site: self._visit(round_, site, payload) for site, payload in sorted(payloads.items())}
 

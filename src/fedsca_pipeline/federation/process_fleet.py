@@ -105,9 +105,7 @@ class ProcessFleet:
         """Every site there is data of, sorted."""
         return tuple(self._images)
 
-    def exchange(
-        self, round_: int, payloads: Mapping[str, bytes], *, deadline: float | None, quorum: int, grace: float
-    ) -> Mapping[str, bytes | Failure]:
+    def exchange(self, round_: int, payloads: Mapping[str, bytes], **_: object) -> Mapping[str, bytes | Failure]:
         """Give every free worker the longest site that still waits, until all have answered."""
         longest_first = sorted(payloads, key=lambda site: (-self._images[site], site))
         answers: dict[str, bytes | Failure] = {}
@@ -132,7 +130,7 @@ def _start(equipment: _Equipment, device: torch.device) -> Iterator[Work[_Visit,
         def answer(visit: _Visit, report: Report) -> bytes | Failure:
             reporting = replace(fleet, on_step=lambda *step: report(step))
             payloads = {visit.site: visit.payload}
-            return reporting.exchange(visit.round, payloads, deadline=None, quorum=1, grace=0.0)[visit.site]
+            return reporting.exchange(visit.round, payloads)[visit.site]
 
         yield answer
 

@@ -191,6 +191,14 @@ class Server:
 
         Their updates are in the first rows of the round's memory, in the same order.
         """
+
+        def fault(site: str, answer: bytes) -> str | None:
+            try:
+                self._checked(answer, round_, site, sent[site], kind)
+            except MessageError as error:
+                return f"rejected: {error}"
+            return None
+
         payloads = {site: message.payload for site, message in sent.items()}
         answers = dict(
             self.fleet.exchange(
@@ -199,6 +207,7 @@ class Server:
                 deadline=self.config.deadline,
                 quorum=self.config.quorum,
                 grace=math.inf if self.config.grace is None else self.config.grace,
+                fault=fault,
             )
         )
         replies: dict[str, Manifest] = {}
@@ -207,7 +216,7 @@ class Server:
             down = len(message.payload)
             answer = answers.pop(site, Failure("no answer"))
             if isinstance(answer, Failure):
-                records[site] = SiteRecord(bytes_down=down, absent=answer.reason)
+                records[site] = SiteRecord(bytes_down=down, bytes_up=answer.bytes_up, absent=answer.reason)
                 continue
             try:
                 reply = self._checked(answer, round_, site, message, kind)

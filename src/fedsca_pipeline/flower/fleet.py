@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedsca_pipeline.errors import MessageError
-from fedsca_pipeline.federation.fleet import Failure
+from fedsca_pipeline.federation.fleet import Failure, Fault, no_fault
 from fedsca_pipeline.flower.audit import AuditLog
 from fedsca_pipeline.flower.config import FlowerConfig
 from fedsca_pipeline.flower.contents import answer_content, question_content
@@ -96,10 +96,13 @@ class _Gathering:
     deadline: float
     quorum: int
     grace: float
+    fault: Fault
     started: float = math.inf
     answers: dict[str, bytes] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    unusable: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    overdue: set[str] = field(default_factory=set)
     retry_at: dict[str, float] = field(default_factory=dict)
     quorum_at: float = math.inf
 
@@ -111,13 +114,22 @@ class _Gathering:
     def waiting(self) -> list[str]:
         return [site for site in sorted(self.payloads) if site not in self.answers]
 
+    @property
+    def undecided(self) -> list[str]:
+        """Those of whom something is still to be expected: below the quorum all that have not answered."""
+        return [site for site in self.waiting if not self.enough or site not in self.failures]
+
+    @property
+    def end(self) -> float:
+        """When the rest is waited for no longer, once the quorum is there."""
+        return min(self.quorum_at + self.grace, self.started + self.deadline)
+
     def over(self, now: float) -> bool:
         """Tell whether the rest is waited for no longer."""
         if not self.enough:
             return False
         self.quorum_at = min(self.quorum_at, now)
-        undecided = [site for site in self.waiting if site not in self.failures]
-        return not undecided or now - self.quorum_at >= self.grace or now - self.started >= self.deadline
+        return not self.undecided or now >= self.end
 
     def may_send(self, site: str, now: float) -> bool:
         """A site that failed is asked once more only where too few have answered, and not at once."""
@@ -125,7 +137,9 @@ class _Gathering:
 
     def results(self, reason: Callable[[str], str]) -> dict[str, bytes | Failure]:
         """Return one entry a site; ``reason`` says why a silent one is."""
-        absent = {site: Failure(self.reasons.get(site) or reason(site)) for site in self.waiting}
+        absent = {
+            site: Failure(self.reasons.get(site) or reason(site), self.unusable.get(site, 0)) for site in self.waiting
+        }
         return {**self.answers, **absent}
 
 
@@ -170,12 +184,20 @@ class FlowerFleet:
         return tuple(self._config.sites)
 
     def exchange(
-        self, round_: int, payloads: Mapping[str, bytes], *, deadline: float | None, quorum: int, grace: float
+        self,
+        round_: int,
+        payloads: Mapping[str, bytes],
+        *,
+        deadline: float | None,
+        quorum: int,
+        grace: float,
+        fault: Fault = no_fault,
     ) -> Mapping[str, bytes | Failure]:
         """Send every site its payload and return what came back, one entry a site."""
         left_out = {site for site in payloads if round_ in self._absent.get(site, ())}
         asked = {site: payload for site, payload in payloads.items() if site not in left_out}
-        found = self.ask("round", round_, asked, deadline=deadline, quorum=quorum, grace=grace) if asked else {}
+        terms = {"deadline": deadline, "quorum": quorum, "grace": grace, "fault": fault}
+        found = self.ask("round", round_, asked, **terms) if asked else {}
         return {**found, **{site: Failure("injected by federation.inject_failures") for site in left_out}}
 
     def ask(
@@ -187,9 +209,10 @@ class FlowerFleet:
         deadline: float | None = None,
         quorum: int,
         grace: float = math.inf,
+        fault: Fault = no_fault,
     ) -> Mapping[str, bytes | Failure]:
         """Put a question of any kind to sites, as ``exchange`` does with a round's."""
-        gathering = _Gathering(kind, round_, payloads, deadline or math.inf, quorum, grace)
+        gathering = _Gathering(kind, round_, payloads, deadline or math.inf, quorum, grace, fault)
         while not gathering.over(self._clock()):
             try:
                 self._send(gathering)
@@ -228,8 +251,9 @@ class FlowerFleet:
         payload = self._opening if first else gathering.payloads[site]
         if not first:
             gathering.started = min(gathering.started, now)
-        left = max(1.0, min(gathering.started, now) + gathering.deadline - now)
-        left = min(left, _LONGEST_SECONDS)
+        # Below the quorum the round goes on for as long as it takes.
+        end = gathering.end if gathering.enough else now + gathering.deadline
+        left = min(max(1.0, end - now), _LONGEST_SECONDS)
         task = {"kind": kind, "round": round_, "site": site, "seconds": left}
         gathering.retry_at[site] = now + self._config.retry
         line = self._note_question(site, kind, round_, payload)
@@ -254,7 +278,7 @@ class FlowerFleet:
     def _take(self, gathering: _Gathering, flight: _Flight, reply: Reply) -> None:
         site = flight.site
         if reply.error is not None:
-            logger.info("round %d: no answer of %s: %s", flight.round, site, reply.error)
+            self._note_error(gathering, flight, reply.error)
             return
         failed = self._fault(flight, reply)
         self._note_answer(flight, reply, failed)
@@ -263,10 +287,21 @@ class FlowerFleet:
             gathering.retry_at.pop(site, None)
         elif flight.kind != "open" and (flight.kind, flight.round) != (gathering.kind, gathering.round):
             logger.warning("round %d: the answer of %s came after the round's end and was dropped", flight.round, site)
-        elif failed is None:
-            gathering.answers.setdefault(site, reply.payload)
         elif site not in gathering.answers:
-            self._fail(gathering, site, failed)
+            failed = failed or gathering.fault(site, reply.payload)
+            if failed is None:
+                gathering.answers[site] = reply.payload
+            else:
+                self._fail(gathering, site, failed)
+                gathering.unusable[site] = len(reply.payload)
+
+    def _note_error(self, gathering: _Gathering, flight: _Flight, error: str) -> None:
+        """Keep why Flower has no answer: if nobody mends it, that is why the site is absent; it is asked again."""
+        if flight.kind != "open" and (flight.kind, flight.round) != (gathering.kind, gathering.round):
+            return
+        if gathering.reasons.get(flight.site) != error:
+            logger.warning("%s %d: no answer of %s: %s", flight.kind, flight.round, flight.site, error)
+        gathering.reasons[flight.site] = error
 
     def _note_question(self, site: str, kind: str, round_: int, payload: bytes) -> int | None:
         if self._log is None:
@@ -319,26 +354,30 @@ class FlowerFleet:
         now = self._clock()
         if gathering.over(now):
             return
-        if not gathering.enough and now - gathering.started >= gathering.deadline:
-            gathering.started = now
-            self._late |= self._flights
-            self._flights.clear()
-        if not gathering.enough:
-            self._say(gathering)
+        self._expire(gathering, now)
+        self._say(gathering, now)
         self._sleep(self._config.poll)
 
-    def _say(self, gathering: _Gathering) -> None:
-        """Say once for whom the run waits, of those that are known to be missing or to have failed."""
+    def _expire(self, gathering: _Gathering, now: float) -> None:
+        """Let sites whose time is up be asked again once they cannot answer the first message any more."""
+        for message, flight in list(self._flights.items()):
+            if now >= flight.until - _LATE_SECONDS:
+                gathering.overdue.add(flight.site)
+                self._late[message] = self._flights.pop(message)
+
+    def _say(self, gathering: _Gathering, now: float) -> None:
+        """Say once for whom the run waits, of those that are known to be missing, to have failed or to be late."""
         missing = {
             site: gathering.reasons.get(site) or self._why_silent(site)
-            for site in gathering.waiting
-            if site in gathering.reasons or site not in self._nodes
+            for site in gathering.undecided
+            if site in gathering.reasons or site in gathering.overdue or site not in self._nodes
         }
         text = "; ".join(f"{site}: {reason}" for site, reason in missing.items())
         if missing and text != self._said:
+            left = f" {gathering.end - now:.0f} s at most" if gathering.enough and gathering.end < math.inf else ""
             logger.warning(
-                "%s %d: %d sites have answered, %d must; waiting for %s",
-                gathering.kind, gathering.round, len(gathering.answers), gathering.quorum, text,
+                "%s %d: %d sites have answered, %d must; waiting%s for %s",
+                gathering.kind, gathering.round, len(gathering.answers), gathering.quorum, left, text,
             )  # fmt: skip
         self._said = text
 

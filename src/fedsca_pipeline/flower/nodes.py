@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,7 +142,8 @@ def finish(
     """Have every site write and test its models, and write the general model here.
 
     Returns the index of the sites' models, and the means of their test scores. A site that does not answer before
-    ``federation.deadline``, or cannot test, is in neither, as long as ``federation.quorum`` sites have answered.
+    ``federation.deadline``, or ``federation.grace`` after ``federation.quorum`` sites have, or cannot test, is in
+    neither.
     """
     from fedsca_pipeline.flower import documents
 
@@ -153,6 +155,7 @@ def finish(
             dict.fromkeys(flower.sites, wanted),
             deadline=federation.deadline,
             quorum=federation.quorum,
+            grace=math.inf if federation.grace is None else federation.grace,
         )
     scores = {}
     for site, answer in answers.items():
