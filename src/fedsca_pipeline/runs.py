@@ -120,6 +120,11 @@ class RunFolder:
         """Folder of the sites' private states, one folder a site."""
         return self.checkpoints / self.fingerprint / "sites"
 
+    @property
+    def joined(self) -> Path:
+        """File of what the sites of a deployed run said of their data when it began."""
+        return self.checkpoints / self.fingerprint / "joined_sites.json"
+
     @contextmanager
     def scratch(self) -> Iterator[None]:
         """Remove, however the block ends, what sites keep for its duration only."""
@@ -161,16 +166,20 @@ def refuse_another_run(checkpoints: Path, description: Mapping[str, Any]) -> Non
     Raises:
         ResumeError: an unfinished run of another description lies there; says what changed.
     """
-    marker = checkpoints / _CURRENT
-    current = read_json(marker) if marker.is_file() else None
-    if current is None or current["finished"]:
-        return
-    if changed := changes(current["description"], description):
+    unfinished = unfinished_run(checkpoints)
+    if unfinished is not None and (changed := changes(unfinished, description)):
         raise ResumeError(
             "an unfinished run lies in the checkpoints, of another configuration, data or code. What changed:\n  "
             + "\n  ".join(changed)
             + "\nPut it back to go on with that run, or add --params=force=true to start anew."
         )
+
+
+def unfinished_run(checkpoints: Path) -> dict[str, Any] | None:
+    """Return the description of the run that lies there unfinished, if one does."""
+    marker = checkpoints / _CURRENT
+    current = read_json(marker) if marker.is_file() else None
+    return None if current is None or current["finished"] else current["description"]
 
 
 def finish_run(checkpoints: Path) -> None:

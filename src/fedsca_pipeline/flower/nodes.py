@@ -20,6 +20,7 @@ from fedsca_pipeline.config import (
     TrainingConfig,
 )
 from fedsca_pipeline.errors import ConfigError, MessageError
+from fedsca_pipeline.files import read_json, write_json
 from fedsca_pipeline.flower.config import FlowerConfig
 from fedsca_pipeline.pipelines.evaluation.nodes import records_of, traffic_of
 from fedsca_pipeline.pipelines.federated_training.nodes import (
@@ -29,7 +30,7 @@ from fedsca_pipeline.pipelines.federated_training.nodes import (
     serve,
     start_values,
 )
-from fedsca_pipeline.runs import code_version, describe_run, open_run
+from fedsca_pipeline.runs import RunFolder, code_version, describe_run, open_run, unfinished_run
 
 logger = logging.getLogger(__name__)
 
@@ -40,28 +41,47 @@ if TYPE_CHECKING:
 def join(
     parameters: Mapping[str, Any],
     foundation_provenance: Mapping[str, Any],
+    force: bool,
+    federation: FederationConfig,
     flower: FlowerConfig,
     _training: TrainingConfig,
+    checkpoints: Path,
 ) -> dict[str, dict[str, Any]]:
     """Ask every site to prepare its data; wait for all, and return what each says of them: counts and hashes.
 
+    An unfinished run goes on without a site that is away, as a round does: what the site said at its start stands.
     ``_training`` is for the sites; here, Kedro checks it before anything runs.
 
     Raises:
         ConfigError: the SuperLink cannot be reached, ``run.threads`` is not given, or a site has another foundation.
     """
+    from fedsca_pipeline.federation.fleet import Failure
     from fedsca_pipeline.flower import documents
 
     configuration = configuration_of(parameters)
     if configuration["run"]["threads"] is None:
         raise ConfigError("run.threads: give a number; sites with other numbers of threads would order sums otherwise")
     terms = documents.write(documents.Terms(configuration=configuration, code=code_version()))
+    before = {} if force else _joined_before(checkpoints, configuration)
+    known = before.keys() >= set(flower.sites)
     with _fleet(flower) as fleet:
-        answers = fleet.ask("prepare", 0, dict.fromkeys(flower.sites, terms), quorum=len(flower.sites))
+        answers = fleet.ask(
+            "prepare",
+            0,
+            dict.fromkeys(flower.sites, terms),
+            deadline=federation.deadline if known else None,
+            quorum=federation.quorum if known else len(flower.sites),
+            grace=_grace(federation),
+        )
     joined = {}
     for site in flower.sites:
+        answer = answers[site]
         try:
-            joined[site] = documents.read(documents.Prepared, answers[site])
+            if isinstance(answer, Failure):
+                logger.warning("%s: %s; the run goes on with what it said when that began", site, answer.reason)
+                joined[site] = documents.Prepared(**before[site])
+            else:
+                joined[site] = documents.read(documents.Prepared, answer)
         except MessageError as error:
             raise MessageError(f"{site}: what it says of its data cannot be taken: {error}") from error
     for site, prepared in joined.items():
@@ -74,6 +94,19 @@ def join(
             )
         logger.info("%s: %d images to train on, %d to validate", site, prepared.train, prepared.validation)
     return {site: prepared.model_dump() for site, prepared in joined.items()}
+
+
+def _joined_before(checkpoints: Path, configuration: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what the sites said when an unfinished run of this configuration began; of none: nothing."""
+    description = unfinished_run(checkpoints)
+    if description is None or description["configuration"] != configuration:
+        return {}
+    said = RunFolder(checkpoints, description["fingerprint"]).joined
+    return read_json(said) if said.is_file() else {}
+
+
+def _grace(federation: FederationConfig) -> float:
+    return math.inf if federation.grace is None else federation.grace
 
 
 def describe(
@@ -91,6 +124,7 @@ def describe(
 
 def train(
     description: dict[str, Any],
+    joined_sites: Mapping[str, Any],
     force: bool,
     run: RunConfig,
     preprocessing: PreprocessingConfig,
@@ -113,6 +147,7 @@ def train(
     if strategy.pools:
         raise ConfigError(f"federation.strategy: {strategy.name} pools images, and those of a deployed site stay there")
     folder = open_run(checkpoints, description, force=force)
+    write_json(folder.joined, joined_sites)
     opening = documents.write(documents.Description.model_validate(description))
     with deterministic(run, description["threads"]):
         model, layout = build_trainable(foundation, adapters, foundations, preprocessing)
@@ -155,7 +190,7 @@ def finish(
             dict.fromkeys(flower.sites, wanted),
             deadline=federation.deadline,
             quorum=federation.quorum,
-            grace=math.inf if federation.grace is None else federation.grace,
+            grace=_grace(federation),
         )
     scores = {}
     for site, answer in answers.items():

@@ -15,7 +15,10 @@ def create_pipeline() -> Pipeline:
         [
             node(
                 join,
-                inputs=["parameters", "foundation_provenance", "params:flower", "params:training"],
+                inputs=[
+                    "parameters", "foundation_provenance", "params:force", "params:federation", "params:flower",
+                    "params:training", "checkpoints",
+                ],
                 outputs="joined_sites",
                 name="join",
                 namespace="federated_training",
@@ -30,7 +33,8 @@ def create_pipeline() -> Pipeline:
             node(
                 train,
                 inputs=[
-                    "run_description", "params:force", *model, *chosen, "params:flower", "foundations", "checkpoints",
+                    "run_description", "joined_sites", "params:force", *model, *chosen, "params:flower", "foundations",
+                    "checkpoints",
                 ],
                 outputs="round_metrics",
                 name="train",
