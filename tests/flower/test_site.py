@@ -317,3 +317,35 @@ def test_a_worker_that_cannot_start_ends_the_command_with_the_cure(site_file, tm
 @pytest.fixture(autouse=True)
 def _hear_errors(caplog) -> None:
     caplog.set_level(logging.INFO)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_check_ends_the_command_at_once(site_file, monkeypatch, number: signal.Signals) -> None:
+    went_on = []
+
+    def check(_: SiteConfig) -> int:
+        signal.raise_signal(number)
+        went_on.append(number)
+        return 1
+
+    monkeypatch.setattr(site, "check_data", check)
+
+    assert main([str(site_file()), "--check"]) == 130
+    assert not went_on
+
+
+def test_a_process_that_cannot_be_started_is_tried_again(tmp_path: Path, monkeypatch) -> None:
+    stopped, tries = threading.Event(), []
+
+    def no_room(*_: Any, **__: Any) -> None:
+        tries.append(1)
+        if len(tries) == 3:
+            stopped.set()
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(site, "Leashed", no_room)
+    monkeypatch.setattr(site, "_RESTART_SECONDS", 0.01)
+    with (tmp_path / "lock").open("w") as lock:
+        site._keep_alive(["flower-supernode"], {}, lock, stopped)
+
+    assert len(tries) == 3

@@ -14,11 +14,12 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
 from fedsca_pipeline.errors import AuditError, ConfigError, DataError, FedscaError, MessageError
@@ -36,6 +37,7 @@ from fedsca_pipeline.flower.worker_process import WorkerLost, WorkerProcess, wor
 logger = logging.getLogger(__name__)
 
 _MOST_CLASSES = 254
+_INTERRUPTED = 130
 _RESTART_SECONDS = 5.0
 _STOP_SECONDS = 10.0
 _UNKNOWN = "unknown"  # kind of a message that cannot be read as a task
@@ -211,7 +213,12 @@ def _write_guard(folder: Path, engine: Path) -> None:
 def _keep_alive(command: list[str], surroundings: Mapping[str, str], lock: TextIO, stopped: threading.Event) -> None:
     name = Path(command[0]).name
     while not stopped.is_set():
-        process = Leashed(command, surroundings, pass_fds=[lock.fileno()])
+        try:
+            process = Leashed(command, surroundings, pass_fds=[lock.fileno()])
+        except OSError as error:
+            logger.warning("%s cannot be started: %s; it is tried again", name, error)
+            stopped.wait(_RESTART_SECONDS)
+            continue
         while process.poll() is None and not stopped.wait(0.2):
             pass
         status = process.end()
@@ -294,9 +301,15 @@ def _take_part(desk: Desk, listener: socket.socket, lock: TextIO, stopped: threa
 def _told_to_stop() -> Iterator[threading.Event]:
     """Yield what SIGINT and SIGTERM set for as long as the block lasts."""
     stopped = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _on_signals(lambda *_: stopped.set()):
         yield stopped
+
+
+@contextmanager
+def _on_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -309,7 +322,7 @@ def _free_port() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Be ``fedsca-site``; return its exit status: 0, 1 where data, configuration or audit log are refused."""
+    """Be ``fedsca-site``; return its status: 0, 1 where data, file or log are refused, 130 if ended in the check."""
     parser = argparse.ArgumentParser(prog="fedsca-site", description="Take part in a federation as one hospital.")
     parser.add_argument("file", type=Path, help="the site's YAML file; deploy/site.yml is an example")
     parser.add_argument("--check", action="store_true", help="check configuration and data, then stop")
@@ -321,10 +334,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.audit:
             show_audit(config.audit)
             return 0
-        with _told_to_stop() as stopped:
+        # A check of many images takes longer than systemd waits, and holds nothing that would have to end in order.
+        with _on_signals(signal.default_int_handler):
             logger.info("%s: %d images, none broken", config.site, check_data(config))
             if not given.check:
-                run_site(config, worker_command(given.file), stopped)
+                with _told_to_stop() as stopped:
+                    run_site(config, worker_command(given.file), stopped)
+    except KeyboardInterrupt:
+        logger.info("stopped before the site had joined")
+        return _INTERRUPTED
     except FedscaError as error:
         logger.error("Error: %s", error)
         return 1
