@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -124,6 +125,13 @@ class RunFolder:
     def joined(self) -> Path:
         """File of what the sites of a deployed run said of their data when it began."""
         return self.checkpoints / self.fingerprint / "joined_sites.json"
+
+    def begun(self) -> str:
+        """Return what tells this beginning of the run from any other; it is made by the first call after ``clear``."""
+        path = self.checkpoints / self.fingerprint / "begun.json"
+        if not path.is_file():
+            write_json(path, secrets.token_hex(8))
+        return read_json(path)
 
     @contextmanager
     def scratch(self) -> Iterator[None]:

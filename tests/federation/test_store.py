@@ -49,6 +49,15 @@ def test_only_the_last_three_states_stay_on_disk(tmp_path: Path) -> None:
     ]
 
 
+def test_a_state_of_an_earlier_round_than_others_there_is_kept(tmp_path: Path) -> None:
+    store = SiteStore(tmp_path / "a")
+    for round_ in (6, 7, 8, 1, 2):
+        store.save_state(state(round_))
+
+    assert store.state_before(3).round == 2
+    assert store.state_before(2).round == 1
+
+
 def test_a_snapshot_carries_its_round_and_dice(tmp_path: Path) -> None:
     store = SiteStore(tmp_path / "a")
     store.save_snapshot("best", Snapshot(4, 0.75, {"w": torch.ones(3)}))

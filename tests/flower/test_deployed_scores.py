@@ -141,9 +141,17 @@ def deployed(works, tmp_path_factory) -> Deployed:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(superlink, "open_link", opened)
-        joined = nodes.join(parameters, provenance, flower, parameters["training"])
+        joined = nodes.join(
+            parameters,
+            provenance,
+            False,
+            parameters["federation"],
+            flower,
+            parameters["training"],
+            root / "checkpoints",
+        )
         description = nodes.describe(parameters, provenance, joined)
-        rounds = rounds_of(nodes.train(description, False, *same, flower, *places))
+        rounds = rounds_of(nodes.train(description, joined, False, *same, flower, *places))
         index, scores = nodes.finish(
             description, rounds, *same, parameters["evaluation"], flower, *places, root / "models"
         )

@@ -6,6 +6,7 @@ import queue
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fedsca_pipeline.federation.privacy import epsilon_of
 from fedsca_pipeline.federation.rounds import Server
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.federation.vault import KEY, LEDGER, Entry, Vault
-from fedsca_pipeline.files import write_bytes
+from fedsca_pipeline.files import read_tensors, write_bytes
 from fedsca_pipeline.flower import documents, frames, worker
 from fedsca_pipeline.flower.config import read_site_config
 from fedsca_pipeline.flower.contents import answer_content
@@ -222,12 +223,12 @@ def test_a_run_that_is_not_as_private_as_the_site_asks_is_refused_before_it_is_o
 PRIVATE = {"epsilon": 4.0, "delta": 1e-6}
 
 
-def first_round(work: SiteWork, wanted: dict[str, Any]) -> tuple[str, bytes]:
+def first_round(work: SiteWork, wanted: dict[str, Any], begun: str = "0" * 16) -> tuple[str, bytes]:
     """Have a site join a run; return the run's name and the message of its first round."""
     terms = documents.write(documents.Terms(configuration=wanted, code=code_version()))
     prepared = documents.read(documents.Prepared, work.answer("prepare", 0, terms))
     description = describe_run(wanted, {"a": prepared.version}, prepared.foundation, 1)
-    work.answer("open", 0, documents.write(documents.Description(**description)))
+    work.answer("open", 0, documents.write(documents.Description(**description, begun=begun)))
     models = documents.parameters(wanted)
     model, layout = build_trainable(
         models["foundation"], models["adapters"], work.config.foundation_root, models["preprocessing"]
@@ -235,6 +236,62 @@ def first_round(work: SiteWork, wanted: dict[str, Any]) -> tuple[str, bytes]:
     base = start_values(model, build_strategy("fedsca", {}).shared(layout))
     asked = Manifest("aggregate", description["fingerprint"], 1, "a", hash_tensors(base), 0, "fp16", relative=False)
     return description["fingerprint"], encode(asked, base)
+
+
+def in_round(asked: bytes, round_: int, kind: str = "aggregate") -> bytes:
+    """The same aggregate as the message of another round."""
+    message = decode(asked, max_bytes=2**26)
+    return encode(replace(message.manifest, round=round_, kind=kind), message.tensors)
+
+
+def trained(work: SiteWork, asked: bytes, rounds: int) -> list[str]:
+    """Go through all rounds; return the hashes of the updates and of the two models that the site keeps."""
+    answers = [work.answer("round", round_, in_round(asked, round_)) for round_ in range(1, rounds + 1)]
+    work.answer("round", rounds + 1, in_round(asked, rounds + 1, "final"))
+    kept = work.places.checkpoints.glob("*/sites/a/[bl]*st.safetensors")
+    return [hash_tensors(decode(answer, max_bytes=2**26).tensors) for answer in answers] + [
+        hash_tensors(read_tensors(path)) for path in sorted(kept)
+    ]
+
+
+@pytest.mark.parametrize("said_so", [True, False], ids=["begun anew", "taken up from its first checkpoint"])
+def test_a_run_from_its_start_once_more_ends_in_the_same_bits(site_file, configuration, said_so: bool) -> None:
+    work = SiteWork(read_site_config(site_file()))
+    wanted = configuration()
+    wanted["federation"]["rounds"] = 5
+    _, asked = first_round(work, wanted)
+    before = trained(work, asked, 5)
+
+    first_round(work, wanted, begun="1" * 16 if said_so else "0" * 16)
+    left = list(work.places.checkpoints.rglob("state_*"))
+    again = trained(work, asked, 5)
+
+    assert len(set(before)) == len(before) == 7
+    assert again == before
+    assert bool(left) != said_so
+
+
+def test_a_site_that_is_updated_in_the_midst_of_a_run_takes_part_no_more(site_file, configuration) -> None:
+    file = site_file()
+    _, asked = first_round(SiteWork(read_site_config(file)), configuration())
+    updated = SiteWork(read_site_config(file))
+    updated._code = "f" * 16
+
+    with pytest.raises(ConfigError, match=f"this site runs code {'f' * 16}"):
+        updated.answer("round", 1, asked)
+
+
+def test_a_site_whose_data_were_prepared_for_another_run_does_not_train_the_first_on_them(
+    site_file, configuration
+) -> None:
+    work = SiteWork(read_site_config(site_file()))
+    run, asked = first_round(work, configuration())
+    first_round(work, configuration(image_size=48))
+
+    with pytest.raises(ConfigError, match=r"this site's data were prepared for another run since"):
+        work.answer("round", 1, asked)
+    with pytest.raises(ConfigError, match=r"of two coordinators end one"):
+        work.answer("finish", 4, documents.write(documents.Finished(run=run)))
 
 
 def test_a_private_enough_run_is_trained_and_entered_in_the_site_s_ledger(site_file, configuration) -> None:

@@ -81,10 +81,13 @@ class SiteStore:
         return SiteState(_round_of(earlier[-1]), **parts)
 
     def save_state(self, state: SiteState) -> None:
-        """Store a state and drop those of rounds that no resume can ask for."""
+        """Store a state and drop those of rounds that no resume can ask for.
+
+        One of a later round stays, of a run that the server has taken up from an older checkpoint: it is written anew.
+        """
         tensors = {f"{part}/{name}": t for part, named in state.tensors().items() for name, t in named.items()}
         write_tensors(self.folder / f"state_{state.round:05d}.safetensors", tensors)
-        for old in self._states()[:-_KEPT_ROUNDS]:
+        for old in [path for path in self._states() if _round_of(path) <= state.round][:-_KEPT_ROUNDS]:
             old.unlink()
 
     def snapshot(self, name: str) -> Snapshot | None:

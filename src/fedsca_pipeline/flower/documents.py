@@ -61,7 +61,10 @@ class Prepared(_Document):
 
 
 class Description(_Document):
-    """Coordinator to site, at a run's start: all that decides its numbers, as ``runs.describe_run`` returns it."""
+    """Coordinator to site, at a run's start: all that decides its numbers, as ``runs.describe_run`` returns it.
+
+    ``begun`` is another where the coordinator has begun the same run anew.
+    """
 
     fingerprint: Run
     configuration: dict[str, Any]
@@ -69,10 +72,15 @@ class Description(_Document):
     foundation: str = Hash
     code: str = Hash
     threads: int = Field(ge=1)
+    begun: Run = "0" * 16
+
+    def described(self) -> dict[str, Any]:
+        """Return what ``runs.describe_run`` does."""
+        return self.model_dump(exclude={"begun"})
 
     def worked_out(self) -> str:
         """Return the fingerprint of what the description says, which an honest one carries."""
-        return fingerprint(self.model_dump(exclude={"fingerprint"}))
+        return fingerprint(self.model_dump(exclude={"fingerprint", "begun"}))
 
 
 class Opened(_Document):

@@ -148,7 +148,7 @@ def train(
         raise ConfigError(f"federation.strategy: {strategy.name} pools images, and those of a deployed site stay there")
     folder = open_run(checkpoints, description, force=force)
     write_json(folder.joined, joined_sites)
-    opening = documents.write(documents.Description.model_validate(description))
+    opening = documents.write(documents.Description(**description, begun=folder.begun()))
     with deterministic(run, description["threads"]):
         model, layout = build_trainable(foundation, adapters, foundations, preprocessing)
         start = start_values(model, strategy.shared(layout))

@@ -62,6 +62,7 @@ class Places:
     site: str
     raw: Path
     private: Path
+    terms: Path
     prepared: Path
     report: Path
     manifest: Path
@@ -81,6 +82,7 @@ class Places:
             site=config.site,
             raw=root / "01_raw",
             private=root / "private",
+            terms=root / "02_intermediate" / "terms.json",
             prepared=root / "02_intermediate" / "prepared.json",
             report=root / "02_intermediate" / "report.json",
             manifest=root / "03_primary" / "manifest.csv",
@@ -169,6 +171,7 @@ class SiteWork:
             foundation=foundation.sha256,
             **{split: counts[split] for split in ("train", "validation", "test")},
         )
+        write_bytes(self.places.terms, documents.write(terms))
         write_bytes(self.places.prepared, documents.write(prepared))
         logger.info(
             "%s: %d images prepared, %d of them for training", self.config.site, counts["used"], counts["train"]
@@ -177,32 +180,24 @@ class SiteWork:
 
     def _open(self, _round: int, payload: bytes) -> bytes:
         run = documents.read(documents.Description, payload)
-        self._same_code(run.code)
         # States are kept under this name: two runs must not go by one.
         if run.fingerprint != run.worked_out():
             raise MessageError(f"Description: its fingerprint is {run.fingerprint}, that of what it says is another")
-        most = self.config.resources.most_threads
-        if most is not None and run.threads > most:
-            raise ConfigError(f"run.threads: {run.threads}, but resources.most_threads of this site is {most}")
         wanted = documents.parameters(run.configuration)
         if build_strategy(wanted["federation"].strategy, _options(wanted)).pools:
             raise ConfigError(f"{wanted['federation'].strategy} pools the sites' images, and this site's stay here")
-        _private_enough(self.config.privacy, wanted["training"].privacy)
-        if not self.places.prepared.is_file():
-            raise ConfigError("this site's data are not prepared; run the coordinator's command again")
-        prepared = documents.read(documents.Prepared, self.places.prepared.read_bytes())
-        _same("data", prepared.version, run.data.get(self.config.site))
-        _same("foundation", prepared.foundation, run.foundation)
-        write_bytes(self.places.description(run.fingerprint), documents.write(run))
+        self._refuse_unfit(run)
+        path = self.places.description(run.fingerprint)
+        if path.is_file() and documents.read(documents.Description, path.read_bytes()).begun != run.begun:
+            logger.info("%s: run %s is begun anew; what was kept of it goes", self.config.site, run.fingerprint)
+            RunFolder(self.places.checkpoints, run.fingerprint).clear()
+        write_bytes(path, documents.write(run))
         logger.info("%s: takes part in run %s (%s)", self.config.site, run.fingerprint, wanted["federation"].strategy)
         return documents.write(documents.Opened(site=self.config.site, run=run.fingerprint))
 
     def _round(self, round_: int, payload: bytes) -> bytes:
         run = outline(payload, max_bytes=self.config.resources.most_bytes)["manifest"]["run"]
         description = self._description(run)
-        # The site's file may have changed since the run was opened.
-        privacy = documents.parameters(description.configuration)["training"].privacy
-        _private_enough(self.config.privacy, privacy)
         learner = self._learner(run)
         with self._computing(description):
             return learner.work(payload, round_, self.config.site, self._data(), self._store(run), ignore_step)
@@ -215,7 +210,7 @@ class SiteWork:
         preprocessing, evaluation = wanted["preprocessing"], wanted["evaluation"]
         with self._computing(description):
             index = write_site_models(
-                learner.model, learner.layout, learner.initial, learner.strategy, description.model_dump(),
+                learner.model, learner.layout, learner.initial, learner.strategy, description.described(),
                 wanted["run"], preprocessing, wanted["foundation"], wanted["federation"], evaluation,
                 self.config.foundation_root, places.checkpoints, places.models, manifest,
             )  # fmt: skip
@@ -261,7 +256,33 @@ class SiteWork:
         # A run's name becomes a path here.
         if not re.fullmatch(documents.RUN_PATTERN, run) or not path.is_file():
             raise SiteError(f"{UNKNOWN_RUN} {run[:16]!r}: this site does not take part in it")
-        return documents.read(documents.Description, path.read_bytes())
+        description = documents.read(documents.Description, path.read_bytes())
+        # The site's file, code and data may have changed since the run was opened.
+        self._refuse_unfit(description)
+        return description
+
+    def _refuse_unfit(self, run: documents.Description) -> None:
+        """Do nothing where this site, as it is now, can take part in a run.
+
+        Raises:
+            ConfigError: its code, data or foundation are others than the run was made for, or its owner allows less.
+        """
+        self._same_code(run.code)
+        most = self.config.resources.most_threads
+        if most is not None and run.threads > most:
+            raise ConfigError(f"run.threads: {run.threads}, but resources.most_threads of this site is {most}")
+        _private_enough(self.config.privacy, documents.parameters(run.configuration)["training"].privacy)
+        if not self.places.prepared.is_file():
+            raise ConfigError("this site's data are not prepared; run the coordinator's command again")
+        terms = documents.read(documents.Terms, self.places.terms.read_bytes())
+        if terms.configuration != run.configuration:
+            raise ConfigError(
+                "this site's data were prepared for another run since; of two coordinators end one, then run the "
+                "other's command again"
+            )
+        prepared = documents.read(documents.Prepared, self.places.prepared.read_bytes())
+        _same("data", prepared.version, run.data.get(self.config.site))
+        _same("foundation", prepared.foundation, run.foundation)
 
     def _computing(self, description: documents.Description) -> Any:
         return deterministic(RunConfig(device=self.config.resources.device), description.threads)
