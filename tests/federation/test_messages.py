@@ -245,6 +245,12 @@ class TestMalformed:
             with pytest.raises(MessageError, match="no manifest"):
                 decode(save({"x": torch.ones(1)}, metadata=metadata))
 
+    def test_text_beside_the_manifest_is_refused(self):
+        metadata = {"manifest": json.dumps(vars(MANIFEST)), "patient": "a name"}
+
+        with pytest.raises(MessageError, match="1 entries beside its manifest"):
+            decode(save({"x": torch.ones(1)}, metadata=metadata))
+
     @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100_000, '{"kind": "update"}'])
     def test_a_manifest_that_is_not_one_is_refused(self, text):
         with pytest.raises(MessageError, match="manifest"):
@@ -322,7 +328,8 @@ class TestCheck:
             ({"round": 2}, "round is 2, expected 3"),
             ({"site": "south"}, "site is 'south', expected 'north'"),
             ({"base_hash": "f" * 16}, "base hash is 'ffff"),
-            ({"samples": 0}, "sample count 0 is below 1"),
+            ({"samples": 0}, "sample count is below 1"),
+            ({"samples": 2**31}, "sample count is above"),
         ],
     )
     def test_a_differing_manifest_is_named(self, manifest, said):

@@ -50,6 +50,8 @@ FAULTS: Mapping[str, tuple[Callable[[Message], bytes], str]] = {
     "100 times the norm": (lambda m: written(Message(m.manifest, {"low": 100 * m.tensors["low"]})), "norm"),
     "an unknown metric": (lambda m: written(m, metrics={"patient_7": 1.0}), "unexpected metrics: patient_7"),
     "a metric that is no number": (lambda m: written(m, metrics={"loss": math.nan}), "not finite: loss"),
+    "more images than a float holds": (lambda m: written(m, samples=10**400), "sample count is above"),
+    "images for a weight of one": (lambda m: written(m, samples=10**18), "sample count is above"),
     "a pickle": (lambda m: pickle.dumps(m.tensors), "not safetensors"),
     "too many bytes": (lambda _: bytes(2**20 + 1), "flower.max_message"),
     "more bytes than its tensors can have": (lambda _: bytes(2**19), "larger than"),

@@ -120,9 +120,13 @@ def _too_large(size: int, max_bytes: int) -> MessageError:
 def _read_manifest(data: bytes) -> Manifest:
     # deserialize() has accepted the header by now, so its length and its JSON are sound.
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    text = header.get("__metadata__", {}).get(MANIFEST)
+    metadata = header.get("__metadata__") or {}
+    text = metadata.get(MANIFEST)
     if text is None:
         raise MessageError("a message carries no manifest in its safetensors metadata")
+    if len(metadata) > 1:
+        # Their names are the sender's, and may say what must not be repeated.
+        raise MessageError(f"a message carries {len(metadata) - 1} entries beside its manifest in its metadata")
     try:
         return _MANIFEST_TYPE.validate_json(text)
     except ValidationError as error:

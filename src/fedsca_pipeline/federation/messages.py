@@ -38,6 +38,7 @@ TRAVELLING: Mapping[WireDtype, tuple[WireDtype, ...]] = MappingProxyType(
 
 _SCALE = "::scale"  # no module path holds a colon, so a scale never hides a tensor
 _FP16_MAX = 65504.0
+_MOST_SAMPLES = 2**31 - 1
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8}
 # The library's own default: on real updates no level from 1 to 19 saves 3 % more, and high ones take 50 times as long.
 _ZSTD_LEVEL = 3
@@ -136,6 +137,7 @@ def check(
 ) -> None:
     """Raise a MessageError that names all that differs from what was expected; ``base_hash`` None accepts any base.
 
+    An update's sample count is from 1 to below 2**31.
     Metrics are those of ``METRICS`` alone, and finite.
     """
     manifest = message.manifest
@@ -153,8 +155,8 @@ def check(
         faults.append(f"unexpected metrics: {_some(unknown)}")
     if infinite := sorted(name for name, value in manifest.metrics.items() if not math.isfinite(value)):
         faults.append(f"metrics that are not finite: {_some(infinite)}")
-    if manifest.kind == "update" and manifest.samples < 1:
-        faults.append(f"sample count {manifest.samples} is below 1")
+    if manifest.kind == "update":
+        faults += _count_faults(manifest.samples)
     if missing := sorted(shapes.keys() - message.tensors.keys()):
         faults.append(f"missing tensors: {_some(missing)}")
     if unexpected := sorted(message.tensors.keys() - shapes.keys()):
@@ -166,6 +168,15 @@ def check(
     ]
     if faults:
         raise MessageError(f"site {site}, round {round}, {kind}: {'; '.join(faults)}")
+
+
+def _count_faults(count: int) -> list[str]:
+    # A count is its sender's weight in everybody's mix. A huge one has more digits than Python prints.
+    if count < 1:
+        return ["sample count is below 1"]
+    if count > _MOST_SAMPLES:
+        return [f"sample count is above {_MOST_SAMPLES}"]
+    return []
 
 
 def as_decoded(tensors: Mapping[str, Tensor], dtype: WireDtype) -> dict[str, Tensor]:

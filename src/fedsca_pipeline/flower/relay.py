@@ -52,20 +52,24 @@ def _push(grid: Grid, header: Mapping[str, Any], payload: bytes) -> _Frame:
 
 
 def _pull(grid: Grid, header: Mapping[str, Any], _payload: bytes) -> _Frame:
+    # What one site sends must not make the frame larger than the coordinator takes: that would end every site's round.
     found, parts = [], []
     for reply in grid.pull_messages(header["ids"]):
         entry: dict[str, Any] = {"id": reply.metadata.reply_to_message_id, "node": str(reply.metadata.src_node_id)}
         if reply.has_error():
-            entry |= {"error": str(reply.error.reason or f"code {reply.error.code}"), "bytes": 0}
+            entry |= {
+                "error": str(reply.error.reason or f"code {reply.error.code}")[: frames.LONGEST_REASON],
+                "bytes": 0,
+            }
         else:
-            said, payload = _answer(reply.content)
+            said, payload = _answer(reply.content, header["most"])
             parts.append(payload)
             entry |= {"answer": said, "bytes": len(payload)}
         found.append(entry)
     return {"replies": found}, b"".join(parts)
 
 
-def _answer(content: RecordDict) -> _Frame:
+def _answer(content: RecordDict, most: int) -> _Frame:
     """Return an honest site's answer: one record of a payload, and of ``failed`` where there is a reason for none."""
     record = content["answer"] if list(content) == ["answer"] else None
     if not isinstance(record, ConfigRecord) or not record.keys() <= {"payload", "failed"}:
@@ -73,6 +77,8 @@ def _answer(content: RecordDict) -> _Frame:
     payload, failed = record.get("payload"), record.get("failed")
     if not isinstance(payload, bytes):
         return {"failed": "an answer without a payload of bytes"}, b""
+    if len(payload) > most:
+        return {"failed": f"an answer of {len(payload)} bytes, more than the {most} of flower.max_message"}, b""
     return ({} if failed is None else {"failed": str(failed)[: frames.LONGEST_REASON]}), payload
 
 

@@ -26,6 +26,8 @@ APP = Path(__file__).with_name("app")
 _CONNECTION = "coordinator"
 # One look at the SuperLink; its own retries must not hold the coordinator for ever.
 _CALL_SECONDS = 120.0
+# Replies in one frame: their reasons, each of frames.LONGEST_REASON characters, must fit a frame's header as JSON.
+_MOST_REPLIES = 32
 # Until a run whose relay has not come is looked at.
 _LOOK_SECONDS = 10.0
 
@@ -64,9 +66,11 @@ class RelayLink:
 
     def pull(self, ids: Sequence[str]) -> Sequence[Reply]:
         """Return what has come back."""
-        if not ids:
-            return []
-        answer, payload = self._call({"ask": "pull", "ids": list(ids)})
+        most = min(len(self._config.sites), _MOST_REPLIES)
+        return [reply for at in range(0, len(ids), most) for reply in self._pull(ids[at : at + most])]
+
+    def _pull(self, ids: Sequence[str]) -> list[Reply]:
+        answer, payload = self._call({"ask": "pull", "ids": list(ids), "most": self._config.most_bytes})
         replies, place = [], 0
         for entry in answer["replies"]:
             part = payload[place : place + entry["bytes"]]
