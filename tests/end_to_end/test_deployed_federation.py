@@ -22,7 +22,6 @@ from fedsca_pipeline.files import read_tensors
 from fedsca_pipeline.flower.audit import read_log
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_deployed_run_ends_in_the_table_and_in_the_bits_of_a_run_in_process(new_deployed, tmp_path: Path) -> None:
     deployed = new_deployed(volumes=True)

@@ -336,6 +336,11 @@ class TestCheck:
         with pytest.raises(MessageError, match=said):
             check(Message(replace(MANIFEST, **manifest), self.tensors), **self.expected)
 
+    def test_a_count_that_is_known_must_be_that(self):
+        check(Message(MANIFEST, self.tensors), **self.expected, samples=MANIFEST.samples)
+        with pytest.raises(MessageError, match=f"sample count is {MANIFEST.samples}, expected 7000"):
+            check(Message(MANIFEST, self.tensors), **self.expected, samples=7000)
+
     @pytest.mark.parametrize(
         ("tensors", "said"),
         [

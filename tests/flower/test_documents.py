@@ -12,7 +12,8 @@ from fedsca_pipeline.flower.worker import outward
 from fedsca_pipeline.runs import CONFIGURATION
 
 PREPARED = {
-    "site": "a", "version": f"{'0' * 16}-{'1' * 16}", "foundation": "ab" * 32, "train": 3, "validation": 1, "test": 1,
+    "site": "a", "version": f"{'0' * 16}-{'1' * 16}", "foundation": "ab" * 32, "train": 3, "samples": 3,
+    "validation": 1, "test": 1,
 }  # fmt: skip
 
 

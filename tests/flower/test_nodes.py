@@ -18,7 +18,8 @@ from fedsca_pipeline.pipelines.federated_training.nodes import configuration_of
 from fedsca_pipeline.runs import CONFIGURATION, describe_run, finish_run, open_run
 
 PREPARED = {
-    "site": "a", "version": f"{'0' * 16}-{'1' * 16}", "foundation": "ab" * 32, "train": 3, "validation": 1, "test": 1,
+    "site": "a", "version": f"{'0' * 16}-{'1' * 16}", "foundation": "ab" * 32, "train": 3, "samples": 3,
+    "validation": 1, "test": 1,
 }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def test_signals_mean_what_they_did_once_the_command_has_ended(site_file) -> Non
 def test_with_broken_data_the_site_does_not_join_and_says_what_to_mend(site_file, tmp_path: Path, caplog) -> None:
     (tmp_path / "data/masks/3.png").write_bytes(b"broken")
 
-    assert main([str(site_file())]) == 1
+    assert main([str(site_file())]) == os.EX_CONFIG
     assert "masks/3.png" in caplog.text
     assert not (tmp_path / "work").exists()
 

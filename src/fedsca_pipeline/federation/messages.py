@@ -134,11 +134,12 @@ def check(
     base_hash: str | None,
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: Collection[WireDtype] = get_args(WireDtype),
+    samples: int | None = None,
 ) -> None:
     """Raise a MessageError that names all that differs from what was expected; ``base_hash`` None accepts any base.
 
-    An update's sample count is from 1 to below 2**31.
-    Metrics are those of ``METRICS`` alone, and finite.
+    An update's sample count is ``samples``, or where that is not known from 1 to below 2**31. Metrics are those of
+    ``METRICS`` alone, and finite.
     """
     manifest = message.manifest
     expected = {"kind": kind, "run": run, "round": round, "site": site}
@@ -156,7 +157,7 @@ def check(
     if infinite := sorted(name for name, value in manifest.metrics.items() if not math.isfinite(value)):
         faults.append(f"metrics that are not finite: {_some(infinite)}")
     if manifest.kind == "update":
-        faults += _count_faults(manifest.samples)
+        faults += _count_faults(manifest.samples, samples)
     if missing := sorted(shapes.keys() - message.tensors.keys()):
         faults.append(f"missing tensors: {_some(missing)}")
     if unexpected := sorted(message.tensors.keys() - shapes.keys()):
@@ -170,13 +171,13 @@ def check(
         raise MessageError(f"site {site}, round {round}, {kind}: {'; '.join(faults)}")
 
 
-def _count_faults(count: int) -> list[str]:
+def _count_faults(count: int, known: int | None) -> list[str]:
     # A count is its sender's weight in everybody's mix. A huge one has more digits than Python prints.
     if count < 1:
         return ["sample count is below 1"]
     if count > _MOST_SAMPLES:
         return [f"sample count is above {_MOST_SAMPLES}"]
-    return []
+    return [] if known in (None, count) else [f"sample count is {count}, expected {known}"]
 
 
 def as_decoded(tensors: Mapping[str, Tensor], dtype: WireDtype) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -56,6 +57,7 @@ class Server:
         run: the run's fingerprint, part of every message.
         seed: of the participation draw.
         folder: where checkpoints go.
+        samples: training images of each site, where they are known before it sends an update.
     """
 
     def __init__(
@@ -69,9 +71,10 @@ class Server:
         run: str,
         seed: int,
         folder: CheckpointFolder,
+        samples: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.fleet, self.strategy, self.config = fleet, strategy, config
-        self.run, self.seed, self.folder = run, seed, folder
+        self.run, self.seed, self.folder, self.samples = run, seed, folder, samples
         self.layout = layout
         self.sites = tuple(fleet.sites())
         self.groups = strategy.groups(layout)
@@ -254,6 +257,7 @@ class Server:
             base_hash=sent.base_hash,
             shapes=shapes,
             dtypes=TRAVELLING[self.config.wire_dtype],
+            samples=self.samples.get(site),
         )
         return reply
 

@@ -50,12 +50,16 @@ class Terms(_Document):
 
 
 class Prepared(_Document):
-    """Site to coordinator: its data are ready. ``version`` and ``foundation`` go into the run's fingerprint."""
+    """Site to coordinator: its data are ready. ``version`` and ``foundation`` go into the run's fingerprint.
+
+    ``samples`` are the images and slices to train on, by which its updates are weighed.
+    """
 
     site: SiteName
     version: str = Field(pattern=r"^[0-9a-f]{16}-[0-9a-f]{16}$")
     foundation: str = Hash
     train: int = Field(ge=1)
+    samples: int = Field(ge=1)
     validation: int = Field(ge=0)
     test: int = Field(ge=0)
 

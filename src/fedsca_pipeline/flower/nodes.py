@@ -156,7 +156,8 @@ def train(
             RoundProgress(flower.sites, federation.rounds) as progress,
             _fleet(flower, opening=opening, absent=federation.inject_failures) as fleet,
         ):
-            yield from serve(fleet, progress, strategy, layout, start, federation, run, folder)
+            samples = {site: said["samples"] for site, said in joined_sites.items()}
+            yield from serve(fleet, progress, strategy, layout, start, federation, run, folder, samples)
 
 
 def finish(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import secrets
 import signal
 import socket
@@ -322,7 +323,7 @@ def _free_port() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Be ``fedsca-site``; return its status: 0, 1 where data, file or log are refused, 130 if ended in the check."""
+    """Be ``fedsca-site``; return its status: 0, 78 where data, file or log are refused, 130 if ended in the check."""
     parser = argparse.ArgumentParser(prog="fedsca-site", description="Take part in a federation as one hospital.")
     parser.add_argument("file", type=Path, help="the site's YAML file; deploy/site.yml is an example")
     parser.add_argument("--check", action="store_true", help="check configuration and data, then stop")
@@ -345,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
     except FedscaError as error:
         logger.error("Error: %s", error)
-        return 1
+        return os.EX_CONFIG
     return 0
 
 

@@ -169,6 +169,7 @@ class SiteWork:
             site=self.config.site,
             version=data_version(report["fingerprint"], report),
             foundation=foundation.sha256,
+            samples=len(self._data().rows("train")),
             **{split: counts[split] for split in ("train", "validation", "test")},
         )
         write_bytes(self.places.terms, documents.write(terms))

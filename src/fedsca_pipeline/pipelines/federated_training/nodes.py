@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from fedsca_pipeline.config import (
@@ -142,8 +143,12 @@ def serve(
     federation: FederationConfig,
     run: RunConfig,
     folder: RunFolder,
+    samples: Mapping[str, int] = MappingProxyType({}),
 ) -> Iterator[dict[str, Any]]:
-    """Be the server of a run over an open fleet; yield each round's record by its place in ``round_metrics``."""
+    """Be the server of a run over an open fleet; yield each round's record by its place in ``round_metrics``.
+
+    ``samples`` are the sites' training images, where they are known.
+    """
     from fedsca_pipeline.federation.checkpoint import CheckpointFolder
     from fedsca_pipeline.federation.rounds import Server
 
@@ -156,6 +161,7 @@ def serve(
         run=folder.fingerprint,
         seed=run.seed,
         folder=CheckpointFolder(folder.server),
+        samples=samples,
     )
     for record in server.rounds():
         progress.round_done(record)
