@@ -135,12 +135,13 @@ class ProjectHooks:
         if self._tracker is None:
             return
         mlflow = {"run_id": self._tracker.run_id or "", "uri": self._tracker.uri}
+        # First: were MLflow to fail, the same command must find something left to do.
+        self._tracker.close("FINISHED")
         whole = [name for name in run_params.get("pipeline_names") or ["__default__"] if name in _WHOLE_RUNS]
         if whole and not any(run_params.get(key) for key in _SLICES):
             last = {"pipelines": _covered(whole[-1]), "description": catalog.load("run_description"), "mlflow": mlflow}
             write_json(catalog.load("reporting") / _LAST_RUN, last)
             show_result(catalog.load("final_metrics"), mlflow, _volume_metrics(pipeline, catalog))
-        self._tracker.close("FINISHED")
         if self._comparison is not None:
             if "comparison_page" in pipeline.outputs():
                 table = catalog.load("comparison_table").to_dict("records")
@@ -201,7 +202,7 @@ class ProjectHooks:
 
 
 # What `last_run.json` vouches for.
-_REPORTED = frozenset({"site_models", "final_metrics", "volume_metrics"})
+_REPORTED = frozenset({"round_metrics", "site_models", "final_metrics", "volume_metrics"})
 # Saving one of these needs an MLflow run; they are what a pipeline that logs saves first.
 _OPENERS = frozenset(
     {"run_description", "round_metrics", "site_models", "final_metrics", "volume_metrics", "learning_curves"}

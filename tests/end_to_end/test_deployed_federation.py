@@ -89,7 +89,7 @@ def the_wire_holds_what_it_may(deployed: Deployed) -> None:
         else:
             assert set(record.get("document", record.get("keys"))) <= {
                 "code", "configuration", "data", "fingerprint", "foundation", "threads", "site", "version", "train",
-                "validation", "test", "run", "means", "volumes", "rounds", "dice_validation",
+                "validation", "test", "samples", "begun", "run", "means", "volumes", "rounds", "dice_validation",
             }  # fmt: skip
 
 

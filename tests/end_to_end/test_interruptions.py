@@ -131,6 +131,20 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(sites, finished, rou
     assert [run.info.status for run in sites.parents()] == ["FINISHED"]
 
 
+def test_a_finished_run_that_is_stopped_when_begun_anew_goes_on_and_is_not_taken_for_up_to_date(
+    finished, rounds, tmp_path
+) -> None:
+    place, params = finished.moved(tmp_path / "anew"), f"federation.rounds={rounds}"
+    stopped = place.signal_when(newer(place, CHECKPOINT), signal.SIGINT, f"{params},force=true")
+    assert stopped.code == 130
+
+    resumed = place.run("federated_training", params)
+
+    assert resumed.code == 0, resumed.output
+    assert "up to date" not in resumed.words
+    assert same_models(finished, place)
+
+
 @pytest.fixture(scope="module")
 def unfinished(new_sites):
     """A run of four rounds, killed in its second."""

@@ -106,4 +106,4 @@ def test_the_sites_own_command_shows_its_log(log: Path, tmp_path: Path, capsys) 
     assert main([str(tmp_path / "site.yml"), "--audit"]) == 0
     assert "6 lines, the chain is whole" in capsys.readouterr().out
     log.write_bytes(log.read_bytes().replace(b"loss", b"lass"))
-    assert main([str(tmp_path / "site.yml"), "--audit"]) == 1
+    assert main([str(tmp_path / "site.yml"), "--audit"]) == os.EX_CONFIG

@@ -273,7 +273,7 @@ class SiteWork:
         if most is not None and run.threads > most:
             raise ConfigError(f"run.threads: {run.threads}, but resources.most_threads of this site is {most}")
         _private_enough(self.config.privacy, documents.parameters(run.configuration)["training"].privacy)
-        if not self.places.prepared.is_file():
+        if not (self.places.terms.is_file() and self.places.prepared.is_file()):
             raise ConfigError("this site's data are not prepared; run the coordinator's command again")
         terms = documents.read(documents.Terms, self.places.terms.read_bytes())
         if terms.configuration != run.configuration:

@@ -105,7 +105,7 @@ def train(
     data = _site_data(site_inputs)
     threads = site_threads(run, federation, len(data))
     with deterministic(run, threads) as device:
-        strategy = build_strategy(federation.strategy, strategies.get(federation.strategy, {}))
+        strategy = build_strategy(federation.strategy, strategies.get(federation.strategy) or {})
         strategy.check_use(adapters.method)
         model, layout = build_trainable(foundation, adapters, foundations, preprocessing)
         if strategy.pools:
@@ -190,7 +190,7 @@ def export_site_models(
     from fedsca_pipeline.federation.strategies import build_strategy
 
     model, layout = build_trainable(foundation, adapters, foundations, preprocessing)
-    strategy = build_strategy(federation.strategy, strategies.get(federation.strategy, {}))
+    strategy = build_strategy(federation.strategy, strategies.get(federation.strategy) or {})
     start = start_values(model, strategy.trained(layout))
     return write_site_models(
         model, layout, start, strategy, description, run, preprocessing, foundation, federation, evaluation,
