@@ -121,19 +121,14 @@ def _measure(options: argparse.Namespace) -> None:
     if options.only != "messages":
         details["run"] = _run(options)
     found = details.get("run")
-    findings = (
-        [Ratio("a round of four sites' messages, beyond in process", "1 s", details["seconds"], ROUND_SECONDS)]
-        if "seconds" in details
-        else []
-    )
-    findings += (
-        [
+    findings = []
+    if seconds := details.get("seconds"):
+        findings.append(Ratio("a round of four sites' messages, beyond in process", "1 s", seconds, ROUND_SECONDS))
+    if found:
+        findings += [
             Ratio("coordinator, peak resident", "1 GiB", [found["peak_gib"]["kedro"]], COORDINATOR_GIB),
             Ratio("loads of the foundation in the whole run, by site", "one", found["loads"], 1.0),
         ]
-        if found
-        else []
-    )
     for key in ("machine", "ratios"):
         details.pop(key, None)
     report(NAME, findings, details)

@@ -183,20 +183,10 @@ class FlowerFleet:
         """Every configured site, sorted, whether or not it is connected."""
         return tuple(self._config.sites)
 
-    def exchange(
-        self,
-        round_: int,
-        payloads: Mapping[str, bytes],
-        *,
-        deadline: float | None,
-        quorum: int,
-        grace: float,
-        fault: Fault = no_fault,
-    ) -> Mapping[str, bytes | Failure]:
-        """Send every site its payload and return what came back, one entry a site."""
+    def exchange(self, round_: int, payloads: Mapping[str, bytes], **terms: Any) -> Mapping[str, bytes | Failure]:
+        """Send every site its payload and return what came back, one entry a site; ``terms`` are those of ``ask``."""
         left_out = {site for site in payloads if round_ in self._absent.get(site, ())}
         asked = {site: payload for site, payload in payloads.items() if site not in left_out}
-        terms = {"deadline": deadline, "quorum": quorum, "grace": grace, "fault": fault}
         found = self.ask("round", round_, asked, **terms) if asked else {}
         return {**found, **{site: Failure("injected by federation.inject_failures") for site in left_out}}
 
