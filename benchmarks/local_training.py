@@ -212,7 +212,7 @@ def _project(model: SegmentationModel, data: SiteArrays, folder: Path) -> Callab
     shared = {name: worker.initial[name] for name in worker.shared}
 
     def train(round_: int) -> float:
-        manifest = Manifest("aggregate", RUN, round_, SITE, hash_tensors(shared), 0, "fp32", relative=False)
+        manifest = Manifest("aggregate", RUN, round_, SITE, hash_tensors(shared), 0, "fp32", False, {}, round_ - 1)
         reply = decode(worker.work(encode(manifest, shared), round_, SITE, data, store, ignore_step))
         for name, update in reply.tensors.items():
             shared[name] = shared[name] + update

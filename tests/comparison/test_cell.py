@@ -324,8 +324,8 @@ class TestDitto:
         monkeypatch.setattr(
             SiteStore,
             "save_state",
-            lambda store, state: (
-                personal.update({(store.folder.name, state.round): state.personal}) or save(store, state)
+            lambda store, state, answered: (
+                personal.update({(store.folder.name, state.round): state.personal}) or save(store, state, answered)
             ),
         )
 

@@ -125,6 +125,7 @@ class Federation:
     layout: TensorLayout
     fleet: InProcessFleet
     folder: Path
+    lost: Mapping[str, Sequence[int]] = field(default_factory=dict)
     records: list[RoundRecord] = field(default_factory=list)
     sent: dict[tuple[int, str], Message] = field(default_factory=dict)
     replies: dict[tuple[int, str], Message] = field(default_factory=dict)
@@ -133,7 +134,9 @@ class Federation:
         return self.fleet.sites()
 
     def exchange(self, round_: int, payloads: Mapping[str, bytes], **rest: Any) -> Mapping[str, bytes | Failure]:
-        answers = self.fleet.exchange(round_, payloads, **rest)
+        answers = self.fleet.exchange(round_, payloads, **rest) | {
+            site: Failure("no answer in time") for site, rounds in self.lost.items() if round_ in rounds
+        }
         self.sent |= {(round_, site): decode(payload) for site, payload in payloads.items()}
         self.replies |= {(round_, s): decode(a) for s, a in answers.items() if not isinstance(a, Failure)}
         return answers
@@ -162,7 +165,11 @@ class Federation:
 
 @pytest.fixture
 def federate(make_worker, make_layout, make_site, tmp_path: Path) -> Callable[..., Federation]:
-    """Run a whole federation of tiny sites in this process; other keywords are ``make_worker``'s."""
+    """Run a whole federation of tiny sites in this process, or go on with that of ``folder``.
+
+    Sites do no work in rounds where they are ``absent``; in those where they are ``lost`` they do, and no answer comes.
+    Other keywords are ``make_worker``'s.
+    """
 
     def run(
         strategy: str,
@@ -172,6 +179,8 @@ def federate(make_worker, make_layout, make_site, tmp_path: Path) -> Callable[..
         wire_dtype: str = "fp32",
         data: Mapping[str, Any] | None = None,
         absent: Mapping[str, Sequence[int]] | None = None,
+        lost: Mapping[str, Sequence[int]] | None = None,
+        folder: Path | None = None,
         adapters: AdaptersConfig | None = None,
         change: Callable[[LocalWorker], None] = lambda worker: None,
         **worker_options: Any,
@@ -179,10 +188,10 @@ def federate(make_worker, make_layout, make_site, tmp_path: Path) -> Callable[..
         worker = make_worker(strategy, wire_dtype, adapters=adapters, options=options, **worker_options)
         change(worker)
         data = data or {name: make_site(name, seed) for seed, name in enumerate(("a", "b"))}
-        folder = tmp_path / f"run_{len(list(tmp_path.glob('run_*')))}"
-        folder.mkdir()
+        folder = folder or tmp_path / f"run_{len(list(tmp_path.glob('run_*')))}"
+        folder.mkdir(exist_ok=True)
         fleet = InProcessFleet(worker, data, folder / "sites", absent or {})
-        found = Federation(worker, make_layout(adapters), fleet, folder)
+        found = Federation(worker, make_layout(adapters), fleet, folder, lost or {})
         config = FederationConfig(rounds=rounds, wire_dtype=wire_dtype)
         checkpoints = CheckpointFolder(folder / "server")
         server = Server(

@@ -25,6 +25,7 @@ def checkpoint(round_: int) -> Checkpoint:
         aggregates=torch.full((2, 3), float(round_)),
         bases=torch.ones(2, 3),
         has_base=torch.tensor([True, False]),
+        answered=torch.tensor([round_, 0]),
         history=(record,),
     )
 

@@ -18,6 +18,7 @@ from fedsca_pipeline.sites.arrays import SiteArrays
 
 
 def payload(worker: LocalWorker, round_: int = 1, *, kind: str = "aggregate", site: str = "a", tensors=None) -> bytes:
+    """The message of a round to a site whose update of the round before was used."""
     tensors = tensors or {name: worker.initial[name] for name in worker.shared}
     manifest = Manifest(
         kind=kind,
@@ -28,7 +29,7 @@ def payload(worker: LocalWorker, round_: int = 1, *, kind: str = "aggregate", si
         samples=0,
         dtype=TRAVELLING[worker.settings.wire_dtype][-1],
         relative=False,
-        metrics={},
+        answered=round_ - 1,
     )
     return encode(manifest, tensors)
 
@@ -81,7 +82,7 @@ def test_private_tensors_go_on_from_the_last_round_and_shared_ones_from_the_aggr
 ) -> None:
     worker, data, store = make_worker(learning_rate=1e-12), make_site("a"), SiteStore(tmp_path / "a")
     worker.work(payload(worker), 1, "a", data, store, ignore_step)
-    private = store.state_before(2).private
+    private = store.state_at(1).private
     aggregate = {name: worker.initial[name] + 1 for name in worker.shared}
 
     worker.work(payload(worker, 2, kind="final", tensors=aggregate), 2, "a", data, store, ignore_step)
@@ -99,7 +100,7 @@ def test_a_final_payload_trains_nothing_and_sends_no_tensor(make_worker, make_si
 
     assert reply.manifest.kind == "report"
     assert reply.tensors == {}
-    assert store.state_before(9).round == 1
+    assert store.state_at(8).round == 1
     assert store.snapshot("best").round == 1
 
 
@@ -124,7 +125,7 @@ def test_kept_moments_change_the_next_round_and_only_private_tensors_keep_them(
         worker, store = make_worker(keep_optimizer=keep), SiteStore(tmp_path / str(keep))
         replies += [decode(worker.work(payload(worker, r), r, "a", data, store, ignore_step)) for r in (1, 2)]
 
-    moments = store.state_before(9).moments
+    moments = store.state_at(8).moments
     assert moments
     assert not any(name.rpartition("/")[0] in worker.shared for name in moments)
     assert all(torch.equal(replies[0].tensors[n], replies[2].tensors[n]) for n in replies[0].tensors)
@@ -136,7 +137,7 @@ def test_int8_keeps_what_rounding_took_for_the_next_update(make_worker, make_sit
 
     reply = decode(worker.work(payload(worker), 1, "a", data, store, ignore_step))
 
-    state = store.state_before(2)
+    state = store.state_at(1)
     for name in worker.shared:
         exact = worker.parameters[name].detach() - state.base[name]
         torch.testing.assert_close(reply.tensors[name] + state.residual[name], exact, rtol=0, atol=1e-6)
@@ -176,7 +177,7 @@ def test_a_loss_that_is_not_finite_fails_the_site_and_leaves_its_state(make_work
     with pytest.raises(SiteError, match="not finite in round 1"):
         worker.work(payload(worker, tensors=ruined), 1, "a", data, store, ignore_step)
 
-    assert store.state_before(2) is None
+    assert store.state_at(1) is None
 
 
 def test_dropout_draws_the_same_again_whatever_was_drawn_in_between(make_worker, make_site, tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_tensors_that_the_last_step_ruined_fail_the_site_and_are_not_kept(
     with pytest.raises(SiteError, match="the trained tensors are not finite in round 1"):
         worker.work(payload(worker), 1, "a", data, store, ignore_step)
 
-    assert store.state_before(2) is None
+    assert store.state_at(1) is None
 
 
 def test_an_update_that_does_not_fit_the_wire_is_not_kept_either(make_worker, make_site, tmp_path: Path) -> None:
@@ -215,7 +216,7 @@ def test_an_update_that_does_not_fit_the_wire_is_not_kept_either(make_worker, ma
     with pytest.raises(MessageError, match="fp16"):
         worker.work(payload(worker), 1, "a", data, store, ignore_step)
 
-    assert store.state_before(2) is None
+    assert store.state_at(1) is None
 
 
 def test_a_site_that_finds_no_kept_features_gives_the_same_answer(make_worker, make_site, tmp_path: Path) -> None:

@@ -119,8 +119,8 @@ class TestRules:
         one = [(kind, 0.25, decoder) for kind in ("penalty", "correct")]
         three = [(kind, 0.75, rest) for _ in range(3) for kind in ("penalty", "correct")]
         assert calls == 3 * (one + three)
-        assert run.store("a").state_before(9).kept["rounds"].item() == 2
-        assert run.store("b").state_before(9).kept["rounds"].item() == 1
+        assert run.store("a").state_at(8).kept["rounds"].item() == 2
+        assert run.store("b").state_at(8).kept["rounds"].item() == 1
 
     def test_the_rule_of_a_plain_strategy_changes_nothing_and_keeps_nothing(self) -> None:
         rule = Strategy(StrategyOptions()).local_rule({"x": torch.ones(1)}, {})
@@ -147,7 +147,7 @@ class TestRules:
         run = federate("fedavg", rounds=1, change=broken)
 
         assert "not finite" in run.records[0].sites["b"].absent
-        assert run.store("b").state_before(9) is None
+        assert run.store("b").state_at(8) is None
 
 
 class TestTuning:

@@ -35,7 +35,7 @@ ENTRY = Entry("run", 1, "a" * 64, steps=4, rate=0.5, noise=1.0)
 
 def payload(worker: LocalWorker, round_: int = 1, *, shift: float = 0.0, site: str = "a") -> bytes:
     tensors = {name: worker.initial.get(name, torch.zeros(shape)) + shift for name, shape in worker.shapes.items()}
-    manifest = Manifest("aggregate", "run", round_, site, hash_tensors(tensors), 0, "fp32", relative=False)
+    manifest = Manifest("aggregate", "run", round_, site, hash_tensors(tensors), 0, "fp32", False, {}, round_ - 1)
     return encode(manifest, tensors)
 
 
@@ -480,7 +480,7 @@ def test_every_strategy_hands_its_optimiser_noised_gradients_alone(
     (entry,) = store.vault.entries()
     assert reply.manifest.privacy.epsilon <= 0.5
     assert entry.steps == sum(phase_lengths(worker.phases, 3))
-    state = store.state_before(2)
+    state = store.state_at(1)
     ends = {**state.private, **state.personal, **{n: t for n, t in reply.tensors.items() if n in worker.initial}}
     trained = {name for phase in worker.phases for name in phase.trained}
     assert trained <= set(ends)

@@ -196,6 +196,51 @@ def test_a_broken_reply_is_rejected_and_changes_nothing_for_the_others(fault: st
     assert torch.equal(*aggregates)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "wire_dtype"), [("fedsca", "int8"), ("fedsca", "fp16"), ("scaffold", "fp32"), ("ditto", "fp16")]
+)
+def test_a_round_whose_answer_is_lost_leaves_nothing_anywhere_not_even_at_its_site(
+    strategy: str, wire_dtype: str, federate, make_site
+) -> None:
+    data = {name: make_site(name, seed) for seed, name in enumerate(SITES)}
+    alike = {"rounds": 4, "wire_dtype": wire_dtype, "data": data, "keep_optimizer": strategy != "ditto"}
+
+    lost = federate(strategy, lost={"c": [2, 3]}, **alike)
+    absent = federate(strategy, absent={"c": [2, 3]}, **alike)
+
+    assert lost.records[1].sites["c"].absent == "no answer in time"
+    assert same(lost.bits(), absent.bits())
+    for site in SITES:
+        states = (run.store(site).state_at(4).tensors() for run in (lost, absent))
+        for one, other in zip(*(kept.values() for kept in states), strict=True):
+            assert same(one, other)
+
+
+def test_a_run_taken_up_from_an_older_checkpoint_knows_nothing_of_what_came_after(
+    federate, make_site, tmp_path: Path
+) -> None:
+    data = {name: make_site(name, seed) for seed, name in enumerate(SITES)}
+    expected = federate("fedsca", rounds=5, data=data, absent={"c": [3, 4]})
+    first = federate("fedsca", rounds=2, data=data)
+    (older,) = (first.folder / "server").glob("round_00002*")
+    kept = older.read_bytes()
+    for path in (first.folder / "server").iterdir():
+        path.unlink()
+    federate("fedsca", rounds=4, data=data, folder=first.folder)
+    for path in (first.folder / "server").iterdir():
+        path.unlink()
+    older.write_bytes(kept)
+
+    again = federate("fedsca", rounds=5, data=data, absent={"c": [3, 4]}, folder=first.folder)
+
+    assert same(again.checkpoint().state.as_tensors(), expected.checkpoint().state.as_tensors())
+    assert all(same(again.last(site), expected.last(site)) for site in SITES)
+
+
+def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(tensor.equal(other[name]) for name, tensor in one.items())
+
+
 def test_below_the_quorum_the_round_fails_and_the_checkpoint_before_it_stands(tmp_path: Path) -> None:
     faults = {(site, 2): lambda reply: Failure("network down") for site in ("a", "b")}
 

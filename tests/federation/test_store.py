@@ -16,9 +16,9 @@ def state(round_: int) -> SiteState:
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     store = SiteStore(tmp_path / "a")
-    store.save_state(state(3))
+    store.save_state(state(3), answered=0)
 
-    found = store.state_before(4)
+    found = store.state_at(3)
 
     assert found.round == 3
     for part in ("private", "base", "residual", "moments"):
@@ -29,18 +29,18 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_a_round_done_again_starts_from_the_state_before_it(tmp_path: Path) -> None:
     store = SiteStore(tmp_path / "a")
-    store.save_state(state(1))
-    store.save_state(state(2))
+    store.save_state(state(1), answered=0)
+    store.save_state(state(2), answered=1)
 
-    assert store.state_before(2).round == 1
-    assert store.state_before(3).round == 2
-    assert store.state_before(1) is None
+    assert store.state_at(1).round == 1
+    assert store.state_at(2).round == 2
+    assert store.state_at(0) is None
 
 
 def test_only_the_last_three_states_stay_on_disk(tmp_path: Path) -> None:
     store = SiteStore(tmp_path / "a")
     for round_ in range(1, 6):
-        store.save_state(state(round_))
+        store.save_state(state(round_), answered=round_ - 1)
 
     assert [path.name for path in sorted((tmp_path / "a").iterdir())] == [
         "state_00003.safetensors",
@@ -52,10 +52,20 @@ def test_only_the_last_three_states_stay_on_disk(tmp_path: Path) -> None:
 def test_a_state_of_an_earlier_round_than_others_there_is_kept(tmp_path: Path) -> None:
     store = SiteStore(tmp_path / "a")
     for round_ in (6, 7, 8, 1, 2):
-        store.save_state(state(round_))
+        store.save_state(state(round_), answered=round_ - 1)
 
-    assert store.state_before(3).round == 2
-    assert store.state_before(2).round == 1
+    assert store.state_at(2).round == 2
+    assert store.state_at(1).round == 1
+
+
+def test_of_rounds_that_do_not_count_no_state_stays_and_those_before_them_do(tmp_path: Path) -> None:
+    store = SiteStore(tmp_path / "a")
+    for round_ in (1, 2, 3):
+        store.save_state(state(round_), answered=round_ - 1)
+    for round_ in (4, 5, 6, 7):
+        store.save_state(state(round_), answered=3)
+
+    assert [store.state_at(round_).round for round_ in (7, 6, 3, 2)] == [7, 3, 3, 2]
 
 
 def test_a_snapshot_carries_its_round_and_dice(tmp_path: Path) -> None:

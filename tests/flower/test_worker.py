@@ -239,9 +239,9 @@ def first_round(work: SiteWork, wanted: dict[str, Any], begun: str = "0" * 16) -
 
 
 def in_round(asked: bytes, round_: int, kind: str = "aggregate") -> bytes:
-    """The same aggregate as the message of another round."""
+    """The same aggregate as the message of another round, to a site whose update of the one before was used."""
     message = decode(asked, max_bytes=2**26)
-    return encode(replace(message.manifest, round=round_, kind=kind), message.tensors)
+    return encode(replace(message.manifest, round=round_, kind=kind, answered=round_ - 1), message.tensors)
 
 
 def trained(work: SiteWork, asked: bytes, rounds: int) -> list[str]:

@@ -69,7 +69,8 @@ class RoundRecord:
 class Checkpoint:
     """Everything the server needs to go on after ``round`` (0: before the first).
 
-    ``aggregates`` [N,V] fp32 is what each site gets next, ``bases`` [N,V] what each is known to hold, ``has_base`` [N].
+    ``aggregates`` [N,V] fp32 is what each site gets next, ``bases`` [N,V] what each is known to hold, ``has_base`` [N];
+    ``answered`` [N] int64 is the last round in which each one's update was accepted, 0 for none.
     Random streams are derived from seed, site and round (:func:`~fedsca_pipeline.federation.devices.stream_seed`), so
     there is no generator state to keep.
     """
@@ -79,6 +80,7 @@ class Checkpoint:
     aggregates: Tensor
     bases: Tensor
     has_base: Tensor
+    answered: Tensor
     history: Sequence[RoundRecord] = field(default_factory=tuple)
 
 
@@ -98,6 +100,7 @@ class CheckpointFolder:
             "aggregates": checkpoint.aggregates,
             "bases": checkpoint.bases,
             "has_base": checkpoint.has_base,
+            "answered": checkpoint.answered,
         }
         # One entry: safetensors writes several in an order that changes from run to run.
         header = json.dumps({"round": checkpoint.round, "history": [record.as_json() for record in checkpoint.history]})
@@ -139,4 +142,5 @@ def _stored(path: Path) -> Checkpoint:
         aggregates=tensors["aggregates"],
         bases=tensors["bases"],
         has_base=tensors["has_base"].to(torch.bool),
+        answered=tensors["answered"],
     )

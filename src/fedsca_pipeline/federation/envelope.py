@@ -45,8 +45,10 @@ class Manifest:
 
     An ``aggregate`` is answered by an ``update``; after the last round a ``final`` aggregate is answered by a
     ``report``, which holds metrics only. ``site`` is the sender of an answer and the receiver of an aggregate.
-    ``relative``: the tensors are a difference from the base whose hash is ``base_hash``. ``metrics`` are small numbers
-    that travel along (loss, dice, seconds). ``privacy``: of a run with differential privacy; not written where None.
+    ``relative``: the tensors are a difference from the base whose hash is ``base_hash``. ``answered`` is the last round
+    of which the coordinator has used an update of this site, 0 for none: what the site trained after it has not
+    happened. An answer repeats it. ``metrics`` are small numbers that travel along (loss, dice, seconds). ``privacy``:
+    of a run with differential privacy; not written where None.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -60,6 +62,7 @@ class Manifest:
     dtype: WireDtype
     relative: bool
     metrics: Mapping[str, float] = field(default_factory=dict)
+    answered: int = 0
     privacy: Spent | None = None
 
     def as_json(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ from fedsca_pipeline.federation.store import SiteState, SiteStore, Snapshot
 from fedsca_pipeline.federation.strategies.base import LocalRule, Phase, Strategy
 from fedsca_pipeline.foundation.model import SegmentationModel
 from fedsca_pipeline.sites.arrays import Arrays, known_classes
+
+logger = logging.getLogger(__name__)
 
 Tensors = Mapping[str, Tensor]
 Forward = Callable[[Batch], Tensor]
@@ -141,8 +144,12 @@ class LocalWorker:
             SiteError: the loss is not finite, or the round would cost more privacy than is left.
         """
         started = time.perf_counter()
-        state = store.state_before(round_)
-        base, final = self._receive(decode(payload, max_bytes=most_bytes(self.shapes)), round_, site, state)
+        message = decode(payload, max_bytes=most_bytes(self.shapes))
+        answered = message.manifest.answered
+        state = store.state_at(answered)
+        base, final = self._receive(message, round_, site, state)
+        if answered and (state is None or state.round != answered):
+            logger.warning("%s: its state of round %d is gone; it goes on from what it has", site, answered)
         private = dict(state.private) if state else {n: t for n, t in self.initial.items() if n not in self.shapes}
         received = {**private, **base}
         self.install({**received, **(state.personal if state else {})})
@@ -163,6 +170,7 @@ class LocalWorker:
             dtype=self.settings.wire_dtype,
             relative=False,
             metrics=metrics,
+            answered=answered,
         )
         if final:
             return encode(reply, {}, self.settings.compression)
@@ -184,7 +192,8 @@ class LocalWorker:
         answer = encode(replace(reply, metrics=metrics, privacy=spent), sent, self.settings.compression)
         own = {name: tensor for name, tensor in trained.tensors.items() if name not in self.shapes}
         # Last, so that a state is only ever one whose update can be sent.
-        store.save_state(SiteState(round_, own, base, residual, trained.moments, trained.personal, trained.kept))
+        kept = SiteState(round_, own, base, residual, trained.moments, trained.personal, trained.kept)
+        store.save_state(kept, answered)
         return answer
 
     def tune(

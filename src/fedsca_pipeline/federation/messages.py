@@ -134,22 +134,24 @@ def check(
     base_hash: str | None,
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: Collection[WireDtype] = get_args(WireDtype),
+    answered: int | None = None,
     samples: int | None = None,
 ) -> None:
-    """Raise a MessageError that names all that differs from what was expected; ``base_hash`` None accepts any base.
+    """Raise a MessageError that names all that differs from what was expected.
 
-    An update's sample count is ``samples``, or where that is not known from 1 to below 2**31. Metrics are those of
-    ``METRICS`` alone, and finite.
+    ``base_hash`` None accepts any base, ``answered`` None any earlier round. An update's sample count is ``samples``,
+    or where that is not known from 1 to below 2**31. Metrics are those of ``METRICS`` alone, and finite.
     """
     manifest = message.manifest
     expected = {"kind": kind, "run": run, "round": round, "site": site}
-    if base_hash is not None:
-        expected["base_hash"] = base_hash
+    expected |= {name: value for name, value in (("base_hash", base_hash), ("answered", answered)) if value is not None}
     faults = [
         f"{name.replace('_', ' ')} is {getattr(manifest, name)!r}, expected {value!r}"
         for name, value in expected.items()
         if getattr(manifest, name) != value
     ]
+    if not 0 <= manifest.answered < max(1, round):
+        faults.append("answered is no earlier round")
     if manifest.dtype not in dtypes:
         faults.append(f"wire dtype is {manifest.dtype}, expected {' or '.join(dtypes)}")
     if unknown := sorted(manifest.metrics.keys() - METRICS):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -39,10 +39,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sent:
-    """A message on its way to a site, and the hash of the base [V] the site will hold once it has decoded it."""
+    """A message on its way to a site, the hash of the base [V] it will hold once decoded, and whence it goes on."""
 
     payload: bytes
     base_hash: str
+    answered: int
 
 
 class Server:
@@ -117,13 +118,16 @@ class Server:
             aggregates=self.initial.expand(count, values),
             bases=torch.zeros(1, values).expand(count, values),
             has_base=torch.zeros(count, dtype=torch.bool),
+            answered=torch.zeros(count, dtype=torch.int64),
         )
 
     def _train_round(self, checkpoint: Checkpoint) -> Checkpoint:
         round_ = checkpoint.round + 1
         sent = self._distribute(checkpoint, round_, self.participants(round_), kind="aggregate")
         replies, records = self._collect(round_, sent, kind="update")
-        bases, has_base = self._bases(checkpoint, sent, replies)
+        for index, site in enumerate(self.sites):
+            if site not in sent:
+                self.memory.bases[index] = checkpoint.bases[index]
         if len(replies) < self.config.quorum:
             raise NoValidSite(_too_few(round_, len(replies), self.config.quorum, records))
         state, aggregation = self.strategy.aggregate(
@@ -149,7 +153,18 @@ class Server:
             similarity=aggregation.similarity.tolist(),
             weights=aggregation.weights.tolist(),
         )
-        return Checkpoint(round_, state, aggregation.aggregates, bases, has_base, (*checkpoint.history, record))
+        # Of a site whose update does not count nothing is known any more, and it goes on from its last one that does.
+        asked = torch.tensor([site in sent for site in self.sites])
+        counts = torch.tensor([site in aggregation.accepted for site in self.sites])
+        return Checkpoint(
+            round=round_,
+            state=state,
+            aggregates=aggregation.aggregates,
+            bases=self.memory.bases,
+            has_base=torch.where(asked, counts, checkpoint.has_base),
+            answered=checkpoint.answered.where(~counts, round_),
+            history=(*checkpoint.history, record),
+        )
 
     def _final_round(self, checkpoint: Checkpoint) -> Checkpoint:
         round_ = checkpoint.round + 1
@@ -183,9 +198,9 @@ class Server:
             samples=0,
             dtype=dtype,
             relative=relative,
-            metrics={},
+            answered=int(checkpoint.answered[index]),
         )
-        return Sent(encode(manifest, tensors, self.config.compression), self._hash(base))
+        return Sent(encode(manifest, tensors, self.config.compression), self._hash(base), manifest.answered)
 
     def _collect(
         self, round_: int, sent: Mapping[str, Sent], kind: str
@@ -255,23 +270,12 @@ class Server:
             round=round_,
             site=site,
             base_hash=sent.base_hash,
+            answered=sent.answered,
             shapes=shapes,
             dtypes=TRAVELLING[self.config.wire_dtype],
             samples=self.samples.get(site),
         )
         return reply
-
-    def _bases(
-        self, checkpoint: Checkpoint, sent: Mapping[str, Sent], replies: Collection[str]
-    ) -> tuple[Tensor, Tensor]:
-        """A site that answered holds what it was sent; of one that did not, nothing is known any more."""
-        has_base = checkpoint.has_base.clone()
-        for index, site in enumerate(self.sites):
-            if site in sent:
-                has_base[index] = site in replies
-            else:
-                self.memory.bases[index] = checkpoint.bases[index]
-        return self.memory.bases, has_base
 
     def _stack(self, round_: int, replies: Mapping[str, Manifest]) -> Replies:
         return Replies(

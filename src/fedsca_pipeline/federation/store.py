@@ -12,8 +12,8 @@ from torch import Tensor
 from fedsca_pipeline.federation.vault import Vault
 from fedsca_pipeline.files import read_header, read_tensors, write_tensors
 
-# The server may go back to the checkpoint before its last, which needs the state before that.
-_KEPT_ROUNDS = 3
+# Beside the newest: the server may go back to the checkpoint before its last, which needs the state before that.
+_KEPT_EARLIER = 2
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,11 @@ class Snapshot:
 
 
 class SiteStore:
-    """One folder a site: the states of the last three rounds it trained in, its best and its last model.
+    """One folder a site: the states of the last three rounds that count, its best and its last model.
 
-    Every write is atomic, and a state is only read for a *later* round, so that local work which is done twice for the
-    same round (after a crash, or a message that came twice) starts from the same state and ends in the same one.
+    Every write is atomic, and a round starts from the state of the last one whose update the server has used. So local
+    work which is done twice (after a crash, or a message that came twice) starts from the same state and ends in the
+    same one, and of a round whose update was lost, came too late or was rejected nothing is left.
 
     Args:
         folder: of this site in one run.
@@ -69,9 +70,9 @@ class SiteStore:
         """Scratch file of the run in progress; by its name it goes with whatever else a run leaves half-done."""
         return self.folder / ".features.partial"
 
-    def state_before(self, round_: int) -> SiteState | None:
-        """Return the newest state of a round before ``round_``, or None where the site has not trained yet."""
-        earlier = [path for path in self._states() if _round_of(path) < round_]
+    def state_at(self, round_: int) -> SiteState | None:
+        """Return the newest state of a round up to ``round_``, or None where there is none."""
+        earlier = [path for path in self._states() if _round_of(path) <= round_]
         if not earlier:
             return None
         parts: dict[str, dict[str, Tensor]] = {part: {} for part in SiteState._PARTS}
@@ -80,14 +81,17 @@ class SiteStore:
             parts[part][rest] = tensor
         return SiteState(_round_of(earlier[-1]), **parts)
 
-    def save_state(self, state: SiteState) -> None:
-        """Store a state and drop those of rounds that no resume can ask for.
+    def save_state(self, state: SiteState, answered: int) -> None:
+        """Store a state that was trained from that of round ``answered``; drop those no message can ask for any more.
 
-        One of a later round stays, of a run that the server has taken up from an older checkpoint: it is written anew.
+        They are those of rounds in between, which do not count, and all but two of the earlier ones. One of a later
+        round, of a run that the server has taken up from an older checkpoint, stays until it is written anew.
         """
         tensors = {f"{part}/{name}": t for part, named in state.tensors().items() for name, t in named.items()}
         write_tensors(self.folder / f"state_{state.round:05d}.safetensors", tensors)
-        for old in [path for path in self._states() if _round_of(path) <= state.round][:-_KEPT_ROUNDS]:
+        counted = [path for path in self._states() if _round_of(path) <= answered]
+        between = [path for path in self._states() if answered < _round_of(path) < state.round]
+        for old in (*counted[:-_KEPT_EARLIER], *between):
             old.unlink()
 
     def snapshot(self, name: str) -> Snapshot | None:

@@ -61,7 +61,7 @@ def test_the_global_model_is_fedavgs_bit_for_bit(wire_dtype, federate):
 
 def test_a_site_is_judged_by_its_personal_copy(federate):
     run = federate("ditto")
-    state, last = run.store("a").state_before(9), run.last("a")
+    state, last = run.store("a").state_at(8), run.last("a")
 
     assert state.personal.keys() == last.keys() == run.worker.parameters.keys()
     assert all(torch.equal(last[name], tensor) for name, tensor in state.personal.items())
@@ -85,7 +85,7 @@ def test_without_a_pull_the_personal_copy_is_a_model_that_trains_alone(federate)
 def test_a_strong_pull_keeps_the_personal_copy_near_what_was_received(federate):
     def gap(pull):
         run = federate("ditto", {"pull": pull}, rounds=1, local_epochs=10)
-        return distance(run.store("a").state_before(2).personal, run.sent[1, "a"].tensors)
+        return distance(run.store("a").state_at(1).personal, run.sent[1, "a"].tensors)
 
     assert 0 < gap(1e4) < gap(0.0) / 3
 

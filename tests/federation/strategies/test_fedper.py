@@ -85,7 +85,7 @@ def test_in_its_phase_nothing_else_moves_and_the_numbers_of_steps_are_the_shares
 def test_the_head_trains_on_the_body_as_received_and_the_body_on_the_new_head(federate):
     run = federate("fedrep", rounds=1, steps_per_round=4)
 
-    private = run.store("a").state_before(2).private
+    private = run.store("a").state_at(1).private
     assert private.keys() == set(run.layout.decoder)
     assert any(not torch.equal(tensor, run.worker.initial[name]) for name, tensor in private.items())
     assert any(tensor.any() for tensor in run.replies[1, "a"].tensors.values())
