@@ -246,7 +246,7 @@ class TestFaultyAnswers:
 class TestOpening:
     @pytest.fixture
     def opening(self, link, config, clock) -> FlowerFleet:
-        return FlowerFleet(link, config, opening=b"terms", clock=clock, sleep=clock.sleep)
+        return FlowerFleet(link, config, begun="b" * 16, opening=b"terms", clock=clock, sleep=clock.sleep)
 
     def test_a_site_is_sent_rounds_only_once_it_has_accepted_the_run(self, opening, link) -> None:
         for round_ in (1, 2):
@@ -255,6 +255,7 @@ class TestOpening:
         assert [(m.task["kind"], m.payload) for m in link.pushed] == [
             ("open", b"terms"), ("round", b"payload"), ("round", b"payload"),
         ]  # fmt: skip
+        assert {m.task["begun"] for m in link.pushed} == {"b" * 16}
 
     def test_the_deadline_counts_from_the_round_not_from_the_opening(self, opening, link, clock, scripted) -> None:
         link.sites["a"] = scripted(seconds=80)

@@ -139,6 +139,16 @@ def test_a_round_that_comes_twice_is_worked_on_once(desk) -> None:
     assert len(desk.worker.asked) == 2
 
 
+def test_the_same_round_of_another_beginning_is_worked_on_for_that_one(desk) -> None:
+    desk.worker.says = message("update")
+    beginnings = ["1" * 16, "2" * 16, "2" * 16]
+
+    for begun in beginnings:
+        desk.answer(task(kind="round", begun=begun), message("aggregate"))
+
+    assert [asked["begun"] for asked, _, _ in desk.worker.asked] == beginnings[:2]
+
+
 def test_data_may_have_changed_when_the_same_question_about_them_comes_again(desk) -> None:
     for _ in range(2):
         assert desk.answer(task(), b"abc") == ({}, opened(b"abc"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def test_the_foundation_is_loaded_once_for_a_run_with_its_export_and_test(
     process = WorkerProcess(counting_command(file), read_site_config(file).resources)
 
     def ask(kind: str, round_: int, payload: bytes) -> bytes:
-        said, answer = process.ask({"kind": kind, "round": round_}, payload, 300)
+        said, answer = process.ask({"kind": kind, "round": round_, "begun": ""}, payload, 300)
         assert said == {}
         return answer
 
@@ -167,7 +167,7 @@ def test_a_foundation_exchanged_since_the_run_was_opened_is_not_trained(site_fil
     terms = documents.write(documents.Terms(configuration=wanted, code=code_version()))
     prepared = documents.read(documents.Prepared, work.answer("prepare", 0, terms))
     description = describe_run(wanted, {"a": prepared.version}, "ab" * 32, 1)
-    path = work.places.description(description["fingerprint"])
+    path = work.places.checkpoints / description["fingerprint"] / "run.json"
     write_bytes(path, documents.write(documents.Description(**description)))
 
     with pytest.raises(ConfigError, match=r"this site's foundation is .* the run was made for"):
@@ -223,12 +223,12 @@ def test_a_run_that_is_not_as_private_as_the_site_asks_is_refused_before_it_is_o
 PRIVATE = {"epsilon": 4.0, "delta": 1e-6}
 
 
-def first_round(work: SiteWork, wanted: dict[str, Any], begun: str = "0" * 16) -> tuple[str, bytes]:
+def first_round(work: SiteWork, wanted: dict[str, Any], begun: str = "") -> tuple[str, bytes]:
     """Have a site join a run; return the run's name and the message of its first round."""
     terms = documents.write(documents.Terms(configuration=wanted, code=code_version()))
     prepared = documents.read(documents.Prepared, work.answer("prepare", 0, terms))
     description = describe_run(wanted, {"a": prepared.version}, prepared.foundation, 1)
-    work.answer("open", 0, documents.write(documents.Description(**description, begun=begun)))
+    work.answer("open", 0, documents.write(documents.Description(**description)), begun)
     models = documents.parameters(wanted)
     model, layout = build_trainable(
         models["foundation"], models["adapters"], work.config.foundation_root, models["preprocessing"]
@@ -244,31 +244,50 @@ def in_round(asked: bytes, round_: int, kind: str = "aggregate") -> bytes:
     return encode(replace(message.manifest, round=round_, kind=kind, answered=round_ - 1), message.tensors)
 
 
-def trained(work: SiteWork, asked: bytes, rounds: int) -> list[str]:
-    """Go through all rounds; return the hashes of the updates and of the two models that the site keeps."""
-    answers = [work.answer("round", round_, in_round(asked, round_)) for round_ in range(1, rounds + 1)]
-    work.answer("round", rounds + 1, in_round(asked, rounds + 1, "final"))
-    kept = work.places.checkpoints.glob("*/sites/a/[bl]*st.safetensors")
-    return [hash_tensors(decode(answer, max_bytes=2**26).tensors) for answer in answers] + [
-        hash_tensors(read_tensors(path)) for path in sorted(kept)
-    ]
+def training(work: SiteWork, asked: bytes, rounds: int, begun: str = "") -> Iterator[str]:
+    """Go through all rounds; yield the hashes of the updates and of the two models that the site keeps."""
+    for round_ in range(1, rounds + 1):
+        answer = work.answer("round", round_, in_round(asked, round_), begun)
+        yield hash_tensors(decode(answer, max_bytes=2**26).tensors)
+    work.answer("round", rounds + 1, in_round(asked, rounds + 1, "final"), begun)
+    for path in sorted((work.places.checkpoints / begun).glob("*/sites/a/[bl]*st.safetensors")):
+        yield hash_tensors(read_tensors(path))
 
 
-@pytest.mark.parametrize("said_so", [True, False], ids=["begun anew", "taken up from its first checkpoint"])
-def test_a_run_from_its_start_once_more_ends_in_the_same_bits(site_file, configuration, said_so: bool) -> None:
+@pytest.mark.parametrize("begun", ["1" * 16, ""], ids=["begun anew", "taken up from its first checkpoint"])
+def test_a_run_from_its_start_once_more_ends_in_the_same_bits(site_file, configuration, begun: str) -> None:
     work = SiteWork(read_site_config(site_file()))
     wanted = configuration()
     wanted["federation"]["rounds"] = 5
     _, asked = first_round(work, wanted)
-    before = trained(work, asked, 5)
+    before = list(training(work, asked, 5))
 
-    first_round(work, wanted, begun="1" * 16 if said_so else "0" * 16)
-    left = list(work.places.checkpoints.rglob("state_*"))
-    again = trained(work, asked, 5)
+    first_round(work, wanted, begun)
 
     assert len(set(before)) == len(before) == 7
-    assert again == before
-    assert bool(left) != said_so
+    assert list(training(work, asked, 5, begun)) == before
+
+
+def test_two_coordinators_that_run_the_same_at_once_each_get_what_one_alone_would(site_file, configuration) -> None:
+    work = SiteWork(read_site_config(site_file()))
+    wanted = configuration()
+    _, asked = first_round(work, wanted)
+    message = decode(asked, max_bytes=2**26)
+    # As where the other coordinator misses a site that this one has.
+    moved = {name: tensor + 0.01 for name, tensor in message.tensors.items()}
+    runs = [asked, encode(replace(message.manifest, base_hash=hash_tensors(moved)), moved)]
+    alone = []
+    for begun, payload in zip(("1" * 16, "2" * 16), runs, strict=True):
+        first_round(work, wanted, begun)
+        alone.append(list(training(work, payload, 3, begun)))
+    for begun in ("3" * 16, "4" * 16):
+        first_round(work, wanted, begun)
+
+    at_once = zip(training(work, runs[0], 3, "3" * 16), training(work, runs[1], 3, "4" * 16), strict=True)
+
+    assert [list(found) for found in zip(*at_once, strict=True)] == alone
+    assert alone[0] != alone[1]
+    assert work._learner.cache_info().misses == 1
 
 
 def test_a_site_that_is_updated_in_the_midst_of_a_run_takes_part_no_more(site_file, configuration) -> None:
@@ -392,7 +411,7 @@ def test_a_worker_that_needs_more_memory_than_it_may_have_says_so_and_the_next_t
 
     def prepare(image_size: int) -> tuple[dict[str, Any], bytes]:
         terms = documents.Terms(configuration=configuration(image_size=image_size), code=code_version())
-        return worker.ask({"kind": "prepare", "round": 0}, documents.write(terms), 300)
+        return worker.ask({"kind": "prepare", "round": 0, "begun": ""}, documents.write(terms), 300)
 
     try:
         said, _ = prepare(4096)

@@ -34,12 +34,16 @@ TaskKind = Literal["prepare", "open", "round", "finish"]
 
 
 class Task(_Document):
-    """What a message to a site asks for, and within how many seconds; the payload is beside it."""
+    """What a message to a site asks for, and within how many seconds; the payload is beside it.
+
+    ``begun`` is another for every beginning of a run, by whichever coordinator, and empty before there is one.
+    """
 
     kind: TaskKind
     round: int = Field(ge=0)
     site: str
     seconds: float = Field(gt=0.0)
+    begun: str = Field(default="", pattern=r"^([0-9a-f]{16})?$")
 
 
 class Terms(_Document):
@@ -65,10 +69,7 @@ class Prepared(_Document):
 
 
 class Description(_Document):
-    """Coordinator to site, at a run's start: all that decides its numbers, as ``runs.describe_run`` returns it.
-
-    ``begun`` is another where the coordinator has begun the same run anew.
-    """
+    """Coordinator to site, at a run's start: all that decides its numbers, as ``runs.describe_run`` returns it."""
 
     fingerprint: Run
     configuration: dict[str, Any]
@@ -76,15 +77,10 @@ class Description(_Document):
     foundation: str = Hash
     code: str = Hash
     threads: int = Field(ge=1)
-    begun: Run = "0" * 16
-
-    def described(self) -> dict[str, Any]:
-        """Return what ``runs.describe_run`` does."""
-        return self.model_dump(exclude={"begun"})
 
     def worked_out(self) -> str:
         """Return the fingerprint of what the description says, which an honest one carries."""
-        return fingerprint(self.model_dump(exclude={"fingerprint", "begun"}))
+        return fingerprint(self.model_dump(exclude={"fingerprint"}))
 
 
 class Opened(_Document):

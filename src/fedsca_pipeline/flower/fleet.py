@@ -153,6 +153,7 @@ class FlowerFleet:
     Args:
         link: to the sites.
         config: names the sites, and limits and intervals.
+        begun: which beginning of a run its tasks belong to (``documents.Task``); empty before there is one.
         opening: what a site must have accepted before it is sent rounds; None where nothing is to be opened.
         log: the coordinator's audit log; None keeps none.
         absent: for tests; site to the rounds in which it is not asked (``federation.inject_failures``).
@@ -164,13 +165,15 @@ class FlowerFleet:
         link: Link,
         config: FlowerConfig,
         *,
+        begun: str = "",
         opening: bytes | None = None,
         log: AuditLog | None = None,
         absent: Mapping[str, Sequence[int]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._link, self._config, self._opening, self._log = link, config, opening, log
+        self._link, self._config, self._log = link, config, log
+        self._begun, self._opening = begun, opening
         self._absent = absent or {}
         self._clock, self._sleep = clock, sleep
         self._opened: set[str] = set()
@@ -244,7 +247,7 @@ class FlowerFleet:
         # Below the quorum the round goes on for as long as it takes.
         end = gathering.end if gathering.enough else now + gathering.deadline
         left = min(max(1.0, end - now), _LONGEST_SECONDS)
-        task = {"kind": kind, "round": round_, "site": site, "seconds": left}
+        task = {"kind": kind, "round": round_, "site": site, "seconds": left, "begun": self._begun}
         gathering.retry_at[site] = now + self._config.retry
         line = self._note_question(site, kind, round_, payload)
         message = self._link.push(node.id, task, payload, left + _LATE_SECONDS)

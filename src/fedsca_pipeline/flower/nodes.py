@@ -148,13 +148,13 @@ def train(
         raise ConfigError(f"federation.strategy: {strategy.name} pools images, and those of a deployed site stay there")
     folder = open_run(checkpoints, description, force=force)
     write_json(folder.joined, joined_sites)
-    opening = documents.write(documents.Description(**description, begun=folder.begun()))
+    opening = documents.write(documents.Description(**description))
     with deterministic(run, description["threads"]):
         model, layout = build_trainable(foundation, adapters, foundations, preprocessing)
         start = start_values(model, strategy.shared(layout))
         with (
             RoundProgress(flower.sites, federation.rounds) as progress,
-            _fleet(flower, opening=opening, absent=federation.inject_failures) as fleet,
+            _fleet(flower, begun=folder.begun(), opening=opening, absent=federation.inject_failures) as fleet,
         ):
             samples = {site: said["samples"] for site, said in joined_sites.items()}
             yield from serve(fleet, progress, strategy, layout, start, federation, run, folder, samples)
@@ -184,7 +184,7 @@ def finish(
     from fedsca_pipeline.flower import documents
 
     wanted = documents.write(documents.Finished(run=description["fingerprint"]))
-    with _fleet(flower) as fleet:
+    with _fleet(flower, begun=RunFolder(checkpoints, description["fingerprint"]).begun()) as fleet:
         answers = fleet.ask(
             "finish",
             federation.rounds + 2,

@@ -103,12 +103,13 @@ class Desk:
         return {}, answer
 
     def _work(self, task: documents.Task, payload: bytes) -> _Frame:
-        key = (task.kind, task.round, sha256(payload).hexdigest())
+        key = (task.kind, task.round, task.begun, sha256(payload).hexdigest())
         with self._one_at_a_time:
             if self._last is not None and self._last[0] == key:
                 return self._last[1]
             seconds = min(task.seconds, self.config.resources.task_seconds)
-            found = self.worker.ask({"kind": task.kind, "round": task.round}, payload, seconds)
+            asked = task.model_dump(include={"kind", "round", "begun"})
+            found = self.worker.ask(asked, payload, seconds)
             # Before a run, the data, or what lies in the work folder, may have changed since.
             self._last = (key, found) if task.kind in _REMEMBERED and "failed" not in found[0] else None
             if "failed" in found[0]:

@@ -95,10 +95,6 @@ class Places:
             overlays=root / "08_reporting" / "overlays.png",
         )
 
-    def description(self, run: str) -> Path:
-        """Where the description of a run lies that this site takes part in."""
-        return self.checkpoints / run / "run.json"
-
     def load_manifest(self) -> pd.DataFrame | None:
         """Return the manifest, or None where the data have not been prepared yet."""
         if not self.manifest.is_file():
@@ -123,7 +119,7 @@ class SiteWork:
         self.places = Places.of(config)
         # Of what this process runs, not of what lies on the disk once another version has been installed.
         self._code = code_version()
-        self._tasks: Mapping[str, Callable[[int, bytes], bytes]] = {
+        self._tasks: Mapping[str, Callable[[Path, int, bytes], bytes]] = {
             "prepare": self._prepare,
             "open": self._open,
             "round": self._round,
@@ -131,8 +127,8 @@ class SiteWork:
         }
         self._learner = functools.lru_cache(maxsize=1)(self._build_learner)
 
-    def answer(self, kind: str, round_: int, payload: bytes) -> bytes:
-        """Answer one task.
+    def answer(self, kind: str, round_: int, payload: bytes, begun: str = "") -> bytes:
+        """Answer one task; what is kept of one beginning of a run (``documents.Task``) is of no concern to another.
 
         Raises:
             MessageError: there is no such task, or the payload is not of its form.
@@ -140,9 +136,9 @@ class SiteWork:
         """
         if kind not in self._tasks:
             raise MessageError(f"there is no task {kind!r}")
-        return self._tasks[kind](round_, payload)
+        return self._tasks[kind](self.places.checkpoints / begun, round_, payload)
 
-    def _prepare(self, _round: int, payload: bytes) -> bytes:
+    def _prepare(self, _checkpoints: Path, _round: int, payload: bytes) -> bytes:
         terms = documents.read(documents.Terms, payload)
         self._same_code(terms.code)
         wanted = documents.parameters(terms.configuration)
@@ -179,7 +175,7 @@ class SiteWork:
         )
         return documents.write(prepared)
 
-    def _open(self, _round: int, payload: bytes) -> bytes:
+    def _open(self, checkpoints: Path, _round: int, payload: bytes) -> bytes:
         run = documents.read(documents.Description, payload)
         # States are kept under this name: two runs must not go by one.
         if run.fingerprint != run.worked_out():
@@ -188,32 +184,33 @@ class SiteWork:
         if build_strategy(wanted["federation"].strategy, _options(wanted)).pools:
             raise ConfigError(f"{wanted['federation'].strategy} pools the sites' images, and this site's stay here")
         self._refuse_unfit(run)
-        path = self.places.description(run.fingerprint)
-        if path.is_file() and documents.read(documents.Description, path.read_bytes()).begun != run.begun:
-            logger.info("%s: run %s is begun anew; what was kept of it goes", self.config.site, run.fingerprint)
-            RunFolder(self.places.checkpoints, run.fingerprint).clear()
+        path = _description_file(checkpoints, run.fingerprint)
+        if not path.is_file():
+            # Of a run that is never finished; of one that goes on it is made again.
+            remove_partial_files(self.places.checkpoints)
         write_bytes(path, documents.write(run))
         logger.info("%s: takes part in run %s (%s)", self.config.site, run.fingerprint, wanted["federation"].strategy)
         return documents.write(documents.Opened(site=self.config.site, run=run.fingerprint))
 
-    def _round(self, round_: int, payload: bytes) -> bytes:
+    def _round(self, checkpoints: Path, round_: int, payload: bytes) -> bytes:
         run = outline(payload, max_bytes=self.config.resources.most_bytes)["manifest"]["run"]
-        description = self._description(run)
-        learner = self._learner(run)
+        description = self._description(checkpoints, run)
+        learner, store = self._learner(documents.write(description)), self._store(checkpoints, run)
         with self._computing(description):
-            return learner.work(payload, round_, self.config.site, self._data(), self._store(run), ignore_step)
+            return learner.work(payload, round_, self.config.site, self._data(), store, ignore_step)
 
-    def _finish(self, _round: int, payload: bytes) -> bytes:
+    def _finish(self, checkpoints: Path, _round: int, payload: bytes) -> bytes:
         run = documents.read(documents.Finished, payload).run
-        description = self._description(run)
+        description = self._description(checkpoints, run)
         wanted = documents.parameters(description.configuration)
-        places, manifest, learner = self.places, self.places.load_manifest(), self._learner(run)
+        places, manifest = self.places, self.places.load_manifest()
+        learner = self._learner(documents.write(description))
         preprocessing, evaluation = wanted["preprocessing"], wanted["evaluation"]
         with self._computing(description):
             index = write_site_models(
-                learner.model, learner.layout, learner.initial, learner.strategy, description.described(),
+                learner.model, learner.layout, learner.initial, learner.strategy, description.model_dump(),
                 wanted["run"], preprocessing, wanted["foundation"], wanted["federation"], evaluation,
-                self.config.foundation_root, places.checkpoints, places.models, manifest,
+                self.config.foundation_root, checkpoints, places.models, manifest,
             )  # fmt: skip
             in_turn = ModelsInTurn(learner.model, description.foundation, learner.initial)
             testing = (in_turn, preprocessing, evaluation, index, places.models)
@@ -223,7 +220,7 @@ class SiteWork:
             figure = draw_examples(in_turn, preprocessing, evaluation, scores, places.models, manifest, places.arrays)
         places.overlays.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(places.overlays)
-        remove_partial_files(self.places.checkpoints)
+        remove_partial_files(checkpoints)
         kept = index["sites"][self.config.site]
         return documents.write(
             documents.Scores(
@@ -252,8 +249,8 @@ class SiteWork:
                 "fedsca_pipeline, and of the libraries in requirements.lock, at both"
             )
 
-    def _description(self, run: str) -> documents.Description:
-        path = self.places.description(run)
+    def _description(self, checkpoints: Path, run: str) -> documents.Description:
+        path = _description_file(checkpoints, run)
         # A run's name becomes a path here.
         if not re.fullmatch(documents.RUN_PATTERN, run) or not path.is_file():
             raise SiteError(f"{UNKNOWN_RUN} {run[:16]!r}: this site does not take part in it")
@@ -291,12 +288,12 @@ class SiteWork:
     def _data(self) -> SiteArrays:
         return SiteArrays(self.places.arrays, self.places.load_manifest())
 
-    def _store(self, run: str) -> SiteStore:
+    def _store(self, checkpoints: Path, run: str) -> SiteStore:
         vault = Vault(self.places.private / self.config.site, self.config.privacy)
-        return SiteStore(RunFolder(self.places.checkpoints, run).sites / self.config.site, vault)
+        return SiteStore(RunFolder(checkpoints, run).sites / self.config.site, vault)
 
-    def _build_learner(self, run: str) -> LocalWorker:
-        description = self._description(run)
+    def _build_learner(self, document: bytes) -> LocalWorker:
+        description = documents.read(documents.Description, document)
         wanted = documents.parameters(description.configuration)
         # What is loaded now may not be what the site had when the run was opened.
         _same(
@@ -310,7 +307,7 @@ class SiteWork:
                 wanted["foundation"], wanted["adapters"], self.config.foundation_root, wanted["preprocessing"]
             )
             settings = LocalSettings(
-                run=run,
+                run=description.fingerprint,
                 seed=wanted["run"].seed,
                 classes=wanted["preprocessing"].classes,
                 wire_dtype=federation.wire_dtype,
@@ -325,6 +322,11 @@ class SiteWork:
             )
             strategy = build_strategy(federation.strategy, _options(wanted))
             return LocalWorker(model.to(device), layout, strategy, settings)
+
+
+def _description_file(checkpoints: Path, run: str) -> Path:
+    """Where the description of a run lies that this site takes part in."""
+    return checkpoints / run / "run.json"
 
 
 def _same(what: str, own: str, theirs: str | None) -> None:
@@ -378,7 +380,7 @@ def serve(config: SiteConfig, line: socket.socket) -> None:
     while True:
         header, payload = tasks.get()
         try:
-            answer, said = work.answer(header["kind"], header["round"], payload), {}
+            answer, said = work.answer(header["kind"], header["round"], payload, header["begun"]), {}
         except FedscaError as error:
             if is_shortage(error):
                 raise
