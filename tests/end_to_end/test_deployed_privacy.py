@@ -34,7 +34,7 @@ def in_the_midst_of(deployed: Deployed, site: str, round_: int) -> bool:
     """Tell whether a site has entered a round in its ledger, and not yet ended it."""
     states = deployed.folder / site / "07_model_output" / "checkpoints"
     entered = any(entry.round == round_ for entry in vault(deployed, site).entries())
-    return entered and not any(states.glob(f"*/sites/*/state_{round_:05d}.safetensors"))
+    return entered and not any(states.rglob(f"state_{round_:05d}.safetensors"))
 
 
 @pytest.mark.slow

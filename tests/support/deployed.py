@@ -75,7 +75,7 @@ class Deployed:
         return read_tensors(run / "server" / f"round_{round_:05d}.safetensors")
 
     def model(self, site: str, name: str = "last") -> dict[str, torch.Tensor]:
-        (run,) = (self.folder / site / "07_model_output" / "checkpoints").glob("*/")
+        (run,) = (self.folder / site / "07_model_output" / "checkpoints").glob("*/*/")
         return read_tensors(run / "sites" / site / f"{name}.safetensors")
 
     def rounds_begun(self, site: str) -> list[int]:
