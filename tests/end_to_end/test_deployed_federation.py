@@ -232,3 +232,29 @@ def test_two_commands_at_once_are_refused_and_one_after_the_other_do_not_mix(new
     deployed.run("second", run__seed=7, data_root=deployed.folder / "other")
     runs = {path.name for path in (deployed.folder / "hospital_a/07_model_output/checkpoints").glob("*/")}
     assert len(runs) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_coordinators_with_the_same_run_at_once_are_separate(new_deployed, tmp_path: Path) -> None:
+    deployed = new_deployed()
+    homes = {name: deployed.folder / name for name in ("one", "two")}
+    coordinators = {
+        name: deployed.start(name, federation__rounds=3, flower__home=home / "home", data_root=home)
+        for name, home in homes.items()
+    }
+
+    for name, coordinator in coordinators.items():
+        assert coordinator.wait(900) == 0, deployed.said(name)
+
+    alone = in_process(deployed, tmp_path / "data", **{"federation.rounds": 3})
+    name = "server/round_00004.safetensors"
+    for home in homes.values():
+        (run,) = (home / "07_model_output" / "checkpoints").glob("*/")
+        assert same(read_tensors(run / name), read_tensors(alone / name))
+    for site in SITES:
+        kept = sorted((deployed.folder / site / "07_model_output" / "checkpoints").glob("*/*/sites"))
+        assert len(kept) == 2
+        for folder in kept:
+            last = read_tensors(folder / site / "last.safetensors")
+            assert same(last, read_tensors(alone / "sites" / site / "last.safetensors"))
