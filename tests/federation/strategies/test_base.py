@@ -324,6 +324,14 @@ class TestPartners:
             [0, 0, 0, 0, 0],
         ]
 
+    def test_an_absent_site_that_knows_none_but_unmoved_ones_keeps_to_itself(self):
+        present = torch.tensor([True, False, False])
+        known = torch.tensor([[True, True, False], [True, True, False], [False, False, True]])
+
+        found = partners(present, torch.zeros(3, dtype=torch.bool), known)
+
+        assert found.int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
+
 
 def mixed(weights, masters, groups, initial):
     """Mix masters to which the one reply, a zero update of the first site, adds nothing."""

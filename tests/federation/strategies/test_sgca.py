@@ -127,6 +127,30 @@ class TestLawsOfEveryWeighting:
         assert not weights[~zero][:, zero].any()
 
     @every_weighting
+    @given(replies=rounds(least=2), later=st.data())
+    def test_a_zero_update_is_not_mixed_into_the_absent_either(self, options, replies, later):
+        count = len(replies.sites)
+        here = later.draw(st.lists(st.booleans(), min_size=count, max_size=count).filter(any))
+        zero = torch.tensor(later.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
+        updates = replies.updates.masked_fill(zero[:, None], 0)
+        elsewhere = replies.bases + 100 * (~updates.any(dim=1))[:, None]
+        state, _ = run(options, replies)
+
+        def aggregates_from(bases):
+            answered = [row for row in range(count) if here[row]]
+            again = Replies(
+                round=2,
+                sites=tuple(replies.sites[row] for row in answered),
+                bases=bases,
+                updates=updates[answered],
+                samples=replies.samples[answered],
+            )
+            return run(options, again, state, sites=replies.sites)[1].aggregates
+
+        absent = ~torch.tensor(here)
+        assert torch.equal(aggregates_from(replies.bases)[absent], aggregates_from(elsewhere)[absent])
+
+    @every_weighting
     def test_a_single_site_keeps_its_own(self, options):
         _, found = run(options, make([[1.0, 2.0]], bases=[[3.0, 3.0]]))
 

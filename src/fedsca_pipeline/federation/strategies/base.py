@@ -475,12 +475,13 @@ def partners(present: Tensor, moved: Tensor, known: Tensor) -> Tensor:
     """Return whom each site may be mixed from in one group, [N, N] bool, rows receive (docs/method.md).
 
     A site that took part (``present`` [N]): itself, and if its update is not zero the others that ``moved`` [N], too.
-    An absent one: itself and the sites it has a similarity with (``known`` [N, N]); a row without any True where there
-    are none, and the general model is due.
+    An absent one: itself and the sites it has a similarity with (``known`` [N, N]), but for those that took part and
+    did not move; a row without any True where it has a similarity with nobody, and the general model is due.
     """
     itself = torch.eye(len(present), dtype=torch.bool)
-    others = torch.where(present[:, None], moved[:, None] & moved, known) & ~itself
-    return others | (itself & (present | others.any(dim=1)))
+    met = known & ~itself
+    others = torch.where(present[:, None], moved[:, None] & moved & ~itself, met & (moved | ~present))
+    return others | (itself & (present | met.any(dim=1)))
 
 
 def site_prior(state: ServerState, prior: Prior) -> Tensor:
