@@ -251,7 +251,9 @@ class FederationConfig(_Config):
     strategy: str = "fedsca"
     rounds: int = Field(8, ge=1, le=100_000)
     participation: float = Field(1.0, gt=0.0, le=1.0, description="share of the sites drawn each round")
-    quorum: int = Field(1, ge=1, description="fewest valid replies that make a round")
+    quorum: int = Field(
+        1, ge=1, description="fewest valid replies that make a round; of a strategy that pools the sites 1, always"
+    )
     wire_dtype: Literal["fp32", "fp16", "int8"] = "fp16"
     compression: Literal["zstd", "none"] = Field("zstd", description="of every message; either kind is understood")
     max_norm_ratio: float = Field(10.0, gt=1.0, description="an update this many times the median norm is rejected")
@@ -274,6 +276,10 @@ class FederationConfig(_Config):
     def drawn(self, sites: int) -> int:
         """Return how many of ``sites`` take part in a round: the nearest whole number to the share, at least one."""
         return max(1, math.floor(self.participation * sites + 0.5))
+
+    def pooled(self) -> FederationConfig:
+        """Return what holds for the one place where all sites' images are: its answer is a quorum."""
+        return self.model_copy(update={"quorum": 1})
 
 
 class EvaluationConfig(_Config):

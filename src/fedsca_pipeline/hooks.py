@@ -297,9 +297,10 @@ def _check_parameters(parameters: Mapping[str, Any]) -> None:
     for key, value in named.items():
         if unknown := sorted(set(value) - set(sites)):
             raise ConfigError(f"{key}: no such site: {', '.join(unknown)}; there are {', '.join(sites)}")
-    if federation.quorum > (drawn := federation.drawn(len(sites))):
+    if not strategy.pools and federation.quorum > (drawn := federation.drawn(len(sites))):
         raise ConfigError(
-            f"federation.quorum: {federation.quorum}, but only {drawn} of {len(sites)} sites are drawn in a round"
+            f"federation.quorum: {federation.quorum}, but only {drawn} of {len(sites)} sites are drawn in a round; "
+            "lower it, or raise federation.participation"
         )
     if len(sites) == 1:
         logger.warning("only one site, %s: this is local training, nothing is federated", sites[0])

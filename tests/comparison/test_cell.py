@@ -310,6 +310,11 @@ class TestCentralised:
         assert {len(found["images"]) for found in result["sites"].values()} == {2}
         assert len({found["dice_validation"] for found in result["sites"].values()}) == 1
 
+    def test_a_quorum_of_sites_is_made_by_the_one_place_that_has_them_all(self, tell) -> None:
+        result = tell("centralised", base={"federation": {"quorum": 3}})
+
+        assert [record["round"] for record in result["rounds"]] == [1, 2, 3]
+
     def test_a_site_left_out_gets_its_model_as_it_is(self, tell) -> None:
         result = tell("centralised", unseen_sites=["c"], shots=[1])
 

@@ -51,6 +51,31 @@ class TestMethods:
         ):
             resolve_methods(make_setting(both, only=["fedsca", "centralised"]))
 
+    @pytest.mark.parametrize(
+        ("quorum", "comparison", "said"),
+        [
+            (4, {}, r"methods\.fedsca: federation\.quorum: 4, but only 3 of 3 sites"),
+            (3, {"unseen_sites": ["c"]}, r"federation\.quorum: 3, but only 2 of 2 sites"),
+            (3, {"leave_one_out": True}, r"federation\.quorum: 3, but only 2 of 2 sites.*comparison\.leave_one_out"),
+            (1, {"methods": {"fedsca": {"set": {"federation.quorum": 4}}}}, r"federation\.quorum: 4, but only 3 of 3"),
+        ],
+    )
+    def test_a_quorum_that_some_cell_s_sites_cannot_make_is_refused(self, make_setting, quorum, comparison, said):
+        with pytest.raises(ConfigError, match=said):
+            resolve_methods(make_setting(base={"federation": {"quorum": quorum}}, **comparison))
+
+    def test_a_quorum_that_every_cell_s_sites_can_make_is_not_refused(self, make_setting) -> None:
+        methods = {"fedsca": {"set": {"federation.quorum": 2}}, "centralised": {}}
+        methods["hard"] = {"strategy": "fedsca", "options": {"gate": "hard"}, "ablation": "gate"}
+        setting = make_setting(
+            methods,
+            base={"federation": {"quorum": 3}},
+            strategies={"centralised": {"allow_pooling": True}},
+            leave_one_out=True,
+        )
+
+        assert list(resolve_methods(setting)) == list(methods)
+
     def test_a_variant_is_one_entry_with_options_over_those_of_its_strategy(self, make_setting) -> None:
         setting = make_setting(
             {

@@ -53,3 +53,11 @@ def test_a_parameter_at_odds_with_the_sites_is_named(workplace, params: str, sai
     assert refused.code == 1
     assert said in refused.words
     assert workplace.contents() == {}
+
+
+def test_a_quorum_of_sites_is_made_by_the_one_place_that_pools_them(workplace) -> None:
+    pooling = "federation.strategy=centralised,strategies.centralised.allow_pooling=true"
+
+    done = workplace.run(params=f"{pooling},federation.quorum=2,federation.rounds=1")
+
+    assert done.code == 0, done.output

@@ -186,7 +186,7 @@ class _Training:
         self.known_anywhere = tuple(sorted(set().union(*self.known.values())))
         lengths = [len(place.arrays[site]) for site in cell.sites]
         if self.strategy.pools:
-            training = training.times(len(self.data))
+            training, self.federation = training.times(len(self.data)), self.federation.pooled()
             self.data = {POOLED: PooledArrays(list(self.data.values()), lengths)}
         settings = LocalSettings(
             run=cell.fingerprint,

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from fedsca_pipeline.config import (
     ComparisonConfig,
+    FederationConfig,
     MethodConfig,
 )
 from fedsca_pipeline.errors import ConfigError
@@ -103,7 +104,7 @@ def resolve_methods(setting: Setting) -> dict[str, Method]:
 
     Raises:
         ConfigError: naming the YAML key of an unknown strategy or option, of a value out of range, of a pair that does
-            not go together, of a site that is not there, or of too few sites.
+            not go together, of a site that is not there, of too few sites, or of a quorum that they cannot make.
     """
     config = setting.config
     if unknown := sorted(set(config.unseen_sites) - set(setting.data)):
@@ -182,6 +183,8 @@ def _method(name: str, config: MethodConfig, setting: Setting) -> Method | None:
         strategy.check_use(groups["adapters"]["method"])
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+    if not strategy.pools:
+        _check_quorum(where, FederationConfig.model_validate(groups["federation"]), config, setting)
     own = setting.config
     counts = config.train_images or (own.train_images if config.ablation is None else own.train_images[:1])
     if any(count is not None and count < 1 for count in counts):
@@ -200,6 +203,18 @@ def _method(name: str, config: MethodConfig, setting: Setting) -> Method | None:
         ablation=config.ablation,
         tuned=config.tuned,
     )
+
+
+def _check_quorum(where: str, federation: FederationConfig, config: MethodConfig, setting: Setting) -> None:
+    """Refuse a quorum above what is drawn of the sites that train in the method's smallest cell."""
+    left_out = setting.config.leave_one_out and config.ablation is None
+    sites = len(setting.sites) - left_out
+    if federation.quorum > (drawn := federation.drawn(sites)):
+        why = " where comparison.leave_one_out leaves one out" if left_out else ""
+        raise ConfigError(
+            f"{where}: federation.quorum: {federation.quorum}, but only {drawn} of {sites} sites are drawn in a "
+            f"round{why}; lower it, or raise federation.participation"
+        )
 
 
 def _with_set(where: str, base: Mapping[str, Values], changes: Values) -> dict[str, Values]:

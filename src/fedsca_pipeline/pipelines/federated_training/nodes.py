@@ -109,7 +109,7 @@ def train(
         strategy.check_use(adapters.method)
         model, layout = build_trainable(foundation, adapters, foundations, preprocessing)
         if strategy.pools:
-            training, data = training.times(len(data)), PooledData(data)
+            training, federation, data = training.times(len(data)), federation.pooled(), PooledData(data)
         start = start_values(model, strategy.shared(layout))
         settings = LocalSettings(
             run=folder.fingerprint,
