@@ -57,6 +57,7 @@ def test_cells_run_side_by_side_and_tell_of_their_rounds(make_setting, make_site
 # In an interpreter of its own, and of memory mapped for the block: a heap may hold on to what another test has freed.
 TWO_BLOCKS = """
 import json, mmap
+from fedsca_pipeline.comparison.memory import PeakMemory
 
 with PeakMemory() as first:
     with mmap.mmap(-1, 64 << 20) as block:
