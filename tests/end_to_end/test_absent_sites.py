@@ -51,5 +51,5 @@ def test_too_few_sites_end_the_run_and_mended_sites_go_on_from_the_round_before(
     assert failed.code == 1
     assert "round 2: 0 valid replies, federation.quorum asks for 1" in failed.words
     assert "Traceback" not in failed.output
-    assert [path.stem for path in sites.checkpoints.glob("*/server/*")] == ["round_00001"]
+    assert [path.stem for path in sites.checkpoints.glob("*/server/*.safetensors")] == ["round_00001"]
     assert sites.parents()[0].info.status == "FAILED"

@@ -11,6 +11,7 @@ import zstandard
 from fedsca_pipeline.adapters.attach import tensor_layout
 from fedsca_pipeline.config import FederationConfig
 from fedsca_pipeline.errors import NoValidSite
+from fedsca_pipeline.federation import checkpoint
 from fedsca_pipeline.federation.checkpoint import CheckpointFolder
 from fedsca_pipeline.federation.fleet import Failure, InProcessFleet
 from fedsca_pipeline.federation.messages import Message, TensorLayout, decode, encode, hash_tensors
@@ -224,10 +225,10 @@ def test_a_run_taken_up_from_an_older_checkpoint_knows_nothing_of_what_came_afte
     first = federate("fedsca", rounds=2, data=data)
     (older,) = (first.folder / "server").glob("round_00002*")
     kept = older.read_bytes()
-    for path in (first.folder / "server").iterdir():
-        path.unlink()
+    older.unlink()
+    (first.folder / "server" / "round_00003.safetensors").unlink()
     federate("fedsca", rounds=4, data=data, folder=first.folder)
-    for path in (first.folder / "server").iterdir():
+    for path in (first.folder / "server").glob("*.safetensors"):
         path.unlink()
     older.write_bytes(kept)
 
@@ -235,6 +236,35 @@ def test_a_run_taken_up_from_an_older_checkpoint_knows_nothing_of_what_came_afte
 
     assert same(again.checkpoint().state.as_tensors(), expected.checkpoint().state.as_tensors())
     assert all(same(again.last(site), expected.last(site)) for site in SITES)
+    assert [record.round for record in again.records] == [1, 2, 3, 4, 5, 6]
+    assert [record.accepted for record in again.records] == [record.accepted for record in expected.records]
+
+
+@pytest.mark.parametrize("writer", ["write_bytes", "write_tensors"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_run_killed_before_or_after_the_record_of_a_round_ends_as_an_unbroken_one(
+    federate, make_site, monkeypatch, writer: str, count: int
+) -> None:
+    data = {name: make_site(name, seed) for seed, name in enumerate(SITES)}
+    unbroken = federate("fedsca", rounds=2, data=data)
+    again = unbroken.folder.with_name("killed")
+    real, calls = getattr(checkpoint, writer), []
+
+    def killed(*arguments) -> None:
+        calls.append(arguments)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, writer, killed)
+        with pytest.raises(KeyboardInterrupt):
+            federate("fedsca", rounds=2, data=data, folder=again)
+    resumed = federate("fedsca", rounds=2, data=data, folder=again)
+
+    assert same(resumed.checkpoint().state.as_tensors(), unbroken.checkpoint().state.as_tensors())
+    assert all(same(resumed.last(site), unbroken.last(site)) for site in SITES)
+    assert [record.accepted for record in resumed.records] == [record.accepted for record in unbroken.records]
 
 
 def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:

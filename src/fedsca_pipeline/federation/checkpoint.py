@@ -1,10 +1,13 @@
-"""The server's checkpoint: one safetensors file a round, so that a round is either whole on disk or not there."""
+"""The server's checkpoint: one safetensors file a round, so that a round is either whole on disk or not there.
+
+What became of a round is in a JSON file of its own, written before: a checkpoint vouches for the records up to its own.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from fedsca_pipeline.errors import ResumeError, WeightsError
 from fedsca_pipeline.federation.strategies.base import ServerState
-from fedsca_pipeline.files import read_header, read_tensors, write_tensors
+from fedsca_pipeline.files import read_header, read_json, read_tensors, write_bytes, write_tensors
 
 _KEPT_ROUNDS = 2
 
@@ -81,17 +84,19 @@ class Checkpoint:
     bases: Tensor
     has_base: Tensor
     answered: Tensor
-    history: Sequence[RoundRecord] = field(default_factory=tuple)
 
 
 class CheckpointFolder:
-    """The last two rounds of one run."""
+    """The last two rounds of one run, and the records of all."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def save(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Write a checkpoint atomically, then drop all but the last two.
+    def save(self, checkpoint: Checkpoint, record: RoundRecord) -> Checkpoint:
+        """Write a round's record, then its checkpoint, each atomically; then drop all checkpoints but the last two.
+
+        A record without its checkpoint, of a command that was killed in between, counts for nothing and is written
+        anew.
 
         Returns the same checkpoint as :meth:`latest` would, its tensors memory-mapped: a run goes on from what a
         resumed one would start from, and the memory that the checkpoint came in is free again.
@@ -102,13 +107,13 @@ class CheckpointFolder:
             "has_base": checkpoint.has_base,
             "answered": checkpoint.answered,
         }
-        # One entry: safetensors writes several in an order that changes from run to run.
-        header = json.dumps({"round": checkpoint.round, "history": [record.as_json() for record in checkpoint.history]})
-        path = self.folder / f"round_{checkpoint.round:05d}.safetensors"
-        write_tensors(path, tensors, {"checkpoint": header})
+        # Not in the checkpoint's header, which is written anew every round and has a limit.
+        write_bytes(self._record(record.round), json.dumps(record.as_json()).encode())
+        path = self._checkpoint(checkpoint.round)
+        write_tensors(path, tensors, {"checkpoint": json.dumps({"round": checkpoint.round})})
         for old in self._files()[:-_KEPT_ROUNDS]:
             old.unlink()
-        return replace(_stored(path), round=checkpoint.round, history=checkpoint.history)
+        return replace(_stored(path), round=checkpoint.round)
 
     def latest(self) -> Checkpoint | None:
         """Return the newest checkpoint, or None where there is none.
@@ -125,15 +130,39 @@ class CheckpointFolder:
             raise ResumeError(
                 f"{files[-1]}: this checkpoint cannot be read. Delete it to go on from the round before."
             ) from error
-        history = tuple(RoundRecord.from_json(record) for record in header["history"])
-        return replace(stored, round=header["round"], history=history)
+        return replace(stored, round=header["round"])
+
+    def records(self, last: int) -> Iterator[RoundRecord]:
+        """Yield the records of rounds 1 to ``last``; 0: none. What lies there of later rounds is left alone.
+
+        Raises:
+            ResumeError: one of them cannot be read.
+        """
+        for round_ in range(1, last + 1):
+            path = self._record(round_)
+            try:
+                record = RoundRecord.from_json(read_json(path))
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                cure = (
+                    f"Delete {self._checkpoint(last)} to go on from the round before."
+                    if round_ == last
+                    else "Put back a copy (07_model_output/rounds has one), or start anew with --params=force=true."
+                )
+                raise ResumeError(f"{path}: the record of round {round_} cannot be read. {cure}") from error
+            yield record
+
+    def _checkpoint(self, round_: int) -> Path:
+        return self.folder / f"round_{round_:05d}.safetensors"
+
+    def _record(self, round_: int) -> Path:
+        return self.folder / "records" / f"round_{round_:05d}.json"
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("round_*.safetensors"))
 
 
 def _stored(path: Path) -> Checkpoint:
-    """Return a file's tensors, memory-mapped, as a checkpoint without round and history."""
+    """Return a file's tensors, memory-mapped, as a checkpoint without its round."""
     tensors = read_tensors(path)
     state = {name.removeprefix("state/"): t for name, t in tensors.items() if name.startswith("state/")}
     return Checkpoint(

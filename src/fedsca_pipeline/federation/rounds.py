@@ -96,13 +96,15 @@ class Server:
                 stands, and the same command goes on from it.
         """
         checkpoint = self.folder.latest() or self._start()
-        yield from checkpoint.history
+        yield from self.folder.records(checkpoint.round)
         while checkpoint.round < self.config.rounds:
-            checkpoint = self.folder.save(self._train_round(checkpoint))
-            yield checkpoint.history[-1]
+            checkpoint, record = self._train_round(checkpoint)
+            checkpoint = self.folder.save(checkpoint, record)
+            yield record
         if checkpoint.round == self.config.rounds:
-            checkpoint = self.folder.save(self._final_round(checkpoint))
-            yield checkpoint.history[-1]
+            checkpoint, record = self._final_round(checkpoint)
+            self.folder.save(checkpoint, record)
+            yield record
 
     def participants(self, round_: int) -> tuple[str, ...]:
         """Draw the sites of a round, sorted: as many as ``federation.participation`` says."""
@@ -121,7 +123,7 @@ class Server:
             answered=torch.zeros(count, dtype=torch.int64),
         )
 
-    def _train_round(self, checkpoint: Checkpoint) -> Checkpoint:
+    def _train_round(self, checkpoint: Checkpoint) -> tuple[Checkpoint, RoundRecord]:
         round_ = checkpoint.round + 1
         sent = self._distribute(checkpoint, round_, self.participants(round_), kind="aggregate")
         replies, records = self._collect(round_, sent, kind="update")
@@ -156,24 +158,23 @@ class Server:
         # Of a site whose update does not count nothing is known any more, and it goes on from its last one that does.
         asked = torch.tensor([site in sent for site in self.sites])
         counts = torch.tensor([site in aggregation.accepted for site in self.sites])
-        return Checkpoint(
+        after = Checkpoint(
             round=round_,
             state=state,
             aggregates=aggregation.aggregates,
             bases=self.memory.bases,
             has_base=torch.where(asked, counts, checkpoint.has_base),
             answered=checkpoint.answered.where(~counts, round_),
-            history=(*checkpoint.history, record),
         )
+        return after, record
 
-    def _final_round(self, checkpoint: Checkpoint) -> Checkpoint:
+    def _final_round(self, checkpoint: Checkpoint) -> tuple[Checkpoint, RoundRecord]:
         round_ = checkpoint.round + 1
         sent = self._distribute(checkpoint, round_, self.sites, kind="final")
         replies, records = self._collect(round_, sent, kind="report")
         if not replies:
             raise NoValidSite(_too_few(round_, 0, 1, records))
-        record = RoundRecord(round=round_, final=True, sites=records)
-        return replace(checkpoint, round=round_, history=(*checkpoint.history, record))
+        return replace(checkpoint, round=round_), RoundRecord(round=round_, final=True, sites=records)
 
     def _distribute(self, checkpoint: Checkpoint, round_: int, sites: Sequence[str], kind: str) -> dict[str, Sent]:
         return {site: self._message(checkpoint, round_, site, kind) for site in sites}
