@@ -52,6 +52,14 @@ class AuditError(FedscaError):
     """An audit log cannot be written, or is not as it was written; without its line no message is sent."""
 
 
+class UnwritableAuditError(AuditError):
+    """An audit log cannot be written now: a full disk, or a folder that is not mounted or closed to this user."""
+
+
+class UnavailableError(FedscaError):
+    """What a command needs is not there now, and may come back without anybody changing a file."""
+
+
 class SiteError(FedscaError):
     """A site could not do its local work this round; the federation counts it as absent."""
 

@@ -20,6 +20,8 @@ def test_the_example_site_file_is_read_with_its_keys_beside_it(project: Path, tm
 
     assert config.certificates.authority == tmp_path / "ca.crt"
     assert str(config.work) in writable("fedsca-site.service", project)
+    unit = (project / "deploy" / "fedsca-site.service").read_text()
+    assert f"\nRequiresMountsFor={config.data} {config.work}\n" in unit
 
 
 def test_the_coordinators_settings_name_the_folders_of_the_units(project: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedsca_pipeline.errors import AuditError, ConfigError
+from fedsca_pipeline.errors import AuditError, ConfigError, UnavailableError
 from fedsca_pipeline.federation.messages import Manifest, MessageKind, encode
+from fedsca_pipeline.files import write_bytes
 from fedsca_pipeline.flower import documents, frames, site
 from fedsca_pipeline.flower.audit import AuditLog, read_log
 from fedsca_pipeline.flower.config import SiteConfig, read_site_config
@@ -74,6 +76,38 @@ def test_with_broken_data_the_site_does_not_join_and_says_what_to_mend(site_file
     assert main([str(site_file())]) == os.EX_CONFIG
     assert "masks/3.png" in caplog.text
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "status", "named"),
+    [
+        (lambda folder: shutil.rmtree(folder / "data"), os.EX_TEMPFAIL, "data: there is no such folder; mount it"),
+        (lambda folder: (folder / "work").touch(), os.EX_TEMPFAIL, "work"),
+        (lambda folder: (folder / "work/audit.jsonl").mkdir(parents=True), os.EX_TEMPFAIL, "log cannot be written"),
+        (lambda folder: write_bytes(folder / "work/audit.jsonl", b"x\n"), os.EX_CONFIG, "not as it was written"),
+        (lambda folder: (folder / "flwr").unlink(), os.EX_CONFIG, "no flwr there"),
+        (lambda folder: (folder / "a.key").unlink(), os.EX_CONFIG, "certificates.key"),
+        (lambda _: None, os.EX_TEMPFAIL, "its worker died"),
+    ],
+)
+def test_a_command_that_cannot_join_says_by_its_status_whether_it_is_worth_trying_again(
+    site_file, tmp_path: Path, monkeypatch, caplog, spoil: Callable[[Path], object], status: int, named: str
+) -> None:
+    monkeypatch.setattr(site, "worker_command", lambda _: ["false"])
+    (tmp_path / "flwr").touch()
+    file = site_file(engine=str(tmp_path))
+    spoil(tmp_path)
+
+    assert main([str(file)]) == status
+    assert named in caplog.text
+
+
+def test_systemd_starts_a_site_again_but_for_what_somebody_must_mend(project: Path) -> None:
+    unit = (project / "deploy" / "fedsca-site.service").read_text()
+
+    assert "\nRestart=on-failure\n" in unit
+    assert f"\nRestartPreventExitStatus={os.EX_CONFIG}\n" in unit
+    assert f"={os.EX_TEMPFAIL}\n" not in unit
 
 
 class FakeWorker:
@@ -301,7 +335,7 @@ def test_a_second_command_for_the_same_work_folder_is_refused(site_file, tmp_pat
 
     with (
         locked(config.work / "flower" / "lock"),
-        pytest.raises(ConfigError, match=r"^work: another fedsca-site.*still runs in .*work"),
+        pytest.raises(UnavailableError, match=r"^work: another fedsca-site.*still runs in .*work"),
     ):
         run_site(config, ["false"], threading.Event())
 
@@ -321,7 +355,7 @@ def test_a_worker_that_cannot_start_ends_the_command_with_the_cure(site_file, tm
     (folder / "flwr").touch()
     config = read_site_config(site_file(engine=str(folder), work=str(folder), resources={"memory": 0.1}))
 
-    with pytest.raises(ConfigError, match=r"resources\.memory in the site's YAML file allows 0\.1 GiB"):
+    with pytest.raises(UnavailableError, match=r"resources\.memory in the site's YAML file allows 0\.1 GiB"):
         run_site(config, ["sh", "-c", f"exit {OUT_OF_MEMORY}"], threading.Event())
 
 

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from fedsca_pipeline.errors import AuditError
+from fedsca_pipeline.errors import AuditError, UnwritableAuditError
 from fedsca_pipeline.files import sync_to_disk
 
 logger = logging.getLogger(__name__)
@@ -215,8 +215,8 @@ class AuditLog:
             rest = rest[self._file.write(rest) :]
         os.fsync(self._file.fileno())
 
-    def _unwritable(self, error: OSError) -> AuditError:
-        return AuditError(
+    def _unwritable(self, error: OSError) -> UnwritableAuditError:
+        return UnwritableAuditError(
             f"{self._path}: the audit log cannot be written ({error.strerror or error}); make room, or let this user "
             "write there. Nothing is sent without its line"
         )

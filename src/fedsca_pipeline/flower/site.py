@@ -23,7 +23,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-from fedsca_pipeline.errors import AuditError, ConfigError, DataError, FedscaError, MessageError
+from fedsca_pipeline.errors import (
+    AuditError,
+    ConfigError,
+    FedscaError,
+    MessageError,
+    UnavailableError,
+    UnwritableAuditError,
+)
 from fedsca_pipeline.files import write_bytes
 from fedsca_pipeline.flower import documents, frames
 from fedsca_pipeline.flower.audit import AuditLog, Direction
@@ -236,12 +243,15 @@ def check_data(config: SiteConfig) -> int:
 
     Raises:
         DataError: naming what is broken and its cure, or why there are too few.
+        UnavailableError: the folder is not there.
     """
     from fedsca_pipeline.config import PreprocessingConfig, RunConfig
     from fedsca_pipeline.pipelines.preprocessing.nodes import prepare_for
 
     if not config.data.is_dir():
-        raise DataError(f"{config.data}: there is no such folder; name the one that holds images/ and masks/ as data")
+        raise UnavailableError(
+            f"{config.data}: there is no such folder; mount it, or name the one that holds images/ and masks/ as data"
+        )
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw"
         raw.mkdir()
@@ -259,26 +269,36 @@ def run_site(config: SiteConfig, worker: Sequence[str], stopped: threading.Event
 
     Raises:
         AuditError: the audit log is broken or cannot be written.
-        ConfigError: the engine is missing, the worker cannot start, or another command serves this site.
+        ConfigError: the engine is missing, or the work folder's path is too long.
+        UnavailableError: the worker cannot start, or another command serves this site.
+        OSError: the work folder cannot be written to.
     """
     home = config.work / "flower"
     try:
         engine_folder(config.engine)
+    except FileNotFoundError as error:
+        raise ConfigError(str(error)) from error
+    try:
         # All that this command starts inherits the lock; were it killed, they would end within that time.
         with (
             locked(home / "lock", 2 * _STOP_SECONDS) as lock,
             AuditLog(config.audit) as log,
-            frames.listen(home / "site.sock") as listener,
+            _listening(home / "site.sock") as listener,
         ):
             desk = Desk(config, WorkerProcess(worker, config.resources, [lock.fileno()]), log)
             _take_part(desk, listener, lock, stopped)
     except Held as error:
-        raise ConfigError(
+        raise UnavailableError(
             f"work: another fedsca-site, or what it has started, still runs in {config.work}; stop it, or give every "
             "site a work folder of its own"
         ) from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(str(error)) from error
+
+
+def _listening(path: Path) -> socket.socket:
+    try:
+        return frames.listen(path)
+    except ValueError as error:
+        raise ConfigError(f"work: {error}") from error
 
 
 def _take_part(desk: Desk, listener: socket.socket, lock: TextIO, stopped: threading.Event) -> None:
@@ -292,7 +312,7 @@ def _take_part(desk: Desk, listener: socket.socket, lock: TextIO, stopped: threa
             stopped.wait()
     except WorkerLost as lost:
         if not stopped.is_set():
-            raise ConfigError(f"{lost}; what it said is above") from lost
+            raise UnavailableError(f"{lost}; what it said is above") from lost
     finally:
         stopped.set()
         worker.end()
@@ -324,7 +344,11 @@ def _free_port() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Be ``fedsca-site``; return its status: 0, 78 where data, file or log are refused, 130 if ended in the check."""
+    """Be ``fedsca-site``; return its status.
+
+    0; 75 for what may pass without anybody's doing, so that it is worth starting again; 78 where file, data or log are
+    refused; 130 if ended in the check.
+    """
     parser = argparse.ArgumentParser(prog="fedsca-site", description="Take part in a federation as one hospital.")
     parser.add_argument("file", type=Path, help="the site's YAML file; deploy/site.yml is an example")
     parser.add_argument("--check", action="store_true", help="check configuration and data, then stop")
@@ -345,6 +369,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         logger.info("stopped before the site had joined")
         return _INTERRUPTED
+    except (UnavailableError, UnwritableAuditError, OSError) as error:
+        logger.error("Error: %s", error)
+        return os.EX_TEMPFAIL
     except FedscaError as error:
         logger.error("Error: %s", error)
         return os.EX_CONFIG
