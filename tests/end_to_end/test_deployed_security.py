@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import http.client
+import json
 import shutil
 import ssl
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from deployed import until
 
 from fedsca_pipeline.flower.demo import PROJECT, LocalFederation, free_port
 from fedsca_pipeline.flower.engine import environment
@@ -103,6 +107,57 @@ def test_a_node_with_a_key_that_is_not_listed_is_refused(federation, tmp_path: P
 
     assert "Failed to activate SuperNode" in said
     assert "No SuperNode found with the given public key" in federation.log("superlink")
+
+
+@pytest.mark.slow
+def test_a_hospital_taken_off_the_list_is_out_at_once_and_comes_back_with_a_new_key_only(federation) -> None:
+    new_key(federation)
+    federation.register(["b"])
+    with connected(federation) as node:
+        (number,) = [entry["node-id"] for entry in flwr(federation, "list")["nodes"] if entry["status"] == "online"]
+        assert flwr(federation, "unregister", number)["success"]
+        assert node.wait(120) == 0
+
+    assert "Failed to activate SuperNode" in supernode(
+        federation, federation.certificates / "ca.crt", federation.certificates / "b.key"
+    )
+    again = flwr(federation, "register", str(federation.certificates / "b.pub"), "--name", "b")
+    assert "Public key already in use" in again["error-message"]
+    new_key(federation)
+    federation.register(["b"])
+    with connected(federation):
+        assert [entry["status"] for entry in flwr(federation, "list")["nodes"]].count("online") == 1
+
+
+def new_key(federation: LocalFederation) -> None:
+    """Make hospital b's key, and its public half as ``register`` looks for it."""
+    key = federation.certificates / "b.key"
+    key.unlink(missing_ok=True)
+    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(key)], check=True)
+    key.with_suffix(".key.pub").replace(federation.certificates / "b.pub")
+
+
+def flwr(federation: LocalFederation, command: str, *given: str) -> dict[str, Any]:
+    """Return what ``flwr supernode`` says."""
+    words = [str(federation.engine / "flwr"), "supernode", command, *given[:1], "coordinator", *given[1:]]
+    surroundings = environment(federation.engine, federation.home)
+    done = subprocess.run([*words, "--format", "json"], env=surroundings, capture_output=True, text=True, check=False)
+    return json.loads(done.stdout)
+
+
+@contextmanager
+def connected(federation: LocalFederation) -> Iterator[subprocess.Popen]:
+    """Run hospital b's SuperNode for the duration of the block, from when it is connected."""
+    command = [str(federation.engine / "flower-supernode"), "--superlink", f"localhost:{federation.public_port}"]
+    command += ["--root-certificates", str(federation.certificates / "ca.crt"), "--isolation", "process"]
+    command += ["--port", str(free_port()), "--auth-supernode-private-key", str(federation.certificates / "b.key")]
+    federation.start("node", command, environment(federation.engine, federation.folder / "node"))
+    said = len(federation.log("node"))
+    until(lambda: "SuperNode ID" in federation.log("node")[said:])
+    try:
+        yield federation.processes["node"]
+    finally:
+        federation.processes["node"].end()
 
 
 def test_a_node_refuses_a_coordinator_with_a_wrong_certificate(federation, tmp_path: Path) -> None:
