@@ -5,9 +5,12 @@ They need Flower's environment (``make engine``) and nginx; without them they ar
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +23,8 @@ from deployed import SITES, Deployed, in_process, same, until
 
 from fedsca_pipeline.files import read_tensors
 from fedsca_pipeline.flower.audit import read_log
+from fedsca_pipeline.flower.demo import PROJECT
+from fedsca_pipeline.flower.engine import environment
 
 
 @pytest.mark.timeout(1800)
@@ -216,6 +221,59 @@ def test_below_the_quorum_the_run_waits_for_a_hospital_and_goes_on_when_it_retur
 
     assert coordinator.wait(900) == 0, deployed.said()
     assert max(deployed.rounds_begun("hospital_c")) == 4
+
+
+FOREIGN = """
+import time
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+server = ServerApp()
+site = ClientApp()
+
+
+@server.main()
+def ask(grid, context):
+    while not list(grid.get_node_ids()):
+        time.sleep(1)
+    task = RecordDict({"task": ConfigRecord({"kind": "prepare", "payload": b""})})
+    messages = [Message(task, dst_node_id=node, message_type="train", ttl=30.0) for node in grid.get_node_ids()]
+    said = [str(reply.error) for reply in grid.send_and_receive(messages, timeout=60)]
+    Path(context.run_config["heard"]).write_text("; ".join(said))
+
+
+@site.train()
+def steal(message, context):
+    Path(context.run_config["taken"]).touch()
+    return Message(RecordDict(), reply_to=message)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_code_that_a_foreign_run_brings_is_not_run_at_a_hospital(new_deployed, tmp_path: Path) -> None:
+    deployed = new_deployed()
+    app = tmp_path / "foreign"
+    shutil.copytree(PROJECT / "src" / "fedsca_pipeline" / "flower" / "app", app)
+    (app / "fedsca_app.py").write_text(FOREIGN)
+    described = (app / "pyproject.toml").read_text()
+    (app / "pyproject.toml").write_text(described.replace("socket", "heard").replace("most = 0", 'taken = ""'))
+    until(lambda: all("SuperNode ID" in deployed.said(site) for site in SITES))
+    heard, taken = tmp_path / "heard", tmp_path / "taken"
+
+    settings = f"heard={json.dumps(str(heard))} taken={json.dumps(str(taken))}"
+    command = [str(deployed.federation.engine / "flwr"), "run", str(app), "coordinator", "--run-config", settings]
+    surroundings = environment(deployed.federation.engine, deployed.federation.home)
+    done = subprocess.run(command, env=surroundings, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    until(heard.exists)
+    until(lambda: all("ForeignBundleError" in deployed.said(site) for site in SITES))
+    assert not taken.exists()
+    assert not any((deployed.folder / site / "audit.jsonl").read_text() for site in SITES)
 
 
 @pytest.mark.slow

@@ -50,6 +50,32 @@ def test_relays_of_earlier_runs_and_connections_that_break_off_do_not_keep_the_r
     thread.join()
 
 
+def test_answers_of_many_sites_are_asked_for_in_portions_whatever_reasons_they_give(link) -> None:
+    sites = [f"site_{number:02d}" for number in range(70)]
+    link._config = link._config.model_copy(update={"sites": sites})
+    # Six bytes a half of each, in JSON.
+    reason, asked = "\N{GRINNING FACE}" * frames.LONGEST_REASON, []
+
+    def relay() -> None:
+        with frames.connect(link._home / "relay.sock", 20.0) as line:
+            frames.send(line, {"run": "7"})
+            while sum(map(len, asked)) < len(sites):
+                header, _ = frames.receive(line, 10)
+                asked.append(header["ids"])
+                replies = [{"id": id_, "node": "1", "bytes": 2, "answer": {"failed": reason}} for id_ in asked[-1]]
+                frames.send(line, {"replies": replies}, "".join(id_[-2:] for id_ in asked[-1]).encode())
+
+    thread = threading.Thread(target=relay)
+    thread.start()
+    link.restore()
+
+    replies = link.pull(sites)
+
+    thread.join()
+    assert [(reply.id, reply.payload.decode()) for reply in replies] == [(site, site[-2:]) for site in sites]
+    assert len(asked) == 3
+
+
 def test_a_run_that_starts_no_relay_is_a_lost_link(link) -> None:
     link._config = link._config.model_copy(update={"connect": 0.1})
 
