@@ -35,8 +35,8 @@ _LIBRARIES = (
 )
 _CURRENT = "current.json"
 
-CHANGES_NO_NUMBER = frozenset({"fleet", "workers", "devices", "server_memory", "deadline", "grace"})
-"""Of ``federation``: how the work is spread, how long is waited and where arrays lie.
+CHANGES_NO_NUMBER = frozenset({"fleet", "workers", "devices", "server_memory", "deadline", "grace", "quorum"})
+"""Of ``federation``: how the work is spread, how long and for how many is waited, and where arrays lie.
 
 None changes a number at equal threads a site, as long as the same sites answer.
 """

@@ -385,6 +385,7 @@ class TestFingerprints:
         [
             {"base": {"federation": {"fleet": "processes", "workers": 2, "devices": [0], "server_memory": 1.0}}},
             {"methods": {"fedsca": {"set": {"federation.workers": 3, "federation.fleet": "processes"}}}},
+            {"base": {"federation": {"quorum": 2, "deadline": 9.0, "grace": 1.0}}},
             {"base": {"run": {"threads": 4, "seed": 9}}},
             {"base": {"federation": {"strategy": "local"}, "adapters": {"seed": 9}}},
             {"jobs": 4},

@@ -53,3 +53,15 @@ def test_too_few_sites_end_the_run_and_mended_sites_go_on_from_the_round_before(
     assert "Traceback" not in failed.output
     assert [path.stem for path in sites.checkpoints.glob("*/server/*.safetensors")] == ["round_00001"]
     assert sites.parents()[0].info.status == "FAILED"
+
+
+def test_a_run_that_ended_below_its_quorum_goes_on_with_a_lower_one(sites) -> None:
+    asked = "federation.inject_failures.meadow_mri=[2],federation.rounds=2,federation.quorum="
+    failed = sites.run("federated_training", f"{asked}{len(SITES)}")
+    assert failed.code == 1
+    assert "or lower federation.quorum" in failed.words
+
+    done = sites.run("federated_training", f"{asked}1")
+
+    assert done.code == 0, done.output
+    assert [record["accepted"] for record in records(sites)[:2]] == [SITES, [s for s in SITES if s != "meadow_mri"]]

@@ -312,5 +312,6 @@ def _too_few(round_: int, valid: int, quorum: int, records: Mapping[str, SiteRec
     reasons = "; ".join(f"{site}: {record.absent}" for site, record in records.items() if record.absent)
     return (
         f"round {round_}: {valid} valid replies, federation.quorum asks for {quorum} ({reasons}). "
-        "Nothing was overwritten; mend the sites and run the same command to go on from the round before."
+        "Nothing was overwritten; mend the sites, or lower federation.quorum, and run the command again to go on from "
+        "the round before."
     )
