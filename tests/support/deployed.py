@@ -10,19 +10,21 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
 import torch
 import yaml
 
+from fedsca_pipeline.federation.checkpoint import CheckpointFolder
 from fedsca_pipeline.files import read_tensors
 from fedsca_pipeline.flower import leash
-from fedsca_pipeline.flower.demo import LocalFederation
+from fedsca_pipeline.flower.demo import PROJECT, LocalFederation
 
 SITES = ("hospital_a", "hospital_b", "hospital_c")
 SMALL = {"foundation.name": "random", "preprocessing.image_size": 32, "adapters.width": 4, "run.threads": 1}
@@ -78,6 +80,12 @@ class Deployed:
         (run,) = (self.folder / site / "07_model_output" / "checkpoints").glob("*/*/")
         return read_tensors(run / "sites" / site / f"{name}.safetensors")
 
+    def rounds_missed(self, site: str) -> list[int]:
+        """The rounds in which a site counted as absent."""
+        (run,) = (self.folder / "data" / "07_model_output" / "checkpoints").glob("*/")
+        folder = CheckpointFolder(run / "server")
+        return [record.round for record in folder.records(folder.latest().round) if record.sites[site].absent]
+
     def rounds_begun(self, site: str) -> list[int]:
         """The rounds that a site's worker was given, in order."""
         return self._rounds(site, "in")
@@ -114,14 +122,24 @@ def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> 
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def in_process(deployed: Deployed, root: Path, **parameters: Any) -> Path:
-    """Run the same sites in process; return the folder of the run's checkpoints."""
+def in_process(
+    deployed: Deployed, root: Path, *, absent: Mapping[str, Sequence[int]] = MappingProxyType({}), **parameters: Any
+) -> Path:
+    """Run the same sites in process, some ``absent`` in these rounds; return the folder of the run's checkpoints."""
     raw = root / "01_raw"
     for site, data in zip(SITES, sorted((deployed.folder / "raw").iterdir()), strict=False):
         shutil.copytree(data, raw / site)
     given = {**SMALL, "federation.rounds": 2, "federation.quorum": 2, "data_root": root, **parameters}
     given["foundation_root"] = deployed.folder / "foundations"
     command = [sys.executable, "-m", "kedro", "run", "--pipeline=federated_training"]
+    if absent:
+        # A list does not go into --params.
+        conf = Path(shutil.copytree(PROJECT / "conf", root.with_name("conf")))
+        path = conf / "base" / "parameters_federation.yml"
+        values = yaml.safe_load(path.read_text())
+        values["federation"]["inject_failures"] = {site: list(rounds) for site, rounds in absent.items()}
+        path.write_text(yaml.safe_dump(values))
+        command += ["--conf-source", str(conf)]
     command += ["--params=" + ",".join(f"{key}={value}" for key, value in given.items())]
     surroundings = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{deployed.database}"}
     done = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=False)
