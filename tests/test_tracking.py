@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,25 @@ class TestFlat:
     def test_no_value_is_lost(self, values: dict[str, Any]) -> None:
         assert len(flat(values)) == (leaves(values) if values else 0)
 
+
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+from fedsca_pipeline.tracking import Tracker, TrackingConfig
+
+done = []
+
+@event.listens_for(Engine, "after_cursor_execute")
+def die(*_):
+    done.append(1)
+    if len(done) == 120:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Tracker(TrackingConfig(), Path(sys.argv[1]), "").open({})
+"""
+"""A command that is killed in the midst of making the database."""
 
 DESCRIPTION = {
     "fingerprint": "0123456789abcdef",
@@ -192,6 +214,31 @@ class TestTracker:
 
         with pytest.raises(TrackingError, match=r"MLflow at sqlite:///.*mlflow\.db: (.|\n)*enabled: false"):
             Tracker(TrackingConfig(), tmp_path, "").open(DESCRIPTION)
+
+    def test_a_command_killed_while_the_database_is_made_leaves_none_and_the_next_makes_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        command = [sys.executable, "-c", DYING, str(tmp_path)]
+        assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+        assert not (tmp_path / "mlflow.db").exists()
+
+        tracker = Tracker(TrackingConfig(), tmp_path, "kedro run")
+        tracker.open(DESCRIPTION)
+
+        assert MlflowClient(tracking_uri=tracker.uri).get_run(tracker.run_id).info.status == "RUNNING"
+
+    def test_a_database_that_another_command_has_made_meanwhile_is_not_replaced(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        monkeypatch.setattr(MlflowClient, "search_experiments", lambda *_, **__: shutil.copy(database, path))
+        path, tracker = tmp_path / "mlflow.db", Tracker(TrackingConfig(), tmp_path, "kedro run")
+        MlflowClient(tracking_uri=f"sqlite:///{database}").create_experiment("made meanwhile")
+
+        tracker.open(DESCRIPTION)
+
+        assert MlflowClient(tracking_uri=tracker.uri).get_experiment_by_name("made meanwhile")
 
     def test_a_relative_database_is_the_project_s(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

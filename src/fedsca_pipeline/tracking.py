@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,8 +70,31 @@ class MlflowWriter:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         # It prints, with a traceback, what it raises too.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+        self._create_database()
         self._client = MlflowClient(tracking_uri=self.uri)
         return self._client
+
+    def _create_database(self) -> None:
+        """Make a SQLite database that is not there yet, whole or not at all.
+
+        MLflow takes seconds to make its tables, and refuses for ever a database in which it was killed meanwhile.
+        """
+        from mlflow import MlflowClient
+        from sqlalchemy.engine import make_url
+
+        name = make_url(self.uri).database if self.uri.startswith("sqlite:///") else None
+        if name is None or Path(name).exists() or not Path(name).parent.is_dir():
+            return
+        path = Path(name)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".partial") as folder:
+            made = Path(folder) / path.name
+            MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments(max_results=1)
+            try:
+                path.hardlink_to(made)
+            except OSError:
+                # Another command has made one, and may have written to it, or there are no links on this disk.
+                if not path.exists():
+                    made.replace(path)
 
     def _require(self) -> MlflowClient:
         if self._client is None:
@@ -94,7 +118,7 @@ class MlflowWriter:
             # An interrupt within a transaction leaves SQLite locked, and the run could not be marked as killed.
             with interrupts_deferred():
                 yield
-        except (MlflowException, SQLAlchemyError) as error:
+        except (MlflowException, SQLAlchemyError, OSError) as error:
             raise TrackingError(
                 f"MLflow at {self.uri}: {error}. Correct the address (MLFLOW_TRACKING_URI or conf/base/mlflow.yml) or "
                 "make room there, or set enabled: false in mlflow.yml; then the same command goes on."

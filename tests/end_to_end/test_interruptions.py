@@ -100,13 +100,16 @@ def test_a_run_killed_again_and_again_at_random_moments_ends_as_an_unbroken_one(
     params = f"federation.rounds={rounds}"
     chance = random.Random(seed)
 
-    codes = [
-        workplace.signal_when(newer(workplace, pattern), signal.SIGKILL, params, after=chance.uniform(0.0, 0.15)).code
+    killed = [
+        workplace.signal_when(newer(workplace, pattern), signal.SIGKILL, params, after=chance.uniform(0.0, 0.15))
         for pattern in sorted(chance.sample(MOMENTS, k=5), key=MOMENTS.index)
     ]
     resumed = workplace.run(params=params)
 
-    assert codes.count(-signal.SIGKILL) >= 4
+    for done in killed:
+        # One may have ended before its moment came.
+        assert done.code in (0, -signal.SIGKILL), done.output
+    assert [done.code for done in killed].count(-signal.SIGKILL) >= 4
     assert resumed.code == 0, resumed.output
     assert same_models(finished, workplace)
     assert same_scores(finished, workplace)
