@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -122,13 +123,26 @@ def test_nobody_sees_the_new_content_before_it_is_whole(tmp_path: Path) -> None:
     assert path.read_text() == "new"
 
 
-def test_missing_folders_are_made_and_files_are_readable_by_others(tmp_path: Path) -> None:
+def test_missing_folders_are_made(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "data.bin"
 
     write_bytes(path, b"data")
 
     assert path.read_bytes() == b"data"
-    assert path.stat().st_mode & 0o044 == 0o044
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_are_as_open_as_the_umask_lets_them_be_whatever_wrote_them(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_bytes(tmp_path / "bytes", b"")
+        write_tensors(tmp_path / "tensors", {})
+        write_bytes(tmp_path / "secret", b"", mode=0o600)
+    finally:
+        os.umask(before)
+
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("bytes", "tensors", "secret")]
+    assert modes == [mode, mode, 0o600]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [1.0, float("-inf")]}])

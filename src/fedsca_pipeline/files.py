@@ -28,11 +28,12 @@ _PATIENCE = 1.0
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, mode: int | None = None) -> Iterator[Path]:
     """Yield a path in a temporary folder beside ``path``; its file replaces ``path``, fsynced, if the block ends well.
 
     On an error (a full disk, Ctrl-C) the temporary folder is removed and ``path`` is as it was. A folder, since some
-    writers (safetensors) put a temporary file of their own beside their target. Missing parent folders are made.
+    writers (safetensors) put a temporary file of their own beside their target. Missing parent folders are made. The
+    file has the permissions ``mode``, or those that the user's umask gives any new file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
@@ -40,8 +41,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         with name_the_file(path):
             yield temporary
-            # safetensors makes files private to the user; results are ordinary files.
-            temporary.chmod(0o644)
+            # safetensors makes files private to the user, whatever the umask is; it can be seen of a new file only.
+            ordinary = folder / ".ordinary"
+            ordinary.touch()
+            temporary.chmod(ordinary.stat().st_mode & 0o777 if mode is None else mode)
             sync_to_disk(temporary)
             temporary.replace(path)
             sync_to_disk(path.parent)
@@ -84,9 +87,9 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` atomically."""
-    with atomic_path(path) as temporary:
+def write_bytes(path: Path, data: bytes, mode: int | None = None) -> None:
+    """Write ``data`` to ``path`` atomically, with permissions as of ``atomic_path``."""
+    with atomic_path(path, mode) as temporary:
         temporary.write_bytes(data)
 
 
@@ -102,8 +105,7 @@ def kept_secret(path: Path) -> bytes:
         ValueError: the file holds something else.
     """
     if not path.exists():
-        write_bytes(path, secrets.token_hex(32).encode())
-        path.chmod(0o600)
+        write_bytes(path, secrets.token_hex(32).encode(), mode=0o600)
     secret = path.read_bytes().strip()
     if not re.fullmatch(rb"[0-9a-f]{64}", secret):
         raise ValueError(f"{path}: not the secret that was written there; restore it from a copy, or delete it")
@@ -128,7 +130,9 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         try:
             save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
         except SafetensorError as error:
-            raise _system_error(error) or error from error
+            if (system := _system_error(error)) is None:
+                raise
+            raise system from error
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -32,7 +32,7 @@ class SiteRecord:
 
     bytes_down: int = 0
     bytes_up: int = 0
-    samples: int = 0
+    samples: int | None = None
     loss: float | None = None
     dice_validation: float | None = None
     dice_local: float | None = None

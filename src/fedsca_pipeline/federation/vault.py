@@ -63,9 +63,9 @@ class Vault:
     def record(self, entry: Entry) -> None:
         """Write an answer down before it is worked out; one that is there already is not written again."""
         entries = self.entries()
-        if entry not in entries:
+        if (after := with_entry(entries, entry)) != entries:
             self._open()
-            write_json(self.folder / LEDGER, [asdict(one) for one in (*entries, entry)])
+            write_json(self.folder / LEDGER, [asdict(one) for one in after])
 
     def keyed(self, start: str) -> str:
         """Return 64 hex digits that stand for ``start`` and the site's secret: an answer with another one counts anew.

@@ -194,8 +194,7 @@ class Engine:
         home = self.config.work / "flower"
         folder = home / "bin"
         _write_guard(folder, engine_folder(self.config.engine))
-        write_bytes(home / "superexec.secret", secrets.token_bytes(48))
-        (home / "superexec.secret").chmod(0o600)
+        write_bytes(home / "superexec.secret", secrets.token_bytes(48), mode=0o600)
         surroundings = environment(folder, home, {SITE_SOCKET: str(self.socket)})
         keepers = [
             threading.Thread(target=_keep_alive, args=(command, surroundings, self.lock, stopped), daemon=True)
@@ -215,8 +214,9 @@ def _write_guard(folder: Path, engine: Path) -> None:
     """Make the folder that is all of Flower's PATH: its one executable is the guarded ``flwr-clientapp``."""
     folder.mkdir(parents=True, exist_ok=True)
     script = folder / "flwr-clientapp"
-    write_bytes(script, f"#!{engine / 'python'}\nfrom fedsca_pipeline.flower.guard import main\n\nmain()\n".encode())
-    script.chmod(0o700)
+    write_bytes(
+        script, f"#!{engine / 'python'}\nfrom fedsca_pipeline.flower.guard import main\n\nmain()\n".encode(), mode=0o700
+    )
 
 
 def _keep_alive(command: list[str], surroundings: Mapping[str, str], lock: TextIO, stopped: threading.Event) -> None:
