@@ -289,6 +289,8 @@ def _check_parameters(parameters: Mapping[str, Any]) -> None:
     federation, sites = parameters["federation"], _sites(parameters)
     strategy = build_strategy(federation.strategy, parameters["strategies"].get(federation.strategy) or {})
     strategy.check_use(parameters["adapters"].method)
+    if strategy.pools and _is_deployed(parameters):
+        raise ConfigError(f"federation.strategy: {strategy.name} pools images, and those of a deployed site stay there")
     check_options(parameters["strategies"])
     named = {
         "federation.inject_failures": federation.inject_failures,

@@ -55,6 +55,16 @@ def test_a_parameter_at_odds_with_the_sites_is_named(workplace, params: str, sai
     assert workplace.contents() == {}
 
 
+def test_a_strategy_that_pools_images_is_refused_before_any_hospital_is_asked(workplace) -> None:
+    pooling = "federation.strategy=centralised,strategies.centralised.allow_pooling=true"
+
+    refused = workplace.run("federated_training", pooling, env="flower")
+
+    assert refused.code == 1
+    assert "federation.strategy: centralised pools images, and those of a deployed site stay there" in refused.words
+    assert workplace.contents() == {}
+
+
 def test_a_quorum_of_sites_is_made_by_the_one_place_that_pools_them(workplace) -> None:
     pooling = "federation.strategy=centralised,strategies.centralised.allow_pooling=true"
 

@@ -144,8 +144,6 @@ def train(
 
     strategy = build_strategy(federation.strategy, strategies.get(federation.strategy) or {})
     strategy.check_use(adapters.method)
-    if strategy.pools:
-        raise ConfigError(f"federation.strategy: {strategy.name} pools images, and those of a deployed site stay there")
     folder = open_run(checkpoints, description, force=force)
     write_json(folder.joined, joined_sites)
     opening = documents.write(documents.Description(**description))
