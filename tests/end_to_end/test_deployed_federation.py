@@ -229,6 +229,23 @@ def test_below_the_quorum_the_run_waits_for_a_hospital_and_goes_on_when_it_retur
     assert max(deployed.rounds_begun("hospital_c")) == 4
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_run_that_waits_for_a_hospital_goes_on_without_it_once_its_quorum_is_lower(new_deployed) -> None:
+    deployed = new_deployed()
+    coordinator = deployed.start(federation__rounds=3, federation__quorum=3)
+    until(lambda: 1 in deployed.rounds_begun("hospital_c"))
+    assert deployed.federation.stop("hospital_c") == 0
+    until(lambda: "waiting for hospital_c" in deployed.said())
+    os.killpg(coordinator.pid, signal.SIGINT)
+    assert coordinator.wait(60) == 130, deployed.said()
+
+    deployed.run("again", federation__rounds=3, federation__quorum=2, federation__grace=5)
+
+    assert deployed.rounds_missed("hospital_c")[-1] == 4
+    assert deployed.rounds_missed("hospital_a") == []
+
+
 FOREIGN = """
 import time
 from pathlib import Path
