@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from PIL import Image
 
 from fedsca_pipeline.flower.config import FlowerConfig
@@ -140,8 +145,20 @@ def reply() -> type[Reply]:
     return Reply
 
 
+@pytest.fixture(scope="session")
+def certificates() -> Mapping[str, bytes]:
+    """A site's own key, and the certificate of an authority, as ``deploy/make_authority.sh`` makes it."""
+    key, name = ec.generate_private_key(ec.SECP384R1()), x509.Name([])
+    now = datetime.now(UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(1))
+    return {
+        "ca.crt": made.sign(key, SHA256()).public_bytes(Encoding.PEM),
+        "a.key": key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()),
+    }
+
+
 @pytest.fixture
-def values(tmp_path: Path) -> dict[str, Any]:
+def values(tmp_path: Path, certificates: Mapping[str, bytes]) -> dict[str, Any]:
     """A site's YAML values, with data and certificates that are there."""
     draw = np.random.default_rng(0)
     for folder in ("images", "masks"):
@@ -151,8 +168,8 @@ def values(tmp_path: Path) -> dict[str, Any]:
         mask = np.zeros((24, 24), np.uint8)
         mask[4 : 8 + index, 4:12] = 1
         Image.fromarray(mask).save(tmp_path / f"data/masks/{index}.png")
-    for name in ("ca.crt", "a.key"):
-        (tmp_path / name).write_text("not looked into here")
+    for name, content in certificates.items():
+        (tmp_path / name).write_bytes(content)
     return {
         "site": "a",
         "data": "data",

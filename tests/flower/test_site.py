@@ -82,11 +82,14 @@ def test_with_broken_data_the_site_does_not_join_and_says_what_to_mend(site_file
     ("spoil", "status", "named"),
     [
         (lambda folder: shutil.rmtree(folder / "data"), os.EX_TEMPFAIL, "data: there is no such folder; mount it"),
+        (lambda folder: emptied(folder / "data"), os.EX_TEMPFAIL, "data: it is empty; mount it"),
         (lambda folder: (folder / "work").touch(), os.EX_TEMPFAIL, "work"),
         (lambda folder: (folder / "work/audit.jsonl").mkdir(parents=True), os.EX_TEMPFAIL, "log cannot be written"),
         (lambda folder: write_bytes(folder / "work/audit.jsonl", b"x\n"), os.EX_CONFIG, "not as it was written"),
         (lambda folder: (folder / "flwr").unlink(), os.EX_CONFIG, "no flwr there"),
         (lambda folder: (folder / "a.key").unlink(), os.EX_CONFIG, "certificates.key"),
+        (lambda folder: (folder / "a.key").write_text("none"), os.EX_CONFIG, "a.key is no key that Flower takes"),
+        (lambda folder: (folder / "ca.crt").write_text("none"), os.EX_CONFIG, "ca.crt holds no certificate"),
         (lambda _: None, os.EX_TEMPFAIL, "its worker died"),
     ],
 )
@@ -102,11 +105,18 @@ def test_a_command_that_cannot_join_says_by_its_status_whether_it_is_worth_tryin
     assert named in caplog.text
 
 
+def emptied(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
 def test_systemd_starts_a_site_again_but_for_what_somebody_must_mend(project: Path) -> None:
     unit = (project / "deploy" / "fedsca-site.service").read_text()
 
     assert "\nRestart=on-failure\n" in unit
-    assert f"\nRestartPreventExitStatus={os.EX_CONFIG}\n" in unit
+    with pytest.raises(SystemExit) as wrong:
+        main(["--chekc"])
+    assert f"\nRestartPreventExitStatus={wrong.value.code} {os.EX_CONFIG}\n" in unit
     assert f"={os.EX_TEMPFAIL}\n" not in unit
 
 

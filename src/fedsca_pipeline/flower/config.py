@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -122,6 +123,48 @@ def read_site_config(path: Path) -> SiteConfig:
         if not file.is_file():
             raise ConfigError(f"{path}: certificates.{key}: there is no file {file}")
     return config
+
+
+def check_certificates(certificates: Certificates) -> None:
+    """Do nothing where Flower can use a site's files; with others its SuperNode would end, or never connect, for ever.
+
+    Raises:
+        ConfigError: naming the file, what is wrong with it, and the cure.
+    """
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+    authority = _content("authority", certificates.authority)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=authority.decode("ascii"))
+    except (ssl.SSLError, ValueError) as error:
+        raise ConfigError(
+            f"certificates.authority: {certificates.authority} holds no certificate in PEM form ({error}); it is the "
+            "coordinator's ca.crt"
+        ) from error
+    try:
+        key = load_ssh_private_key(_content("key", certificates.key), password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise _unusable(certificates.key, str(error)) from error
+    if not isinstance(key, EllipticCurvePrivateKey):
+        raise _unusable(certificates.key, "it is of another kind")
+
+
+def _content(key: str, file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"certificates.{key}: {file} cannot be read ({error.strerror}); let the user who runs this read it"
+        ) from error
+
+
+def _unusable(key: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"certificates.key: {key} is no key that Flower takes ({reason}); make one with "
+        'ssh-keygen -t ecdsa -b 384 -N "", and have the coordinator register its .pub'
+    )
 
 
 _PATHS = ("data", "work", "foundations", "engine", "authority", "key")

@@ -35,7 +35,7 @@ from fedsca_pipeline.files import write_bytes
 from fedsca_pipeline.flower import documents, frames
 from fedsca_pipeline.flower.audit import AuditLog, Direction
 from fedsca_pipeline.flower.audit_table import show_audit
-from fedsca_pipeline.flower.config import SiteConfig, read_site_config
+from fedsca_pipeline.flower.config import SiteConfig, check_certificates, read_site_config
 from fedsca_pipeline.flower.contents import answer_content, check_tensors, question_content
 from fedsca_pipeline.flower.engine import SITE_SOCKET, engine_folder, environment
 from fedsca_pipeline.flower.leash import Leashed
@@ -243,14 +243,17 @@ def check_data(config: SiteConfig) -> int:
 
     Raises:
         DataError: naming what is broken and its cure, or why there are too few.
-        UnavailableError: the folder is not there.
+        UnavailableError: the folder is not there, or empty, as a mount point is.
     """
     from fedsca_pipeline.config import PreprocessingConfig, RunConfig
     from fedsca_pipeline.pipelines.preprocessing.nodes import prepare_for
 
-    if not config.data.is_dir():
+    there = config.data.is_dir()
+    # A mount point with nothing mounted is an empty folder.
+    if not there or not any(config.data.iterdir()):
+        found = "it is empty" if there else "there is no such folder"
         raise UnavailableError(
-            f"{config.data}: there is no such folder; mount it, or name the one that holds images/ and masks/ as data"
+            f"{config.data}: {found}; mount it, or name the one that holds images/ and masks/ as data"
         )
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw"
@@ -360,6 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.audit:
             show_audit(config.audit)
             return 0
+        check_certificates(config.certificates)
         # A check of many images takes longer than systemd waits, and holds nothing that would have to end in order.
         with _on_signals(signal.default_int_handler):
             logger.info("%s: %d images, none broken", config.site, check_data(config))
