@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import shutil
+import socket
 import ssl
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from deployed import until
 
+from fedsca_pipeline.flower import frames
 from fedsca_pipeline.flower.demo import PROJECT, LocalFederation, free_port
-from fedsca_pipeline.flower.engine import environment
+from fedsca_pipeline.flower.engine import SITE_SOCKET, environment
+from fedsca_pipeline.flower.superlink import APP
 
 
 @pytest.fixture(scope="module")
@@ -182,20 +187,88 @@ def test_a_superexec_without_the_secret_gets_no_task(federation, tmp_path: Path)
     assert "SuperExec authentication failed" in federation.log("superlink")
 
 
-def test_a_hospital_runs_no_code_but_its_own(engine: Path, tmp_path: Path) -> None:
-    app = tmp_path / "fedsca"
-    shutil.copytree(PROJECT / "src" / "fedsca_pipeline" / "flower" / "app", app)
-    (app / "fedsca_app.py").write_text("raise SystemExit('foreign code ran')\n")
-    code = (
-        "import sys; from pathlib import Path; from flwr.cli.build import build_fab_from_disk; "
-        "from fedsca_pipeline.flower.guard import refuse_foreign; "
-        "refuse_foreign(build_fab_from_disk(Path(sys.argv[1])))"
-    )
+CLIENT_APP = """
+import sys
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from unittest.mock import MagicMock
 
-    def check(folder: Path) -> subprocess.CompletedProcess[str]:
-        command = [str(engine / "python"), "-c", code, str(folder)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.cli.build import build_fab_from_disk
+from flwr.supercore.fab import Fab
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.runtime import run_clientapp
 
-    assert "ForeignBundleError" in check(app).stderr
-    own = check(PROJECT / "src" / "fedsca_pipeline" / "flower" / "app")
-    assert own.returncode == 0, own.stderr
+from fedsca_pipeline.flower import guard
+
+bundle = build_fab_from_disk(Path(sys.argv.pop()))
+
+
+def pulled(_client):
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    task = ConfigRecord({"kind": "prepare", "seconds": 60.0, "payload": b"terms"})
+    message = Message(RecordDict({"task": task}), dst_node_id=2, message_type="train")
+    context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
+    run = replace(Run.create_empty(1), fab_id="fedsca/fedsca", fab_version="1.0.0")
+    return message, context, run, Fab(sha256(bundle).hexdigest(), bundle, {})
+
+
+def pushed(_client, reply, _context):
+    print("pushed:", reply.error.reason if reply.has_error() else dict(reply.content["answer"]))
+
+
+run_clientapp.RuntimeHttpClient = MagicMock()
+run_clientapp.pull_task_input, run_clientapp.push_message = pulled, pushed
+guard.main()
+"""
+
+
+def client_app(engine: Path, folder: Path, app: Path) -> tuple[str, list[bytes]]:
+    """Be a SuperNode that gives its ClientApp one message of a run of this app.
+
+    Return what the ClientApp pushed, and what the site's command was asked; it answers with ``prepared``.
+    """
+    asked = []
+    with frames.listen(folder / "site.sock") as listener:
+
+        def desk() -> None:
+            with suppress(OSError):
+                line, _ = listener.accept()
+                asked.append(frames.receive(line, 100)[1])
+                frames.send(line, {}, b"prepared")
+
+        thread = threading.Thread(target=desk)
+        thread.start()
+        command = [str(engine / "python"), "-c", CLIENT_APP, "--insecure", "--token", "token", str(app)]
+        surroundings = environment(engine, folder / "flwr", {SITE_SOCKET: str(folder / "site.sock")})
+        done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=120, check=False)
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    (said,) = re.findall("^pushed: (.*)$", done.stdout, re.MULTILINE) or [done.stdout + done.stderr]
+    return said, asked
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """An app by the name of ours, with code of its own."""
+    app = Path(shutil.copytree(APP, tmp_path / "foreign"))
+    (app / "fedsca_app.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise SystemExit\n")
+    return app
+
+
+def test_a_run_of_this_packages_app_reaches_the_sites_command(engine: Path, tmp_path: Path) -> None:
+    assert client_app(engine, tmp_path, APP) == ("{'payload': b'prepared'}", [b"terms"])
+
+
+def test_a_hospital_neither_runs_nor_unpacks_code_that_is_not_its_own(
+    engine: Path, foreign: Path, tmp_path: Path
+) -> None:
+    said, asked = client_app(engine, tmp_path, foreign)
+
+    assert "ForeignBundleError" in said
+    assert "install the same version of fedsca_pipeline at the coordinator and here" in said
+    assert asked == []
+    assert not (tmp_path / "ran").exists()
+    assert not list((tmp_path / "flwr").rglob("fedsca_app*"))
