@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from fedsca_pipeline.config import FederationConfig
+from fedsca_pipeline.errors import NoValidSite
 from fedsca_pipeline.federation.checkpoint import Checkpoint, CheckpointFolder, RoundRecord
 from fedsca_pipeline.federation.messages import Message, TensorLayout, decode, encode, hash_tensors
 from fedsca_pipeline.federation.rounds import Server
@@ -103,6 +105,35 @@ def test_it_is_rejected_with_the_reason_and_the_others_end_as_if_it_had_been_abs
     states = (found.state.as_tensors() for found in (hostile, absent))
     assert all(torch.equal(one, other) for one, other in zip(*(s.values() for s in states), strict=True))
     assert [record.accepted for record in hostile_records] == [record.accepted for record in absent_records]
+
+
+def test_with_too_few_others_the_command_ends_and_the_next_one_does_the_round_anew(
+    link, config, clock, scripted, reply, tmp_path: Path
+) -> None:
+    """Mended, the site takes part in it; with a lower quorum, and the site as it was, it is as if that were absent."""
+    fault, _ = FAULTS["100 times the norm"]
+    ended, mended, lowered, honest_, absent = (tmp_path / name for name in ("e", "m", "l", "h", "a"))
+
+    def go(folder: Path, **given) -> Checkpoint:
+        return run(link, config, clock, scripted, reply, folder, **given)[0]
+
+    with pytest.raises(
+        NoValidSite, match=r"round 2: 2 valid replies, federation\.quorum asks for 3 \(c: rejected: .*norm"
+    ):
+        go(ended, fault=fault, quorum=3)
+    assert CheckpointFolder(ended).latest().round == 1
+    for folder in (mended, lowered):
+        shutil.copytree(ended, folder)
+
+    assert same(go(mended, quorum=3), go(honest_, quorum=3))
+    assert same(go(lowered, fault=fault, quorum=2), go(absent, absent={"c": [2]}, quorum=2))
+
+
+def same(one: Checkpoint, other: Checkpoint) -> bool:
+    """Tell whether two runs ended alike, at the server and in what each site is sent next."""
+    kept, others = one.state.as_tensors(), other.state.as_tensors()
+    alike = kept.keys() == others.keys() and all(torch.equal(kept[name], others[name]) for name in kept)
+    return alike and all(torch.equal(getattr(one, of), getattr(other, of)) for of in ("aggregates", "answered"))
 
 
 def test_it_ends_nobody_s_time(link, config, clock, scripted, reply, tmp_path: Path) -> None:
