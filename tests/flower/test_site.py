@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import resource
@@ -103,6 +104,18 @@ def test_a_command_that_cannot_join_says_by_its_status_whether_it_is_worth_tryin
 
     assert main([str(file)]) == status
     assert named in caplog.text
+
+
+def test_a_data_folder_that_may_not_be_read_now_is_tried_again_and_says_so(site_file, monkeypatch, caplog) -> None:
+    file = site_file()
+
+    def refuse(_folder: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+
+    assert main([str(file)]) == os.EX_TEMPFAIL
+    assert "data: it cannot be read (Permission denied); let the user who runs this read it" in caplog.text
 
 
 def emptied(folder: Path) -> None:

@@ -243,17 +243,14 @@ def check_data(config: SiteConfig) -> int:
 
     Raises:
         DataError: naming what is broken and its cure, or why there are too few.
-        UnavailableError: the folder is not there, or empty, as a mount point is.
+        UnavailableError: the folder is not there, is empty, as a mount point is, or cannot be read.
     """
     from fedsca_pipeline.config import PreprocessingConfig, RunConfig
     from fedsca_pipeline.pipelines.preprocessing.nodes import prepare_for
 
-    there = config.data.is_dir()
-    # A mount point with nothing mounted is an empty folder.
-    if not there or not any(config.data.iterdir()):
-        found = "it is empty" if there else "there is no such folder"
+    if (reason := _away(config.data)) is not None:
         raise UnavailableError(
-            f"{config.data}: {found}; mount it, or name the one that holds images/ and masks/ as data"
+            f"{config.data}: {reason}; mount it, or name the one that holds images/ and masks/ as data"
         )
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw"
@@ -263,6 +260,16 @@ def check_data(config: SiteConfig) -> int:
         prepare = prepare_for(config.site)
         manifest, _, _ = prepare(raw, Path(folder), Path(folder) / "private", {}, None, preprocessing, RunConfig())
     return len(manifest)
+
+
+def _away(folder: Path) -> str | None:
+    try:
+        if not folder.is_dir():
+            return "there is no such folder"
+        # A mount point with nothing mounted is an empty one.
+        return None if any(folder.iterdir()) else "it is empty"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror}); let the user who runs this read it"
 
 
 def run_site(config: SiteConfig, worker: Sequence[str], stopped: threading.Event) -> None:
