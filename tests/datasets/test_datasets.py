@@ -11,6 +11,7 @@ from fedsca_pipeline.datasets.catalog import ProjectCatalog
 from fedsca_pipeline.datasets.documents import AtomicJSONDataset
 from fedsca_pipeline.datasets.figures import AtomicMatplotlibDataset, AtomicPlotlyDataset
 from fedsca_pipeline.datasets.folders import FolderDataset, SiteArraysDataset
+from fedsca_pipeline.datasets.partitions import WholePartitionsDataset
 from fedsca_pipeline.datasets.tables import AtomicCSVDataset, PreviousCSVDataset
 from fedsca_pipeline.sites.array_writer import ArraysWriter
 
@@ -77,6 +78,24 @@ def test_arrays_load_as_the_path_of_one_file(tmp_path: Path) -> None:
 
     assert dataset.load() == tmp_path / "site.safetensors"
     assert files_in(tmp_path) == ["site.safetensors"]
+
+
+def test_what_a_killed_command_has_left_half_written_is_no_partition_and_goes_when_it_is_saved_again(
+    tmp_path: Path,
+) -> None:
+    left = {name: tmp_path / "run" / f".{name}.json.ab12cd34.partial" for name in ("two", "twofold")}
+    for name, folder in left.items():
+        folder.mkdir(parents=True)
+        (folder / f"{name}.json").touch()
+    dataset = WholePartitionsDataset(path=str(tmp_path), dataset=AtomicJSONDataset, filename_suffix=".json")
+    assert not dataset.exists()
+
+    dataset.save({"run/one": [1]})
+    assert {name: load() for name, load in dataset.load().items()} == {"run/one": [1]}
+
+    dataset.save({"run/two": [2]})
+    assert {name: load() for name, load in dataset.load().items()} == {"run/one": [1], "run/two": [2]}
+    assert files_in(tmp_path / "run") == [".twofold.json.ab12cd34.partial", "one.json", "two.json"]
 
 
 def test_the_catalog_gives_each_reader_of_a_parameter_its_own_copy() -> None:

@@ -116,6 +116,23 @@ def test_a_run_killed_again_and_again_at_random_moments_ends_as_an_unbroken_one(
     assert steps_logged(workplace) == steps_logged(finished)
 
 
+def test_a_round_s_record_that_a_killed_command_left_half_written_is_not_read_and_counts_for_nothing(
+    used, rounds
+) -> None:
+    table = used.reporting / "final_table.json"
+    before = table.read_bytes()
+    for name, text in (("round_00001.json", None), ("round_00002.json", "")):
+        (record,) = used.data.glob(f"07_model_output/rounds/*/{name}")
+        left = record.parent / f".{name}.ab12cd34.partial" / name
+        left.parent.mkdir()
+        left.write_text(record.read_text() if text is None else text)
+
+    done = used.run("evaluation", f"federation.rounds={rounds}")
+
+    assert done.code == 0, done.output
+    assert table.read_bytes() == before
+
+
 def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(sites, finished, rounds) -> None:
     params = f"federation.rounds={rounds}"
 
