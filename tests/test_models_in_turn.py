@@ -136,7 +136,7 @@ def test_a_failed_read_leaves_nothing_of_that_model(saved: Saved, tmp_path: Path
     in_turn = saved.in_turn(trained=False)
     assert torch.equal(saved.lent(in_turn, "north"), saved.logits["north"])
 
-    with pytest.raises(WeightsError, match="cannot be read"), in_turn.saved(tmp_path / "broken"):
+    with pytest.raises(WeightsError, match=r"cannot be read.*--pipeline=training"), in_turn.saved(tmp_path / "broken"):
         pass
 
     assert torch.equal(saved.lent(in_turn, "foundation"), saved.logits["foundation"])

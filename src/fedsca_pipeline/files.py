@@ -135,11 +135,11 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
             raise system from error
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path, cure: str = "") -> dict[str, torch.Tensor]:
     """Return every tensor of a safetensors file, memory-mapped: read when touched, and copied where written to.
 
     Raises:
-        WeightsError: the file is missing or damaged.
+        WeightsError: the file is missing or damaged; says what to do, which is ``cure`` if that is given.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -149,7 +149,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         with interrupts_deferred():
             return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, error, cure) from error
 
 
 def read_header(path: Path, key: str) -> Any:
@@ -212,10 +212,9 @@ def interrupts_deferred() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _unreadable(path: Path, error: Exception) -> WeightsError:
-    return WeightsError(
-        f"{path}: cannot be read as safetensors ({error!r}); run again with --params=force=true to make it anew"
-    )
+def _unreadable(path: Path, error: Exception, cure: str = "") -> WeightsError:
+    cure = cure or "run again with --params=force=true to make it anew"
+    return WeightsError(f"{path}: cannot be read as safetensors ({error!r}); {cure}")
 
 
 def _system_error(error: Exception) -> OSError | None:

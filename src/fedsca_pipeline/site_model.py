@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedsca_pipeline.adapters.attach import load_adapters
+from fedsca_pipeline.adapters.attach import EXPORT_AGAIN, load_adapters
 from fedsca_pipeline.config import FoundationConfig, NormaliseConfig, VolumeConfig
 from fedsca_pipeline.errors import WeightsError
 from fedsca_pipeline.evaluation.metrics import predict_masks
@@ -254,7 +254,7 @@ def read_card(folder: Path) -> SiteModelCard:
     try:
         return SiteModelCard.model_validate(read_json(folder / CARD))
     except ValueError as error:
-        raise WeightsError(f"{folder / CARD}: cannot be read ({error}); export the site's model again") from error
+        raise WeightsError(f"{folder / CARD}: cannot be read ({error}); {EXPORT_AGAIN}") from error
 
 
 def read_own_tensors(folder: Path) -> dict[str, Tensor]:
@@ -267,10 +267,7 @@ def read_own_tensors(folder: Path) -> dict[str, Tensor]:
     for file in (folder / DECODER, folder / ENCODER):
         if file.name == ENCODER and not file.is_file():
             continue
-        try:
-            tensors |= read_tensors(file)
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{file}: cannot be read ({error}); export the site's model again") from error
+        tensors |= read_tensors(file, cure=EXPORT_AGAIN)
     return tensors
 
 

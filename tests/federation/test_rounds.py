@@ -166,6 +166,7 @@ def test_a_failed_site_counts_as_absent_and_the_others_result_is_as_if_it_had_no
     records = list(server(FakeFleet(faults), tmp_path).rounds())
 
     assert records[1].sites["c"].absent == "power cut"
+    assert records[1].sites["c"].samples is None
     assert records[1].accepted == ("a", "b")
     assert records[2].sites["c"].absent is None
 

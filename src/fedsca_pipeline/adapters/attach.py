@@ -32,6 +32,9 @@ from fedsca_pipeline.foundation.model import BlockPaths, SegmentationModel
 # Widths of docs/method.md: 32 for embedding widths up to 384, else 64.
 SMALL_EMBEDDING, SMALL_WIDTH, LARGE_WIDTH = 384, 32, 64
 
+# The whole command finds nothing to do where a model's card is there.
+EXPORT_AGAIN = "export the site's model again with 'kedro run --pipeline=training'"
+
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
@@ -165,7 +168,7 @@ def _read_values(encoder: PeftModel, folder: Path) -> None:
     own = _what_counts(encoder.peft_config[encoder.active_adapter])
     if _what_counts(_saved_kind(folder)) != own:
         raise ValueError("they are of another kind than the run's")
-    values = read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
+    values = read_tensors(folder / SAFETENSORS_WEIGHTS_NAME, cure=EXPORT_AGAIN)
     if values.keys() != get_peft_model_state_dict(encoder).keys():
         raise ValueError("some are missing, or not the run's")
     set_peft_model_state_dict(encoder, values)
@@ -191,8 +194,7 @@ def _told_of(folder: Path) -> Iterator[None]:
         yield
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise WeightsError(
-            f"{folder}: no adapter for this foundation can be read there ({error}). "
-            "Export the site's model again with 'kedro run --pipeline=federated_training'."
+            f"{folder}: no adapter for this foundation can be read there ({error}); {EXPORT_AGAIN}"
         ) from error
 
 
