@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from fedsca_pipeline.comparison_tracking import ComparisonTracker
 from fedsca_pipeline.errors import TrackingError
@@ -191,16 +193,28 @@ def test_a_cell_that_was_left_half_written_is_written_anew(opened, below, monkey
     assert len(below(whole[0].info.run_id)) == 2
 
 
-def test_parameters_that_a_killed_command_did_not_log_are_logged_by_the_next(opened, below, monkeypatch) -> None:
+@pytest.mark.parametrize("batches", [0, 1])
+def test_parameters_that_a_killed_command_did_not_log_are_logged_by_the_next(
+    opened, below, monkeypatch, batches: int
+) -> None:
+    logged, count = SqlAlchemyStore.log_batch, itertools.count()
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        if next(count) == batches:
+            raise KeyboardInterrupt
+        logged(*args, **kwargs)
+
     with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, "log_batch", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(SqlAlchemyStore, "log_batch", killed)
         with pytest.raises(KeyboardInterrupt):
             opened()
+    (before,) = below(None)
+    assert len(before.data.params) == 100 * batches
 
     opened()
 
     (parent,) = below(None)
-    assert parent.data.params["base.federation.rounds"] == "2"
+    assert len(parent.data.params) == 161
 
 
 def test_files_of_the_comparison_and_figures_are_artifacts_and_others_are_not(opened, client, tmp_path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from sqlalchemy import Engine, event
 
 from fedsca_pipeline.errors import TrackingError
@@ -187,6 +188,28 @@ class TestTracker:
         assert resumed.run_id is not None
         run = MlflowClient(tracking_uri=config.tracking_uri).get_run(resumed.run_id)
         assert run.data.params["federation.strategy"] == "fedsca"
+
+    def test_parameters_that_a_killed_command_logged_a_part_of_are_completed_by_the_next(
+        self, tracker: Tracker, config: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        options = {f"option_{number:03d}": number for number in range(150)}
+        description = {**DESCRIPTION, "configuration": {**DESCRIPTION["configuration"], "strategies": options}}
+        logged = SqlAlchemyStore.log_batch
+
+        def killed_after_the_first(*args: Any, **kwargs: Any) -> None:
+            logged(*args, **kwargs)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SqlAlchemyStore, "log_batch", killed_after_the_first)
+            with pytest.raises(KeyboardInterrupt):
+                tracker.open(description)
+        resumed = Tracker(config, tmp_path, "kedro run")
+        resumed.open(description)
+
+        assert resumed.run_id is not None
+        run = MlflowClient(tracking_uri=config.tracking_uri).get_run(resumed.run_id)
+        assert run.data.params == flat(description["configuration"])
 
     def test_another_fingerprint_is_another_run(self, tracker: Tracker, config: TrackingConfig, tmp_path: Path) -> None:
         tracker.open(DESCRIPTION)

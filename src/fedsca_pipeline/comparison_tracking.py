@@ -17,6 +17,7 @@ from fedsca_pipeline.tracking import SITE_TAG, MlflowWriter, TrackingConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from mlflow.entities import Run
 
 COMPARISON_TAG, CELL_TAG = "fedsca.comparison", "fedsca.cell"
 _EXPERIMENT = "{}-comparison"
@@ -67,9 +68,7 @@ class ComparisonTracker(MlflowWriter):
                 tags = {COMPARISON_TAG: name, **self._source_tags()}
                 run = client.create_run(self._experiment_id, run_name=f"comparison-{name[:6]}", tags=tags)
             self.run_id = run.info.run_id
-            # A command may have been killed between the two.
-            if not run.data.params:
-                self._log_parameters(self.run_id, {"base": plan["base"], "comparison": plan["comparison"]})
+            self._log_parameters(run, {"base": plan["base"], "comparison": plan["comparison"]})
             self._children = self._logged_cells()
 
     def cell(self, result: Mapping[str, Any]) -> None:
@@ -92,13 +91,14 @@ class ComparisonTracker(MlflowWriter):
             name = f"{result['method']}-seed{description['seed']}-{tags['fedsca.train_images']}-rate{rate:g}"
             if result["left_out"]:
                 name += f"-without-{result['left_out']}"
-            child = self._start(name, self.run_id, tags)
-            self._log_parameters(child, parameters)
+            run = self._start(name, self.run_id, tags)
+            child = run.info.run_id
+            self._log_parameters(run, parameters)
             self._log_metrics(child, _summary(result))
             for record in result["rounds"]:
                 self._log_metrics(child, _round(record.get("sites", {}).values()), step=record["round"])
             for site, scores in result["sites"].items():
-                grandchild = self._start(f"{name}-{site}", child, {**tags, SITE_TAG: site})
+                grandchild = self._start(f"{name}-{site}", child, {**tags, SITE_TAG: site}).info.run_id
                 self._log_metrics(
                     grandchild,
                     {
@@ -154,9 +154,9 @@ class ComparisonTracker(MlflowWriter):
             if not token:
                 return found
 
-    def _start(self, name: str, parent: str | None, tags: Mapping[str, str]) -> str:
+    def _start(self, name: str, parent: str | None, tags: Mapping[str, str]) -> Run:
         tags = {"mlflow.parentRunId": str(parent), **tags}
-        return str(self._require().create_run(self._experiment_id, run_name=name, tags=tags).info.run_id)
+        return self._require().create_run(self._experiment_id, run_name=name, tags=tags)
 
     def _log_metrics(self, run_id: str, values: Mapping[str, float | None], step: int = 0) -> None:
         from mlflow.entities import Metric

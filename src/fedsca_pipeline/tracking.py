@@ -133,11 +133,13 @@ class MlflowWriter:
         location = (Path(path).parent / "mlartifacts").as_uri() if path != self.uri else None
         return str(client.create_experiment(name, artifact_location=location))
 
-    def _log_parameters(self, run_id: str, configuration: Mapping[str, Any]) -> None:
+    def _log_parameters(self, run: Run, configuration: Mapping[str, Any]) -> None:
+        """Log what the run lacks: MLflow writes a hundred at a time, and a command may have been killed in between."""
         from mlflow.entities import Param
 
-        parameters = [Param(key, value[:_LONGEST_PARAMETER]) for key, value in flat(configuration).items()]
-        self._require().log_batch(run_id, params=parameters)
+        values = {key: value for key, value in flat(configuration).items() if key not in run.data.params}
+        parameters = [Param(key, value[:_LONGEST_PARAMETER]) for key, value in values.items()]
+        self._require().log_batch(run.info.run_id, params=parameters)
 
 
 class Tracker(MlflowWriter):
@@ -186,9 +188,7 @@ class Tracker(MlflowWriter):
             self._remember(parent)
         else:
             parent = self._start(experiment, description)
-        # A command may have been killed between the two.
-        if not parent.data.params:
-            self._log_parameters(parent.info.run_id, description["configuration"])
+        self._log_parameters(parent, description["configuration"])
         self._runs = {"": parent.info.run_id}
         self._sites(experiment, description)
 
