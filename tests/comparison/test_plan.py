@@ -359,7 +359,6 @@ class TestFingerprints:
             {"base": {"preprocessing": {"image_size": 48}}},
             {"base": {"foundation": {"seed": 1}}},
             {"base": {"run": {"device": "cpu"}}},
-            {"base": {"federation": {"quorum": 2}}},
             {"unseen_sites": ["c"]},
         ],
     )
