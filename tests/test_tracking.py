@@ -94,6 +94,13 @@ def tracker(config: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     return Tracker(config, tmp_path, "kedro run")
 
 
+def parameters_after(resumed: Tracker, description: dict[str, Any]) -> dict[str, str]:
+    """The parameters of the run that a resumed command goes on with."""
+    resumed.open(description)
+    assert resumed.run_id is not None
+    return MlflowClient(tracking_uri=resumed.uri).get_run(resumed.run_id).data.params
+
+
 def all_steps(client: MlflowClient, run_id: str) -> dict[str, list[int]]:
     run = client.get_run(run_id)
     return {key: [point.step for point in client.get_metric_history(run_id, key)] for key in run.data.metrics}
@@ -178,16 +185,11 @@ class TestTracker:
         def killed(client: MlflowClient, *args: Any, **kwargs: Any) -> None:
             raise KeyboardInterrupt
 
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(MlflowClient, "log_batch", killed)
-            with pytest.raises(KeyboardInterrupt):
-                tracker.open(DESCRIPTION)
-        resumed = Tracker(config, tmp_path, "kedro run")
-        resumed.open(DESCRIPTION)
+            tracker.open(DESCRIPTION)
 
-        assert resumed.run_id is not None
-        run = MlflowClient(tracking_uri=config.tracking_uri).get_run(resumed.run_id)
-        assert run.data.params["federation.strategy"] == "fedsca"
+        assert parameters_after(Tracker(config, tmp_path, ""), DESCRIPTION)["federation.strategy"] == "fedsca"
 
     def test_parameters_that_a_killed_command_logged_a_part_of_are_completed_by_the_next(
         self, tracker: Tracker, config: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -200,16 +202,11 @@ class TestTracker:
             logged(*args, **kwargs)
             raise KeyboardInterrupt
 
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(SqlAlchemyStore, "log_batch", killed_after_the_first)
-            with pytest.raises(KeyboardInterrupt):
-                tracker.open(description)
-        resumed = Tracker(config, tmp_path, "kedro run")
-        resumed.open(description)
+            tracker.open(description)
 
-        assert resumed.run_id is not None
-        run = MlflowClient(tracking_uri=config.tracking_uri).get_run(resumed.run_id)
-        assert run.data.params == flat(description["configuration"])
+        assert parameters_after(Tracker(config, tmp_path, ""), description) == flat(description["configuration"])
 
     def test_another_fingerprint_is_another_run(self, tracker: Tracker, config: TrackingConfig, tmp_path: Path) -> None:
         tracker.open(DESCRIPTION)
