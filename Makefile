@@ -34,7 +34,7 @@ $(ENGINE_INSTALLED): requirements-flower.lock pyproject.toml
 	touch $@
 
 flower-demo: install engine  ## a deployed federation on this machine: SuperLink, nginx, three hospitals, coordinator
-	$(ONE_THREAD) $(BIN)/python -m fedsca_pipeline.flower.demo --engine $(abspath $(ENGINE))/bin
+	$(ONE_THREAD) $(BIN)/python deploy/demo.py --engine $(abspath $(ENGINE))/bin
 
 train: install  ## fetch the foundation, write the demonstration sites if there are none, train, evaluate
 	$(BIN)/kedro run --pipeline=federated_training

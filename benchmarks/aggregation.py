@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from measure import Ratio, in_turn, ratios, report, seconds
 
-from fedsca_pipeline.federation.memory import RoundMemory, mapped
+from fedsca_pipeline.federation.run import resolve_threads
+from fedsca_pipeline.federation.server.arrays import RoundMemory, mapped
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.federation.strategies.base import Replies, ServerState
-from fedsca_pipeline.runs import resolve_threads
 
 
 class PeakMemory:

@@ -23,9 +23,9 @@ from statistics import median
 import torch
 from measure import Ratio, in_turn, ratios, report, seconds
 
-from fedsca_pipeline.federation.messages import Manifest, decode, encode
-from fedsca_pipeline.flower.audit import AuditLog
-from fedsca_pipeline.flower.contents import answer_content, check_tensors, question_content
+from fedsca_pipeline.federation.messages.codec import Manifest, decode, encode
+from fedsca_pipeline.flower.audit.log import AuditLog
+from fedsca_pipeline.flower.messages.contents import answer_content, check_tensors, question_content
 
 TENSORS = 50
 MOST = 2**28

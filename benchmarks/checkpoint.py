@@ -21,17 +21,17 @@ from unittest.mock import patch
 from measure import Ratio, report
 from site_data import nuclei_sites
 
-from fedsca_pipeline.adapters.attach import attach_adapters, tensor_layout
+from fedsca_pipeline.compute import deterministic
 from fedsca_pipeline.config import AdaptersConfig, FederationConfig, FoundationConfig, RunConfig, TrainingConfig
-from fedsca_pipeline.federation.checkpoint import CheckpointFolder
-from fedsca_pipeline.federation.devices import deterministic
-from fedsca_pipeline.federation.fleet import InProcessFleet, SiteData
-from fedsca_pipeline.federation.local import LocalSettings, LocalWorker
-from fedsca_pipeline.federation.rounds import Server
-from fedsca_pipeline.federation.store import SiteStore
+from fedsca_pipeline.federation.fleets.fleet import InProcessFleet, SiteData
+from fedsca_pipeline.federation.run import resolve_threads
+from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
+from fedsca_pipeline.federation.server.rounds import Server
+from fedsca_pipeline.federation.site.store import SiteStore
+from fedsca_pipeline.federation.site.worker import LocalSettings, LocalWorker
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.foundation import load_foundation
-from fedsca_pipeline.runs import resolve_threads
+from fedsca_pipeline.model.adapters.attach import attach_adapters, tensor_layout
+from fedsca_pipeline.model.foundation import load_foundation
 
 SITES = ("fluo_256", "fluo_360", "fluo_696", "tissue_violet_320", "tissue_white_320")
 LIMIT = 0.05

@@ -34,17 +34,20 @@ import torch
 from measure import RESULTS, Ratio, report
 
 from fedsca_pipeline.config import DemoSitesConfig
-from fedsca_pipeline.federation.messages import Manifest, encode
+from fedsca_pipeline.data.demo.sites import write_demo_sites
+from fedsca_pipeline.federation.messages.codec import Manifest, encode
 from fedsca_pipeline.files import read_json
-from fedsca_pipeline.flower import frames
-from fedsca_pipeline.flower.audit import AuditLog
+from fedsca_pipeline.flower.audit.log import AuditLog
 from fedsca_pipeline.flower.config import FlowerConfig, read_site_config
-from fedsca_pipeline.flower.demo import LocalFederation, free_port
-from fedsca_pipeline.flower.engine import engine_folder
-from fedsca_pipeline.flower.fleet import FlowerFleet
-from fedsca_pipeline.flower.site import run_site
-from fedsca_pipeline.flower.superlink import open_link
-from fedsca_pipeline.sites.demo import write_demo_sites
+from fedsca_pipeline.flower.coordinator.fleet import FlowerFleet
+from fedsca_pipeline.flower.coordinator.superlink import open_link
+from fedsca_pipeline.flower.messages import frames
+from fedsca_pipeline.flower.processes.engine import engine_folder
+from fedsca_pipeline.flower.site.command import run_site
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "deploy"))
+
+from demo import LocalFederation, free_port
 
 NAME = "flower_overhead"
 SITES = ("a", "b", "c", "d")
@@ -91,8 +94,8 @@ def _echo(line: socket.socket) -> None:
 
 def _be_worker(file: Path, line: str) -> None:
     """Be a site's worker that notes each foundation that it puts into memory beside the site's file."""
-    from fedsca_pipeline.flower import worker
-    from fedsca_pipeline.foundation.model import SegmentationModel
+    from fedsca_pipeline.flower.site import worker
+    from fedsca_pipeline.model.foundation.model import SegmentationModel
 
     build = SegmentationModel.__init__
 

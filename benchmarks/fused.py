@@ -20,17 +20,17 @@ from measure import Ratio, in_turn, ratios, report, seconds
 from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 
-from fedsca_pipeline.adapters.attach import attach_adapters, tensor_layout
+from fedsca_pipeline.compute import autocast, deterministic
 from fedsca_pipeline.config import AdaptersConfig, FoundationConfig, RunConfig, TrainingConfig
-from fedsca_pipeline.federation.batches import Batch
-from fedsca_pipeline.federation.devices import autocast, deterministic
-from fedsca_pipeline.federation.local import local_step
-from fedsca_pipeline.federation.losses import build_loss
-from fedsca_pipeline.federation.prefix import SplitModel
-from fedsca_pipeline.foundation import load_foundation, prepare_foundation
-from fedsca_pipeline.foundation.linear import use_torch
-from fedsca_pipeline.foundation.model import SegmentationModel
-from fedsca_pipeline.runs import resolve_threads
+from fedsca_pipeline.federation.run import resolve_threads
+from fedsca_pipeline.federation.site.batches import Batch
+from fedsca_pipeline.federation.site.losses import build_loss
+from fedsca_pipeline.federation.site.prefix import SplitModel
+from fedsca_pipeline.federation.site.worker import local_step
+from fedsca_pipeline.model.adapters.attach import attach_adapters, tensor_layout
+from fedsca_pipeline.model.foundation import load_foundation, prepare_foundation
+from fedsca_pipeline.model.foundation.linear import use_torch
+from fedsca_pipeline.model.foundation.model import SegmentationModel
 
 MODELS = {"mobile_sam": 256, "random": 64}
 TRAINING = TrainingConfig()

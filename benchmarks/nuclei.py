@@ -31,21 +31,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fedsca_pipeline.adapters.attach import attach_adapters, tensor_layout
+from fedsca_pipeline.compute import deterministic
 from fedsca_pipeline.config import AdaptersConfig, FederationConfig, FoundationConfig, RunConfig, TrainingConfig
-from fedsca_pipeline.federation.batches import Batch, SiteBatches, build_augmentation, plain_batches
-from fedsca_pipeline.federation.checkpoint import CheckpointFolder
-from fedsca_pipeline.federation.devices import deterministic
-from fedsca_pipeline.federation.fleet import InProcessFleet
-from fedsca_pipeline.federation.local import LocalSettings, LocalWorker
-from fedsca_pipeline.federation.losses import build_loss
-from fedsca_pipeline.federation.prefix import FeatureCache
-from fedsca_pipeline.federation.rounds import Server
+from fedsca_pipeline.data.arrays import SiteArrays
+from fedsca_pipeline.data.preprocessing.prepare import MANIFEST_DTYPES
+from fedsca_pipeline.federation.fleets.fleet import InProcessFleet
+from fedsca_pipeline.federation.run import resolve_threads
+from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
+from fedsca_pipeline.federation.server.rounds import Server
+from fedsca_pipeline.federation.site.batches import Batch, SiteBatches, build_augmentation, plain_batches
+from fedsca_pipeline.federation.site.losses import build_loss
+from fedsca_pipeline.federation.site.prefix import FeatureCache
+from fedsca_pipeline.federation.site.worker import LocalSettings, LocalWorker
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.foundation import load_foundation
-from fedsca_pipeline.runs import resolve_threads
-from fedsca_pipeline.sites.arrays import SiteArrays
-from fedsca_pipeline.sites.prepare import MANIFEST_DTYPES
+from fedsca_pipeline.model.adapters.attach import attach_adapters, tensor_layout
+from fedsca_pipeline.model.foundation import load_foundation
 
 PROJECT = Path(__file__).resolve().parents[1]
 TRAINING_SITES = ("fluo_256", "fluo_360", "fluo_696", "tissue_violet_320", "tissue_white_320")

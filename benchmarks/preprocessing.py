@@ -31,9 +31,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsca_pipeline.config import DemoSitesConfig, PreprocessingConfig
-from fedsca_pipeline.sites.demo import write_demo_sites
-from fedsca_pipeline.sites.geometry import fitted_size
-from fedsca_pipeline.sites.prepare import prepare_site
+from fedsca_pipeline.data.demo.sites import write_demo_sites
+from fedsca_pipeline.data.preprocessing.geometry import fitted_size
+from fedsca_pipeline.data.preprocessing.prepare import prepare_site
 
 CONFIG = PreprocessingConfig(on_bad_sample="quarantine")
 SPEED_LIMIT, MEMORY_LIMIT = 0.8, 1.1

@@ -39,10 +39,10 @@ from fedsca_pipeline.comparison.cell import Place, run_cell
 from fedsca_pipeline.comparison.plan import Setting, cells, resolve_methods
 from fedsca_pipeline.comparison.results import validation_dice
 from fedsca_pipeline.config import ComparisonConfig
-from fedsca_pipeline.federation.noisy_optimizer import NoisyOptimizer
-from fedsca_pipeline.runs import CONFIGURATION, code_version
-from fedsca_pipeline.sites.arrays import SiteArrays
-from fedsca_pipeline.sites.prepare import MANIFEST_DTYPES
+from fedsca_pipeline.data.arrays import SiteArrays
+from fedsca_pipeline.data.preprocessing.prepare import MANIFEST_DTYPES
+from fedsca_pipeline.federation.run import CONFIGURATION, code_version
+from fedsca_pipeline.federation.site.privacy.optimizer import NoisyOptimizer
 
 EPSILONS, CHOSEN_AT, DELTA = (2.0, 8.0, 32.0), 8.0, 1e-5
 # 32 images a round and site are expected, as without privacy. A decoder that stands still (decoder_factor 0) leaves a

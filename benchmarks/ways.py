@@ -19,14 +19,14 @@ import torch
 from measure import Ratio, in_turn, ratios, report, seconds
 from torch import Tensor, nn
 
-from fedsca_pipeline.adapters.attach import attach_adapters, tensor_layout
 from fedsca_pipeline.config import AdaptersConfig, FoundationConfig, TrainingConfig
-from fedsca_pipeline.federation.losses import build_loss
-from fedsca_pipeline.federation.prefix import SplitModel
-from fedsca_pipeline.foundation import load_foundation, prepare_foundation
-from fedsca_pipeline.foundation.linear import use_onednn, use_torch
-from fedsca_pipeline.foundation.model import SegmentationModel
-from fedsca_pipeline.runs import resolve_threads
+from fedsca_pipeline.federation.run import resolve_threads
+from fedsca_pipeline.federation.site.losses import build_loss
+from fedsca_pipeline.federation.site.prefix import SplitModel
+from fedsca_pipeline.model.adapters.attach import attach_adapters, tensor_layout
+from fedsca_pipeline.model.foundation import load_foundation, prepare_foundation
+from fedsca_pipeline.model.foundation.linear import use_onednn, use_torch
+from fedsca_pipeline.model.foundation.model import SegmentationModel
 
 SIDE = 256
 Step = Callable[[], object]

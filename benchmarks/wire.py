@@ -29,19 +29,19 @@ from measure import Ratio, in_turn, report, seconds
 from rich.console import Console
 from rich.table import Table
 
-from fedsca_pipeline.adapters.attach import attach_adapters, tensor_layout
+from fedsca_pipeline.compute import deterministic
 from fedsca_pipeline.config import AdaptersConfig, FederationConfig, FoundationConfig, RunConfig, TrainingConfig
-from fedsca_pipeline.federation.checkpoint import CheckpointFolder
-from fedsca_pipeline.federation.devices import deterministic
-from fedsca_pipeline.federation.fleet import Failure, InProcessFleet
-from fedsca_pipeline.federation.local import LocalSettings, LocalWorker
-from fedsca_pipeline.federation.messages import Compression, Message, WireDtype, decode, encode
-from fedsca_pipeline.federation.rounds import Server
+from fedsca_pipeline.data.arrays import SiteArrays
+from fedsca_pipeline.data.preprocessing.prepare import MANIFEST_DTYPES
+from fedsca_pipeline.federation.fleets.fleet import Failure, InProcessFleet
+from fedsca_pipeline.federation.messages.codec import Compression, Message, WireDtype, decode, encode
+from fedsca_pipeline.federation.run import resolve_threads
+from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
+from fedsca_pipeline.federation.server.rounds import Server
+from fedsca_pipeline.federation.site.worker import LocalSettings, LocalWorker
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.foundation import load_foundation
-from fedsca_pipeline.runs import resolve_threads
-from fedsca_pipeline.sites.arrays import SiteArrays
-from fedsca_pipeline.sites.prepare import MANIFEST_DTYPES
+from fedsca_pipeline.model.adapters.attach import attach_adapters, tensor_layout
+from fedsca_pipeline.model.foundation import load_foundation
 
 PROJECT = Path(__file__).resolve().parents[1]
 IMAGE_SIZE, BYTES_FP32 = 256, 4

@@ -28,7 +28,7 @@ def project() -> Path:
 def foundation_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the real mobile_sam has been fetched, verified and converted once."""
     from fedsca_pipeline.config import FoundationConfig
-    from fedsca_pipeline.foundation import prepare_foundation
+    from fedsca_pipeline.model.foundation import prepare_foundation
 
     root = tmp_path_factory.mktemp("foundations")
     prepare_foundation(FoundationConfig(), root)
@@ -50,7 +50,7 @@ def write_volume_site() -> Callable[..., None]:
     import nibabel
     from scipy import ndimage
 
-    from fedsca_pipeline.sites.phantoms import make_phantom
+    from fedsca_pipeline.data.demo.phantoms import make_phantom
 
     def phantom(size: int, slices: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         sick, healthy = (

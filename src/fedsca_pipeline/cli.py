@@ -21,9 +21,9 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from fedsca_pipeline.errors import FedscaError
-from fedsca_pipeline.hooks import RunUpToDate
+from fedsca_pipeline.hooks.tracking import RunUpToDate
 from fedsca_pipeline.settings import HOOKS
-from fedsca_pipeline.summary import show_result
+from fedsca_pipeline.terminal import show_result
 
 _INTERRUPTED = 130
 
@@ -109,7 +109,7 @@ def _read_params(context: click.Context, option: click.Parameter, value: Any) ->
 @click.option("--known", multiple=True, help="Hash of a line that an earlier look has shown; fail unless it is there.")
 def audit(file: Path, known: tuple[str, ...]) -> None:
     """Check the audit log FILE and show what came and left by run and round."""
-    from fedsca_pipeline.flower.audit_table import show_audit
+    from fedsca_pipeline.flower.audit.table import show_audit
 
     try:
         show_audit(file, known)

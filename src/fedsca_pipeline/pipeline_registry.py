@@ -9,16 +9,16 @@ from pathlib import Path
 from kedro.pipeline import Pipeline
 from kedro.utils import find_kedro_project
 
-from fedsca_pipeline.flower import pipeline as deployed_pipeline
+from fedsca_pipeline.data.site_folder.discovery import DEMO_SITES, discover_sites, may_hold_volumes
 from fedsca_pipeline.pipelines.comparison import pipeline as comparison_pipeline
 from fedsca_pipeline.pipelines.data_report import pipeline as data_report_pipeline
 from fedsca_pipeline.pipelines.demo_sites import pipeline as demo_sites_pipeline
+from fedsca_pipeline.pipelines.deployed_training import pipeline as deployed_pipeline
 from fedsca_pipeline.pipelines.evaluation import pipeline as evaluation_pipeline
 from fedsca_pipeline.pipelines.federated_training import pipeline as training_pipeline
 from fedsca_pipeline.pipelines.foundation import pipeline as foundation_pipeline
 from fedsca_pipeline.pipelines.import_sites import pipeline as import_pipeline
 from fedsca_pipeline.pipelines.preprocessing import pipeline as preprocessing_pipeline
-from fedsca_pipeline.sites.discovery import DEMO_SITES, discover_sites, may_hold_volumes
 
 # Kedro asks for pipelines without saying for which data; the hook that sees the context leaves the folder here.
 raw_folder: ContextVar[Path | None] = ContextVar("raw_folder", default=None)

@@ -1,7 +1,7 @@
 """Kedro's project settings."""
 
 from fedsca_pipeline.datasets.catalog import ProjectCatalog
-from fedsca_pipeline.hooks import ProjectHooks
+from fedsca_pipeline.hooks.tracking import ProjectHooks
 
 HOOKS = (ProjectHooks(),)
 

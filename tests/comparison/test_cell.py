@@ -12,14 +12,14 @@ import torch
 
 from fedsca_pipeline.comparison import cell as cell_module
 from fedsca_pipeline.comparison.cell import Place, run_cell, traffic, training_rows, unseen_halves
+from fedsca_pipeline.data.arrays import SiteArrays
 from fedsca_pipeline.errors import DataError, FedscaError
-from fedsca_pipeline.federation.batches import plain_batches
-from fedsca_pipeline.federation.checkpoint import RoundRecord, SiteRecord
-from fedsca_pipeline.federation.fleet import POOLED, InProcessFleet
-from fedsca_pipeline.federation.local import LocalWorker
-from fedsca_pipeline.federation.scoring import score_batches
-from fedsca_pipeline.federation.store import SiteStore, Snapshot
-from fedsca_pipeline.sites.arrays import SiteArrays
+from fedsca_pipeline.evaluation.scoring import score_batches
+from fedsca_pipeline.federation.fleets.fleet import POOLED, InProcessFleet
+from fedsca_pipeline.federation.server.checkpoint import RoundRecord, SiteRecord
+from fedsca_pipeline.federation.site.batches import plain_batches
+from fedsca_pipeline.federation.site.store import SiteStore, Snapshot
+from fedsca_pipeline.federation.site.worker import LocalWorker
 
 
 class TestTrainingRows:

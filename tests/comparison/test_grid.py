@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedsca_pipeline.comparison.grid import Failed, RoundDone, Source, open_grid, run_grid
 from fedsca_pipeline.errors import DataError
-from fedsca_pipeline.federation.worker_pool import Died, Raised
+from fedsca_pipeline.federation.fleets.worker_pool import Died, Raised
 
 
 def test_a_cell_that_died_or_raised_has_failed_and_says_why(make_setting, grid) -> None:
@@ -57,7 +57,7 @@ def test_cells_run_side_by_side_and_tell_of_their_rounds(make_setting, make_site
 # In an interpreter of its own, and of memory mapped for the block: a heap may hold on to what another test has freed.
 TWO_BLOCKS = """
 import json, mmap
-from fedsca_pipeline.comparison.memory import PeakMemory
+from fedsca_pipeline.comparison.peak_memory import PeakMemory
 
 with PeakMemory() as first:
     with mmap.mmap(-1, 64 << 20) as block:

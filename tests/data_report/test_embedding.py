@@ -9,7 +9,7 @@ import torch
 
 from fedsca_pipeline.config import FoundationConfig
 from fedsca_pipeline.data_report.embedding import embed_images
-from fedsca_pipeline.foundation import load_foundation
+from fedsca_pipeline.model.foundation import load_foundation
 
 CPU = torch.device("cpu")
 MODEL = load_foundation(FoundationConfig(name="random"), Path(), image_size=64, classes=1)

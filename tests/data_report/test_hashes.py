@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fedsca_pipeline.config import DataReportConfig, NormaliseConfig
+from fedsca_pipeline.data.preprocessing.geometry import fit_image, normalise
 from fedsca_pipeline.data_report.hashes import BITS, Group, near_duplicates, perceptual_hash
-from fedsca_pipeline.sites.geometry import fit_image, normalise
 
 THRESHOLD = DataReportConfig().near_duplicate_bits
 

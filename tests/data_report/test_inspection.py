@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from fedsca_pipeline.config import DataReportConfig, PreprocessingConfig, SplitConfig
+from fedsca_pipeline.data.preprocessing.prepare import MANIFEST_DTYPES, prepare_site
 from fedsca_pipeline.data_report.across import across_sites
 from fedsca_pipeline.data_report.inspection import Inspection, inspect_site, subject_hash
 from fedsca_pipeline.data_report.page import render_site
-from fedsca_pipeline.sites.prepare import MANIFEST_DTYPES, prepare_site
 
 CONFIG = PreprocessingConfig(image_size=64, split=SplitConfig(validation=2, test=3))
 QUARANTINE = CONFIG.model_copy(update={"on_bad_sample": "quarantine"})

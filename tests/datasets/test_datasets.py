@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 from kedro.io import DatasetError
 
+from fedsca_pipeline.data.preprocessing.array_writer import ArraysWriter
 from fedsca_pipeline.datasets.catalog import ProjectCatalog
 from fedsca_pipeline.datasets.documents import AtomicJSONDataset
 from fedsca_pipeline.datasets.figures import AtomicMatplotlibDataset, AtomicPlotlyDataset
 from fedsca_pipeline.datasets.folders import FolderDataset, SiteArraysDataset
 from fedsca_pipeline.datasets.partitions import WholePartitionsDataset
 from fedsca_pipeline.datasets.tables import AtomicCSVDataset, PreviousCSVDataset
-from fedsca_pipeline.sites.array_writer import ArraysWriter
 
 
 def files_in(folder: Path) -> list[str]:

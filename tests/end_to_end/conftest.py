@@ -22,9 +22,9 @@ from deployed import SITES, Deployed
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from demo import LocalFederation, free_port
 from fedsca_pipeline.config import DemoSitesConfig
-from fedsca_pipeline.flower.demo import LocalFederation, free_port
-from fedsca_pipeline.sites.demo import write_demo_sites
+from fedsca_pipeline.data.demo.sites import write_demo_sites
 
 ROUNDS = 4
 

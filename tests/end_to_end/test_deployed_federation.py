@@ -21,10 +21,10 @@ import psutil
 import pytest
 from deployed import SITES, Deployed, in_process, same, until
 
+from demo import PROJECT
 from fedsca_pipeline.files import read_tensors
-from fedsca_pipeline.flower.audit import read_log
-from fedsca_pipeline.flower.demo import PROJECT
-from fedsca_pipeline.flower.engine import environment
+from fedsca_pipeline.flower.audit.log import read_log
+from fedsca_pipeline.flower.processes.engine import environment
 
 
 @pytest.mark.timeout(1800)

@@ -12,9 +12,9 @@ import pytest
 from deployed import SITES, Deployed, in_process, same, until
 from mlflow import MlflowClient
 
-from fedsca_pipeline.federation.vault import KEY, Vault
+from fedsca_pipeline.federation.site.privacy.ledger import KEY, Vault
 from fedsca_pipeline.files import read_json, read_tensors
-from fedsca_pipeline.flower.audit import read_log
+from fedsca_pipeline.flower.audit.log import read_log
 
 # Rounds of seconds, so that they can be broken off; messages as they are, so that they can be searched.
 PRIVATE = {

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 from deployed import until
 
-from fedsca_pipeline.flower import frames
-from fedsca_pipeline.flower.demo import PROJECT, LocalFederation, free_port
-from fedsca_pipeline.flower.engine import SITE_SOCKET, environment
-from fedsca_pipeline.flower.superlink import APP
+from demo import PROJECT, LocalFederation, free_port
+from fedsca_pipeline.flower.coordinator.superlink import APP
+from fedsca_pipeline.flower.messages import frames
+from fedsca_pipeline.flower.processes.engine import SITE_SOCKET, environment
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedsca_pipeline.flower.demo import LocalFederation, free_port
+from demo import LocalFederation, free_port
 
 # The command, with a worker that needs no torch. It has no coordinator: its SuperNode tries again and again.
 SITE = """
 import logging, signal, sys, threading
 from pathlib import Path
 from fedsca_pipeline.flower.config import read_site_config
-from fedsca_pipeline.flower.site import run_site
+from fedsca_pipeline.flower.site.command import run_site
 
 logging.basicConfig(level=logging.INFO)
 stopped = threading.Event()
@@ -105,7 +105,7 @@ def test_a_killed_command_leaves_no_process_and_can_be_started_again_at_once(sta
 DEMONSTRATION = """
 import sys, time
 from pathlib import Path
-from fedsca_pipeline.flower.demo import LocalFederation, free_port
+from demo import LocalFederation, free_port
 
 federation = LocalFederation(Path(sys.argv[1]), Path(sys.argv[2]), free_port(), free_port())
 federation.found(["a"])

@@ -9,8 +9,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from fedsca_pipeline.data.importers.layouts.fets2022 import MODALITIES
 from fedsca_pipeline.files import read_json
-from fedsca_pipeline.sites.importers.fets2022 import MODALITIES
 
 
 def polyps(folder: Path, images: int) -> Path:

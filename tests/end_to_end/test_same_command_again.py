@@ -39,7 +39,7 @@ def test_an_up_to_date_run_imports_nothing_heavy(used, rounds) -> None:
         line.rpartition("|")[2].strip() for line in again.output.splitlines() if line.startswith("import time:")
     }
     assert "up to date" in again.stdout
-    assert "fedsca_pipeline.hooks" in imported
+    assert "fedsca_pipeline.hooks.tracking" in imported
     assert not imported & {"pandas", "numpy", "sqlalchemy", "mlflow", "torch", "plotly", "matplotlib"}
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from fedsca_pipeline import load_site_model
-from fedsca_pipeline.evaluation.volumes import score_volume
+from fedsca_pipeline.metrics.volumes import score_volume
 
 from .conftest import Finished, Workplace
 

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from PIL import Image
 
 from fedsca_pipeline.flower.config import FlowerConfig
-from fedsca_pipeline.flower.fleet import FlowerFleet, LinkLost, Node, Reply
+from fedsca_pipeline.flower.coordinator.fleet import FlowerFleet, LinkLost, Node, Reply
 
 SITES = ("a", "b", "c")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from fedsca_pipeline.data.site_folder.discovery import DEMO_SITES
 from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.pipeline_registry import raw_folder, register_pipelines
-from fedsca_pipeline.sites.discovery import DEMO_SITES
 
 
 @pytest.fixture

@@ -21,10 +21,10 @@ import psutil
 import torch
 import yaml
 
-from fedsca_pipeline.federation.checkpoint import CheckpointFolder
+from demo import PROJECT, LocalFederation
+from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
 from fedsca_pipeline.files import read_tensors
-from fedsca_pipeline.flower import leash
-from fedsca_pipeline.flower.demo import PROJECT, LocalFederation
+from fedsca_pipeline.flower.processes import leash
 
 SITES = ("hospital_a", "hospital_b", "hospital_c")
 SMALL = {"foundation.name": "random", "preprocessing.image_size": 32, "adapters.width": 4, "run.threads": 1}

@@ -521,7 +521,7 @@ def main() -> None:
     seconds of the processor.
     """
     from fedsca_pipeline.config import PreprocessingConfig, SplitConfig
-    from fedsca_pipeline.sites.prepare import prepare_site
+    from fedsca_pipeline.data.preprocessing.prepare import prepare_site
 
     raw, scratch, outside = (Path(argument) for argument in sys.argv[1:4])
     config = PreprocessingConfig(image_size=32, on_bad_sample="quarantine", split=SplitConfig(validation=1, test=1))

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsca_pipeline.adapters.attach import attach_adapters, tensor_layout
-from fedsca_pipeline.comparison.memory import PeakMemory
+from fedsca_pipeline.comparison.peak_memory import PeakMemory
 from fedsca_pipeline.comparison.plan import THREADS, Cell
+from fedsca_pipeline.compute import deterministic, stream_seed
 from fedsca_pipeline.config import (
     AdaptersConfig,
     EvaluationConfig,
@@ -27,22 +27,22 @@ from fedsca_pipeline.config import (
     RunConfig,
     TrainingConfig,
 )
+from fedsca_pipeline.data.arrays import Arrays, PooledArrays, SiteArrays, known_classes, scored_classes
 from fedsca_pipeline.errors import DataError
-from fedsca_pipeline.evaluation.metrics import known_logits
-from fedsca_pipeline.federation.batches import Batch, plain_batches
-from fedsca_pipeline.federation.checkpoint import CheckpointFolder, RoundRecord
-from fedsca_pipeline.federation.devices import deterministic, stream_seed
-from fedsca_pipeline.federation.fleet import POOLED, InProcessFleet
-from fedsca_pipeline.federation.local import Forward, LocalSettings, LocalWorker, predictions, whole_model
-from fedsca_pipeline.federation.messages import TensorLayout, unflatten
-from fedsca_pipeline.federation.rounds import Server
-from fedsca_pipeline.federation.scoring import score_batches
-from fedsca_pipeline.federation.store import SiteStore
+from fedsca_pipeline.evaluation.scoring import score_batches
+from fedsca_pipeline.federation.fleets.fleet import POOLED, InProcessFleet
+from fedsca_pipeline.federation.messages.codec import TensorLayout, unflatten
+from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder, RoundRecord
+from fedsca_pipeline.federation.server.rounds import Server
+from fedsca_pipeline.federation.site.batches import Batch, plain_batches
+from fedsca_pipeline.federation.site.store import SiteStore
+from fedsca_pipeline.federation.site.worker import Forward, LocalSettings, LocalWorker, predictions, whole_model
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.federation.strategies.base import Strategy
 from fedsca_pipeline.files import remove_partial_files
-from fedsca_pipeline.foundation import load_foundation
-from fedsca_pipeline.sites.arrays import Arrays, PooledArrays, SiteArrays, known_classes, scored_classes
+from fedsca_pipeline.metrics.images import known_logits
+from fedsca_pipeline.model.adapters.attach import attach_adapters, tensor_layout
+from fedsca_pipeline.model.foundation import load_foundation
 
 Result = dict[str, Any]
 Told = Callable[[int, int], None]

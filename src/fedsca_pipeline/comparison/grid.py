@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from fedsca_pipeline.comparison.cell import Place, Result, run_cell
 from fedsca_pipeline.comparison.plan import Cell
+from fedsca_pipeline.data.arrays import SiteArrays
 from fedsca_pipeline.errors import FedscaError
-from fedsca_pipeline.federation.worker_pool import Died, Raised, WorkerPool
-from fedsca_pipeline.sites.arrays import SiteArrays
+from fedsca_pipeline.federation.fleets.worker_pool import Died, Raised, WorkerPool
 
 if TYPE_CHECKING:
     import pandas as pd

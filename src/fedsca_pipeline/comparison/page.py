@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from fedsca_pipeline.comparison.statistics import ALL_SITES
+from fedsca_pipeline.comparison.tables import render_markdown
 from fedsca_pipeline.config import ComparisonConfig
-from fedsca_pipeline.evaluation.comparison_tables import render_markdown
-from fedsca_pipeline.evaluation.statistics import ALL_SITES
 
 if TYPE_CHECKING:
     from fedsca_pipeline.comparison.plan import Method, Setting

@@ -20,10 +20,10 @@ from fedsca_pipeline.config import (
     MethodConfig,
 )
 from fedsca_pipeline.errors import ConfigError
+from fedsca_pipeline.federation.run import CHANGES_NO_NUMBER, CONFIGURATION
 from fedsca_pipeline.federation.strategies import STRATEGIES, build_strategy
 from fedsca_pipeline.federation.strategies.base import Strategy
 from fedsca_pipeline.files import fingerprint
-from fedsca_pipeline.runs import CHANGES_NO_NUMBER, CONFIGURATION
 
 Values = Mapping[str, Any]
 

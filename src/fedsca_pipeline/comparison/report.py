@@ -11,19 +11,19 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from fedsca_pipeline.comparison.page import Section, describe_versions, render_page
-from fedsca_pipeline.comparison.plan import Cell, Method, Setting, cells, unique
-from fedsca_pipeline.comparison.results import Frames, Result, frames
-from fedsca_pipeline.config import PreprocessingConfig
-from fedsca_pipeline.evaluation.comparison_figures import (
+from fedsca_pipeline.comparison.figures import (
     critical_difference,
     dice_against_bytes,
     learning_curves,
     similarity_matrix,
     site_boxes,
 )
-from fedsca_pipeline.evaluation.comparison_tables import method_table, render_html
-from fedsca_pipeline.evaluation.statistics import bootstrap, paired_tests
+from fedsca_pipeline.comparison.page import Section, describe_versions, render_page
+from fedsca_pipeline.comparison.plan import Cell, Method, Setting, cells, unique
+from fedsca_pipeline.comparison.results import Frames, Result, frames
+from fedsca_pipeline.comparison.statistics import bootstrap, paired_tests
+from fedsca_pipeline.comparison.tables import method_table, render_html
+from fedsca_pipeline.config import PreprocessingConfig
 
 _BYTES = ("bytes_up", "bytes_down", "bytes_to_95")
 _OTHER_CODE = " \N{DAGGER}"

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fedsca_pipeline.federation.devices import autocast
-from fedsca_pipeline.foundation import SegmentationModel
+from fedsca_pipeline.compute import autocast
+from fedsca_pipeline.model.foundation import SegmentationModel
 
 _BATCH = 8
 

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedsca_pipeline.config import DataReportConfig, PreprocessingConfig
+from fedsca_pipeline.data.importers.pseudonyms import SiteSource, open_site
+from fedsca_pipeline.data.preprocessing.prepare import settle, site_report
+from fedsca_pipeline.data.preprocessing.samples import Planes, Sample, read_samples
+from fedsca_pipeline.data.preprocessing.split import SPLITS
+from fedsca_pipeline.data.site_folder.pairing import Broken, Pair, pair_files
+from fedsca_pipeline.data.site_folder.site_file import SiteFile
 from fedsca_pipeline.data_report.hashes import Group, near_duplicates, perceptual_hash
 from fedsca_pipeline.errors import DataError
-from fedsca_pipeline.sites.pairing import Broken, Pair, pair_files
-from fedsca_pipeline.sites.prepare import settle, site_report
-from fedsca_pipeline.sites.pseudonyms import SiteSource, open_site
-from fedsca_pipeline.sites.samples import Planes, Sample, read_samples
-from fedsca_pipeline.sites.site_file import SiteFile
-from fedsca_pipeline.sites.split import SPLITS
 
 if TYPE_CHECKING:
     import pandas as pd

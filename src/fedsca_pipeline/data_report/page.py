@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from fedsca_pipeline.data.preprocessing.split import SPLITS
 from fedsca_pipeline.data_report.across import spacing
 from fedsca_pipeline.data_report.figures import histogram, site_map
 from fedsca_pipeline.data_report.inspection import Inspection, Picture
 from fedsca_pipeline.data_report.thumbnails import data_uri, outlined
 from fedsca_pipeline.evaluation.figures import CLASS_COLOURS
-from fedsca_pipeline.sites.split import SPLITS
 
 # Of a list that may be long; the JSON beside the page has all.
 _MOST_LISTED, _FEWER_LISTED = 200, 10

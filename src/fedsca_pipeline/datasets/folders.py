@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kedro.io import AbstractDataset, DatasetError
 
 if TYPE_CHECKING:
-    from fedsca_pipeline.sites.array_writer import ArraysFile
+    from fedsca_pipeline.data.preprocessing.array_writer import ArraysFile
 
 
 class FolderDataset(AbstractDataset[Any, Path]):

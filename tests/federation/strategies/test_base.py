@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from fedsca_pipeline.errors import NoValidSite, ResumeError
-from fedsca_pipeline.federation.messages import TensorLayout
+from fedsca_pipeline.federation.messages.codec import TensorLayout
 from fedsca_pipeline.federation.strategies import base, build_strategy
 from fedsca_pipeline.federation.strategies.base import (
     Replies,

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fedsca_pipeline.config import TrainingConfig
+from fedsca_pipeline.data.arrays import PooledArrays, SiteArrays
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.federation.fleet import POOLED, PooledData
+from fedsca_pipeline.federation.fleets.fleet import POOLED, PooledData
 from fedsca_pipeline.federation.strategies import STRATEGIES, build_strategy
-from fedsca_pipeline.sites.arrays import PooledArrays, SiteArrays
 
 ALLOWED = {"allow_pooling": True}
 

@@ -7,9 +7,9 @@ from itertools import islice
 import pytest
 import torch
 
+from fedsca_pipeline.data.arrays import known_classes
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.federation.strategies.base import Phase
-from fedsca_pipeline.sites.arrays import known_classes
 
 STEPS = 3
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedsca_pipeline.federation.messages import TensorLayout
+from fedsca_pipeline.federation.messages.codec import TensorLayout
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.federation.strategies.base import Replies, ServerState
 

@@ -8,8 +8,8 @@ import torch
 from fedsca_pipeline import load_site_model
 from fedsca_pipeline.config import AdaptersConfig, FoundationConfig, NormaliseConfig
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.foundation import prepare_foundation
-from fedsca_pipeline.site_model import ENCODER, discard_site_model, save_site_model
+from fedsca_pipeline.model.foundation import prepare_foundation
+from fedsca_pipeline.model.site_model import ENCODER, discard_site_model, save_site_model
 
 SIDE = 32
 LORA = AdaptersConfig(method="lora", options={"r": 2})

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedsca_pipeline.config import AdaptersConfig
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.federation.messages import TensorLayout
+from fedsca_pipeline.federation.messages.codec import TensorLayout
 from fedsca_pipeline.federation.strategies import STRATEGIES, build_strategy
 from fedsca_pipeline.federation.strategies.base import Replies, ServerState
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.federation.messages import TensorLayout
+from fedsca_pipeline.federation.messages.codec import TensorLayout
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.federation.strategies.base import Replies, ServerState
 from fedsca_pipeline.federation.strategies.merge import is_lora_b, lora_pairs, merge_products

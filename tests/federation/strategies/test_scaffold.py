@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsca_pipeline.federation.local import ignore_step
-from fedsca_pipeline.federation.messages import Manifest, TensorLayout, decode, encode, hash_tensors
-from fedsca_pipeline.federation.store import SiteStore
+from fedsca_pipeline.federation.messages.codec import Manifest, TensorLayout, decode, encode, hash_tensors
+from fedsca_pipeline.federation.site.store import SiteStore
+from fedsca_pipeline.federation.site.worker import ignore_step
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.federation.strategies.base import Phase, Replies, ServerState
 

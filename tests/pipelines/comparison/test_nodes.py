@@ -15,6 +15,7 @@ from fedsca_pipeline.comparison import grid as grids
 from fedsca_pipeline.comparison.plan import Cell, cells, resolve_methods
 from fedsca_pipeline.config import ComparisonConfig
 from fedsca_pipeline.errors import ConfigError
+from fedsca_pipeline.federation.run import CONFIGURATION
 from fedsca_pipeline.pipelines.comparison import nodes
 from fedsca_pipeline.pipelines.comparison.nodes import (
     check_comparison,
@@ -25,7 +26,6 @@ from fedsca_pipeline.pipelines.comparison.nodes import (
     run_cells,
     setting_of,
 )
-from fedsca_pipeline.runs import CONFIGURATION
 
 SITES = ("a", "b")
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from fedsca_pipeline.errors import ConfigError, NoValidSite, ResumeError
-from fedsca_pipeline.federation.messages import TensorLayout
+from fedsca_pipeline.federation.messages.codec import TensorLayout
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from fedsca_pipeline.federation.messages import TensorLayout
+from fedsca_pipeline.federation.messages.codec import TensorLayout
 from fedsca_pipeline.federation.strategies.base import LocalRule, Phase
 from fedsca_pipeline.federation.strategies.fedavg import FedAvg, FedAvgOptions
 from fedsca_pipeline.federation.strategies.fedprox import ProximalRule

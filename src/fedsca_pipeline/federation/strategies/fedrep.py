@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from fedsca_pipeline.federation.messages import TensorLayout
+from fedsca_pipeline.federation.messages.codec import TensorLayout
 from fedsca_pipeline.federation.strategies.base import Phase
 from fedsca_pipeline.federation.strategies.fedper import FedPer
 from fedsca_pipeline.federation.strategies.sharing import SharingOptions

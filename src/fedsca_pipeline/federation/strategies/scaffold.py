@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedsca_pipeline.federation.messages import TensorLayout
+from fedsca_pipeline.federation.messages.codec import TensorLayout
 from fedsca_pipeline.federation.strategies.base import Groups, LocalRule, Phase, Prior, Replies
 from fedsca_pipeline.federation.strategies.fedavg import FedAvg, FedAvgOptions
 from fedsca_pipeline.federation.strategies.sharing import PRIOR_HELP

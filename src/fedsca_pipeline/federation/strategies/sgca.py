@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedsca_pipeline.federation.messages import TensorLayout
+from fedsca_pipeline.federation.messages.codec import TensorLayout
 from fedsca_pipeline.federation.strategies.base import Groups, LocalRule, Masters, Replies, place, prior_weights
 from fedsca_pipeline.federation.strategies.fedprox import MU_HELP, ProximalRule
 from fedsca_pipeline.federation.strategies.sharing import (

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.federation.messages import TensorLayout
+from fedsca_pipeline.federation.messages.codec import TensorLayout
 from fedsca_pipeline.federation.strategies.base import Groups, Prior, Strategy, StrategyOptions
 from fedsca_pipeline.federation.strategies.merge import is_lora_b, lora_pairs, merge_products
 

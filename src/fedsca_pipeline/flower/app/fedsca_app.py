@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedsca_pipeline.flower.relay import app as server
-from fedsca_pipeline.flower.shim import app as site
+from fedsca_pipeline.flower.coordinator.relay import app as server
+from fedsca_pipeline.flower.site.shim import app as site
 
 __all__ = ["server", "site"]

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from fedsca_pipeline.config import ComparisonConfig
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.federation.fleet_kinds import available_cores
+from fedsca_pipeline.federation.fleets.registry import available_cores
+from fedsca_pipeline.federation.run import CONFIGURATION
 from fedsca_pipeline.pipelines.federated_training.nodes import data_version
-from fedsca_pipeline.runs import CONFIGURATION
 
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from fedsca_pipeline.comparison.grid import Source
     from fedsca_pipeline.comparison.plan import Cell, Setting
-    from fedsca_pipeline.federation.worker_pool import WorkerPool
-    from fedsca_pipeline.pipelines.comparison.progress import GridProgress
+    from fedsca_pipeline.federation.fleets.worker_pool import WorkerPool
+    from fedsca_pipeline.pipelines.progress.grid import GridProgress
 
 
 def plan_comparison(
@@ -156,7 +156,7 @@ class _Grid:
     def _open(self) -> tuple[WorkerPool, GridProgress]:
         if self._work is None:
             from fedsca_pipeline.comparison.grid import open_grid
-            from fedsca_pipeline.pipelines.comparison.progress import GridProgress
+            from fedsca_pipeline.pipelines.progress.grid import GridProgress
 
             progress = self._opened.enter_context(GridProgress())
             self._work = self._opened.enter_context(open_grid(self._source, self._jobs, progress.round_done)), progress
@@ -220,6 +220,6 @@ def read_known(cells: Sequence[Cell], folder: Path, *, same_code: bool) -> tuple
 @cache
 def _code_at_work() -> str:
     """The version of the code as this process has it, whatever becomes of the files while it runs."""
-    from fedsca_pipeline.runs import code_version
+    from fedsca_pipeline.federation.run import code_version
 
     return code_version()

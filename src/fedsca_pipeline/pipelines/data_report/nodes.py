@@ -93,7 +93,7 @@ def _features(
         return {}, "Not measured: data_report.embedding is false."
     if sum(len(found.embedded.images) > 0 for found in inspections) < 2:
         return {}, "Not measured: fewer than two sites have usable images."
-    from fedsca_pipeline.foundation import prepare_foundation
+    from fedsca_pipeline.model.foundation import prepare_foundation
 
     try:
         prepare_foundation(foundation, foundations)
@@ -104,10 +104,10 @@ def _features(
 
 
 def _embed(foundations: Path, run: RunConfig, foundation: FoundationConfig, inspections: Any) -> dict[str, np.ndarray]:
+    from fedsca_pipeline.compute import deterministic
     from fedsca_pipeline.data_report.embedding import embed_images
-    from fedsca_pipeline.federation.devices import deterministic
-    from fedsca_pipeline.foundation import load_foundation
-    from fedsca_pipeline.runs import resolve_threads
+    from fedsca_pipeline.federation.run import resolve_threads
+    from fedsca_pipeline.model.foundation import load_foundation
 
     usable: list[Inspection] = [found for found in inspections if len(found.embedded.images)]
     size = usable[0].embedded.images.shape[-1]

@@ -13,8 +13,8 @@ logger = logging.getLogger(__name__)
 
 def write_demo_sites(raw_sites: Path, config: DemoSitesConfig) -> dict[str, Any]:
     """Write the demonstration sites if ``raw_sites`` holds none; say what is there afterwards, aloud if it is they."""
-    from fedsca_pipeline.sites.demo import write_demo_sites
-    from fedsca_pipeline.sites.discovery import demonstration_sites, discover_sites
+    from fedsca_pipeline.data.demo.sites import write_demo_sites
+    from fedsca_pipeline.data.site_folder.discovery import demonstration_sites, discover_sites
 
     made = not discover_sites(raw_sites)
     summary = write_demo_sites(raw_sites, config)

@@ -12,9 +12,9 @@ from fedsca_pipeline.config import EvaluationConfig, FoundationConfig, Preproces
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fedsca_pipeline.foundation.model import SegmentationModel
-    from fedsca_pipeline.models_in_turn import ModelsInTurn
-    from fedsca_pipeline.sites.arrays import SiteArrays
+    from fedsca_pipeline.data.arrays import SiteArrays
+    from fedsca_pipeline.model.foundation.model import SegmentationModel
+    from fedsca_pipeline.model.in_turn import ModelsInTurn
 
 
 def score_site(
@@ -32,9 +32,9 @@ def score_site(
 
     A site that never answered has no model, and only its ``before``.
     """
-    from fedsca_pipeline.federation.devices import deterministic
-    from fedsca_pipeline.models_in_turn import ModelsInTurn
-    from fedsca_pipeline.runs import resolve_threads
+    from fedsca_pipeline.compute import deterministic
+    from fedsca_pipeline.federation.run import resolve_threads
+    from fedsca_pipeline.model.in_turn import ModelsInTurn
 
     with deterministic(run, resolve_threads(run.threads)) as device:
         in_turn = ModelsInTurn.load(foundation, foundations, preprocessing, device)
@@ -53,8 +53,8 @@ def score_images(
     """Score one site's test images on the network of ``in_turn``; as ``score_site``."""
     import pandas as pd
 
+    from fedsca_pipeline.data.arrays import SiteArrays
     from fedsca_pipeline.evaluation.tables import image_table
-    from fedsca_pipeline.sites.arrays import SiteArrays
 
     site = str(manifest["site"].iloc[0])
     data, kept = SiteArrays(arrays, manifest), site_models["sites"][site]
@@ -84,7 +84,7 @@ def draw_overlays(
     """Draw the best, median and worst test image of one site, as the chosen model (or the foundation) segments them."""
     import torch
 
-    from fedsca_pipeline.models_in_turn import ModelsInTurn
+    from fedsca_pipeline.model.in_turn import ModelsInTurn
 
     in_turn = ModelsInTurn.load(foundation, foundations, preprocessing, torch.device("cpu"))
     return draw_examples(in_turn, preprocessing, evaluation, scores, models, manifest, arrays)
@@ -100,8 +100,8 @@ def draw_examples(
     arrays: Path,
 ) -> Any:
     """Draw test images as the network of ``in_turn`` segments them; as ``draw_overlays``."""
+    from fedsca_pipeline.data.arrays import SiteArrays, scored_classes
     from fedsca_pipeline.evaluation.figures import choose_examples, overlays
-    from fedsca_pipeline.sites.arrays import SiteArrays, scored_classes
 
     data = SiteArrays(arrays, manifest)
     model = "chosen" if "chosen" in set(scores["model"]) else "before"
@@ -171,7 +171,7 @@ def draw_curves(description: dict[str, Any], round_metrics: Mapping[str, Any]) -
 
 def records_of(description: dict[str, Any], round_metrics: Mapping[str, Any]) -> list[Any]:
     """Return this run's round records in order; partitions of other runs are left alone."""
-    from fedsca_pipeline.federation.checkpoint import RoundRecord
+    from fedsca_pipeline.federation.server.checkpoint import RoundRecord
 
     mine = sorted(key for key in round_metrics if key.startswith(f"{description['fingerprint']}/"))
     return [RoundRecord.from_json(round_metrics[key]()) for key in mine]
@@ -221,10 +221,10 @@ def _mean_over_groups(weights: list[list[list[float]]]) -> Any:
 
 
 def _score(network: Any, data: SiteArrays, classes: int, evaluation: EvaluationConfig) -> list[dict[str, Any]]:
-    from fedsca_pipeline.federation.batches import plain_batches
-    from fedsca_pipeline.federation.local import whole_model
-    from fedsca_pipeline.federation.scoring import score_batches
-    from fedsca_pipeline.sites.arrays import known_classes, scored_classes
+    from fedsca_pipeline.data.arrays import known_classes, scored_classes
+    from fedsca_pipeline.evaluation.scoring import score_batches
+    from fedsca_pipeline.federation.site.batches import plain_batches
+    from fedsca_pipeline.federation.site.worker import whole_model
 
     return score_batches(
         network,
@@ -242,9 +242,9 @@ def _example(
 ) -> Any:
     import torch
 
+    from fedsca_pipeline.data.arrays import known_classes
     from fedsca_pipeline.evaluation.figures import OverlayExample
-    from fedsca_pipeline.evaluation.metrics import predict_masks, truth_masks
-    from fedsca_pipeline.sites.arrays import known_classes
+    from fedsca_pipeline.metrics.images import predict_masks, truth_masks
 
     known = known_classes(data, classes)
     row = data.rows("test")[data.names("test").index(name)]

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-    from fedsca_pipeline.foundation.model import SegmentationModel
-    from fedsca_pipeline.models_in_turn import ModelsInTurn
-    from fedsca_pipeline.sites.arrays import SiteArrays
-    from fedsca_pipeline.sites.labels import LabelRule
-    from fedsca_pipeline.sites.slices import VolumeSlices
+    from fedsca_pipeline.data.arrays import SiteArrays
+    from fedsca_pipeline.data.preprocessing.labels import LabelRule
+    from fedsca_pipeline.data.preprocessing.slices import VolumeSlices
+    from fedsca_pipeline.model.foundation.model import SegmentationModel
+    from fedsca_pipeline.model.in_turn import ModelsInTurn
 
 
 def score_volumes(
@@ -38,9 +38,9 @@ def score_volumes(
 
     What the chosen model makes of them is written to ``predictions/<site>/<stem>.nii.gz``; nothing else stays there.
     """
-    from fedsca_pipeline.federation.devices import deterministic
-    from fedsca_pipeline.models_in_turn import ModelsInTurn
-    from fedsca_pipeline.runs import resolve_threads
+    from fedsca_pipeline.compute import deterministic
+    from fedsca_pipeline.federation.run import resolve_threads
+    from fedsca_pipeline.model.in_turn import ModelsInTurn
 
     with deterministic(run, resolve_threads(run.threads)) as device:
         in_turn = ModelsInTurn.load(foundation, foundations, preprocessing, device)
@@ -65,10 +65,10 @@ def score_test_volumes(
     """Score one site's test volumes on the network of ``in_turn``; as ``score_volumes``."""
     import pandas as pd
 
+    from fedsca_pipeline.data.arrays import SiteArrays
+    from fedsca_pipeline.data.importers.pseudonyms import readable_folder
+    from fedsca_pipeline.data.site_folder.site_file import read_site_file
     from fedsca_pipeline.evaluation.volume_tables import volume_table
-    from fedsca_pipeline.sites.arrays import SiteArrays
-    from fedsca_pipeline.sites.pseudonyms import readable_folder
-    from fedsca_pipeline.sites.site_file import read_site_file
 
     site = str(manifest["site"].iloc[0])
     kept = site_models["sites"][site]
@@ -118,7 +118,7 @@ class _TestVolumes:
         preprocessing: PreprocessingConfig,
         evaluation: EvaluationConfig,
     ) -> None:
-        from fedsca_pipeline.sites.arrays import known_classes, scored_classes
+        from fedsca_pipeline.data.arrays import known_classes, scored_classes
 
         rows = manifest[(manifest["split"] == "test") & (manifest["volume"] != "")].drop_duplicates("volume")
         self._files = rows.set_index("volume")[["image", "mask"]].to_dict("index")
@@ -128,9 +128,9 @@ class _TestVolumes:
 
     def score(self, network: SegmentationModel, kept: Path | None) -> dict[str, list[dict[str, Any]]]:
         """Return the scores of each volume; write what was predicted into the folder ``kept``, if there is one."""
-        from fedsca_pipeline.evaluation.volumes import score_volume
-        from fedsca_pipeline.site_model import segment_slices
-        from fedsca_pipeline.sites.volumes import write_nifti
+        from fedsca_pipeline.data.readers.volumes import write_nifti
+        from fedsca_pipeline.metrics.volumes import score_volume
+        from fedsca_pipeline.model.site_model import segment_slices
 
         found = {}
         for stem, files in self._files.items():
@@ -158,11 +158,11 @@ class _TestVolumes:
                 file.unlink()
 
     def _read(self, files: dict[str, str]) -> tuple[VolumeSlices, np.ndarray]:
+        from fedsca_pipeline.data.preprocessing.labels import read_volume_classes
+        from fedsca_pipeline.data.preprocessing.slices import VolumeSlices
+        from fedsca_pipeline.data.readers.images import BrokenSampleError
+        from fedsca_pipeline.data.readers.volumes import read_volume
         from fedsca_pipeline.errors import DataError
-        from fedsca_pipeline.sites.labels import read_volume_classes
-        from fedsca_pipeline.sites.readers import BrokenSampleError
-        from fedsca_pipeline.sites.slices import VolumeSlices
-        from fedsca_pipeline.sites.volumes import read_volume
 
         config = self._preprocessing
         try:

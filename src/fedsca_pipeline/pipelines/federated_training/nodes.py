@@ -17,20 +17,20 @@ from fedsca_pipeline.config import (
     RunConfig,
     TrainingConfig,
 )
-from fedsca_pipeline.federation.fleet_kinds import FLEETS, open_fleet, site_threads
-from fedsca_pipeline.runs import CHANGES_NO_NUMBER, CONFIGURATION, describe_run, finish_run, open_run
+from fedsca_pipeline.federation.fleets.registry import FLEETS, open_fleet, site_threads
+from fedsca_pipeline.federation.run import CHANGES_NO_NUMBER, CONFIGURATION, describe_run, finish_run, open_run
 
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedsca_pipeline.federation.fleet import Fleet, SiteData
-    from fedsca_pipeline.federation.messages import TensorLayout
+    from fedsca_pipeline.federation.fleets.fleet import Fleet, SiteData
+    from fedsca_pipeline.federation.messages.codec import TensorLayout
+    from fedsca_pipeline.federation.run import RunFolder
     from fedsca_pipeline.federation.strategies.base import Strategy
-    from fedsca_pipeline.foundation.model import SegmentationModel
-    from fedsca_pipeline.pipelines.federated_training.progress import RoundProgress
-    from fedsca_pipeline.runs import RunFolder
+    from fedsca_pipeline.model.foundation.model import SegmentationModel
+    from fedsca_pipeline.pipelines.progress.rounds import RoundProgress
 
 GENERAL_NOTE = (
     "General model (docs/method.md): the mean of all sites' shared tensors beside the foundation's own decoder and "
@@ -95,11 +95,11 @@ def train(
     ``site_inputs`` alternate manifest and arrays, a pair a site.
     """
     FLEETS[federation.fleet].start_early()
-    from fedsca_pipeline.federation.devices import deterministic
-    from fedsca_pipeline.federation.fleet import LocalSites, PooledData
-    from fedsca_pipeline.federation.local import LocalSettings
+    from fedsca_pipeline.compute import deterministic
+    from fedsca_pipeline.federation.fleets.fleet import LocalSites, PooledData
+    from fedsca_pipeline.federation.site.worker import LocalSettings
     from fedsca_pipeline.federation.strategies import build_strategy
-    from fedsca_pipeline.pipelines.federated_training.progress import RoundProgress
+    from fedsca_pipeline.pipelines.progress.rounds import RoundProgress
 
     folder = open_run(checkpoints, description, force=force)
     data = _site_data(site_inputs)
@@ -149,8 +149,8 @@ def serve(
 
     ``samples`` are the sites' training images, where they are known.
     """
-    from fedsca_pipeline.federation.checkpoint import CheckpointFolder
-    from fedsca_pipeline.federation.rounds import Server
+    from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
+    from fedsca_pipeline.federation.server.rounds import Server
 
     server = Server(
         fleet,
@@ -219,13 +219,13 @@ def write_site_models(
     ``model`` may have been trained: all that ``strategy`` trains is written over. ``start`` is what that was in the
     beginning.
     """
-    from fedsca_pipeline.federation.checkpoint import CheckpointFolder
-    from fedsca_pipeline.federation.fleet import POOLED
-    from fedsca_pipeline.federation.messages import unflatten
-    from fedsca_pipeline.federation.store import SiteStore, Snapshot
-    from fedsca_pipeline.runs import RunFolder
-    from fedsca_pipeline.site_model import GENERAL_MODEL, discard_site_model, save_site_model
-    from fedsca_pipeline.sites.arrays import known_in
+    from fedsca_pipeline.data.arrays import known_in
+    from fedsca_pipeline.federation.fleets.fleet import POOLED
+    from fedsca_pipeline.federation.messages.codec import unflatten
+    from fedsca_pipeline.federation.run import RunFolder
+    from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
+    from fedsca_pipeline.federation.site.store import SiteStore, Snapshot
+    from fedsca_pipeline.model.site_model import GENERAL_MODEL, discard_site_model, save_site_model
 
     folder = RunFolder(checkpoints, description["fingerprint"])
     known = {str(manifest["site"].iloc[0]): known_in(manifest, preprocessing.classes) for manifest in manifests}
@@ -280,7 +280,7 @@ def write_site_models(
 
 
 def _site_data(site_inputs: tuple[Any, ...]) -> SiteData:
-    from fedsca_pipeline.federation.fleet import SiteData
+    from fedsca_pipeline.federation.fleets.fleet import SiteData
 
     pairs = zip(site_inputs[::2], site_inputs[1::2], strict=True)
     return SiteData({str(manifest["site"].iloc[0]): (path, manifest) for manifest, path in pairs})
@@ -296,8 +296,8 @@ def build_trainable(
     foundation: FoundationConfig, adapters: AdaptersConfig, foundations: Path, preprocessing: PreprocessingConfig
 ) -> tuple[SegmentationModel, TensorLayout]:
     """Return the foundation with adapters attached, on the CPU, and the places of its tensors."""
-    from fedsca_pipeline.adapters.attach import attach_adapters, tensor_layout
-    from fedsca_pipeline.foundation import load_foundation
+    from fedsca_pipeline.model.adapters.attach import attach_adapters, tensor_layout
+    from fedsca_pipeline.model.foundation import load_foundation
 
     model = load_foundation(foundation, foundations, image_size=preprocessing.image_size, classes=preprocessing.classes)
     attach_adapters(model, adapters)

@@ -10,7 +10,7 @@ from fedsca_pipeline.config import PreprocessingConfig
 from fedsca_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedsca_pipeline.sites.importers.layout import Importer
+    from fedsca_pipeline.data.importers.layout import Importer
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +29,13 @@ def import_sites(
 
     Raises:
         ConfigError: importer or source is not named, or there is no such importer.
-        DataError: see ``fedsca_pipeline.sites.importers.write``.
+        DataError: see ``fedsca_pipeline.data.importers.write``.
     """
     from rich.progress import Progress
 
-    from fedsca_pipeline.sites.discovery import demonstration_sites
-    from fedsca_pipeline.sites.importers import find_importer, importer_names
-    from fedsca_pipeline.sites.importers.write import import_sites
+    from fedsca_pipeline.data.importers import find_importer, importer_names
+    from fedsca_pipeline.data.importers.write import import_sites
+    from fedsca_pipeline.data.site_folder.discovery import demonstration_sites
 
     if importer is None or source is None:
         raise ConfigError(
@@ -64,7 +64,7 @@ def _tell(layout: Importer, summary: dict[str, Any], demonstration: list[str]) -
     """Say what came and what did not, and what to set for it to be trained."""
     from rich.console import Console
 
-    from fedsca_pipeline.sites.pairing import Broken, by_fault
+    from fedsca_pipeline.data.site_folder.pairing import Broken, by_fault
 
     for site, found in summary.items():
         logger.info(

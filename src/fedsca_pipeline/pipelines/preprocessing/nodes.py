@@ -24,9 +24,9 @@ def prepare_for(site: str) -> Callable[..., tuple[Any, Any, dict[str, Any]]]:
         preprocessing: PreprocessingConfig,
         run: RunConfig,
     ) -> tuple[Any, Any, dict[str, Any]]:
+        from fedsca_pipeline.data.preprocessing.prepare import prepare_site
+        from fedsca_pipeline.data.site_folder.pairing import Broken, by_fault
         from fedsca_pipeline.files import remove_partial_files
-        from fedsca_pipeline.sites.pairing import Broken, by_fault
-        from fedsca_pipeline.sites.prepare import prepare_site
 
         # What a killed command left of this site may be as large as all its arrays.
         remove_partial_files(model_input, f"{site}.*")

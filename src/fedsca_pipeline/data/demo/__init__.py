@@ -1,0 +1,1 @@
+"""Phantom hospitals, written when there is no raw data."""

@@ -1,0 +1,217 @@
+"""What an importer is: patterns that say which files of a source are images of which site, and how they are read.
+
+A pattern is a path relative to the source with ``{placeholders}``: ``{site}/images/{stem}.png``. A placeholder stands
+for one or more characters within one name, and for the same characters wherever it comes again; ``*`` stands for any
+characters within a name, ``**/`` for any folders. ``[ab]`` and ``?`` are those characters themselves. Suffixes match in
+small and capital letters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from fedsca_pipeline.data.importers.masks import Label
+from fedsca_pipeline.data.importers.pictures import Picture, read_picture
+from fedsca_pipeline.data.importers.tables import visible_files
+from fedsca_pipeline.data.readers.images import split_name
+from fedsca_pipeline.errors import ConfigError, DataError
+
+_TOKEN = re.compile(r"\{(\w*)\}|(\*\*/)|(\*)")
+
+
+Watch = Callable[[Sequence[Path]], Iterable[Path]]
+"""Passes files on one by one, and may show how far that is: ``rich.progress.track`` is one, and so is ``iter``."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The files of one image and those that make its mask, all below the source.
+
+    No mask file is an image without foreground, unless ``fault``, a reason and a cure, says why it cannot be used.
+    ``item`` is the row or frame of files that hold many images. ``label`` reads the mask where it is not the
+    importer's that does.
+    """
+
+    site: str
+    stem: str
+    subject: str
+    images: tuple[Path, ...]
+    masks: tuple[Path, ...]
+    fault: tuple[str, str] | None = None
+    item: int | None = None
+    label: Label | None = None
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """One way in which images and masks lie in a source.
+
+    ``site``, ``stem`` and ``subject`` are made of the placeholders of ``images``; those of ``masks`` have the values
+    that they have there. ``site`` may be a plain word. A mask may be missing only with ``empty_without_mask``, and is
+    made of several files only with ``joined``. An image that several patterns match is taken by the first that has
+    its mask.
+    """
+
+    images: str
+    masks: str
+    site: str = "{site}"
+    stem: str = "{stem}"
+    subject: str = "{stem}"
+    joined: bool = False
+    empty_without_mask: bool = False
+    label: Label | None = None
+
+    def __post_init__(self) -> None:
+        known = _placeholders(self.images)
+        for name in ("site", "stem", "subject"):
+            if unknown := _placeholders(getattr(self, name)) - known:
+                raise ConfigError(
+                    f"{self.images}: {name} is made of {{{min(unknown)}}}, which images does not have; "
+                    f"it has {', '.join(sorted(known)) or 'none'}"
+                )
+
+
+@dataclass(frozen=True)
+class Importer:
+    """A published layout.
+
+    ``label`` turns the files of one mask, and their image, into uint8 classes, 0 background (``labels.py``);
+    ``classes`` names them from 1 on. ``refine`` says of the samples that the patterns found, and the source, what a
+    table in it knows better: sites, subjects, several images in one file. ``read`` is for images that are not a file
+    each; it may do without a label. ``regroup`` may give an image another site once it is read. ``options`` are the
+    keys of ``import_options``, from which, and the source, ``configure`` makes the importer; where it opens the
+    source's files for that, it goes through them by ``watch``. ``merged`` makes one class of all. ``modalities`` names
+    those of the fourth axis, where volumes have one. ``discreet``: names of files may name patients, so that messages
+    call an image by its stem.
+    """
+
+    title: str
+    licence: str
+    classes: tuple[str, ...]
+    patterns: tuple[Patterns, ...]
+    label: Label | None = None
+    refine: Callable[[Path, list[Sample]], Iterable[Sample]] | None = None
+    read: Callable[[Sample, Label | None], Picture] = read_picture
+    regroup: Callable[[np.ndarray], str] | None = None
+    options: tuple[str, ...] = ()
+    configure: Callable[[Path, Mapping[str, str], Watch], Importer] | None = None
+    merged: bool = False
+    modalities: tuple[str, ...] = ()
+    discreet: bool = False
+
+    def merge(self, name: str) -> Importer:
+        """Return an importer whose one class ``name`` is all that is not background."""
+        return replace(self, classes=(name,), merged=True)
+
+    def picture(self, sample: Sample) -> Picture:
+        """Read a sample.
+
+        Raises:
+            UnusableError: a file of it, and what is wrong with that.
+        """
+        picture = self.read(sample, sample.label or self.label)
+        return replace(picture, mask=(picture.mask > 0).astype(np.uint8)) if self.merged else picture
+
+    def find(self, source: Path) -> list[Sample]:
+        """Return the samples below ``source``, by site and stem.
+
+        Raises:
+            DataError: there is none, or a table in the source cannot be used.
+        """
+        samples = _samples(source, self.patterns)
+        if samples and self.refine is not None:
+            samples = list(self.refine(source, samples))
+        if not samples:
+            wanted = "; ".join(pattern.images for pattern in self.patterns)
+            raise DataError(f"{source}: holds nothing of the layout of {self.title} ({wanted}); there {_there(source)}")
+        return sorted(samples, key=lambda sample: (sample.site, sample.stem))
+
+
+def match_files(names: Iterable[str], pattern: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield those of the names (POSIX paths) that match, each with the values of the pattern's placeholders.
+
+    Raises:
+        ConfigError: the pattern has a placeholder without a name.
+    """
+    compiled = re.compile(_expression(pattern), re.DOTALL)
+    for name in names:
+        if match := compiled.fullmatch(name):
+            yield name, match.groupdict()
+
+
+def _there(source: Path) -> str:
+    """Say what files a source has, by suffix alone: names may name patients."""
+    suffixes = Counter(split_name(path.name)[1] for path in visible_files(source))
+    listed = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in suffixes.most_common(5))
+    return f"are other files ({listed})" if listed else "is no file"
+
+
+def _samples(source: Path, patterns: Iterable[Patterns]) -> list[Sample]:
+    names = sorted(path.relative_to(source).as_posix() for path in visible_files(source))
+    found: dict[tuple[Path, ...], Sample] = {}
+    for pattern in patterns:
+        for sample in _of_pattern(source, names, pattern):
+            if sample.images not in found or (found[sample.images].fault and not sample.fault):
+                found[sample.images] = sample
+    return list(found.values())
+
+
+def _of_pattern(source: Path, names: Iterable[str], pattern: Patterns) -> Iterator[Sample]:
+    shared = sorted(_placeholders(pattern.images) & _placeholders(pattern.masks))
+    masks: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for name, values in match_files(names, pattern.masks):
+        masks[tuple(values[key] for key in shared)].append(name)
+    taken = {name for found in masks.values() for name in found}
+    for name, values in match_files(names, pattern.images):
+        # A pattern such as {stem}.png for images matches {stem}_mask.png, too.
+        if name in taken:
+            continue
+        own = masks.get(tuple(values[key] for key in shared), [])
+        fault = None
+        if len(own) > 1 and not pattern.joined:
+            fault = f"{len(own)} masks: {', '.join(own[:3])}", "keep one, or say by the layout which is whose"
+        elif not own and not pattern.empty_without_mask:
+            fault = f"no mask as {pattern.masks}", "add it, or take the image away"
+        yield Sample(
+            _filled(pattern.site, values),
+            _filled(pattern.stem, values),
+            _filled(pattern.subject, values),
+            (source / name,),
+            tuple(source / mask for mask in own),
+            fault,
+            label=pattern.label,
+        )
+
+
+def _filled(name: str, values: Mapping[str, str]) -> str:
+    return re.sub(r"\{(\w+)\}", lambda token: values[token[1]], name)
+
+
+def _placeholders(pattern: str) -> set[str]:
+    return {match[1] for match in _TOKEN.finditer(pattern) if match[1]}
+
+
+def _expression(pattern: str) -> str:
+    parts, end, seen = [], 0, set()
+    for token in _TOKEN.finditer(pattern):
+        parts.append(re.escape(pattern[end : token.start()]))
+        name, folders, _ = token.groups()
+        if folders:
+            parts.append("(?:[^/]+/)*")
+        elif name is None:
+            parts.append("[^/]*")
+        elif not name:
+            raise ConfigError(f"{pattern}: a placeholder without a name; write for instance {{stem}}")
+        else:
+            parts.append(f"(?P={name})" if name in seen else f"(?P<{name}>[^/]+?)")
+            seen.add(name)
+        end = token.end()
+    # A suffix is one only behind something.
+    rest, suffix = split_name(f"*{pattern[end:]}")
+    return "".join([*parts, re.escape(rest[1:]), f"(?i:{re.escape(suffix)})"])

@@ -1,0 +1,209 @@
+"""From mask files as published to classes. Each function makes what ``Importer.label`` wants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from fedsca_pipeline.data.preprocessing.labels import colour_of, listed, look_up, number_of, packed
+from fedsca_pipeline.data.readers.images import LOSSY, BrokenSampleError, read_image, read_mask, split_name
+from fedsca_pipeline.data.readers.volumes import Volume, read_volume_mask
+
+Image = np.ndarray | Volume
+"""[H, W] or [H, W, 3], or a volume."""
+
+Label = Callable[[tuple[Path, ...], Image], np.ndarray]
+"""Mask files and their image to uint8 classes of its shape, without channels; 0 background. No file gives zeros."""
+
+Outlines = Callable[[Path], Iterable[tuple[str, np.ndarray]]]
+"""A file to the names and corners, float [N, 2] of x and y in pixels, of what is outlined in it."""
+
+
+def from_files(read: Callable[[Path, Image], np.ndarray]) -> Label:
+    """Return a label of what ``read`` makes of each file and the image, uint8 classes; several files are joined.
+
+    Where they overlap, the higher class is the one inside (a cup in its disc).
+    """
+
+    def label(paths: tuple[Path, ...], image: Image) -> np.ndarray:
+        mask = _nothing(image)
+        for path in paths:
+            mask = np.maximum(mask, _at_shape(read(path, image), mask.shape))
+        return mask
+
+    return label
+
+
+def two_values() -> Label:
+    """Foreground is what is at least half the type's largest value, in the mean of the channels.
+
+    For masks that JPEG compression has blurred, and those whose values are 0 and 1 in one file and 0 and 255 in the
+    next: where no value is above 1, all above 0 is foreground. One that holds nothing but low values, 2 and more,
+    numbers classes or objects, and is refused. Several files are joined. A volume's mask has one value beside 0.
+    """
+    return from_files(lambda path, image: _one_value(path, image) if _solid(image) else _black_or_white(path))
+
+
+def coloured() -> Label:
+    """Foreground is where any channel is at least half the type's largest value: kinds painted in colours on black."""
+    return from_files(lambda path, _: _upper_half(_brightest(read_image(path))))
+
+
+def objects() -> Label:
+    """Foreground is all but 0, background: masks that number their objects. Several files are joined."""
+    return from_files(lambda path, image: (_numbers(path, image) > 0).astype(np.uint8))
+
+
+def seen_values(classes: Mapping[int, int]) -> Label:
+    """The grey value as seen, a palette resolved and equal colour channels taken as one, is a key of ``classes``."""
+
+    def read(path: Path, image: Image) -> np.ndarray:
+        return to_classes(_numbers(path, image) if _solid(image) else _one_channel(read_image(path)), classes)
+
+    return from_files(read)
+
+
+def stored_values(classes: Mapping[int, int]) -> Label:
+    """The number as stored, an index where there is a palette, is a key of ``classes``."""
+    return from_files(lambda path, image: to_classes(_numbers(path, image), classes))
+
+
+def colours(classes: Mapping[str, int]) -> Label:
+    """The colour ``#rrggbb``, of 8 bit channels, is a key of ``classes``; black is background if it is not named."""
+    named = {0: 0, **{number_of(colour): number for colour, number in classes.items()}}
+    return from_files(lambda path, _: to_classes(packed(read_image(path)), named, write=colour_of))
+
+
+def file_a_class(endings: Mapping[str, int]) -> Label:
+    """Each class has a file of its own, told by how its name ends, in which it is the upper half of the range.
+
+    A mask lacks no class's file: one that shows none of it is there, and empty.
+    """
+
+    half = from_files(lambda path, _: _upper_half(_grey(read_image(path))))
+
+    def label(paths: tuple[Path, ...], image: Image) -> np.ndarray:
+        mask = _nothing(image)
+        for ending, number in endings.items():
+            own = [path for path in paths if path.name.endswith(ending)]
+            if not own:
+                raise BrokenSampleError(f"its mask *{ending} is missing", "add it, or take the image away")
+            mask = np.maximum(mask, half(tuple(own), image) * np.uint8(number))
+        return mask
+
+    return label
+
+
+def polygons(outlines: Outlines, classes: Mapping[str, int]) -> Label:
+    """Filled outlines, whose names, whatever their case, are keys of ``classes``; 0 is not drawn.
+
+    Where they overlap, the higher class is on top.
+    """
+
+    def label(paths: tuple[Path, ...], image: Image) -> np.ndarray:
+        from skimage.draw import polygon
+
+        mask = _nothing(image)
+        for path in paths:
+            for name, corners in outlines(path):
+                number = classes.get(name.strip().lower())
+                if number is None:
+                    raise BrokenSampleError(
+                        f"an outline named {name!r} means nothing in this layout, which has {', '.join(classes)}",
+                        "look whether the file is of this data set",
+                    )
+                if not np.isfinite(corners).all():
+                    raise BrokenSampleError(f"an outline of {name} with corners that are no numbers", "mend the file")
+                if number:
+                    inside = polygon(corners[:, 1], corners[:, 0], mask.shape)
+                    mask[inside] = np.maximum(mask[inside], number)
+        return mask
+
+    return label
+
+
+def to_classes(values: np.ndarray, classes: Mapping[int, int], write: Callable[[int], str] = str) -> np.ndarray:
+    """Return uint8 classes for whole numbers, all of which must be keys of ``classes``.
+
+    Raises:
+        BrokenSampleError: some are not; the message lists them as ``write`` does.
+    """
+    mask, unknown = look_up(values, classes)
+    if unknown:
+        raise BrokenSampleError(
+            f"mask values {listed(unknown, write)} mean nothing in this layout, which has "
+            f"{', '.join(map(write, sorted(classes)))}",
+            "look whether the file is a mask of this data set",
+        )
+    return mask
+
+
+def _solid(image: Image) -> bool:
+    return isinstance(image, Volume)
+
+
+def _nothing(image: Image) -> np.ndarray:
+    return np.zeros(image.shape if isinstance(image, Volume) else image.shape[:2], np.uint8)
+
+
+def _numbers(path: Path, image: Image) -> np.ndarray:
+    return read_volume_mask(path, image) if isinstance(image, Volume) else read_mask(path)
+
+
+def _one_value(path: Path, image: Image) -> np.ndarray:
+    numbers = _numbers(path, image)
+    if len(values := np.unique(numbers[numbers != 0])) > 1:
+        raise BrokenSampleError(
+            f"mask values {', '.join(map(str, values[:5]))} where one beside 0 was expected",
+            "say by values in a layout file which is which class",
+        )
+    return (numbers != 0).astype(np.uint8)
+
+
+def _black_or_white(path: Path) -> np.ndarray:
+    grey = _grey(read_image(path))
+    mask = _upper_half(grey)
+    # What compression makes of a black mask is dark, too.
+    if not mask.any() and grey.any() and split_name(path.name)[1] not in LOSSY:
+        values = np.unique(grey[grey > 0])
+        raise BrokenSampleError(
+            f"mask values {listed(values.tolist(), str)}, the largest below half of what its type can hold: numbers of "
+            "classes or objects",
+            "say in a layout file, by values or objects, what they mean",
+        )
+    return mask
+
+
+def _at_shape(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if mask.shape != shape:
+        raise BrokenSampleError(
+            f"the mask is {_times(mask.shape)}, its image {_times(shape)}", "export both at one size and orientation"
+        )
+    return mask
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _upper_half(grey: np.ndarray) -> np.ndarray:
+    full = np.iinfo(grey.dtype).max if np.issubdtype(grey.dtype, np.integer) else 1.0
+    return (grey > 0 if grey.max() <= 1 else grey >= 0.5 * full).astype(np.uint8)
+
+
+def _grey(pixels: np.ndarray) -> np.ndarray:
+    return pixels if pixels.ndim == 2 else np.rint(pixels.mean(axis=2)).astype(pixels.dtype)
+
+
+def _brightest(pixels: np.ndarray) -> np.ndarray:
+    return pixels if pixels.ndim == 2 else pixels.max(axis=2)
+
+
+def _one_channel(pixels: np.ndarray) -> np.ndarray:
+    if pixels.ndim == 2:
+        return pixels
+    if (pixels != pixels[..., :1]).any():
+        raise BrokenSampleError("a coloured mask where grey values were expected", "name its colours in a layout file")
+    return pixels[..., 0]

@@ -1,0 +1,1 @@
+"""From a site folder to validated, split and cached arrays."""

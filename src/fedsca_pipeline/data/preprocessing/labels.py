@@ -1,0 +1,184 @@
+"""What the pixels of a mask mean: numbers, colours or two sides of a threshold, to classes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fedsca_pipeline.data.preprocessing.geometry import ByteCounts
+from fedsca_pipeline.data.readers.images import BrokenSampleError, read_image, read_mask, refuse_lossy_mask
+from fedsca_pipeline.data.readers.volumes import Volume, read_volume_mask
+
+_COLOUR = re.compile(r"#[0-9a-f]{6}")
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class LabelRule:
+    """How a site's masks are to be read; without anything, values are classes, and 255 beside nothing but 0 is 1.
+
+    ``numbers``: value or palette index to class; numbers that are not named stay as they are. ``colours``: ``#rrggbb``
+    to class; where there are any, RGB and palette masks are read by colour, and black is background if it is not named.
+    ``threshold``: class 1 from this grey value on, and nothing else matters.
+    """
+
+    numbers: Mapping[int, int] = field(default_factory=dict)
+    colours: Mapping[str, int] = field(default_factory=dict)
+    threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class Tally:
+    """The different integers of an array, rising, and how often each occurs."""
+
+    values: np.ndarray
+    often: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Tally:
+        """Count integers of any shape; there is at least one."""
+        ends = np.array(sorted({values.min(), values.max()}))
+        often = occurrences(values, ends)
+        # Most masks show one class; a look at every value takes several times as long.
+        if often.sum() == values.size:
+            return cls(ends, often)
+        if values.dtype != np.uint8:
+            return cls(*np.unique(values, return_counts=True))
+        # A table of 256 is much faster than sorting.
+        counts = ByteCounts.of([values.reshape(len(values), -1)])
+        return cls(counts.values, counts.counts[counts.values])
+
+    def most_frequent_first(self) -> list[int]:
+        """Return the values in the order of their number, the smaller first of equally frequent ones."""
+        return self.values[np.argsort(-self.often, kind="stable")].tolist()
+
+
+def read_classes(
+    path: Path, rule: LabelRule, classes: int, image: Path | None = None
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Read a mask file, that of the file ``image``, as classes.
+
+    Returns:
+        uint8 [H, W] of 0 = background, 1..``classes``; and what was applied: value, colour or threshold to class.
+
+    Raises:
+        BrokenSampleError: the file cannot be read as a mask, or a value or colour in it has no class in 0..``classes``.
+    """
+    if rule.threshold is not None:
+        return by_threshold(read_image(path), rule.threshold)
+    if rule.colours:
+        refuse_lossy_mask(path)
+        pixels = read_image(path)
+        if pixels.ndim == 3 or not rule.numbers:
+            return by_colour(pixels, rule.colours, classes)
+    return by_number(read_mask(path, image), rule.numbers, classes)
+
+
+def read_volume_classes(path: Path, image: Volume, rule: LabelRule, classes: int) -> tuple[np.ndarray, dict[str, int]]:
+    """Read the mask of a volume as classes uint8 [X, Y, Z], as ``read_classes`` does that of a flat image.
+
+    Raises:
+        BrokenSampleError: as ``volumes.read_volume_mask``, or a value has no class in 0..``classes``.
+    """
+    values = read_volume_mask(path, image)
+    if rule.threshold is None:
+        return by_number(values, rule.numbers, classes)
+    mask, applied = by_threshold(values.reshape(len(values), -1), rule.threshold)
+    return mask.reshape(values.shape), applied
+
+
+def by_number(values: np.ndarray, numbers: Mapping[int, int], classes: int) -> tuple[np.ndarray, dict[str, int]]:
+    """Map integers, of any shape, to classes; see ``LabelRule.numbers`` and ``read_classes``."""
+    applied, tally = dict(numbers), Tally.of(values)
+    if not applied and {255} <= set(tally.values.tolist()) <= {0, 255}:
+        applied = {255: 1}
+    meant = {**{number: number for number in range(classes + 1)}, **applied}
+    mask, unknown = look_up(values, {value: number for value, number in meant.items() if number <= classes}, tally)
+    if unknown:
+        raise BrokenSampleError(
+            f"unknown label value {listed(unknown, str)} (classes are 0..{classes})",
+            "name it under label_map in the site's site.yml, or raise preprocessing.classes",
+        )
+    return mask, {str(value): number for value, number in applied.items()}
+
+
+def by_colour(pixels: np.ndarray, colours: Mapping[str, int], classes: int) -> tuple[np.ndarray, dict[str, int]]:
+    """Map uint8 [H, W, 3], or [H, W] of grey, to classes; see ``LabelRule.colours`` and ``read_classes``."""
+    meant = {"#000000": 0, **colours}
+    mask, unknown = look_up(
+        packed(pixels), {number_of(colour): number for colour, number in meant.items() if number <= classes}
+    )
+    if unknown:
+        raise BrokenSampleError(
+            f"unknown label colour {listed(unknown, colour_of)} (classes are 0..{classes})",
+            f"name it under label_map in the site's site.yml, as '{colour_of(unknown[0])}': <class>, or raise "
+            "preprocessing.classes; colours in between two others come from smooth edges: export without them",
+        )
+    return mask, dict(colours)
+
+
+def by_threshold(pixels: np.ndarray, threshold: float) -> tuple[np.ndarray, dict[str, int]]:
+    """Class 1 where [H, W], or the mean of the channels of [H, W, 3], is at least ``threshold``, else background."""
+    grey = pixels if pixels.ndim == 2 else pixels.mean(axis=2)
+    return (grey >= threshold).astype(np.uint8), {f">={threshold:g}": 1}
+
+
+def look_up(values: np.ndarray, classes: Mapping[int, int], tally: Tally | None = None) -> tuple[np.ndarray, list[int]]:
+    """Replace integers by their classes; ``tally`` is theirs, where it has been taken already.
+
+    Returns:
+        uint8 of the same shape, and the values that ``classes`` does not name, the most frequent first; these are 0.
+    """
+    tally = tally or Tally.of(values)
+    # A look-up by index is eight bytes a pixel, which a volume has not to spare, and for few values it takes longer.
+    mask = np.zeros(values.shape, np.uint8)
+    there = tally.values.tolist()
+    for value in there:
+        if number := classes.get(value):
+            np.copyto(mask, number, where=values == value)
+    named = classes.keys() >= set(there)
+    return mask, [] if named else [value for value in tally.most_frequent_first() if value not in classes]
+
+
+def occurrences(values: np.ndarray, of: Iterable[int]) -> np.ndarray:
+    """Return how often each of some integers occurs in an array of any shape, int64."""
+    return np.array([np.count_nonzero(values == value) for value in of], np.int64)
+
+
+def packed(pixels: np.ndarray) -> np.ndarray:
+    """Make one number of each colour, 0xRRGGBB: uint8 [..., H, W, 3], or [H, W] of grey, to int64 [..., H, W].
+
+    Raises:
+        BrokenSampleError: channels of more than 8 bit.
+    """
+    if pixels.dtype != np.uint8:
+        raise BrokenSampleError(f"a colour mask of {pixels.dtype}", "save it with 8 bit a channel")
+    red, green, blue = (pixels,) * 3 if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
+    return (red.astype(np.int64) << 16) | (green.astype(np.int64) << 8) | blue
+
+
+def number_of(colour: str) -> int:
+    """Return 0xRRGGBB of ``#rrggbb``.
+
+    Raises:
+        ValueError: it is not written so.
+    """
+    if not _COLOUR.fullmatch(colour.lower()):
+        raise ValueError(f"{colour!r} is not a colour; write '#rrggbb', in quotes")
+    return int(colour[1:], 16)
+
+
+def colour_of(number: int) -> str:
+    """Return ``#rrggbb`` of 0xRRGGBB."""
+    return f"#{number:06x}"
+
+
+def listed(values: Iterable[int], write: Callable[[int], str]) -> str:
+    """Name the first few values, and how many there are beyond."""
+    names = [write(value) for value in values]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

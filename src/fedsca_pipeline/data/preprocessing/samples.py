@@ -1,0 +1,226 @@
+"""An image file and its mask as rows of the arrays: a flat image is one row, a volume one row a slice."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsca_pipeline.config import PreprocessingConfig
+from fedsca_pipeline.data.preprocessing.geometry import ByteCounts, Channels, fit_mask, normalise_and_fit
+from fedsca_pipeline.data.preprocessing.labels import LabelRule, occurrences, read_classes, read_volume_classes
+from fedsca_pipeline.data.preprocessing.slices import VolumeSlices
+from fedsca_pipeline.data.readers.images import BrokenSampleError, read_image
+from fedsca_pipeline.data.readers.volumes import is_volume, read_volume
+from fedsca_pipeline.data.site_folder.pairing import Broken, Pair
+from fedsca_pipeline.data.site_folder.site_file import HiddenSiteFile, SiteFile
+from fedsca_pipeline.files import sha256_path
+
+# Raw values kept of an image: over a site's images they are thousands.
+_VALUES = 64
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A usable image file and its mask, without their pixels.
+
+    ``original`` is height and width, ``fitted`` those in the arrays, ``intensity`` raw extremes, ``values`` a few raw
+    values from all over the image, float32. ``class_pixels`` counts raw pixels of the classes 0..K; ``planes`` are
+    those of 1..K that each resized slice of the mask shows, a flat image being one. ``spacing`` of a volume is mm from
+    slice to slice, row to row and column to column.
+    """
+
+    pair: Pair
+    subject: str
+    label_map: dict[str, int]
+    sha256: str
+    mask_sha256: str
+    pixels: bytes
+    """Digest of the decoded image: a copy saved in another format is a copy too."""
+    original: tuple[int, int]
+    fitted: tuple[int, int]
+    intensity: tuple[float, float]
+    values: np.ndarray
+    kind: str
+    class_pixels: np.ndarray
+    planes: tuple[tuple[int, ...], ...]
+    warnings: list[str]
+    spacing: tuple[float, float, float] | None = None
+
+    @property
+    def is_volume(self) -> bool:
+        """Whether the file is a volume."""
+        return self.spacing is not None
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """The classes, of 1..K, that the resized mask shows, sorted."""
+        return tuple(sorted({label for plane in self.planes for label in plane}))
+
+
+Planes = Iterable[tuple[np.ndarray, np.ndarray]]
+"""What a sample is in the arrays: image uint8 [3, h, w] and mask uint8 [h, w] of each of its rows."""
+
+
+def read_samples(
+    folder: Path, pairs: Sequence[Pair], site_file: SiteFile, config: PreprocessingConfig, broken: list[Broken]
+) -> Iterator[tuple[Sample, Planes]]:
+    """Yield the usable samples, one at a time, with what they are in the arrays; list the others in ``broken``.
+
+    Planes are made when they are asked for, from the image in memory: ask for them before the next sample.
+    """
+    for pair in pairs:
+        outcome = _read(folder, site_file, config, pair)
+        if isinstance(outcome, Broken):
+            broken.append(outcome)
+        else:
+            yield outcome
+
+
+def _read(folder: Path, site_file: SiteFile, config: PreprocessingConfig, pair: Pair) -> tuple[Sample, Planes] | Broken:
+    file, files = pair.image, (folder / pair.image, folder / pair.mask)
+    try:
+        subject = site_file.subject(pair.stem)
+        kind = _VOLUME if is_volume(pair.image) else _FLAT
+        image = kind.read_image(files[0], config)
+        file = pair.mask
+        if is_volume(pair.mask) != is_volume(pair.image):
+            raise BrokenSampleError(
+                f"of {pair.image} and its mask one is a volume, one is flat",
+                "export both as volumes, or both slice by slice",
+            )
+        mask, label_map = kind.read_mask(*files, image, site_file.label_rule, config.classes)
+        if not config.allow_empty_masks and not mask.any():
+            raise BrokenSampleError("empty mask", "label it, or set preprocessing.allow_empty_masks: true")
+        described = {
+            "pair": pair,
+            "subject": subject,
+            "label_map": label_map,
+            "sha256": sha256_path(files[0]),
+            "mask_sha256": sha256_path(files[1]),
+            "class_pixels": occurrences(mask, range(config.classes + 1)),
+        }
+        return kind.sample(image, mask, described, config)
+    except BrokenSampleError as error:
+        hidden = isinstance(site_file, HiddenSiteFile)
+        reason = error.unquoted if hidden else _within(folder, error.reason)
+        return Broken.of(file, BrokenSampleError(reason, error.cure))
+
+
+def _within(folder: Path, reason: str) -> str:
+    """Return what a library says of a file without where that lies: the report is read elsewhere, too."""
+    return reason.replace(f"{folder}{os.sep}", "").replace(f"{repr(str(folder))[1:-1]}{os.sep}", "")
+
+
+def _flat_image(path: Path, _config: PreprocessingConfig) -> np.ndarray:
+    return read_image(path)
+
+
+def _flat_mask(
+    file: Path, path: Path, image: np.ndarray, rule: LabelRule, classes: int
+) -> tuple[np.ndarray, dict[str, int]]:
+    mask, label_map = read_classes(path, rule, classes, file)
+    if image.shape[:2] != mask.shape:
+        raise BrokenSampleError(
+            f"is {mask.shape[0]} x {mask.shape[1]} pixels (rows x columns), its image upright is "
+            f"{image.shape[0]} x {image.shape[1]}",
+            "export both at one size and orientation",
+        )
+    return mask, label_map
+
+
+def _flat_sample(
+    image: np.ndarray, mask: np.ndarray, described: Mapping[str, Any], config: PreprocessingConfig
+) -> tuple[Sample, Planes]:
+    channels = Channels.of(image)
+    levels, warnings = normalise_and_fit(channels, config.normalise, config.image_size)
+    small = fit_mask(mask, config.image_size)
+    occurring = [np.flatnonzero(described["class_pixels"]).tolist()] if small is mask else _occurring([small])
+    sample = Sample(
+        **described,
+        pixels=_digest(image, channels.distinct),
+        intensity=channels.extremes,
+        values=_scattered(image),
+        kind=f"{image.dtype} {'grey' if image.ndim == 2 else 'RGB'}",
+        original=(int(mask.shape[0]), int(mask.shape[1])),
+        fitted=(int(small.shape[0]), int(small.shape[1])),
+        warnings=warnings + _lost(described["class_pixels"], occurring, config.image_size),
+        planes=_shown(occurring),
+    )
+    return sample, [(levels, small)]
+
+
+def _slices(path: Path, config: PreprocessingConfig) -> VolumeSlices:
+    return VolumeSlices(read_volume(path), config.volume, config.normalise, config.image_size)
+
+
+def _volume_mask(
+    _file: Path, path: Path, slices: VolumeSlices, rule: LabelRule, classes: int
+) -> tuple[np.ndarray, dict[str, int]]:
+    return read_volume_classes(path, slices.volume, rule, classes)
+
+
+def _volume_sample(
+    slices: VolumeSlices, mask: np.ndarray, described: Mapping[str, Any], config: PreprocessingConfig
+) -> tuple[Sample, Planes]:
+    voxels, small = slices.volume.voxels, slices.masks(mask)
+    occurring = _occurring(small)
+    modalities = f" of {voxels.shape[3]} modalities" if voxels.ndim == 4 else ""
+    sample = Sample(
+        **described,
+        pixels=_digest(voxels, voxels),
+        intensity=(float(voxels.min()), float(voxels.max())),
+        values=_scattered(voxels),
+        kind=f"{voxels.dtype} volume{modalities}",
+        original=slices.size,
+        fitted=(int(small[0].shape[0]), int(small[0].shape[1])),
+        warnings=slices.warnings + _lost(described["class_pixels"], occurring, config.image_size),
+        planes=_shown(occurring),
+        spacing=slices.spacing,
+    )
+    return sample, ((slices.image(index), small[index]) for index in range(len(slices)))
+
+
+def _digest(image: np.ndarray, values: np.ndarray) -> bytes:
+    """Identify a decoded image by shape, type and those of its values that tell it."""
+    digest = hashlib.sha256(f"{image.shape}{image.dtype}".encode())
+    digest.update(np.ascontiguousarray(values).data)
+    return digest.digest()
+
+
+def _scattered(image: np.ndarray) -> np.ndarray:
+    return image.flat[np.linspace(0, image.size - 1, _VALUES).astype(np.int64)].astype(np.float32)
+
+
+def _occurring(small: Iterable[np.ndarray]) -> list[list[int]]:
+    return [ByteCounts.of([plane]).values.tolist() for plane in small]
+
+
+def _shown(occurring: Iterable[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(label for label in labels if label) for labels in occurring)
+
+
+def _lost(class_pixels: np.ndarray, occurring: Iterable[Sequence[int]], side: int) -> list[str]:
+    lost = sorted(set(np.flatnonzero(class_pixels).tolist()).difference(*occurring))
+    return [f"its mask loses class {', '.join(map(str, lost))} at {side} pixels"] if lost else []
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How flat images, or volumes, are read: the image, its mask as classes on its grid, and both as a sample.
+
+    ``read_mask`` is given both files, and the image as ``read_image`` gave it.
+    """
+
+    read_image: Callable[[Path, PreprocessingConfig], Any]
+    read_mask: Callable[[Path, Path, Any, LabelRule, int], tuple[np.ndarray, dict[str, int]]]
+    sample: Callable[[Any, np.ndarray, Mapping[str, Any], PreprocessingConfig], tuple[Sample, Planes]]
+
+
+_FLAT = _Kind(_flat_image, _flat_mask, _flat_sample)
+_VOLUME = _Kind(_slices, _volume_mask, _volume_sample)

@@ -1,0 +1,1 @@
+"""Image and volume files to arrays, one module per kind of file."""

@@ -1,0 +1,653 @@
+"""DICOM files to arrays: frames, series and multi-frame files, and segmentations (SEG) on the grid of their image.
+
+pydicom decodes, through its plug-ins, and highdicom knows where frames lie. No value of a data set ever gets into an
+error, a warning or a log line from here: any of them may name the patient.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import struct
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedsca_pipeline.data.readers.images import COPY_AGAIN, MAX_PIXELS, UNREADABLE, BrokenSampleError
+from fedsca_pipeline.data.readers.volumes import Volume, check_voxels
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+    from pydicom.uid import UID
+
+
+@dataclass(frozen=True)
+class DicomHeader:
+    """What a file says of itself before its pixels; ``patient`` is issuer and PatientID, empty where it names none."""
+
+    patient: str
+    frames: int
+
+
+def read_header(path: Path) -> DicomHeader | None:
+    """Read what pairing and grouping need; None where the file is no DICOM file that can be read."""
+    try:
+        with _discreet():
+            header = _dataset(path, pixels=False)
+            return DicomHeader(_patient(header), _frames(header))
+    except BrokenSampleError:
+        return None
+
+
+@dataclass(frozen=True)
+class Relations:
+    """What a file says of itself and of which others it belongs to.
+
+    ``patient`` is issuer and PatientID, empty where it names none; ``instance`` and ``series`` are its own identifiers.
+    ``placed`` tells whether its one frame has a position in space. Of a segmentation ``segments`` are the labels by
+    number, and ``sources`` the identifiers of the series and instances that it was drawn on; of others they are empty.
+    """
+
+    patient: str
+    instance: str
+    series: str
+    is_image: bool
+    frames: int
+    placed: bool
+    segments: Mapping[int, str]
+    sources: frozenset[str]
+
+
+def read_relations(path: Path) -> Relations:
+    """Read what grouping the files of an export needs; no pixels are decoded.
+
+    Raises:
+        BrokenSampleError: the file cannot be read as DICOM.
+    """
+    with _discreet():
+        header = _dataset(path, pixels=False)
+        is_segmentation = header.get("SOPClassUID") in _SEGMENTATIONS
+        series = header.get("ReferencedSeriesSequence") or () if is_segmentation else ()
+        instances = (item for one in series for item in one.get("ReferencedInstanceSequence") or ())
+        return Relations(
+            _patient(header),
+            str(header.SOPInstanceUID),
+            str(header.SeriesInstanceUID),
+            bool(header.get("Rows")) and not is_segmentation,
+            _frames(header),
+            "ImagePositionPatient" in header and "ImageOrientationPatient" in header,
+            _segment_labels(header) if is_segmentation else {},
+            frozenset(
+                {str(one.SeriesInstanceUID) for one in series}
+                | {str(item.ReferencedSOPInstanceUID) for item in instances}
+            ),
+        )
+
+
+def read_frame(path: Path) -> np.ndarray:
+    """Read a file of one frame: grey [H, W] or RGB [H, W, 3].
+
+    Grey values are rescaled (slope and intercept, or the file's modality table) to floats, and MONOCHROME1, where the
+    lowest value is white, is inverted over the range that its bits can hold. Grey without a rescale keeps its integers.
+    Palettes and YBR become RGB.
+
+    Raises:
+        BrokenSampleError: unreadable, no image, of several frames, cut off, larger than ``MAX_PIXELS``, or marked as
+            showing annotations burned into its pixels.
+    """
+    with _discreet():
+        dataset = _image(path, pixels=True)
+        if _frames(dataset) > 1:
+            raise BrokenSampleError("a file of several frames", "read it as a volume")
+        return _values(_frame(dataset), dataset, dataset)
+
+
+def read_series(folder: Path) -> Volume:
+    """Read a folder of single-frame files of one series as ``read_series_files`` does. Hidden files are passed over.
+
+    Raises:
+        BrokenSampleError: as there; the folder is empty, or holds a folder or a link that leads out of it.
+    """
+    with _discreet():
+        return read_series_files(_files_of(folder))
+
+
+def read_series_files(files: Sequence[Path]) -> Volume:
+    """Read the single-frame files of one series: voxels [X, Y, Z] = [column, row, slice].
+
+    Values are those of ``read_frame``, in grey. Slices are sorted by where they lie along their normal, whatever the
+    files are called.
+
+    Raises:
+        BrokenSampleError: a file is as in ``read_frame``; the files are of several series, sizes, orientations or
+            frames of reference, in colour or without a position; slices are missing, doubled or unevenly spaced.
+    """
+    with _discreet():
+        headers = [_numbered(index, file, pixels=False) for index, file in enumerate(files)]
+        _check_one_series(headers)
+        rows, columns = _size(headers[0])
+        check_voxels((columns, rows, len(headers)))
+        order, affine = _stack([_plane(header) for header in headers], headers[0])
+        # Slice after slice in memory, as they come: each is written in one piece.
+        slices = np.empty((len(headers), rows, columns), np.result_type(*map(_kind, headers)))
+        for place, index in enumerate(order):
+            dataset = _numbered(index, files[index], pixels=True)
+            slices[place] = _values(_frame(dataset), dataset, dataset)
+        return Volume(slices.T, affine, _frame_of_reference(headers[0]))
+
+
+def read_multiframe(path: Path) -> Volume:
+    """Read a file whose frames lie evenly in space: voxels [X, Y, Z] = [column, row, slice]; it may be one alone.
+
+    Raises:
+        BrokenSampleError: as of ``read_series``; frames without a position (a film) are none of a volume.
+    """
+    with _discreet():
+        dataset = _image(path, pixels=True)
+        count = _frames(dataset)
+        rows, columns = _size(dataset)
+        _check_grey(dataset)
+        check_voxels((columns, rows, count))
+        if count == 1 and "PerFrameFunctionalGroupsSequence" not in dataset:
+            return _volume_of_one(dataset)
+        if "PerFrameFunctionalGroupsSequence" not in dataset:
+            raise BrokenSampleError(
+                f"{count} frames without positions in space, as a film has",
+                "save each frame as an image of its own, with a mask of its own",
+            )
+        planes = [_plane(dataset, frame) for frame in range(count)]
+        order, affine = _stack(planes, dataset)
+        rescales = [_rescale(dataset, frame) for frame in range(count)]
+        slices = np.empty((count, rows, columns), np.result_type(*(_kind(dataset, item) for item in rescales)))
+        places = {index: place for place, index in enumerate(order)}
+        for index, stored in enumerate(_decoded(dataset)):
+            slices[places[index]] = _values(stored, dataset, rescales[index])
+        return Volume(slices.T, affine, _frame_of_reference(dataset))
+
+
+def read_segmentation(path: Path, image: Volume, values: Mapping[int, int] | None = None) -> Volume:
+    """Read a DICOM SEG on the grid of ``image``: uint16 [X, Y, Z], a voxel's value is the number of its segment.
+
+    ``values`` has other values for segments, by number; those that it does not name become 0. Frames are laid where
+    they lie in space, so order, orientation and left-out empty frames do not matter. Where segments overlap the higher
+    value wins.
+
+    Raises:
+        BrokenSampleError: unreadable, no SEG, fractional, of another frame of reference, or not on the image's grid.
+    """
+    with _discreet():
+        labels = _SegmentationFrames(path, values)
+        labels.check_reference(image.frame_of_reference)
+        voxels = np.zeros(image.shape, np.uint16)
+        to_index = np.linalg.inv(image.affine)
+        for frame in range(len(labels)):
+            _lay(voxels, labels.labels(frame), to_index @ labels.affine(frame))
+        return Volume(voxels, image.affine, image.frame_of_reference)
+
+
+def read_frame_segmentation(path: Path, image: Path, values: Mapping[int, int] | None = None) -> np.ndarray:
+    """Read the DICOM SEG of a single frame: uint16 [H, W], as ``read_segmentation``.
+
+    Where the image has a position, so have its segments, and those that lie elsewhere are left out. Where it has none
+    (ultrasound, endoscopy), the SEG must name it as its source and have its size.
+
+    Raises:
+        BrokenSampleError: as of ``read_segmentation``, or the SEG is of another image.
+    """
+    with _discreet():
+        header = _image(image, pixels=False)
+        rows, columns = _size(header)
+        labels = _SegmentationFrames(path, values)
+        if "ImagePositionPatient" in header and "ImageOrientationPatient" in header:
+            labels.check_reference(header.get("FrameOfReferenceUID"))
+            _, affine = _stack([_plane(header)], header)
+            to_index = np.linalg.inv(affine)
+            voxels = np.zeros((columns, rows, 1), np.uint16)
+            for frame in range(len(labels)):
+                _lay(voxels, labels.labels(frame), to_index @ labels.affine(frame), elsewhere="left out")
+            return voxels[:, :, 0].T
+        labels.check_source(header.get("SOPInstanceUID"))
+        found = np.zeros((rows, columns), np.uint16)
+        for frame in range(len(labels)):
+            pixels = labels.labels(frame)
+            if pixels.shape != found.shape:
+                raise BrokenSampleError(
+                    f"is {pixels.shape[0]} x {pixels.shape[1]} pixels, its image is {rows} x {columns}",
+                    "export the segmentation on the image's grid",
+                )
+            np.maximum(found, pixels, out=found)
+        return found
+
+
+class _SegmentationFrames:
+    """The frames of a SEG file, read one at a time."""
+
+    def __init__(self, path: Path, values: Mapping[int, int] | None = None) -> None:
+        from highdicom.seg import SegmentationTypeValues, segread
+
+        header = _dataset(path, pixels=False)
+        if header.get("SOPClassUID") not in _SEGMENTATIONS:
+            raise BrokenSampleError(
+                "a DICOM mask that is no segmentation (SEG)", "export the mask as DICOM SEG, NIfTI or PNG"
+            )
+        if header.get("SegmentationType") == SegmentationTypeValues.FRACTIONAL.value:
+            raise BrokenSampleError("a fractional segmentation", "export it as binary or as a label map")
+        rows, columns = _size(header)
+        check_voxels((rows, columns))
+        self._label_map = header.get("SegmentationType") == SegmentationTypeValues.LABELMAP.value
+        self._seg = segread(path)
+        self._shape = (rows, columns)
+        self._values = np.arange(2**16, dtype=np.uint16)
+        if values is not None:
+            self._values[:] = 0
+            self._values[list(values)] = list(values.values())
+
+    def __len__(self) -> int:
+        return int(self._seg.number_of_frames)
+
+    def labels(self, frame: int) -> np.ndarray:
+        """Return the values of a frame's segments, uint16 [H, W], 0 where there is none."""
+        stored = self._seg.get_stored_frame(frame, as_index=True)
+        if stored.shape != self._shape:
+            raise ValueError("a frame of another size than the header says")
+        if self._label_map:
+            return self._values[stored]
+        return (stored != 0).astype(np.uint16) * self._values[self._segment_number(frame)]
+
+    def affine(self, frame: int) -> np.ndarray:
+        """Return what takes (column, row, 0, 1) of a frame to mm, RAS+."""
+        return _plane(self._seg, frame)
+
+    def check_reference(self, frame_of_reference: object) -> None:
+        """Refuse a frame of reference that is another than the image's, where both name theirs."""
+        own = self._seg.get("FrameOfReferenceUID")
+        if own and frame_of_reference and str(own) != str(frame_of_reference):
+            raise BrokenSampleError(
+                "lies in another frame of reference than its image", "export the segmentation of this very image"
+            )
+
+    def check_source(self, instance: object) -> None:
+        """Refuse a segmentation that was not drawn on this instance, or on others too."""
+        if {str(uid) for _, _, uid in self._seg.get_source_image_uids()} != {str(instance)}:
+            raise BrokenSampleError(
+                "was not drawn on its image alone", "export the segmentation of this very image, one file an image"
+            )
+
+    def _segment_number(self, frame: int) -> int:
+        groups = (self._seg.PerFrameFunctionalGroupsSequence[frame], *self._seg.SharedFunctionalGroupsSequence)
+        found = [group.SegmentIdentificationSequence[0] for group in groups if "SegmentIdentificationSequence" in group]
+        return int(found[0].ReferencedSegmentNumber)
+
+
+def _lay(voxels: np.ndarray, labels: np.ndarray, to_index: np.ndarray, elsewhere: str = "refused") -> None:
+    """Put a frame's labels [H, W] where ``to_index``, of (column, row, 0, 1), says; the higher label stays."""
+    rows, columns = np.nonzero(labels)
+    if not len(rows):
+        return
+    exact = to_index[:3] @ np.stack([columns, rows, np.zeros_like(rows), np.ones_like(rows)])
+    places = np.rint(exact).astype(np.int64)
+    limits = np.array(voxels.shape)[:, None]
+    beyond = ((places < 0) | (places >= limits)).any(axis=0)
+    if elsewhere == "left out":
+        exact, places, rows, columns = exact[:, ~beyond], places[:, ~beyond], rows[~beyond], columns[~beyond]
+    if (elsewhere == "refused" and beyond.any()) or (np.abs(exact - places) > _OFF_GRID).any():
+        raise BrokenSampleError(
+            "does not lie on its image's grid", "export the segmentation on the image's grid, of this very image"
+        )
+    np.maximum.at(voxels, tuple(places), labels[rows, columns])
+
+
+def _volume_of_one(dataset: Dataset) -> Volume:
+    _, affine = _stack([_plane(dataset)], dataset)
+    values = _values(_frame(dataset), dataset, dataset)
+    return Volume(values.T[..., None], affine, _frame_of_reference(dataset))
+
+
+def _frame_of_reference(dataset: Dataset) -> str | None:
+    return str(dataset.get("FrameOfReferenceUID") or "") or None
+
+
+def _stack(planes: Sequence[np.ndarray], header: Dataset) -> tuple[list[int], np.ndarray]:
+    """Return the order of planes along their normal, and what takes (column, row, place in order, 1) to mm, RAS+."""
+    from highdicom.spatial import get_volume_positions
+
+    first = planes[0]
+    steps = np.linalg.norm(first[:3, :2], axis=0)
+    if any(np.abs(plane[:3, :2] - first[:3, :2]).max() > _TURNED * steps.min() for plane in planes):
+        raise BrokenSampleError(
+            "slices of several orientations or pixel spacings", "keep one stack of slices in the folder"
+        )
+    affine = first.copy()
+    if len(planes) == 1:
+        affine[:3, 2] = _normal(first) * _thickness(header)
+        return [0], affine
+    spacing, _ = get_volume_positions(
+        image_positions=[plane[:3, 3] for plane in planes],
+        image_orientation=[*(first[:3, 0] / steps[0]), *(first[:3, 1] / steps[1])],
+    )
+    if spacing is None:
+        raise _uneven(planes)
+    order = sorted(range(len(planes)), key=lambda index: float(planes[index][:3, 3] @ _normal(first)))
+    affine[:3, 3] = planes[order[0]][:3, 3]
+    affine[:3, 2] = (planes[order[-1]][:3, 3] - planes[order[0]][:3, 3]) / (len(planes) - 1)
+    return order, affine
+
+
+def _uneven(planes: Sequence[np.ndarray]) -> BrokenSampleError:
+    heights = np.sort([plane[:3, 3] @ _normal(plane) for plane in planes])
+    steps = np.diff(heights)
+    usual = float(np.quantile(steps, 0.5, method="lower"))
+    if (steps < _SAME_PLACE).any():
+        return BrokenSampleError(
+            "several slices at one position (copies, time points or echoes)", "keep one slice of each position"
+        )
+    if steps.max() > _GAP * usual:
+        return BrokenSampleError(
+            f"slices are missing: {usual:.3g} mm apart elsewhere, {steps.max():.3g} mm at the widest gap",
+            "export the whole series",
+        )
+    if steps.max() > (1 + _UNEVEN) * steps.min():
+        return BrokenSampleError(
+            f"unevenly spaced slices, {steps.min():.3g} to {steps.max():.3g} mm apart",
+            "resample the series to one spacing",
+        )
+    return BrokenSampleError(
+        "slices that are not stacked at a right angle (a tilted gantry)", "resample the series to a straight stack"
+    )
+
+
+def _plane(dataset: Dataset, frame: int | None = None) -> np.ndarray:
+    """Return what takes (column, row, 0, 1) of a frame, counted from 0, to mm, RAS+."""
+    from highdicom.spatial import PixelToReferenceTransformer
+
+    if frame is None and not {"ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"} <= set(dataset.dir()):
+        raise BrokenSampleError(
+            "has no position, orientation or pixel spacing", "export the series with its geometry, or as PNG images"
+        )
+    number = None if frame is None else frame + 1
+    affine = np.array(PixelToReferenceTransformer.for_image(dataset, frame_number=number).affine, np.float64)
+    if not np.isfinite(affine).all() or not (np.linalg.norm(affine[:3, :2], axis=0) > 0).all():
+        raise BrokenSampleError("has no usable geometry", "export it again with spacing and orientation")
+    return _LPS_TO_RAS @ affine
+
+
+def _normal(plane: np.ndarray) -> np.ndarray:
+    normal = np.cross(plane[:3, 0], plane[:3, 1])
+    return normal / np.linalg.norm(normal)
+
+
+def _thickness(header: Dataset) -> float:
+    """Return mm from one slice to the next, of a slice that has none; 1 where the file does not say."""
+    stated = (header.get("SpacingBetweenSlices"), header.get("SliceThickness"))
+    return next((abs(float(value)) for value in stated if value and math.isfinite(float(value))), 1.0)
+
+
+def _check_one_series(headers: Sequence[Dataset]) -> None:
+    kinds = {
+        "series": {str(header.get("SeriesInstanceUID")) for header in headers},
+        "patients": {str(header.get("PatientID")) for header in headers},
+        "sizes": {_size(header) for header in headers},
+        "frames of reference": {str(header.get("FrameOfReferenceUID")) for header in headers},
+    }
+    for what, values in kinds.items():
+        if len(values) > 1:
+            raise BrokenSampleError(f"its files are of {len(values)} {what}", "keep one series in a folder")
+    for header in headers:
+        _check_grey(header)
+    if any(_frames(header) > 1 for header in headers):
+        raise BrokenSampleError("a file of several frames in a series", "put it beside the folder, as one file")
+
+
+def _check_grey(dataset: Dataset) -> None:
+    if int(dataset.get("SamplesPerPixel") or 1) > 1 or dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
+        raise BrokenSampleError("a volume in colour", "save each frame as an image of its own, with a mask of its own")
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """Return a series folder's visible files in name order."""
+    inside = folder.resolve()
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "DICOMDIR")
+    if not files:
+        raise BrokenSampleError("an empty folder", "put the files of one DICOM series into it, or take it away")
+    if any(path.is_dir() for path in files):
+        raise BrokenSampleError("a folder within the folder of a series", "give each series a folder of its own")
+    if not all(path.resolve().is_relative_to(inside) for path in files):
+        raise BrokenSampleError("a link that leads out of the folder", "copy the file itself there")
+    return files
+
+
+def _numbered(index: int, path: Path, *, pixels: bool) -> Dataset:
+    """Read a file of a series; what is wrong with it names it by its place, since its name may name the patient."""
+    try:
+        with _discreet():
+            return _image(path, pixels=pixels)
+    except BrokenSampleError as error:
+        raise BrokenSampleError(f"file {index + 1} of the folder, by name: {error.reason}", error.cure) from None
+
+
+def _image(path: Path, *, pixels: bool) -> Dataset:
+    """Read a file and check what its header promises, before anything is decoded."""
+    dataset = _dataset(path, pixels=pixels)
+    rows, columns = _size(dataset)
+    if rows * columns > MAX_PIXELS:
+        raise BrokenSampleError(f"its header promises more than {MAX_PIXELS:,} pixels", COPY_AGAIN)
+    if str(dataset.get("BurnedInAnnotation") or "").strip().upper() == "YES":
+        raise BrokenSampleError(
+            "is marked as showing annotations burned into its pixels, which may name the patient",
+            "blank them, and set BurnedInAnnotation (0028,0301) to NO",
+        )
+    return dataset
+
+
+def _dataset(path: Path, *, pixels: bool) -> Dataset:
+    from pydicom import dcmread
+    from pydicom.filereader import read_file_meta_info
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    if path.stat().st_size == 0:
+        raise BrokenSampleError("the file is empty", COPY_AGAIN)
+    if read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+        # pydicom would inflate it whole, and few bytes can hold gigabytes.
+        raise BrokenSampleError("a deflated DICOM file", "export it uncompressed, or with its pixels compressed")
+    return dcmread(path, stop_before_pixels=not pixels)
+
+
+def _segment_labels(header: Dataset) -> dict[int, str]:
+    """Return labels by number; a label map may list its background, 0, too."""
+    labels = {int(item.SegmentNumber): str(item.SegmentLabel) for item in header.SegmentSequence}
+    return {number: label for number, label in labels.items() if number}
+
+
+def _patient(dataset: Dataset) -> str:
+    patient = str(dataset.get("PatientID") or "").strip()
+    issuer = str(dataset.get("IssuerOfPatientID") or "").strip()
+    return f"{issuer}\0{patient}" if patient else ""
+
+
+def _size(dataset: Dataset) -> tuple[int, int]:
+    rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
+    if rows < 1 or columns < 1:
+        raise BrokenSampleError("a DICOM file that holds no image", "take it away, or put an image in its place")
+    return rows, columns
+
+
+def _frames(dataset: Dataset) -> int:
+    return int(dataset.get("NumberOfFrames") or 1)
+
+
+def _decoded(dataset: Dataset) -> Iterator[np.ndarray]:
+    """Yield the frames as stored, YBR as RGB."""
+    from pydicom.pixels import iter_pixels
+
+    _check_streams(dataset)
+    return iter_pixels(dataset, decoding_plugin=_decoder(dataset.file_meta.TransferSyntaxUID))
+
+
+def _frame(dataset: Dataset) -> np.ndarray:
+    for stored in _decoded(dataset):
+        return stored
+    raise ValueError("no frame")
+
+
+def _decoder(syntax: UID) -> str:
+    """Return the plug-in to decode with; pydicom's own choice could be one that damaged files bring down."""
+    from pydicom.pixels import get_decoder
+
+    if not syntax.is_encapsulated:
+        return ""
+    available = get_decoder(syntax).available_plugins
+    if (found := next((name for name in _PLUGINS if name in available), None)) is None:
+        raise BrokenSampleError(
+            f"compressed with {syntax.name}, for which no decoder is installed",
+            "install it (docs/dicom.md), or export the file uncompressed",
+        )
+    return found
+
+
+def _check_streams(dataset: Dataset) -> None:
+    """Refuse compressed frames that state another size than the header: decoders allocate what a frame states."""
+    from pydicom.encaps import generate_frames
+
+    if not dataset.file_meta.TransferSyntaxUID.is_encapsulated or "PixelData" not in dataset:
+        return
+    size = _size(dataset)
+    for frame in generate_frames(dataset.PixelData, number_of_frames=_frames(dataset)):
+        if (stated := _stated_size(frame)) is not None and stated != size:
+            raise BrokenSampleError(
+                f"its compressed pixels are {stated[0]} x {stated[1]} (rows x columns), its header says "
+                f"{size[0]} x {size[1]}",
+                COPY_AGAIN,
+            )
+
+
+def _stated_size(frame: bytes) -> tuple[int, int] | None:
+    """Return rows and columns that a JPEG, JPEG-LS or JPEG 2000 code stream states; None of anything else."""
+    if (start := frame.find(_JPEG_2000)) >= 0:
+        right, bottom, left, top = struct.unpack_from(">4I", frame, start + 8)
+        return bottom - top, right - left
+    if not frame.startswith(_JPEG):
+        return None
+    place = len(_JPEG)
+    while place + 9 <= len(frame) and frame[place] == 0xFF:
+        marker = frame[place + 1]
+        if marker in _JPEG_SIZES:
+            rows, columns = struct.unpack_from(">2H", frame, place + 5)
+            return rows, columns
+        # A byte that fills up, or a marker with its length.
+        place += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", frame, place + 2)[0]
+    raise ValueError("a JPEG stream that states no size")
+
+
+def _values(stored: np.ndarray, dataset: Dataset, rescale: Dataset) -> np.ndarray:
+    """Return what stored pixels mean; ``rescale`` holds slope and intercept, or the modality table."""
+    from pydicom.pixels import apply_color_lut, apply_modality_lut
+
+    if stored.ndim == 3:
+        return stored
+    if dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
+        return apply_color_lut(stored, dataset)[..., :3]
+    kind = _kind(dataset, rescale)
+    values = apply_modality_lut(stored, rescale) if _is_rescaled(rescale) else stored
+    if dataset.get("PhotometricInterpretation") != "MONOCHROME1":
+        return values.astype(kind)
+    ends = np.array(_stored_range(dataset), stored.dtype)
+    low, high = (apply_modality_lut(ends, rescale) if _is_rescaled(rescale) else ends).astype(np.float64)
+    return (low + high - values).astype(kind)
+
+
+def _kind(dataset: Dataset, rescale: Dataset | None = None) -> np.dtype:
+    """Return the number type of a grey frame's values: its own, or floats that hold its bits."""
+    bits = int(dataset.BitsAllocated)
+    if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset or _is_rescaled(rescale or dataset):
+        return np.dtype(np.float32 if bits <= 16 else np.float64)
+    return np.dtype(f"{'i' if dataset.get('PixelRepresentation') else 'u'}{max(bits, 8) // 8}")
+
+
+def _is_rescaled(dataset: Dataset) -> bool:
+    if "ModalityLUTSequence" in dataset:
+        return True
+    slope, intercept = (dataset.get(name) for name in ("RescaleSlope", "RescaleIntercept"))
+    if slope in (None, "") or intercept in (None, ""):
+        return False
+    if not math.isfinite(float(slope)) or not math.isfinite(float(intercept)) or float(slope) == 0:
+        raise BrokenSampleError("its rescale slope or intercept is no usable number", COPY_AGAIN)
+    return (float(slope), float(intercept)) != (1.0, 0.0)
+
+
+def _rescale(dataset: Dataset, frame: int) -> Dataset:
+    """Return what holds the rescale of a frame of a multi-frame file."""
+    groups = (dataset.PerFrameFunctionalGroupsSequence[frame], *dataset.get("SharedFunctionalGroupsSequence", ()))
+    found = (group.get("PixelValueTransformationSequence") for group in groups)
+    return next((sequence[0] for sequence in found if sequence), dataset)
+
+
+def _stored_range(dataset: Dataset) -> tuple[int, int]:
+    bits = int(dataset.BitsStored)
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dataset.get("PixelRepresentation") else (0, 2**bits - 1)
+
+
+@contextmanager
+def _discreet() -> Iterator[None]:
+    """Keep a file's values out of what others see: pydicom and highdicom put them into warnings, log and errors."""
+    from pydicom.errors import BytesLengthException, InvalidDicomError
+
+    try:
+        with _SILENCE:
+            yield
+    # A missing element is a missing attribute.
+    except (*UNREADABLE, InvalidDicomError, BytesLengthException, AttributeError) as error:
+        raise BrokenSampleError(f"cannot be read as DICOM ({type(error).__name__})", COPY_AGAIN) from None
+
+
+class _Silence:
+    """No warning, and no log line of the libraries, while any thread is within.
+
+    Warnings are filtered for the whole process, so that the first to come closes them and the last to leave opens them.
+    """
+
+    def __init__(self, *loggers: str) -> None:
+        self._loggers = loggers
+        self._lock = threading.Lock()
+        self._within = 0
+        self._undo = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._within += 1
+            if self._within == 1:
+                self._undo.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+                for logger in map(logging.getLogger, self._loggers):
+                    self._undo.callback(logger.setLevel, logger.level)
+                    logger.setLevel(logging.CRITICAL + 1)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._within -= 1
+            if not self._within:
+                self._undo.close()
+
+
+_SILENCE = _Silence("pydicom", "highdicom", "pylibjpeg", "libjpeg", "openjpeg")
+# In this order. Without gdcm, which damaged files ended the process in, and pylibjpeg-rle, which panicked.
+_PLUGINS = ("pydicom", "pylibjpeg", "pyjpegls", "pillow")
+_LPS_TO_RAS: Any = np.diag([-1.0, -1.0, 1.0, 1.0])
+# Segmentation Storage and Label Map Segmentation Storage.
+_SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
+# Of a pixel: how far from a voxel's centre a segment's pixel may lie.
+_OFF_GRID = 0.1
+# Of a pixel, over one step: how far two slices' axes may differ.
+_TURNED = 1e-3
+# Relative, as highdicom has it.
+_UNEVEN = 0.01
+_GAP = 1.5
+_SAME_PLACE = 1e-3
+_JPEG, _JPEG_2000 = b"\xff\xd8", b"\xff\x4f\xff\x51"
+# Start of frame, SOF0 to SOF15 without the markers between that are none, and JPEG-LS.
+_JPEG_SIZES = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})

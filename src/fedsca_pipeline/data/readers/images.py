@@ -1,0 +1,319 @@
+"""Image and mask files to arrays. A further format is one more entry of ``READERS``."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from fedsca_pipeline.data.readers.png import read_plain_png
+from fedsca_pipeline.errors import DataError
+
+MAX_PIXELS = 2**25
+"""Pixels above which a file is taken for a decompression bomb: with it, no image takes a gibibyte of memory."""
+
+_MAX_BYTES = 6 * MAX_PIXELS
+
+
+class BrokenSampleError(DataError):
+    """One file cannot be used: ``reason`` says why, ``cure`` what to do about it.
+
+    ``quoted``, what a parser or the file itself says, ends the reason in brackets; ``unquoted`` is the reason without
+    it, for where a file may name its patient.
+    """
+
+    def __init__(self, reason: str, cure: str, quoted: str = "") -> None:
+        self.unquoted = reason
+        self.reason = f"{reason} ({quoted})" if quoted else reason
+        self.cure = cure
+        super().__init__(f"{self.reason}; {cure}")
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Read an image as [H, W] (grey) or [H, W, 3] (RGB), in the file's own number type.
+
+    Alpha is dropped, palettes become colours, and the EXIF orientation of a photograph is applied, so a mask has to be
+    drawn on the upright image.
+
+    Raises:
+        BrokenSampleError: unreadable, of no known format, without pixels, or with NaN or infinite values.
+    """
+    pixels = _read(path, labels=False)
+    if pixels.ndim == 3:
+        pixels = _drop_alpha(pixels)
+    if pixels.dtype == bool:
+        return pixels.astype(np.uint8) * np.uint8(255)
+    return finite_values(pixels)
+
+
+def read_mask(path: Path, image: Path | None = None) -> np.ndarray:
+    """Read a mask as integers [H, W]: grey values, palette indices or segment numbers, as stored, before any label map.
+
+    ``image`` is the file that it is the mask of, on whose grid a DICOM segmentation is laid out.
+
+    Raises:
+        BrokenSampleError: unreadable, JPEG (its compression alters labels), coloured, or not of whole numbers.
+    """
+    refuse_lossy_mask(path)
+    if split_name(path.name)[1] == DICOM:
+        return _read_segmentation(path, image)
+    pixels = _read(path, labels=True)
+    if pixels.ndim == 3:
+        pixels = _drop_alpha(pixels)
+    if pixels.ndim == 3:
+        if (pixels != pixels[..., :1]).any():
+            raise BrokenSampleError(
+                "a coloured mask: labels must be one number a pixel",
+                "name its colours under label_map in the site's site.yml ('#ff0000': 1), or save it as grey or palette "
+                "image, 0 = background",
+            )
+        pixels = pixels[..., 0]
+    return whole_numbers(pixels)
+
+
+def finite_values(values: np.ndarray) -> np.ndarray:
+    """Return an image's values as they are.
+
+    Raises:
+        BrokenSampleError: some are NaN or infinite.
+    """
+    if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+        raise BrokenSampleError("holds NaN or infinite values", "replace them in the source and export the image again")
+    return values
+
+
+def whole_numbers(values: np.ndarray) -> np.ndarray:
+    """Return a mask's values as integers: bool becomes uint8, floating point int64.
+
+    Raises:
+        BrokenSampleError: some are no whole numbers.
+    """
+    if values.dtype == bool:
+        return values.astype(np.uint8)
+    if np.issubdtype(values.dtype, np.floating):
+        if not np.isfinite(values).all() or (values != np.rint(values)).any():
+            raise BrokenSampleError("mask values are not whole numbers", "save the mask as 8 or 16 bit integers")
+        return values.astype(np.int64)
+    return values
+
+
+def refuse_lossy_mask(path: Path) -> None:
+    """Do nothing for a mask whose format keeps labels.
+
+    Raises:
+        BrokenSampleError: a JPEG, whose compression alters them.
+    """
+    if path.suffix.lower() in LOSSY:
+        raise BrokenSampleError(
+            "a JPEG mask: its compression alters labels",
+            "export the mask as PNG or TIFF; of two classes, set mask_threshold in the site's site.yml",
+        )
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Split a file name into stem and lower-case suffix; a double suffix (``.nii.gz``) stays whole."""
+    lower = name.lower()
+    if lower.endswith(DOUBLE_SUFFIXES):
+        suffix = next(double for double in DOUBLE_SUFFIXES if lower.endswith(double))
+    else:
+        # Asked ten times a file, and a Path takes six times as long.
+        suffix = os.path.splitext(lower)[1]  # noqa: PTH122
+    return name[: len(name) - len(suffix)], suffix
+
+
+def no_reader(suffix: str, known: Iterable[str] = ()) -> BrokenSampleError:
+    """Return the error for a file format that nobody reads; ``known`` are the suffixes to name, by default 2-D ones."""
+    return BrokenSampleError(
+        f"no reader for {suffix or 'a file without suffix'}", f"convert it to one of {', '.join(known or READERS)}"
+    )
+
+
+def check_not_empty(path: Path) -> None:
+    """Do nothing where the file holds something.
+
+    Raises:
+        BrokenSampleError: it is empty.
+        OSError: it cannot be reached.
+    """
+    if path.stat().st_size == 0:
+        raise BrokenSampleError("the file is empty", COPY_AGAIN)
+
+
+def unreadable(error: Exception) -> BrokenSampleError:
+    """Return what a parser's error means for the user."""
+    detail = " ".join(str(error).split()) or type(error).__name__
+    return BrokenSampleError("cannot be read", COPY_AGAIN, quoted=detail[:200])
+
+
+def _read(path: Path, *, labels: bool) -> np.ndarray:
+    suffix = split_name(path.name)[1]
+    if suffix not in READERS:
+        raise no_reader(suffix)
+    try:
+        check_not_empty(path)
+        pixels = READERS[suffix](path, labels)
+    except Image.DecompressionBombError as error:
+        raise _bomb() from error
+    except UNREADABLE as error:
+        raise unreadable(error) from error
+    if 0 in pixels.shape:
+        raise BrokenSampleError("has no pixels", COPY_AGAIN)
+    return pixels
+
+
+def _read_png(path: Path, labels: bool) -> np.ndarray:
+    plain = read_plain_png(path, MAX_PIXELS)
+    return _read_pillow(path, labels) if plain is None else plain
+
+
+def _read_pillow(path: Path, labels: bool) -> np.ndarray:
+    with Image.open(path) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise _bomb()
+        # An MPO is a photograph with previews of itself.
+        if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
+            raise BrokenSampleError(
+                f"an animation of {frames} frames", "save each frame as an image of its own, with a mask of its own"
+            )
+        if image.mode in ("RGB", "RGBA") and len(image.tile) == 1 and "16B" in str(image.tile[0].args):
+            return _read_png_16bit_colour(path)
+        # Pillow stretches 2 and 4 bit grey to 0..255; labels need the stored number.
+        stretched = {"L;2": 85, "L;4": 17}.get(str(image.tile[0].args), 1) if labels and image.tile else 1
+        ImageOps.exif_transpose(image, in_place=True)
+        pixels = np.array(_plain(image, labels))
+        return pixels // np.uint8(stretched) if stretched > 1 else pixels
+
+
+def _plain(image: Image.Image, labels: bool) -> Image.Image:
+    if image.mode in _ARRAY_MODES or (labels and image.mode == "P"):
+        return image
+    if labels and image.mode == "PA":
+        return image.getchannel(0)
+    return image.convert("RGB")
+
+
+def _read_png_16bit_colour(path: Path) -> np.ndarray:
+    """Read a 16 bit colour PNG exactly; Pillow alone would keep its upper eight bits.
+
+    Each pass decodes one byte of every sample: ``RGB;16B`` is the upper one, ``RGB;16L`` the lower. Grey with alpha
+    is four bytes a pixel, which is what an RGBA pixel is too.
+    """
+
+    def decode(rawmode: Callable[[str], str]) -> np.ndarray:
+        with Image.open(path) as image:
+            tile = image.tile[0]
+            image.tile = [tile._replace(args=rawmode(str(tile.args)))]
+            return np.array(image).astype(np.uint16)
+
+    with Image.open(path) as image:
+        grey = image.tile[0].args == "LA;16B"
+    if grey:
+        values = decode(lambda _: "RGBA")
+        return values[..., 0] << 8 | values[..., 1]
+    return decode(lambda mode: mode) << 8 | decode(lambda mode: mode.replace("16B", "16L"))
+
+
+def _read_tiff(path: Path, labels: bool) -> np.ndarray:
+    """Read a TIFF of one page. Its Orientation tag is not applied; white-is-zero files are inverted as viewers do."""
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        if len(file.pages) != 1:
+            raise BrokenSampleError(
+                f"a TIFF of {len(file.pages)} pages", "save each page as an image of its own, with a mask of its own"
+            )
+        page = file.pages.first
+        if page.imagewidth * page.imagelength > MAX_PIXELS or page.nbytes > _MAX_BYTES:
+            raise _bomb()
+        if page.axes not in ("YX", "YXS", "SYX"):
+            raise BrokenSampleError(f"a TIFF with axes {page.axes}", "save a two-dimensional grey or RGB image")
+        if page.compression not in _TIFF_OWN:
+            if page.samplesperpixel > 1 and page.bitspersample > 8:
+                raise BrokenSampleError(
+                    f"a {page.bitspersample} bit colour TIFF compressed with {page.compression.name}",
+                    "save it uncompressed or with deflate",
+                )
+            return _read_pillow(path, labels)
+        pixels = page.asarray()
+        if page.axes == "SYX":
+            pixels = np.moveaxis(pixels, 0, -1)
+        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+            return ~pixels if pixels.dtype == bool else (2**page.bitspersample - 1) - pixels
+        if page.photometric == tifffile.PHOTOMETRIC.PALETTE and not labels:
+            return np.moveaxis((page.colormap >> 8).astype(np.uint8)[:, pixels], 0, -1)
+        return pixels
+
+
+def _read_dicom(path: Path, _labels: bool) -> np.ndarray:
+    from fedsca_pipeline.data.readers.dicom import read_frame
+
+    return read_frame(path)
+
+
+def _read_segmentation(path: Path, image: Path | None) -> np.ndarray:
+    from fedsca_pipeline.data.readers.dicom import read_frame_segmentation
+
+    if image is None or split_name(image.name)[1] != DICOM:
+        raise BrokenSampleError(
+            "a DICOM mask, but its image is no DICOM frame", "export the mask as PNG or TIFF on the image's grid"
+        )
+    return read_frame_segmentation(path, image)
+
+
+def _drop_alpha(pixels: np.ndarray) -> np.ndarray:
+    channels = pixels.shape[2]
+    if channels > 4:
+        raise BrokenSampleError(f"has {channels} channels", "save a grey or RGB image")
+    return pixels[..., 0] if channels < 3 else pixels[..., :3]
+
+
+def _bomb() -> BrokenSampleError:
+    return BrokenSampleError(
+        f"has more than {MAX_PIXELS:,} pixels, or {_MAX_BYTES:,} bytes of them, as a decompression bomb has",
+        "cut the image into tiles",
+    )
+
+
+COPY_AGAIN = "copy or export the file again"
+DICOM = ".dcm"
+DOUBLE_SUFFIXES = (".nii.gz",)
+LOSSY = (".jpg", ".jpeg")
+_ARRAY_MODES = ("1", "L", "RGB", "RGBA", "LA", "I", "F", "I;16", "I;16L", "I;16B")
+# What Pillow, tifffile and numpy raise on damaged input: the parsers reach these from any byte of a file.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
+# TIFF compressions that tifffile decodes by itself (none, deflate twice, PackBits); Pillow reads the others.
+_TIFF_OWN = (1, 8, 32946, 32773)
+
+READERS: Mapping[str, Callable[[Path, bool], np.ndarray]] = MappingProxyType(
+    {
+        ".png": _read_png,
+        ".jpg": _read_pillow,
+        ".jpeg": _read_pillow,
+        ".bmp": _read_pillow,
+        ".gif": _read_pillow,
+        ".ppm": _read_pillow,
+        ".pgm": _read_pillow,
+        ".tif": _read_tiff,
+        ".tiff": _read_tiff,
+        DICOM: _read_dicom,
+    }
+)
+"""Suffix to a function of (path, labels) that gives [H, W] or [H, W, C]; ``labels`` asks for stored numbers."""

@@ -1,0 +1,375 @@
+"""Three-dimensional images and masks: files to voxels with a geometry in mm, and masks back to NIfTI.
+
+A further format is one more entry of ``IMAGE_READERS`` and ``MASK_READERS``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from fedsca_pipeline.data.readers.images import (
+    DICOM,
+    UNREADABLE,
+    BrokenSampleError,
+    check_not_empty,
+    finite_values,
+    no_reader,
+    split_name,
+    unreadable,
+    whole_numbers,
+)
+from fedsca_pipeline.files import atomic_path
+
+MAX_VOXELS = 2**29
+"""Values above which a header is taken for damaged: 512 x 512 x 2048, over all modalities."""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A three-dimensional image.
+
+    ``voxels`` is [X, Y, Z], or [X, Y, Z, M] of M modalities, in the file's values after its own scaling; ``affine``
+    float64 [4, 4] takes a voxel's index to mm in the patient's right, anterior and superior direction (RAS+), as in
+    nibabel. ``frame_of_reference`` is DICOM's identifier of where the affine's origin is, known here alone.
+    """
+
+    voxels: np.ndarray
+    affine: np.ndarray
+    frame_of_reference: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels along X, Y and Z."""
+        x, y, z = self.voxels.shape[:3]
+        return x, y, z
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """mm from one voxel to the next along X, Y and Z."""
+        x, y, z = (float(step) for step in np.linalg.norm(self.affine[:3, :3], axis=0))
+        return x, y, z
+
+
+def is_volume(name: str) -> bool:
+    """Whether a file of this name, or path, is read as a volume."""
+    return split_name(name)[1] in {*IMAGE_READERS, *MASK_READERS}
+
+
+def read_volume(path: Path) -> Volume:
+    """Read an image volume; a folder is a DICOM series.
+
+    A two-dimensional file is a volume of one slice, and a fourth axis of length 1 is dropped.
+
+    Raises:
+        BrokenSampleError: unreadable, of no known format, above ``MAX_VOXELS``, of colours, with more than four axes,
+            without a geometry, or with NaN or infinite values.
+    """
+    volume = _read(path, IMAGE_READERS, lambda reader: reader(path))
+    finite_values(volume.voxels)
+    return volume
+
+
+def read_volume_mask(path: Path, image: Volume) -> np.ndarray:
+    """Read the mask of ``image`` as integers [X, Y, Z] on its grid, before any label map.
+
+    A mask that has the image's voxels in another order (converters of DICOM to NIfTI turn rows round) is turned back.
+
+    Raises:
+        BrokenSampleError: as of ``read_volume``, not of whole numbers, or not on the image's grid: another shape, or a
+            corner more than a tenth of the smallest spacing away.
+    """
+    volume = _read(path, MASK_READERS, lambda reader: reader(path, image))
+    if volume.voxels.ndim != 3:
+        raise BrokenSampleError(
+            f"a mask of {volume.voxels.shape[3]} modalities", "save one label map: one whole number a voxel"
+        )
+    volume = _turned(volume, image.affine)
+    check_grid(volume, image)
+    return whole_numbers(volume.voxels)
+
+
+def _turned(volume: Volume, affine: np.ndarray) -> Volume:
+    """Return a volume with its axes in the order and directions of ``affine``'s; nothing is resampled."""
+    from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
+
+    turn = ornt_transform(io_orientation(volume.affine), io_orientation(affine))
+    voxels = apply_orientation(volume.voxels, turn)
+    return replace(volume, voxels=voxels, affine=volume.affine @ inv_ornt_aff(turn, volume.shape))
+
+
+def most_voxels(path: Path) -> int:
+    """Return how many voxels a file of this size may hold: compressed air is one thing, a bomb another."""
+    return min(MAX_VOXELS, max(_ALWAYS, _VOXELS_A_BYTE * path.stat().st_size))
+
+
+def check_grid(mask: Volume, image: Volume) -> None:
+    """Do nothing where a mask lies on its image's grid.
+
+    Raises:
+        BrokenSampleError: another shape, or a corner more than a tenth of the smallest spacing away.
+    """
+    if mask.shape != image.shape:
+        raise BrokenSampleError(
+            f"is {_by(mask.shape)} voxels, its image is {_by(image.shape)}", "export the mask on the image's grid"
+        )
+    if (away := _largest_distance(mask.affine, image.affine, image.shape)) > _TOLERANCE * min(image.spacing):
+        raise BrokenSampleError(
+            f"lies elsewhere than its image: their affines differ by up to {away:.3g} mm",
+            "export the mask on the image's grid",
+        )
+
+
+def write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
+    """Write voxels [X, Y, Z] with their affine (mm, RAS+) to ``path``, a ``.nii`` or ``.nii.gz``, atomically."""
+    import nibabel
+
+    image = nibabel.Nifti1Image(voxels, affine)
+    image.header.set_xyzt_units("mm")
+    with atomic_path(path) as temporary:
+        nibabel.save(image, temporary)
+
+
+def _read(path: Path, readers: Mapping[str, Any], call: Callable[[Any], Volume]) -> Volume:
+    suffix = _kind(path)
+    if suffix not in readers:
+        raise no_reader(suffix, readers)
+    try:
+        if path.is_file():
+            check_not_empty(path)
+        volume = call(readers[suffix])
+    except UNREADABLE as error:
+        raise unreadable(error) from error
+    return _checked(volume)
+
+
+def _kind(path: Path) -> str:
+    """Return the suffix that a path has, or, of DICOM under its own name, would have in ``pseudonyms``."""
+    suffix = split_name(path.name)[1]
+    return SERIES if path.is_dir() else FRAMES if suffix == DICOM else suffix
+
+
+def _checked(volume: Volume) -> Volume:
+    voxels, affine = volume.voxels, np.asarray(volume.affine, np.float64)
+    check_voxels(voxels.shape)
+    if voxels.dtype.kind not in "buif":
+        raise BrokenSampleError(f"holds voxels of type {voxels.dtype}", "save one plain number a voxel")
+    # The volume of a voxel as a share of the box its edges would span: 1 for right angles, 0 where it is flat.
+    box = math.prod(volume.spacing)
+    if not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) > _FLAT * box > 0:
+        raise BrokenSampleError(
+            "its header gives no usable geometry (an affine that is singular or not finite)",
+            "export it again with spacing and orientation",
+        )
+    if voxels.ndim == 2:
+        voxels = voxels[..., None]
+    if voxels.ndim == 4 and voxels.shape[3] == 1:
+        voxels = voxels[..., 0]
+    return replace(volume, voxels=voxels, affine=affine)
+
+
+def check_voxels(shape: Sequence[int], most: int = MAX_VOXELS) -> None:
+    """Do nothing where an array of this shape can be a volume. To be asked before anything of that size is allocated.
+
+    Raises:
+        BrokenSampleError: it has no voxels, more than ``most``, or not two to four axes.
+    """
+    sides = [int(side) for side in shape]
+    if min(sides, default=0) < 1:
+        raise BrokenSampleError(f"has no voxels ({_by(sides)})", "export the file again")
+    if math.prod(sides) > most:
+        raise BrokenSampleError(
+            f"its header promises {_by(sides)} voxels, more than {most:,}{' of such a file' * (most < MAX_VOXELS)}",
+            "cut it into parts, or export it again",
+        )
+    if not 2 <= len(sides) <= 4:
+        raise BrokenSampleError(
+            f"has {len(sides)} axes ({_by(sides)})", "save three axes, or four with the modalities as the last"
+        )
+
+
+def _read_nifti(path: Path, most: int) -> Volume:
+    """Read a NIfTI with the affine that nibabel finds; MONAI's reader bends one that its pixdim contradicts."""
+    import nibabel
+    from monai.data.image_reader import NibabelReader
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError, HeaderTypeError
+
+    try:
+        image = nibabel.load(path)
+        shape = tuple(image.shape)
+        # NIfTI's vectors: a fifth axis after a time axis of length 1.
+        check_voxels(shape[:3] + shape[4:] if len(shape) == 5 and shape[3] == 1 else shape, most)
+        mm = _NIFTI_UNITS[image.header.get_xyzt_units()[0]]
+        reader = NibabelReader()
+        voxels, _ = reader.get_data(reader.read(path))
+    except (ImageFileError, HeaderDataError, HeaderTypeError) as error:
+        raise unreadable(error) from error
+    return Volume(voxels[:, :, :, 0] if voxels.ndim == 5 else voxels, np.diag([mm, mm, mm, 1.0]) @ image.affine)
+
+
+def _read_nrrd(path: Path, most: int) -> Volume:
+    """Read a NRRD, whose modalities may stand first or last.
+
+    MONAI's reader gives the content; geometry is found here, since MONAI's fails on a fourth axis and takes a header in
+    left-anterior-superior for one in RAS+.
+    """
+    import nrrd
+    from monai.data.image_reader import NrrdReader
+
+    try:
+        header = nrrd.read_header(str(path))
+        if "data file" in header or "datafile" in header:
+            raise _detached(header.get("data file", header.get("datafile")))
+        check_voxels(header["sizes"], most)
+        voxels = NrrdReader().read(path).array
+    except nrrd.NRRDError as error:
+        raise unreadable(error) from error
+    return Volume(*_nrrd_geometry(voxels, header))
+
+
+def _nrrd_geometry(voxels: np.ndarray, header: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return voxels with the modalities last, and the affine in RAS+."""
+    space = header.get("space", "left-posterior-superior").lower()
+    units = set(header.get("space units", ())) - {"mm", ""}
+    if space not in _NRRD_SPACES or units or "space directions" not in header:
+        raise BrokenSampleError(
+            f"no NRRD geometry in mm: space {space}, units {', '.join(sorted(units)) or 'mm'}, directions "
+            f"{'given' if 'space directions' in header else 'missing'}",
+            "export it from a viewer with spacing and orientation, in RAS, LAS or LPS",
+        )
+    directions = np.array(
+        [[math.nan] * 3 if row is None else row for row in header["space directions"]], dtype=np.float64
+    )
+    spatial = np.isfinite(directions).all(axis=1)
+    if spatial.sum() != 3 or (~spatial).sum() > 1:
+        raise BrokenSampleError(f"has {spatial.sum()} axes in space", "save three axes in space and one of modalities")
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = directions[spatial].T, header.get("space origin", np.zeros(3))
+    if not spatial.all():
+        voxels = np.moveaxis(voxels, int(np.flatnonzero(~spatial)[0]), -1)
+    return voxels, np.diag([*_NRRD_SPACES[space], 1.0]) @ affine
+
+
+def _read_meta_image(path: Path, most: int) -> Volume:
+    from monai.data.image_reader import ITKReader
+
+    header = _meta_image_header(path)
+    if header["ElementDataFile"] != "LOCAL":
+        raise _detached(header["ElementDataFile"])
+    sides = [int(side) for side in header["DimSize"].split()]
+    channels = int(header.get("ElementNumberOfChannels", 1))
+    if len(sides) > 3:
+        raise BrokenSampleError(f"a MetaImage of {len(sides)} axes", "save the modalities as channels, or as NIfTI")
+    check_voxels([*sides, channels] if channels > 1 else sides, most)
+    reader = ITKReader()
+    voxels, found = reader.get_data(reader.read(path))
+    affine = np.eye(4)
+    size = found["affine"].shape[0] - 1
+    affine[:size, :size], affine[:size, 3] = found["affine"][:size, :size], found["affine"][:size, size]
+    # ITK's memory goes with its image.
+    return Volume(np.array(voxels), affine)
+
+
+def _meta_image_header(path: Path) -> dict[str, str]:
+    """Return the text header of a MetaImage; it ends with the name of the file that holds the voxels."""
+    with path.open("rb") as stream:
+        head = stream.read(_META_HEADER)
+    text, end, name = head.partition(b"ElementDataFile")
+    if not end or b"DimSize" not in text:
+        raise ValueError("no MetaImage header")
+    lines = text + end + name.partition(b"\n")[0]
+    return dict(re.findall(r"^\s*(\w+)\s*=\s*(.*?)\s*$", lines.decode("latin-1"), flags=re.MULTILINE))
+
+
+def _read_dicom_series(path: Path) -> Volume:
+    from fedsca_pipeline.data.readers.dicom import read_series
+
+    return read_series(path)
+
+
+def _read_dicom_frames(path: Path) -> Volume:
+    from fedsca_pipeline.data.readers.dicom import read_multiframe
+
+    return read_multiframe(path)
+
+
+def _read_dicom_segmentation(path: Path, image: Volume) -> Volume:
+    from fedsca_pipeline.data.readers.dicom import read_segmentation
+
+    return read_segmentation(path, image)
+
+
+def _image(read: Callable[[Path, int], Volume]) -> Callable[[Path], Volume]:
+    """Return an image reader of a format that any program may have compressed."""
+    return lambda path: read(path, most_voxels(path))
+
+
+def _alone(read: Callable[[Path, int], Volume]) -> Callable[[Path, Volume], Volume]:
+    """Return a mask reader of a format whose masks have a geometry of their own; an empty one packs into nothing."""
+    return lambda path, image: read(path, max(_ALWAYS, math.prod(image.shape)))
+
+
+def _detached(data: Any) -> BrokenSampleError:
+    return BrokenSampleError(
+        "a header whose voxels are in another file", "save header and voxels as one file", quoted=str(data)
+    )
+
+
+def _largest_distance(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> float:
+    """mm between where two affines put the same voxel, the largest over the corners of the grid."""
+    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(shape) - 1)
+    difference = one - other
+    return float(np.linalg.norm(corners @ difference[:3, :3].T + difference[:3, 3], axis=1).max())
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+_TOLERANCE = 0.1
+_FLAT = 1e-3
+_META_HEADER = 2**16
+# Skull-stripped heads, the best compressed images there are, hold some ten voxels in a byte of their file.
+_ALWAYS, _VOXELS_A_BYTE = 2**25, 100
+# mm of a unit; files that do not say are in mm, as viewers take them.
+_NIFTI_UNITS: Mapping[str, float] = MappingProxyType({"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001})
+# What turns an axis of the named space into RAS+.
+_NRRD_SPACES: Mapping[str, tuple[float, float, float]] = MappingProxyType(
+    {
+        "right-anterior-superior": (1.0, 1.0, 1.0),
+        "ras": (1.0, 1.0, 1.0),
+        "left-anterior-superior": (-1.0, 1.0, 1.0),
+        "las": (-1.0, 1.0, 1.0),
+        "left-posterior-superior": (-1.0, -1.0, 1.0),
+        "lps": (-1.0, -1.0, 1.0),
+    }
+)
+
+SERIES, FRAMES, SEGMENTATION = ".series", ".frames", ".seg"
+"""What ``pseudonyms`` calls a folder of DICOM files, a DICOM file of several frames, and a DICOM SEG of a volume."""
+
+_PLAIN_READERS: Mapping[str, Callable[[Path, int], Volume]] = MappingProxyType(
+    {".nii": _read_nifti, ".nii.gz": _read_nifti, ".nrrd": _read_nrrd, ".mha": _read_meta_image}
+)
+
+IMAGE_READERS: Mapping[str, Callable[[Path], Volume]] = MappingProxyType(
+    {
+        **{suffix: _image(read) for suffix, read in _PLAIN_READERS.items()},
+        SERIES: _read_dicom_series,
+        FRAMES: _read_dicom_frames,
+    }
+)
+"""Suffix to a function of a path. What it cannot parse it lets raise one of ``readers.UNREADABLE``."""
+
+MASK_READERS: Mapping[str, Callable[[Path, Volume], Volume]] = MappingProxyType(
+    {**{suffix: _alone(read) for suffix, read in _PLAIN_READERS.items()}, SEGMENTATION: _read_dicom_segmentation}
+)
+"""Suffix to a function of a path and the image's volume, whose grid a format may need to lay out its content."""

@@ -1,0 +1,1 @@
+"""The contract of a site folder: its files, their pairs and its ``site.yml``."""

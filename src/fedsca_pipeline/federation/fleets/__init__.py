@@ -1,0 +1,1 @@
+"""Fleets: the ways to reach sites, in this process or in others."""

@@ -1,0 +1,208 @@
+"""What a run is: its fingerprint, the folder it lives in, and whether it may go on."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import BaseModel
+
+from fedsca_pipeline.config import (
+    AdaptersConfig,
+    EvaluationConfig,
+    FederationConfig,
+    FoundationConfig,
+    PreprocessingConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from fedsca_pipeline.errors import ResumeError
+from fedsca_pipeline.federation.fleets.registry import available_cores
+from fedsca_pipeline.files import fingerprint, read_json, remove_partial_files, write_json
+
+# Libraries whose version changes the numbers of a run.
+_LIBRARIES = (
+    *("torch", "monai", "opacus", "peft", "transformers", "numpy"),
+    *("pillow", "tifffile", "scikit-image", "nibabel", "pynrrd", "itk-io", "pydicom", "highdicom"),
+)
+_CURRENT = "current.json"
+
+CHANGES_NO_NUMBER = frozenset({"fleet", "workers", "devices", "server_memory", "deadline", "grace", "quorum"})
+"""Of ``federation``: how the work is spread, how long and for how many is waited, and where arrays lie.
+
+None changes a number at equal threads a site, as long as the same sites answer.
+"""
+
+CONFIGURATION: Mapping[str, type[BaseModel]] = MappingProxyType(
+    {
+        "run": RunConfig,
+        "preprocessing": PreprocessingConfig,
+        "foundation": FoundationConfig,
+        "adapters": AdaptersConfig,
+        "training": TrainingConfig,
+        "federation": FederationConfig,
+        "evaluation": EvaluationConfig,
+    }
+)
+"""The parameter groups that decide a run's numbers; ``strategies`` enters with the options of the chosen one only."""
+
+
+def code_version() -> str:
+    """Return 16 hex digits over this package's sources and the versions of the libraries that decide its numbers."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    for library in _LIBRARIES:
+        digest.update(f"{library}={version(library)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def resolve_threads(configured: int | None) -> int:
+    """Return ``run.threads``, or the number of cores this process may use."""
+    return configured or available_cores()
+
+
+def describe_run(
+    configuration: Mapping[str, Mapping[str, Any]], data: Mapping[str, str], foundation: str, threads: int
+) -> dict[str, Any]:
+    """Return everything that decides a run's numbers, as JSON values, with its fingerprint.
+
+    Args:
+        configuration: top-level parameter key to its JSON values.
+        data: site to the fingerprint of its raw folder.
+        foundation: SHA-256 of the foundation's weights.
+        threads: of torch, for one site; sums are ordered by them.
+    """
+    parts = {
+        "configuration": dict(configuration),
+        "data": dict(data),
+        "foundation": foundation,
+        "code": code_version(),
+        "threads": threads,
+    }
+    return {"fingerprint": fingerprint(parts), **parts}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Name what differs between two nested mappings, a line each: ``federation.rounds: 8 -> 10``."""
+    lines = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before} -> {after}")
+    return lines
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run's server checkpoints and site states live, under ``<checkpoints>/<fingerprint>``."""
+
+    checkpoints: Path
+    fingerprint: str
+
+    @property
+    def server(self) -> Path:
+        """Folder of the server's checkpoints."""
+        return self.checkpoints / self.fingerprint / "server"
+
+    @property
+    def sites(self) -> Path:
+        """Folder of the sites' private states, one folder a site."""
+        return self.checkpoints / self.fingerprint / "sites"
+
+    @property
+    def joined(self) -> Path:
+        """File of what the sites of a deployed run said of their data when it began."""
+        return self.checkpoints / self.fingerprint / "joined_sites.json"
+
+    def begun(self) -> str:
+        """Return what tells this beginning of the run from any other; it is made by the first call after ``clear``."""
+        path = self.checkpoints / self.fingerprint / "begun.json"
+        if not path.is_file():
+            write_json(path, secrets.token_hex(8))
+        return read_json(path)
+
+    @contextmanager
+    def scratch(self) -> Iterator[None]:
+        """Remove, however the block ends, what sites keep for its duration only."""
+        try:
+            yield
+        finally:
+            remove_partial_files(self.sites)
+
+    def clear(self) -> None:
+        """Delete the run's checkpoints and states; killed in between, it leaves no half of them in place."""
+        doomed = self.checkpoints / f".{self.fingerprint}.partial"
+        shutil.rmtree(doomed, ignore_errors=True)
+        if (self.checkpoints / self.fingerprint).is_dir():
+            (self.checkpoints / self.fingerprint).rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def open_run(checkpoints: Path, description: Mapping[str, Any], *, force: bool) -> RunFolder:
+    """Return the folder of the described run, to start in it or to go on in it.
+
+    ``force`` deletes what an earlier attempt of the same run left, and lets an unfinished other run lie.
+
+    Raises:
+        ResumeError: an unfinished run of another description lies there; says what changed.
+    """
+    folder = RunFolder(checkpoints, description["fingerprint"])
+    if force:
+        folder.clear()
+    else:
+        refuse_another_run(checkpoints, description)
+    remove_partial_files(checkpoints)
+    write_json(checkpoints / _CURRENT, {"finished": False, "description": dict(description)})
+    return folder
+
+
+def refuse_another_run(checkpoints: Path, description: Mapping[str, Any]) -> None:
+    """Do nothing where no run is unfinished, or only the described one.
+
+    Raises:
+        ResumeError: an unfinished run of another description lies there; says what changed.
+    """
+    unfinished = unfinished_run(checkpoints)
+    if unfinished is not None and (changed := changes(unfinished, description)):
+        raise ResumeError(
+            "an unfinished run lies in the checkpoints, of another configuration, data or code. What changed:\n  "
+            + "\n  ".join(changed)
+            + "\nPut it back to go on with that run, or add --params=force=true to start anew."
+        )
+
+
+def unfinished_run(checkpoints: Path) -> dict[str, Any] | None:
+    """Return the description of the run that lies there unfinished, if one does."""
+    marker = checkpoints / _CURRENT
+    current = read_json(marker) if marker.is_file() else None
+    return None if current is None or current["finished"] else current["description"]
+
+
+def finish_run(checkpoints: Path) -> None:
+    """Mark the current run as finished, so that another configuration may start; do nothing where there is none."""
+    marker = checkpoints / _CURRENT
+    if marker.is_file():
+        write_json(marker, {**read_json(marker), "finished": True})
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Name what differs between two runs' descriptions, configuration by its YAML keys."""
+    return differences(_named(old), _named(new))
+
+
+def _named(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Lift the configuration to the top, so that differences read like YAML keys."""
+    rest = {key: value for key, value in description.items() if key not in ("configuration", "fingerprint")}
+    return {**description["configuration"], **rest}

@@ -1,0 +1,1 @@
+"""The coordinator: the round loop and its checkpoints."""

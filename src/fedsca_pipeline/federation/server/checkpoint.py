@@ -1,0 +1,175 @@
+"""The server's checkpoint: one safetensors file a round, so that a round is either whole on disk or not there.
+
+What became of a round is in a JSON file of its own, written before: a checkpoint vouches for the records up to its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsca_pipeline.errors import ResumeError, WeightsError
+from fedsca_pipeline.federation.strategies.base import ServerState
+from fedsca_pipeline.files import read_header, read_json, read_tensors, write_bytes, write_tensors
+
+_KEPT_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """What is known of one site after one round. Bytes are those of the serialised messages.
+
+    ``dice_validation`` is of the model the site had *before* this round's training, that is of round - 1 (round 0: the
+    foundation); ``dice_local`` is right after local training. Dice lie in [0, 1]. ``epsilon`` is that of all that the
+    site has ever answered (docs/privacy.md). None: not known (absent, rejected, without differential privacy).
+    """
+
+    bytes_down: int = 0
+    bytes_up: int = 0
+    samples: int | None = None
+    loss: float | None = None
+    dice_validation: float | None = None
+    dice_local: float | None = None
+    seconds: float | None = None
+    update_norm: float | None = None
+    self_weight: float | None = None
+    spread: float | None = None
+    absent: str | None = None
+    epsilon: float | None = None
+    noise_multiplier: float | None = None
+    privacy_level: str | None = None
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One finished round. ``similarity`` and ``weights`` are [groups][receives][from] over ``accepted``."""
+
+    round: int
+    final: bool
+    sites: Mapping[str, SiteRecord]
+    accepted: Sequence[str] = ()
+    similarity: Sequence[Sequence[Sequence[float]]] = ()
+    weights: Sequence[Sequence[Sequence[float]]] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record as plain JSON values."""
+        return {**asdict(self), "accepted": list(self.accepted)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> RoundRecord:
+        """Undo :meth:`as_json`."""
+        sites = {site: SiteRecord(**record) for site, record in value["sites"].items()}
+        return cls(**{**value, "sites": sites, "accepted": tuple(value["accepted"])})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything the server needs to go on after ``round`` (0: before the first).
+
+    ``aggregates`` [N,V] fp32 is what each site gets next, ``bases`` [N,V] what each is known to hold, ``has_base`` [N];
+    ``answered`` [N] int64 is the last round in which each one's update was accepted, 0 for none.
+    Random streams are derived from seed, site and round (:func:`~fedsca_pipeline.compute.stream_seed`), so
+    there is no generator state to keep.
+    """
+
+    round: int
+    state: ServerState
+    aggregates: Tensor
+    bases: Tensor
+    has_base: Tensor
+    answered: Tensor
+
+
+class CheckpointFolder:
+    """The last two rounds of one run, and the records of all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, checkpoint: Checkpoint, record: RoundRecord) -> Checkpoint:
+        """Write a round's record, then its checkpoint, each atomically; then drop all checkpoints but the last two.
+
+        A record without its checkpoint, of a command that was killed in between, counts for nothing and is written
+        anew.
+
+        Returns the same checkpoint as :meth:`latest` would, its tensors memory-mapped: a run goes on from what a
+        resumed one would start from, and the memory that the checkpoint came in is free again.
+        """
+        tensors = {f"state/{name}": t for name, t in checkpoint.state.as_tensors().items()} | {
+            "aggregates": checkpoint.aggregates,
+            "bases": checkpoint.bases,
+            "has_base": checkpoint.has_base,
+            "answered": checkpoint.answered,
+        }
+        # Not in the checkpoint's header, which is written anew every round and has a limit.
+        write_bytes(self._record(record.round), json.dumps(record.as_json()).encode())
+        path = self._checkpoint(checkpoint.round)
+        write_tensors(path, tensors, {"checkpoint": json.dumps({"round": checkpoint.round})})
+        for old in self._files()[:-_KEPT_ROUNDS]:
+            old.unlink()
+        return replace(_stored(path), round=checkpoint.round)
+
+    def latest(self) -> Checkpoint | None:
+        """Return the newest checkpoint, or None where there is none.
+
+        Raises:
+            ResumeError: the newest file cannot be read.
+        """
+        files = self._files()
+        if not files:
+            return None
+        try:
+            header, stored = read_header(files[-1], "checkpoint"), _stored(files[-1])
+        except WeightsError as error:
+            raise ResumeError(
+                f"{files[-1]}: this checkpoint cannot be read. Delete it to go on from the round before."
+            ) from error
+        return replace(stored, round=header["round"])
+
+    def records(self, last: int) -> Iterator[RoundRecord]:
+        """Yield the records of rounds 1 to ``last``; 0: none. What lies there of later rounds is left alone.
+
+        Raises:
+            ResumeError: one of them cannot be read.
+        """
+        for round_ in range(1, last + 1):
+            path = self._record(round_)
+            try:
+                record = RoundRecord.from_json(read_json(path))
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                cure = (
+                    f"Delete {self._checkpoint(last)} to go on from the round before."
+                    if round_ == last
+                    else "Put back a copy (07_model_output/rounds has one), or start anew with --params=force=true."
+                )
+                raise ResumeError(f"{path}: the record of round {round_} cannot be read. {cure}") from error
+            yield record
+
+    def _checkpoint(self, round_: int) -> Path:
+        return self.folder / f"round_{round_:05d}.safetensors"
+
+    def _record(self, round_: int) -> Path:
+        return self.folder / "records" / f"round_{round_:05d}.json"
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("round_*.safetensors"))
+
+
+def _stored(path: Path) -> Checkpoint:
+    """Return a file's tensors, memory-mapped, as a checkpoint without its round."""
+    tensors = read_tensors(path)
+    state = {name.removeprefix("state/"): t for name, t in tensors.items() if name.startswith("state/")}
+    return Checkpoint(
+        round=0,
+        state=ServerState.from_tensors(state),
+        aggregates=tensors["aggregates"],
+        bases=tensors["bases"],
+        has_base=tensors["has_base"].to(torch.bool),
+        answered=tensors["answered"],
+    )

@@ -1,0 +1,160 @@
+"""Batches of one site: seeded order, seeded augmentation, and features from the cache where they are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from monai.data.meta_obj import set_track_meta
+from monai.transforms import Compose, RandAdjustContrastd, RandFlipd, RandRotate90d, RandScaleIntensityd
+from torch import Tensor
+
+from fedsca_pipeline.compute import stream_seed
+from fedsca_pipeline.config import AugmentConfig
+from fedsca_pipeline.data.arrays import Arrays
+from fedsca_pipeline.federation.site.prefix import FeatureCache, Key
+
+Embed = Callable[[Tensor, Tensor], Tensor]
+
+_IMAGE, _GEOMETRY = "image", ("image", "mask", "valid")
+# Where the corners 0 1 / 2 3 of an image come to lie in its eight views, as it stands first.
+_CORNERS = (
+    (0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 3, 2), (1, 3, 0, 2), (2, 0, 3, 1), (2, 3, 0, 1), (3, 1, 2, 0), (3, 2, 1, 0),
+)  # fmt: skip
+VIEWS = range(len(_CORNERS))
+AS_IT_STANDS = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``inputs`` [B, ...]: images in 0..255 [B,3,S,S], or the features that a site's ``embed`` made of them.
+
+    ``masks`` uint8 [B,S,S], ``valid`` bool [B,S,S]: False on padding.
+    """
+
+    inputs: Tensor
+    masks: Tensor
+    valid: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on ``device``; to CUDA by way of pinned memory, without waiting."""
+        tensors = (self.inputs, self.masks, self.valid)
+        if device.type == "cuda":
+            tensors = tuple(t if t.is_cuda else t.pin_memory() for t in tensors)
+        return Batch(*(t.to(device, non_blocking=True) for t in tensors))
+
+
+def build_augmentation(config: AugmentConfig) -> Compose:
+    """MONAI transforms of docs/method.md: flips and quarter turns of all three, intensity jitter of the image."""
+    return Compose(
+        [
+            RandFlipd(_GEOMETRY, prob=config.flip, spatial_axis=0, allow_missing_keys=True),
+            RandFlipd(_GEOMETRY, prob=config.flip, spatial_axis=1, allow_missing_keys=True),
+            RandRotate90d(_GEOMETRY, prob=config.rotate90, max_k=3, allow_missing_keys=True),
+            RandScaleIntensityd(_IMAGE, factors=config.brightness, prob=config.intensity, allow_missing_keys=True),
+            RandAdjustContrastd(
+                _IMAGE,
+                gamma=(1 - config.contrast, 1 + config.contrast),
+                prob=config.intensity,
+                allow_missing_keys=True,
+            ),
+        ]
+    )
+
+
+class SiteBatches:
+    """The batches of one site, as the trained part of the model takes them.
+
+    Args:
+        data: the site's arrays.
+        embed: images in 0..255 [B,3,S,S] and valid area [B,S,S] to features [B, ...].
+        augmentation: of training images.
+        cache: where the features of the site's (row, view) pairs are kept. Only where ``augmentation`` does nothing but
+            flip and turn may it hold views of training images.
+    """
+
+    def __init__(self, data: Arrays, embed: Embed, augmentation: Compose, cache: FeatureCache) -> None:
+        self._data, self._embed, self._augmentation, self._cache = data, embed, augmentation, cache
+
+    def count(self, batch_size: int) -> int:
+        """Return how many batches one epoch of training has."""
+        return -(-len(self._data.rows("train")) // batch_size)
+
+    def training(self, batch_size: int, *, seed: int, site: str, round_: int, epoch: int) -> Iterator[Batch]:
+        """Yield one epoch of augmented batches; the last may be smaller. The same arguments give the same batches."""
+        order = np.random.default_rng(stream_seed(seed, site, round_, epoch)).permutation(self._data.rows("train"))
+        for rows in _chunks(order, batch_size):
+            with _plain_tensors():
+                batch = _stack([self._augmented(row, stream_seed(seed, site, round_, epoch, row)) for row in rows])
+            yield batch
+
+    def augmented(self, row: int, seed: int) -> Batch:
+        """Return one training image, a batch of its own, flipped, turned and jittered as ``seed`` says."""
+        with _plain_tensors():
+            return self._augmented(row, seed)
+
+    def plain(self, split: str, batch_size: int) -> Iterator[Batch]:
+        """Yield a split in manifest order, unaugmented; the last batch may be smaller, an empty split yields none."""
+        for rows in _chunks(self._data.rows(split), batch_size):
+            yield _stack([self._as_it_stands(row) for row in rows])
+
+    def _as_it_stands(self, row: int) -> Batch:
+        image, mask, valid = _read(self._data, [row])
+        return Batch(self._features((row, AS_IT_STANDS), lambda: image, valid), mask, valid)
+
+    def _augmented(self, row: int, seed: int) -> Batch:
+        image, mask, valid = _read(self._data, [row])
+        moved = self._transformed({"mask": mask, "valid": valid}, seed)
+        mask, valid = moved["mask"].to(torch.uint8), moved["valid"].bool()
+
+        def augmented_image() -> Tensor:
+            return self._transformed({_IMAGE: image[0].float()}, seed)[_IMAGE].clamp(0, 255).unsqueeze(0)
+
+        return Batch(self._features((row, self._view(seed)), augmented_image, valid), mask, valid)
+
+    def _features(self, key: Key, image: Callable[[], Tensor], valid: Tensor) -> Tensor:
+        kept = self._cache.read(key)
+        if kept is None:
+            kept = self._cache.keep(key, self._embed(image(), valid)[0])
+        return kept.unsqueeze(0)
+
+    def _transformed(self, sample: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+        # The draws depend on the seed alone: whatever is in the sample moves as the rest did.
+        return self._augmentation.set_random_state(seed=seed)(sample)
+
+    def _view(self, seed: int) -> int:
+        corners = self._transformed({"mask": torch.arange(4).view(1, 2, 2)}, seed)["mask"]
+        return _CORNERS.index(tuple(corners.flatten().tolist()))
+
+
+def plain_batches(data: Arrays, split: str, batch_size: int) -> Iterator[Batch]:
+    """Yield the images of a split in manifest order; the last batch may be smaller, an empty split yields none."""
+    for rows in _chunks(data.rows(split), batch_size):
+        yield Batch(*_read(data, rows))
+
+
+def _chunks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _read(data: Arrays, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    images, masks, valid = map(torch.from_numpy, data.batch(rows))
+    return images, masks, valid
+
+
+def _stack(samples: Sequence[Batch]) -> Batch:
+    return Batch(*(torch.cat(parts) for parts in zip(*((s.inputs, s.masks, s.valid) for s in samples), strict=True)))
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Without MONAI's MetaTensor, whose bookkeeping costs more than the transforms; nothing here needs it."""
+    set_track_meta(False)
+    try:
+        yield
+    finally:
+        set_track_meta(True)

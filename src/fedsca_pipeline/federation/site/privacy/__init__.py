@@ -1,0 +1,1 @@
+"""Differential privacy inside a site."""

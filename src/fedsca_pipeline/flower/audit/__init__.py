@@ -1,0 +1,1 @@
+"""The audit log of what crosses a border."""

@@ -1,0 +1,1 @@
+"""What travels over Flower beside the messages of a round."""

@@ -1,0 +1,1 @@
+"""Processes that start together and end together."""

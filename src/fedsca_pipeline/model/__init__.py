@@ -1,0 +1,1 @@
+"""The foundation with its adapters, and a finished site model."""

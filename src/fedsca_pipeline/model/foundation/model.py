@@ -1,0 +1,142 @@
+"""The foundation as one segmentation model that needs no prompt: encoder, mask decoder, pixel statistics."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.sam.modeling_sam import SamMaskDecoder
+
+from fedsca_pipeline.model.foundation.blocks import BlockPaths, Encoder
+
+__all__ = ["BlockPaths", "MaskDecoder", "SegmentationModel", "position_map"]
+
+# ImageNet's, which every SAM was trained with; intensities 0..255, red, green, blue.
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+class MaskDecoder(nn.Module):
+    """SAM's mask decoder without prompts, embeddings [B, D, g, g] -> low-resolution logits [B, channels, 4g, 4g].
+
+    Channel c starts as mask token and hypernetwork number c mod 4 of the pretrained decoder. All four of its tokens
+    stay in the sequence (they attend to one another), so up to four channels are exactly SAM's own logits of these
+    tokens for no point and no mask; with one sigmoid class, those of token 0, SAM's single-mask output. The quality
+    head is dropped. ``state_dict`` holds what is trained and nothing else.
+
+    Args:
+        sam: pretrained decoder; its modules are taken over and changed.
+        position_matrix: SAM's random Fourier features, [2, D/2].
+        no_mask: the dense embedding that stands for "no mask", [D].
+        side: g, the embeddings' height and width.
+    """
+
+    position: Tensor
+    no_mask: Tensor
+
+    def __init__(
+        self, sam: SamMaskDecoder, channels: int, *, position_matrix: Tensor, no_mask: Tensor, side: int
+    ) -> None:
+        super().__init__()
+        pretrained = sam.num_mask_tokens
+        tokens = torch.arange(max(pretrained, channels)) % pretrained
+        sam.mask_tokens = nn.Embedding.from_pretrained(sam.mask_tokens.weight.detach()[tokens])
+        sam.output_hypernetworks_mlps = nn.ModuleList(
+            copy.deepcopy(sam.output_hypernetworks_mlps[channel % pretrained]) for channel in range(channels)
+        )
+        del sam.iou_prediction_head
+        self.sam = sam
+        self.register_buffer("position", position_map(position_matrix.detach(), side), persistent=False)
+        self.register_buffer("no_mask", no_mask.detach().reshape(1, -1, 1, 1).clone(), persistent=False)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Decode; the shapes are the class's."""
+        sam = self.sam
+        tokens = torch.cat([sam.iou_token.weight, sam.mask_tokens.weight])
+        tokens, image = sam.transformer(
+            point_embeddings=tokens.expand(len(embeddings), 1, -1, -1),  # [B, 1, 1 + tokens, D]
+            image_embeddings=embeddings + self.no_mask,
+            image_positional_embeddings=self.position,
+            attention_similarity=None,
+        )
+        image = image[:, 0].transpose(1, 2).unflatten(2, embeddings.shape[2:])  # [B, D, g, g]
+        image = sam.activation(sam.upscale_layer_norm(sam.upscale_conv1(image)))  # [B, D/4, 2g, 2g]
+        image = sam.activation(sam.upscale_conv2(image))  # [B, D/8, 4g, 4g]
+        weights = [mlp(tokens[:, 0, 1 + channel]) for channel, mlp in enumerate(sam.output_hypernetworks_mlps)]
+        return (torch.stack(weights, dim=1) @ image.flatten(2)).unflatten(2, image.shape[2:])
+
+
+class SegmentationModel(nn.Module):
+    """A foundation that segments by itself: normalised pixels [B, 3, S, S] -> logits [B, channels, S, S], both float32.
+
+    Attributes:
+        encoder: pixels -> embeddings [B, D, S/16, S/16]; may be replaced by a ``PeftModel`` around it.
+        decoder: embeddings -> logits [B, channels, S/4, S/4].
+        image_size: S.
+        channels: one for each class (head ``sigmoid``), or background and classes (head ``softmax``).
+        blocks: the encoder's transformer blocks from the input on.
+        pixel_mean, pixel_std: of red, green and blue, in units of 0..255, [1, 3, 1, 1].
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: MaskDecoder,
+        *,
+        image_size: int,
+        channels: int,
+        head: str,
+        blocks: tuple[BlockPaths, ...],
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.image_size = image_size
+        self.channels = channels
+        self.head = head
+        self.blocks = blocks
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def backbone(self) -> Encoder:
+        """The encoder without the wrapper that PEFT puts around it; adapters are inside its blocks."""
+        return self.encoder.get_base_model() if hasattr(self.encoder, "get_base_model") else self.encoder
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Encode normalised pixels [B, 3, S, S] to embeddings [B, D, S/16, S/16]."""
+        return self.encoder(pixels)
+
+    def decode(self, embeddings: Tensor) -> Tensor:
+        """Decode embeddings to logits at the image's size, [B, channels, S, S] (bilinear from S/4)."""
+        logits = self.decoder(embeddings)
+        return F.interpolate(logits, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Segment normalised pixels [B, 3, S, S]: logits [B, channels, S, S]."""
+        return self.decode(self.embed(pixels))
+
+    def normalise(self, images: Tensor, valid: Tensor) -> Tensor:
+        """Turn images uint8 [B, 3, S, S] into pixels float32, exactly 0 where ``valid`` [B, 1, S, S] bool is False."""
+        return torch.where(valid, (images.float() - self.pixel_mean) / self.pixel_std, 0.0)
+
+
+def position_map(matrix: Tensor, side: int) -> Tensor:
+    """Encode the centres of a side x side grid over the unit square by SAM's Fourier features.
+
+    Args:
+        matrix: [2, D/2], from (x, y) in [-1, 1] to angles in turns.
+
+    Returns:
+        [1, D, side, side], sines then cosines.
+    """
+    centres = (torch.arange(side, dtype=matrix.dtype) + 0.5) / side * 2 - 1
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    angles = 2 * math.pi * (torch.stack([x, y], dim=-1) @ matrix)  # [side, side, D/2]
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).permute(2, 0, 1)[None].contiguous()

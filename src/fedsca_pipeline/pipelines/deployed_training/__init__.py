@@ -1,0 +1,1 @@
+"""The coordinator of a deployed federation: sites join, train and test."""

@@ -1,0 +1,1 @@
+"""MLflow runs of training and of comparisons."""

@@ -1,0 +1,212 @@
+"""A comparison in MLflow: one parent run, one child a cell, one grandchild a site of a cell.
+
+The parent is found again by the fingerprint of the comparison's plan, a child by its cell's: a grid that was stopped
+and goes on writes into the same runs. mlflow is imported when the first thing is logged, not before.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsca_pipeline.files import fingerprint
+from fedsca_pipeline.tracking.run import SITE_TAG, MlflowWriter, TrackingConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from mlflow.entities import Run
+
+COMPARISON_TAG, CELL_TAG = "fedsca.comparison", "fedsca.cell"
+_EXPERIMENT = "{}-comparison"
+# Data sets whose files are artifacts of the parent.
+_FILES = frozenset(
+    {
+        "comparison_plan",
+        "comparison_table",
+        "comparison_tests",
+        "comparison_unseen",
+        "comparison_page",
+        "comparison_html",
+    }
+)
+
+
+class ComparisonTracker(MlflowWriter):
+    """Writes a comparison to MLflow as its cells end."""
+
+    def __init__(self, config: TrackingConfig, project: Path, command: str) -> None:
+        super().__init__(config, project, command)
+        self.run_id: str | None = None
+        self._experiment_id = ""
+        self._children: set[str] = set()
+
+    def open(self, plan: Mapping[str, Any]) -> None:
+        """Go on with the newest run of this plan, or start one.
+
+        Raises:
+            TrackingError: MLflow cannot be reached or written to (so do the other methods).
+        """
+        if not self._config.enabled or self.run_id:
+            return
+        with self._reported():
+            client = self._connect()
+            self._experiment_id = self._experiment(client, _EXPERIMENT.format(self._config.experiment))
+            # How many cells run at once is no part of what is compared.
+            name = fingerprint({**plan, "comparison": {**plan["comparison"], "jobs": None}})
+            found = client.search_runs(
+                [self._experiment_id],
+                f"tags.`{COMPARISON_TAG}` = '{name}'",
+                order_by=["attributes.start_time DESC"],
+            )
+            if found:
+                run = found[0]
+                client.update_run(run.info.run_id, status="RUNNING")
+            else:
+                tags = {COMPARISON_TAG: name, **self._source_tags()}
+                run = client.create_run(self._experiment_id, run_name=f"comparison-{name[:6]}", tags=tags)
+            self.run_id = run.info.run_id
+            self._log_parameters(run, {"base": plan["base"], "comparison": plan["comparison"]})
+            self._children = self._logged_cells()
+
+    def cell(self, result: Mapping[str, Any]) -> None:
+        """Log a finished cell, unless it has been logged: a child run, and one of its own for each site."""
+        if self._client is None or result["fingerprint"] in self._children:
+            return
+        with self._reported():
+            description = result["description"]
+            count = description["train_images"]
+            tags = {
+                "fedsca.method": result["method"],
+                "fedsca.strategy": next(iter(description["configuration"]["strategies"])),
+                "fedsca.seed": str(description["seed"]),
+                "fedsca.train_images": "all" if count is None else str(count),
+                "fedsca.left_out": result["left_out"] or "",
+                "fedsca.code": result["code"],
+            }
+            parameters = _parameters(result)
+            rate = parameters["training"]["learning_rate"]
+            name = f"{result['method']}-seed{description['seed']}-{tags['fedsca.train_images']}-rate{rate:g}"
+            if result["left_out"]:
+                name += f"-without-{result['left_out']}"
+            run = self._start(name, self.run_id, tags)
+            child = run.info.run_id
+            self._log_parameters(run, parameters)
+            self._log_metrics(child, _summary(result))
+            for record in result["rounds"]:
+                self._log_metrics(child, _round(record.get("sites", {}).values()), step=record["round"])
+            for site, scores in result["sites"].items():
+                grandchild = self._start(f"{name}-{site}", child, {**tags, SITE_TAG: site}).info.run_id
+                self._log_metrics(
+                    grandchild,
+                    {
+                        "test dice": statistics.fmean(scores["dice"]),
+                        "test hd95": statistics.fmean(scores["hd95"]),
+                        **{
+                            f"test dice class {label}": statistics.fmean(dice)
+                            for label, dice in scores.get("dice_by_class", {}).items()
+                        },
+                        "dice_validation_best": scores["dice_validation"],
+                        "best_round": scores["round"],
+                    },
+                )
+                for record in result["rounds"]:
+                    self._log_metrics(grandchild, _moved(record["sites"].get(site, {})), step=record["round"])
+                self._require().set_terminated(grandchild, "FINISHED")
+            # Last: a child without it was left half-written, and is written anew.
+            self._require().set_tag(child, CELL_TAG, result["fingerprint"])
+            self._require().set_terminated(child, "FINISHED")
+            self._children.add(result["fingerprint"])
+
+    def saved(self, dataset: str, filepath: Path | None) -> None:
+        """Log a file that a node has just saved, if it belongs to the comparison."""
+        if self._client is None or filepath is None or dataset not in _FILES:
+            return
+        with self._reported():
+            self._client.log_artifact(self.run_id, str(filepath), "comparison")
+
+    def figures(self, figures: Mapping[str, Figure]) -> None:
+        """Log figures by path."""
+        if self._client is None:
+            return
+        with self._reported():
+            for path, figure in figures.items():
+                self._client.log_figure(self.run_id, figure, f"comparison/results_figures/{path}.png")
+
+    def close(self, status: str) -> None:
+        """End the parent with ``FINISHED``, ``FAILED`` or ``KILLED``."""
+        if self._client is None:
+            return
+        with self._reported():
+            self._client.set_terminated(self.run_id, status)
+        self._client, self.run_id, self._children = None, None, set()
+
+    def _logged_cells(self) -> set[str]:
+        client, found, token = self._require(), set(), None
+        while True:
+            page = client.search_runs(
+                [self._experiment_id], f"tags.`mlflow.parentRunId` = '{self.run_id}'", page_token=token
+            )
+            found |= {run.data.tags[CELL_TAG] for run in page if CELL_TAG in run.data.tags}
+            token = page.token
+            if not token:
+                return found
+
+    def _start(self, name: str, parent: str | None, tags: Mapping[str, str]) -> Run:
+        tags = {"mlflow.parentRunId": str(parent), **tags}
+        return self._require().create_run(self._experiment_id, run_name=name, tags=tags)
+
+    def _log_metrics(self, run_id: str, values: Mapping[str, float | None], step: int = 0) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(key, float(value), now, step) for key, value in values.items() if value is not None]
+        if metrics:
+            self._require().log_batch(run_id, metrics=metrics)
+
+
+def _parameters(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all that a cell was trained with, defaults too: MLflow compares only what both runs tell."""
+    from fedsca_pipeline.federation.run import CONFIGURATION
+    from fedsca_pipeline.federation.strategies import build_strategy
+
+    description = result["description"]
+    groups = dict(description["configuration"])
+    ((strategy, options),) = groups.pop("strategies").items()
+    return {
+        "method": result["method"],
+        "seed": description["seed"],
+        "train_images": "all" if description["train_images"] is None else description["train_images"],
+        **{name: CONFIGURATION[name].model_validate(values).model_dump(mode="json") for name, values in groups.items()},
+        "strategies": {strategy: build_strategy(strategy, options).options.model_dump(mode="json")},
+    }
+
+
+def _summary(result: Mapping[str, Any]) -> dict[str, float | None]:
+    dice = [statistics.fmean(site["dice"]) for site in result["sites"].values()]
+    hd95 = [statistics.fmean(site["hd95"]) for site in result["sites"].values()]
+    return {
+        "test dice mean": statistics.fmean(dice),
+        "test dice worst": min(dice),
+        "test dice sd": statistics.pstdev(dice),
+        "test hd95 mean": statistics.fmean(hd95),
+        **result["traffic"],
+        "seconds": result["seconds"],
+        "peak_memory": result["peak_memory"],
+    }
+
+
+def _round(sites: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return means over sites."""
+    found: dict[str, list[float]] = {}
+    for site in sites:
+        for key, value in _moved(site).items():
+            found.setdefault(f"{key}_mean", []).append(value)
+    return {key: statistics.fmean(values) for key, values in found.items()}
+
+
+def _moved(site: Mapping[str, float]) -> dict[str, float]:
+    """Rename the validation Dice of a record, which is of the models before its round."""
+    return {"dice_before_round" if key == "dice_validation" else key: value for key, value in site.items()}

@@ -1,0 +1,286 @@
+"""Every format of the raw folders is read exactly, and damage is told apart from data."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fedsca_pipeline.data.readers import images as readers
+from fedsca_pipeline.data.readers.images import BrokenSampleError, read_image, read_mask, split_name
+
+RNG = np.random.default_rng(7)
+GREY = RNG.integers(0, 256, (12, 17), dtype=np.uint8)
+DEEP = RNG.integers(0, 65_536, (12, 17), dtype=np.uint16)
+COLOUR = RNG.integers(0, 256, (12, 17, 3), dtype=np.uint8)
+LABELS = RNG.integers(0, 3, (12, 17), dtype=np.uint8)
+
+
+def png(pixels: np.ndarray, depth: int = 16) -> bytes:
+    """A PNG of 2, 4 or 16 bits a sample and 1 to 4 channels, byte by byte as its standard says."""
+    height, width, channels = pixels.shape
+    if depth == 16:
+        rows = [row.astype(">u2").tobytes() for row in pixels]
+    else:
+        bits = np.unpackbits(pixels.reshape(height, width, 1).astype(np.uint8), axis=2)[:, :, 8 - depth :]
+        rows = [np.packbits(row.ravel()).tobytes() for row in bits]
+    header = struct.pack(">IIBBBBB", width, height, depth, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    body = zlib.compress(b"".join(b"\0" + row for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".TIFF"])
+@pytest.mark.parametrize("pixels", [GREY, COLOUR], ids=["grey", "rgb"])
+def test_eight_bit_images_are_read_exactly(tmp_path: Path, suffix: str, pixels: np.ndarray) -> None:
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(pixels).save(path)
+
+    np.testing.assert_array_equal(read_image(path), pixels)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bit_grey_is_read_exactly(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(DEEP).save(path)
+
+    image = read_image(path)
+
+    assert image.dtype == np.uint16
+    np.testing.assert_array_equal(image, DEEP)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_sixteen_bit_colour_png_keeps_all_bits_and_drops_alpha(tmp_path: Path, channels: int) -> None:
+    pixels = RNG.integers(0, 65_536, (9, 11, channels), dtype=np.uint16)
+    path = tmp_path / "a.png"
+    path.write_bytes(png(pixels))
+
+    np.testing.assert_array_equal(read_image(path), pixels[..., 0] if channels == 2 else pixels[..., :3])
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("RGBA", COLOUR), ("LA", GREY)])
+def test_alpha_is_dropped(tmp_path: Path, mode: str, expected: np.ndarray) -> None:
+    alpha = np.full(GREY.shape, 9, np.uint8)
+    layers = [*np.moveaxis(expected, -1, 0), alpha] if expected.ndim == 3 else [expected, alpha]
+    path = tmp_path / "a.png"
+    Image.merge(mode, [Image.fromarray(np.ascontiguousarray(layer)) for layer in layers]).save(path)
+
+    np.testing.assert_array_equal(read_image(path), expected)
+
+
+def test_a_jpeg_is_read_in_its_mode(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 100, np.uint8)).save(tmp_path / "grey.jpg")
+    Image.new("CMYK", (8, 6)).save(tmp_path / "print.jpeg")
+
+    assert read_image(tmp_path / "grey.jpg").shape == (8, 8)
+    assert read_image(tmp_path / "print.jpeg").shape == (6, 8, 3)
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.zeros((16, 32), np.uint8)
+    pixels[:, 16:] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=95)
+
+    upright = read_image(tmp_path / "a.jpg")
+
+    assert upright.shape == (32, 16)
+    assert upright[:8].max() < 20
+    assert upright[-8:].min() > 235
+
+
+def test_palettes_give_colours_in_images_and_indices_in_masks(tmp_path: Path) -> None:
+    image = Image.new("P", LABELS.shape[::-1])
+    image.putdata(LABELS.ravel().tolist())
+    image.putpalette([0, 0, 0, 200, 10, 20, 30, 250, 40])
+    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "a.tif")
+
+    for name in ("a.png", "a.tif"):
+        np.testing.assert_array_equal(read_mask(tmp_path / name), LABELS)
+        colours = read_image(tmp_path / name)
+        np.testing.assert_array_equal(colours[LABELS == 1][0], [200, 10, 20])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp"])
+def test_one_bit_files_are_black_and_white_images_and_zero_one_masks(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(LABELS > 1).save(path)
+
+    np.testing.assert_array_equal(read_image(path), (LABELS > 1) * 255)
+    np.testing.assert_array_equal(read_mask(path) > 0, LABELS > 1)
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_low_depth_grey_masks_keep_their_stored_numbers(tmp_path: Path, depth: int) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png(LABELS[..., None], depth))
+
+    np.testing.assert_array_equal(read_mask(path), LABELS)
+    assert read_image(path).max() == 2 * 255 // (2**depth - 1)
+
+
+@pytest.mark.parametrize("value", [-1000.0, 0.25])
+def test_signed_and_float_tiffs_are_images(tmp_path: Path, value: float) -> None:
+    pixels = np.full((5, 6), value, np.int16 if value < -1 else np.float32)
+    tifffile.imwrite(tmp_path / "a.tif", pixels)
+
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), pixels)
+
+
+def test_planar_tiffs_are_turned_to_channels_last(tmp_path: Path) -> None:
+    planes = np.ascontiguousarray(np.moveaxis(COLOUR, -1, 0))
+    tifffile.imwrite(tmp_path / "a.tif", planes, photometric="rgb", planarconfig="separate")
+
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), COLOUR)
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "packbits", None])
+def test_compressed_tiffs_are_read_exactly(tmp_path: Path, compression: str | None) -> None:
+    Image.fromarray(COLOUR).save(tmp_path / "a.tif", compression=compression)
+
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), COLOUR)
+
+
+def test_white_is_zero_tiffs_are_seen_as_viewers_show_them(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", 255 - GREY, photometric="miniswhite")
+
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), GREY)
+
+
+def write_nan(path: Path) -> None:
+    pixels = np.zeros((4, 4), np.float32)
+    pixels[1, 2] = np.nan
+    tifffile.imwrite(path, pixels)
+
+
+def write_truncated_png(path: Path) -> None:
+    Image.fromarray(COLOUR).save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def write_truncated_tiff(path: Path) -> None:
+    tifffile.imwrite(path, RNG.integers(0, 255, (64, 64), dtype=np.uint8))
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+BROKEN_IMAGES = {
+    "empty": ("a.png", lambda path: path.write_bytes(b""), "file is empty"),
+    "text": ("a.png", lambda path: path.write_text("not an image"), "cannot be read"),
+    "text tiff": ("a.tif", lambda path: path.write_text("not an image"), "cannot be read"),
+    "truncated png": ("a.png", write_truncated_png, "cannot be read"),
+    "truncated tiff": ("a.tif", write_truncated_tiff, "cannot be read"),
+    "missing": ("a.png", lambda path: None, "cannot be read"),
+    "pages": ("a.tif", lambda path: tifffile.imwrite(path, np.zeros((5, 8, 8), np.uint8)), "5 pages"),
+    "nan": ("a.tif", write_nan, "NaN or infinite"),
+    "channels": (
+        "a.tif",
+        lambda path: tifffile.imwrite(path, np.zeros((8, 8, 6), np.uint8), planarconfig="contig"),
+        "6 channels",
+    ),
+    "unknown format": ("a.xyz", lambda path: path.write_text(""), "no reader for .xyz"),
+    "bomb": ("a.png", lambda path: path.write_bytes(png(np.zeros((1, 1, 1)))), "decompression bomb"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_IMAGES)
+def test_a_broken_image_says_why_and_what_to_do(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, write, reason = BROKEN_IMAGES[case]
+    write(tmp_path / name)
+    if case == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 0)
+
+    with pytest.raises(BrokenSampleError, match=reason) as broken:
+        read_image(tmp_path / name)
+
+    assert broken.value.cure
+
+
+def test_a_huge_tiff_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((20, 20), np.uint8))
+    monkeypatch.setattr(readers, "MAX_PIXELS", 99)
+
+    with pytest.raises(BrokenSampleError, match="decompression bomb"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_masks_with_equal_channels_are_grey(tmp_path: Path) -> None:
+    Image.fromarray(np.repeat(LABELS[..., None], 3, axis=2)).save(tmp_path / "a.png")
+
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.png"), LABELS)
+
+
+def test_whole_numbers_in_a_float_mask_are_labels(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", LABELS.astype(np.float32))
+
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.tif"), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "reason"),
+    [
+        ("a.jpg", GREY, "JPEG mask"),
+        ("a.png", COLOUR, "coloured mask"),
+        ("a.tif", np.full((4, 4), 0.5, np.float32), "whole numbers"),
+    ],
+)
+def test_a_mask_without_exact_labels_is_broken(tmp_path: Path, name: str, pixels: np.ndarray, reason: str) -> None:
+    (tifffile.imwrite if name.endswith("tif") else lambda path, data: Image.fromarray(data).save(path))(
+        tmp_path / name, pixels
+    )
+
+    with pytest.raises(BrokenSampleError, match=reason):
+        read_mask(tmp_path / name)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), suffix=st.sampled_from([".png", ".tif", ".bmp", ".jpg"]))
+def test_damaged_bytes_never_raise_anything_but_a_broken_sample(
+    tmp_path: Path, data: st.DataObject, suffix: str
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(COLOUR).save(path)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
+
+    with contextlib.suppress(BrokenSampleError):
+        assert read_image(path).ndim in (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("a.PNG", ("a", ".png")), ("a.b.tif", ("a.b", ".tif")), ("plain", ("plain", "")), ("x.csv", ("x", ".csv"))],
+)
+def test_names_split_into_stem_and_suffix(name: str, parts: tuple[str, str]) -> None:
+    assert split_name(name) == parts
+
+
+def test_a_registered_double_suffix_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "READERS", {**readers.READERS, ".nii.gz": lambda path, labels: GREY})
+
+    assert split_name("brain.nii.gz") == ("brain", ".nii.gz")
+
+
+def test_an_animation_is_refused_and_a_still_gif_is_read(tmp_path: Path) -> None:
+    still, moving = tmp_path / "still.gif", tmp_path / "moving.gif"
+    Image.fromarray(GREY).save(still)
+    Image.fromarray(GREY).save(moving, save_all=True, append_images=[Image.fromarray(GREY[::-1])])
+
+    np.testing.assert_array_equal(read_image(still), np.repeat(GREY[..., None], 3, axis=2))
+    with pytest.raises(BrokenSampleError, match="an animation of 2 frames"):
+        read_image(moving)

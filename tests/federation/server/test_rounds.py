@@ -1,0 +1,367 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import zstandard
+
+from fedsca_pipeline.config import FederationConfig
+from fedsca_pipeline.errors import NoValidSite
+from fedsca_pipeline.federation.fleets.fleet import Failure, InProcessFleet
+from fedsca_pipeline.federation.messages.codec import Message, TensorLayout, decode, encode, hash_tensors
+from fedsca_pipeline.federation.server import checkpoint
+from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
+from fedsca_pipeline.federation.server.rounds import Server
+from fedsca_pipeline.federation.strategies import build_strategy
+from fedsca_pipeline.model.adapters.attach import tensor_layout
+
+LAYOUT = TensorLayout(blocks=(("low",), ("high",)), decoder=("head",), shapes={"low": (3,), "high": (2,), "head": (1,)})
+INITIAL = {"low": torch.zeros(3), "high": torch.zeros(2), "head": torch.zeros(1)}
+SITES = ("a", "b", "c")
+DIRECTIONS = {
+    "a": torch.tensor([1.0, 0.1, 0.0]),
+    "b": torch.tensor([1.0, 0.0, 0.1]),
+    "c": torch.tensor([0.9, 0.1, 0.1]),
+}
+
+
+class FakeFleet:
+    """Sites that step in a fixed direction from what they hold, without a model; faults can be scripted."""
+
+    def __init__(self, faults: Mapping[tuple[str, int], Callable[[Message], bytes | Failure]] | None = None) -> None:
+        self.faults = faults or {}
+        self.held: dict[str, dict[str, torch.Tensor]] = {}
+        self.received: list[tuple[int, str, Message]] = []
+
+    def sites(self) -> Sequence[str]:
+        return SITES
+
+    def exchange(self, round_, payloads, **_):
+        return {site: self.answer(round_, site, payload) for site, payload in payloads.items()}
+
+    def answer(self, round_: int, site: str, payload: bytes) -> bytes | Failure:
+        message = decode(payload)
+        self.received.append((round_, site, message))
+        reply = self.reply(round_, site, message)
+        fault = self.faults.get((site, round_))
+        return fault(reply) if fault else encode(reply.manifest, reply.tensors)
+
+    def reply(self, round_: int, site: str, message: Message) -> Message:
+        held = message.tensors
+        if message.manifest.relative:
+            held = {name: self.held[site][name] + t for name, t in held.items()}
+        self.held[site] = held
+        final = message.manifest.kind == "final"
+        manifest = replace(
+            message.manifest,
+            kind="report" if final else "update",
+            base_hash=hash_tensors(held),
+            samples=10,
+            relative=False,
+            metrics={"dice_validation": 0.5},
+        )
+        update = {} if final else {"low": DIRECTIONS[site] * (1 + 0.1 * round_)}
+        return Message(manifest, update)
+
+
+def server(fleet, folder: Path, **config) -> Server:
+    strategy = config.pop("strategy", "fedsca")
+    return Server(
+        fleet,
+        build_strategy(strategy, {"share_decoder": False, "shared_blocks": "low"} if strategy == "fedavg" else {}),
+        LAYOUT,
+        INITIAL,
+        FederationConfig(**{"rounds": 3, "wire_dtype": "fp32", **config}),
+        run="run",
+        seed=0,
+        folder=CheckpointFolder(folder),
+    )
+
+
+def test_only_the_low_blocks_adapters_cross_the_wire(tmp_path: Path) -> None:
+    fleet = FakeFleet()
+
+    records = list(server(fleet, tmp_path).rounds())
+
+    assert [record.round for record in records] == [1, 2, 3, 4]
+    assert all(set(message.tensors) == {"low"} for _, _, message in fleet.received)
+
+
+def test_bytes_are_those_of_the_serialised_messages(tmp_path: Path) -> None:
+    sizes: list[int] = []
+
+    class Counting(FakeFleet):
+        def answer(self, round_, site, payload):
+            sizes.append(len(payload))
+            return super().answer(round_, site, payload)
+
+    records = list(server(Counting(), tmp_path).rounds())
+
+    assert sum(sizes) == sum(entry.bytes_down for record in records for entry in record.sites.values())
+    assert all(entry.bytes_up > 0 for entry in records[0].sites.values())
+
+
+@pytest.mark.parametrize("wire_dtype", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("participation", [1.0, 0.6])
+def test_a_run_broken_off_after_any_round_ends_in_the_same_state(
+    wire_dtype: str, participation: float, tmp_path: Path
+) -> None:
+    config = {"wire_dtype": wire_dtype, "participation": participation, "rounds": 5}
+    whole = list(server(FakeFleet(), tmp_path / "whole", **config).rounds())
+    expected = CheckpointFolder(tmp_path / "whole").latest()
+
+    for stop in range(1, 5):
+        folder, fleet = tmp_path / f"stop{stop}", FakeFleet()
+        for record in server(fleet, folder, **config).rounds():
+            if record.round == stop:
+                break
+        resumed = list(server(fleet, folder, **config).rounds())
+        found = CheckpointFolder(folder).latest()
+
+        assert torch.equal(found.aggregates, expected.aggregates)
+        assert torch.equal(found.state.memory.nan_to_num(7), expected.state.memory.nan_to_num(7))
+        assert [r.as_json() for r in resumed] == [r.as_json() for r in whole]
+
+
+@pytest.mark.parametrize("wire_dtype", ["fp32", "int8"])
+def test_arrays_on_disk_give_the_same_bits_as_arrays_in_memory(wire_dtype: str, tmp_path: Path) -> None:
+    for name, gib in (("memory", 4.0), ("disk", 0.0)):
+        config = {"wire_dtype": wire_dtype, "participation": 0.6, "server_memory": gib, "rounds": 4}
+        list(server(FakeFleet(), tmp_path / name, **config).rounds())
+
+    one, other = (next((tmp_path / name).glob("*_00005.*")).read_bytes() for name in ("memory", "disk"))
+
+    assert one == other
+
+
+def test_sites_hold_exactly_what_the_server_believes_they_hold(tmp_path: Path) -> None:
+    fleet = FakeFleet()
+
+    list(server(fleet, tmp_path, wire_dtype="int8", rounds=4).rounds())
+
+    latest = CheckpointFolder(tmp_path).latest()
+    assert latest.round == 5
+    assert all(message.manifest.relative == (round_ > 1) for round_, _, message in fleet.received)
+    # The checkpoint of the last training round knows what was decoded in it; `final` added one more difference.
+    final = {site: message.tensors["low"] for round_, site, message in fleet.received if round_ == 5}
+    for index, site in enumerate(SITES):
+        assert torch.equal(latest.bases[index] + final[site], fleet.held[site]["low"])
+
+
+def test_int8_differences_stay_close_to_full_precision(tmp_path: Path) -> None:
+    for dtype in ("fp32", "int8"):
+        list(server(FakeFleet(), tmp_path / dtype, wire_dtype=dtype, rounds=6).rounds())
+
+    exact, rounded = (CheckpointFolder(tmp_path / dtype).latest().aggregates for dtype in ("fp32", "int8"))
+
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02)
+
+
+def test_a_failed_site_counts_as_absent_and_the_others_result_is_as_if_it_had_not_been_there(tmp_path: Path) -> None:
+    faults = {("c", 2): lambda reply: Failure("power cut")}
+
+    records = list(server(FakeFleet(faults), tmp_path).rounds())
+
+    assert records[1].sites["c"].absent == "power cut"
+    assert records[1].sites["c"].samples is None
+    assert records[1].accepted == ("a", "b")
+    assert records[2].sites["c"].absent is None
+
+
+BROKEN = {
+    "nan": lambda r: encode(r.manifest, {"low": torch.full((3,), torch.nan)}),
+    "shape": lambda r: encode(r.manifest, {"low": torch.ones(4)}),
+    "name": lambda r: encode(r.manifest, {"high": torch.ones(2)}),
+    "base hash": lambda r: encode(replace(r.manifest, base_hash="f" * 16), r.tensors),
+    "replayed round": lambda r: encode(replace(r.manifest, round=1), r.tensors),
+    "another site": lambda r: encode(replace(r.manifest, site="a"), r.tensors),
+    "another run": lambda r: encode(replace(r.manifest, run="other"), r.tensors),
+    "no samples": lambda r: encode(replace(r.manifest, samples=0), r.tensors),
+    "huge norm": lambda r: encode(r.manifest, {"low": 1000 * r.tensors["low"]}),
+    "not a message": lambda r: b"\x80\x04pickle",
+    "a bomb": lambda r: zstandard.compress(bytes(2**26)),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_reply_is_rejected_and_changes_nothing_for_the_others(fault: str, tmp_path: Path) -> None:
+    broken = list(server(FakeFleet({("c", 2): BROKEN[fault]}), tmp_path / "broken", rounds=2).rounds())
+    absent = list(server(FakeFleet({("c", 2): lambda r: Failure("absent")}), tmp_path / "absent", rounds=2).rounds())
+
+    assert "rejected" in broken[1].sites["c"].absent
+    assert broken[1].accepted == absent[1].accepted == ("a", "b")
+    assert broken[1].weights == absent[1].weights
+    aggregates = [CheckpointFolder(tmp_path / name).latest().aggregates for name in ("broken", "absent")]
+    assert torch.equal(*aggregates)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "wire_dtype"), [("fedsca", "int8"), ("fedsca", "fp16"), ("scaffold", "fp32"), ("ditto", "fp16")]
+)
+def test_a_round_whose_answer_is_lost_leaves_nothing_anywhere_not_even_at_its_site(
+    strategy: str, wire_dtype: str, federate, make_site
+) -> None:
+    data = {name: make_site(name, seed) for seed, name in enumerate(SITES)}
+    alike = {"rounds": 4, "wire_dtype": wire_dtype, "data": data, "keep_optimizer": strategy != "ditto"}
+
+    lost = federate(strategy, lost={"c": [2, 3]}, **alike)
+    absent = federate(strategy, absent={"c": [2, 3]}, **alike)
+
+    assert lost.records[1].sites["c"].absent == "no answer in time"
+    assert same(lost.bits(), absent.bits())
+    for site in SITES:
+        states = (run.store(site).state_at(4).tensors() for run in (lost, absent))
+        for one, other in zip(*(kept.values() for kept in states), strict=True):
+            assert same(one, other)
+
+
+def test_a_run_taken_up_from_an_older_checkpoint_knows_nothing_of_what_came_after(
+    federate, make_site, tmp_path: Path
+) -> None:
+    data = {name: make_site(name, seed) for seed, name in enumerate(SITES)}
+    expected = federate("fedsca", rounds=5, data=data, absent={"c": [3, 4]})
+    first = federate("fedsca", rounds=2, data=data)
+    (older,) = (first.folder / "server").glob("round_00002*")
+    kept = older.read_bytes()
+    older.unlink()
+    (first.folder / "server" / "round_00003.safetensors").unlink()
+    federate("fedsca", rounds=4, data=data, folder=first.folder)
+    for path in (first.folder / "server").glob("*.safetensors"):
+        path.unlink()
+    older.write_bytes(kept)
+
+    again = federate("fedsca", rounds=5, data=data, absent={"c": [3, 4]}, folder=first.folder)
+
+    assert same(again.checkpoint().state.as_tensors(), expected.checkpoint().state.as_tensors())
+    assert all(same(again.last(site), expected.last(site)) for site in SITES)
+    assert [record.round for record in again.records] == [1, 2, 3, 4, 5, 6]
+    assert [record.accepted for record in again.records] == [record.accepted for record in expected.records]
+
+
+@pytest.mark.parametrize("writer", ["write_bytes", "write_tensors"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_run_killed_before_or_after_the_record_of_a_round_ends_as_an_unbroken_one(
+    federate, make_site, monkeypatch, writer: str, count: int
+) -> None:
+    data = {name: make_site(name, seed) for seed, name in enumerate(SITES)}
+    unbroken = federate("fedsca", rounds=2, data=data)
+    again = unbroken.folder.with_name("killed")
+    real, calls = getattr(checkpoint, writer), []
+
+    def killed(*arguments) -> None:
+        calls.append(arguments)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, writer, killed)
+        with pytest.raises(KeyboardInterrupt):
+            federate("fedsca", rounds=2, data=data, folder=again)
+    resumed = federate("fedsca", rounds=2, data=data, folder=again)
+
+    assert same(resumed.checkpoint().state.as_tensors(), unbroken.checkpoint().state.as_tensors())
+    assert all(same(resumed.last(site), unbroken.last(site)) for site in SITES)
+    assert [record.accepted for record in resumed.records] == [record.accepted for record in unbroken.records]
+
+
+def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(tensor.equal(other[name]) for name, tensor in one.items())
+
+
+def test_below_the_quorum_the_round_fails_and_the_checkpoint_before_it_stands(tmp_path: Path) -> None:
+    faults = {(site, 2): lambda reply: Failure("network down") for site in ("a", "b")}
+
+    with pytest.raises(NoValidSite, match=r"round 2: 1 valid replies.*quorum asks for 2.*a: network down"):
+        list(server(FakeFleet(faults), tmp_path, quorum=2).rounds())
+    assert CheckpointFolder(tmp_path).latest().round == 1
+
+    records = list(server(FakeFleet(), tmp_path, quorum=2).rounds())
+    assert [record.round for record in records] == [1, 2, 3, 4]
+
+
+def test_no_site_at_all_fails_the_round_too(tmp_path: Path) -> None:
+    faults = {(site, 1): lambda reply: Failure("network down") for site in SITES}
+
+    with pytest.raises(NoValidSite, match="0 valid replies"):
+        list(server(FakeFleet(faults), tmp_path).rounds())
+
+    assert CheckpointFolder(tmp_path).latest() is None
+
+
+def test_participation_draws_the_nearest_number_of_sites_and_others_over_time(tmp_path: Path) -> None:
+    drawn = server(FakeFleet(), tmp_path, participation=0.6)
+
+    rounds = [drawn.participants(round_) for round_ in range(1, 30)]
+
+    assert all(len(sites) == 2 for sites in rounds)
+    assert set().union(*rounds) == set(SITES)
+    assert rounds == [drawn.participants(round_) for round_ in range(1, 30)]
+
+
+def test_a_site_that_was_absent_is_brought_up_to_date_before_it_trains_again(tmp_path: Path) -> None:
+    fleet = FakeFleet({("c", 2): lambda reply: Failure("holiday")})
+
+    list(server(fleet, tmp_path, strategy="fedavg").rounds())
+
+    third = {site: message.tensors["low"] for round_, site, message in fleet.received if round_ == 3}
+    assert torch.equal(third["c"], third["a"])
+
+
+def test_local_sends_no_tensor_at_all(tmp_path: Path) -> None:
+    class Silent(FakeFleet):
+        def reply(self, round_, site, message):
+            return replace(super().reply(round_, site, message), tensors={})
+
+    fleet = Silent()
+
+    records = list(server(fleet, tmp_path, strategy="local").rounds())
+
+    assert len(records) == 4
+    assert all(message.tensors == {} for _, _, message in fleet.received)
+
+
+def test_all_sites_on_one_model_give_the_same_bits_as_each_on_its_own(make_worker, make_site, tmp_path: Path) -> None:
+    data = {name: make_site(name, seed) for seed, name in enumerate(SITES)}
+    together = make_worker()
+
+    class OneModelEach:
+        def __init__(self, folder: Path) -> None:
+            self.fleets = {site: InProcessFleet(make_worker(), {site: arrays}, folder) for site, arrays in data.items()}
+
+        def sites(self):
+            return SITES
+
+        def exchange(self, round_, payloads, **rest):
+            return {s: self.fleets[s].exchange(round_, {s: p}, **rest)[s] for s, p in payloads.items()}
+
+    results = []
+    for name, fleet in (
+        ("one", InProcessFleet(together, data, tmp_path / "one")),
+        ("each", OneModelEach(tmp_path / "each")),
+    ):
+        run = Server(
+            fleet,
+            together.strategy,
+            tensor_layout(together.model),
+            together.initial,
+            FederationConfig(rounds=2, wire_dtype="fp32"),
+            run="run",
+            seed=0,
+            folder=CheckpointFolder(tmp_path / f"server_{name}"),
+        )
+        list(run.rounds())
+        results.append(CheckpointFolder(tmp_path / f"server_{name}").latest().aggregates)
+
+    assert torch.equal(*results)
+
+
+def test_an_injected_failure_is_a_failure(make_worker, make_site, tmp_path: Path) -> None:
+    fleet = InProcessFleet(make_worker(), {"a": make_site("a")}, tmp_path, inject_failures={"a": [2]})
+
+    answer = fleet.exchange(2, {"a": b""}, deadline=None, quorum=1, grace=0.0)["a"]
+
+    assert isinstance(answer, Failure)

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedsca_pipeline.errors import ResumeError
+from fedsca_pipeline.federation import run as runs
+from fedsca_pipeline.federation.run import (
+    code_version,
+    describe_run,
+    differences,
+    finish_run,
+    open_run,
+    refuse_another_run,
+    resolve_threads,
+)
+from fedsca_pipeline.files import read_json
+
+VALUES = st.recursive(
+    st.none() | st.integers() | st.text(max_size=3),
+    lambda values: st.dictionaries(st.sampled_from("abcd"), values, max_size=3),
+    max_leaves=8,
+)
+MAPPINGS = st.dictionaries(st.sampled_from("abcd"), VALUES, max_size=3)
+
+
+def described(rounds: int = 4, data: str = "d0", threads: int = 1) -> dict[str, Any]:
+    configuration = {"federation": {"rounds": rounds}, "run": {"seed": 0}}
+    return describe_run(configuration, {"site_a": data, "site_b": "d1"}, "f" * 64, threads)
+
+
+def leave_a_checkpoint(checkpoints: Path, description: dict[str, Any]) -> Path:
+    path = open_run(checkpoints, description, force=False).server / "round_00001.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    return path
+
+
+class TestDifferences:
+    def test_they_are_named_like_yaml_keys(self) -> None:
+        old = {"federation": {"rounds": 8, "strategy": "fedsca"}, "threads": 1}
+        new = {"federation": {"rounds": 10, "strategy": "fedsca"}, "threads": 1}
+
+        assert differences(old, new) == ["federation.rounds: 8 -> 10"]
+
+    def test_what_is_new_or_gone_is_none_on_the_other_side(self) -> None:
+        assert differences({"a": 1}, {"b": 2}) == ["a: 1 -> None", "b: None -> 2"]
+
+    @given(value=MAPPINGS)
+    def test_a_mapping_does_not_differ_from_itself(self, value: dict[str, Any]) -> None:
+        assert differences(value, value) == []
+
+    @given(old=MAPPINGS, new=MAPPINGS)
+    def test_there_are_as_many_both_ways(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        assert len(differences(old, new)) == len(differences(new, old))
+
+
+class TestDescription:
+    def test_the_same_run_has_the_same_fingerprint(self) -> None:
+        assert described() == described()
+
+    @pytest.mark.parametrize("change", [{"rounds": 5}, {"data": "d9"}, {"threads": 2}])
+    def test_everything_that_decides_the_numbers_enters_the_fingerprint(self, change: dict[str, Any]) -> None:
+        assert described(**change)["fingerprint"] != described()["fingerprint"]
+
+    def test_changed_code_is_another_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = described()
+        monkeypatch.setattr(runs, "version", lambda library: "0.0.1")
+
+        assert described()["fingerprint"] != before["fingerprint"]
+        assert described()["code"] != before["code"]
+
+    def test_the_code_version_does_not_change_by_itself(self) -> None:
+        assert code_version() == code_version()
+        assert len(code_version()) == 16
+
+    def test_configured_threads_win(self) -> None:
+        assert resolve_threads(3) == 3
+        assert resolve_threads(None) >= 1
+
+
+class TestOpenRun:
+    def test_a_first_run_is_marked_as_unfinished_until_it_is_finished(self, tmp_path: Path) -> None:
+        folder = open_run(tmp_path, described(), force=False)
+
+        assert folder.fingerprint == described()["fingerprint"]
+        assert read_json(tmp_path / "current.json") == {"finished": False, "description": described()}
+
+        finish_run(tmp_path)
+
+        assert read_json(tmp_path / "current.json") == {"finished": True, "description": described()}
+
+    def test_the_same_run_goes_on_with_its_checkpoints(self, tmp_path: Path) -> None:
+        checkpoint = leave_a_checkpoint(tmp_path, described())
+
+        folder = open_run(tmp_path, described(), force=False)
+
+        assert list(folder.server.iterdir()) == [checkpoint]
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"rounds": 5}, "federation.rounds: 4 -> 5"),
+            ({"data": "d9"}, "data.site_a: d0 -> d9"),
+            ({"threads": 2}, "threads: 1 -> 2"),
+        ],
+    )
+    def test_an_unfinished_run_is_not_continued_as_another(
+        self, tmp_path: Path, change: dict[str, Any], said: str
+    ) -> None:
+        checkpoint = leave_a_checkpoint(tmp_path, described())
+
+        with pytest.raises(ResumeError, match=said):
+            open_run(tmp_path, described(**change), force=False)
+
+        assert checkpoint.exists()
+        assert read_json(tmp_path / "current.json")["description"] == described()
+
+    def test_after_a_finished_run_another_may_start_beside_it(self, tmp_path: Path) -> None:
+        checkpoint = leave_a_checkpoint(tmp_path, described())
+        finish_run(tmp_path)
+
+        folder = open_run(tmp_path, described(rounds=5), force=False)
+
+        assert checkpoint.exists()
+        assert not folder.server.exists()
+
+    def test_force_starts_the_same_run_anew(self, tmp_path: Path) -> None:
+        checkpoint = leave_a_checkpoint(tmp_path, described())
+
+        folder = open_run(tmp_path, described(), force=True)
+
+        assert not checkpoint.exists()
+        assert not folder.server.exists()
+
+    def test_force_starts_another_run_and_lets_the_unfinished_one_lie(self, tmp_path: Path) -> None:
+        checkpoint = leave_a_checkpoint(tmp_path, described())
+
+        open_run(tmp_path, described(rounds=5), force=True)
+
+        assert checkpoint.exists()
+        assert read_json(tmp_path / "current.json")["description"] == described(rounds=5)
+
+    def test_what_a_killed_command_left_half_written_is_cleared_away(self, tmp_path: Path) -> None:
+        checkpoint = leave_a_checkpoint(tmp_path, described())
+        left = checkpoint.with_name(".round_00002.safetensors.x1y2.partial")
+        left.write_bytes(b"half")
+
+        open_run(tmp_path, described(), force=False)
+
+        assert not left.exists()
+        assert checkpoint.exists()
+
+    def test_asking_alone_writes_nothing(self, tmp_path: Path) -> None:
+        refuse_another_run(tmp_path, described())
+
+        assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,150 @@
+"""A site that sends what it should not is rejected with the reason, and the others end as if it had been absent."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedsca_pipeline.config import FederationConfig
+from fedsca_pipeline.errors import NoValidSite
+from fedsca_pipeline.federation.messages.codec import Message, TensorLayout, decode, encode, hash_tensors
+from fedsca_pipeline.federation.server.checkpoint import Checkpoint, CheckpointFolder, RoundRecord
+from fedsca_pipeline.federation.server.rounds import Server
+from fedsca_pipeline.federation.strategies import build_strategy
+from fedsca_pipeline.flower.coordinator.fleet import FlowerFleet
+
+LAYOUT = TensorLayout(
+    blocks=(("low",), ("high",)), decoder=("decoder",), shapes=dict.fromkeys(("low", "high", "decoder"), (2,))
+)
+DIRECTIONS = {"a": torch.tensor([1.0, 0.1]), "b": torch.tensor([0.9, 0.2]), "c": torch.tensor([0.8, 0.3])}
+
+
+def honest(message: Message, site: str, round_: int) -> Message:
+    final = message.manifest.kind == "final"
+    manifest = replace(
+        message.manifest, kind="report" if final else "update", base_hash=hash_tensors(message.tensors), samples=10,
+        metrics={"dice_validation": 0.5},
+    )  # fmt: skip
+    return Message(manifest, {} if final else {"low": DIRECTIONS[site] * (1 + 0.1 * round_)})
+
+
+def written(message: Message, **manifest: object) -> bytes:
+    return encode(replace(message.manifest, **manifest), message.tensors)
+
+
+FAULTS: Mapping[str, tuple[Callable[[Message], bytes], str]] = {
+    "NaN": (lambda m: written(Message(m.manifest, {"low": torch.tensor([math.nan, 0.0])})), "finite"),
+    "a wrong shape": (lambda m: written(Message(m.manifest, {"low": torch.zeros(3)})), "shape of low"),
+    "a private tensor": (lambda m: written(Message(m.manifest, {**m.tensors, "high": torch.ones(2)})), "tensors: high"),
+    "no tensor": (lambda m: written(Message(m.manifest, {})), "missing tensors: low"),
+    "another dtype": (lambda m: written(m, dtype="int8"), "wire dtype is int8"),
+    "a wrong base hash": (lambda m: written(m, base_hash="0" * 16), "base hash"),
+    "a replayed round": (lambda m: written(m, round=1), "round is 1, expected 2"),
+    "another run": (lambda m: written(m, run="other"), "run is 'other'"),
+    "another site's id": (lambda m: written(m, site="a"), "site is 'a', expected 'c'"),
+    "100 times the norm": (lambda m: written(Message(m.manifest, {"low": 100 * m.tensors["low"]})), "norm"),
+    "an unknown metric": (lambda m: written(m, metrics={"patient_7": 1.0}), "unexpected metrics: patient_7"),
+    "a metric that is no number": (lambda m: written(m, metrics={"loss": math.nan}), "not finite: loss"),
+    "more images than a float holds": (lambda m: written(m, samples=10**400), "sample count is above"),
+    "images for a weight of one": (lambda m: written(m, samples=10**18), "sample count is above"),
+    "more samples than it has": (lambda m: written(m, samples=11), "sample count is 11, expected 10"),
+    "a pickle": (lambda m: pickle.dumps(m.tensors), "not safetensors"),
+    "too many bytes": (lambda _: bytes(2**20 + 1), "flower.max_message"),
+    "more bytes than its tensors can have": (lambda _: bytes(2**19), "larger than"),
+    "nothing": (lambda _: b"", "safetensors"),
+}  # fmt: skip
+
+
+def run(
+    link, config, clock, scripted, reply, folder: Path, fault=None, absent=None, seconds=None, **federation
+) -> tuple[Checkpoint, list[RoundRecord]]:
+    """Three rounds of three sites; ``fault`` makes site c's answer of round 2. ``seconds`` is how long a site takes."""
+
+    def answer(message):
+        site, round_ = message.task["site"], message.task["round"]
+        found = honest(decode(message.payload), site, round_)
+        faulty = fault is not None and (site, round_) == ("c", 2)
+        return reply("", message.node, fault(found) if faulty else written(found))
+
+    for site in link.sites:
+        link.sites[site] = scripted(answer=answer, seconds=(seconds or {}).get(site, 1.0))
+    server = Server(
+        FlowerFleet(link, config, absent=absent, clock=clock, sleep=clock.sleep),
+        build_strategy("fedsca", {}),
+        LAYOUT,
+        {name: torch.zeros(2) for name in LAYOUT.shapes},
+        FederationConfig(rounds=3, wire_dtype="fp32", compression="none", **federation),
+        run="run",
+        seed=0,
+        folder=CheckpointFolder(folder),
+        samples=dict.fromkeys(DIRECTIONS, 10),
+    )
+    records = list(server.rounds())
+    return CheckpointFolder(folder).latest(), records
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_it_is_rejected_with_the_reason_and_the_others_end_as_if_it_had_been_absent(
+    name, link, config, clock, scripted, reply, tmp_path: Path
+) -> None:
+    fault, reason = FAULTS[name]
+
+    hostile, hostile_records = run(link, config, clock, scripted, reply, tmp_path / "hostile", fault=fault)
+    absent, absent_records = run(link, config, clock, scripted, reply, tmp_path / "absent", absent={"c": [2]})
+
+    assert reason in hostile_records[1].sites["c"].absent
+    assert hostile_records[1].accepted == ("a", "b")
+    assert torch.equal(hostile.aggregates, absent.aggregates)
+    states = (found.state.as_tensors() for found in (hostile, absent))
+    assert all(torch.equal(one, other) for one, other in zip(*(s.values() for s in states), strict=True))
+    assert [record.accepted for record in hostile_records] == [record.accepted for record in absent_records]
+
+
+def test_with_too_few_others_the_command_ends_and_the_next_one_does_the_round_anew(
+    link, config, clock, scripted, reply, tmp_path: Path
+) -> None:
+    """Mended, the site takes part in it; with a lower quorum, and the site as it was, it is as if that were absent."""
+    fault, _ = FAULTS["100 times the norm"]
+    ended, mended, lowered, honest_, absent = (tmp_path / name for name in ("e", "m", "l", "h", "a"))
+
+    def go(folder: Path, **given) -> Checkpoint:
+        return run(link, config, clock, scripted, reply, folder, **given)[0]
+
+    with pytest.raises(
+        NoValidSite, match=r"round 2: 2 valid replies, federation\.quorum asks for 3 \(c: rejected: .*norm"
+    ):
+        go(ended, fault=fault, quorum=3)
+    assert CheckpointFolder(ended).latest().round == 1
+    for folder in (mended, lowered):
+        shutil.copytree(ended, folder)
+
+    assert same(go(mended, quorum=3), go(honest_, quorum=3))
+    assert same(go(lowered, fault=fault, quorum=2), go(absent, absent={"c": [2]}, quorum=2))
+
+
+def same(one: Checkpoint, other: Checkpoint) -> bool:
+    """Tell whether two runs ended alike, at the server and in what each site is sent next."""
+    kept, others = one.state.as_tensors(), other.state.as_tensors()
+    alike = kept.keys() == others.keys() and all(torch.equal(kept[name], others[name]) for name in kept)
+    return alike and all(torch.equal(getattr(one, of), getattr(other, of)) for of in ("aggregates", "answered"))
+
+
+def test_it_ends_nobody_s_time(link, config, clock, scripted, reply, tmp_path: Path) -> None:
+    """With what site c sends first the quorum would be there, and its grace over before site b has answered."""
+    fault, reason = FAULTS["a wrong base hash"]
+    given = {"seconds": {"a": 10.0, "b": 40.0}, "quorum": 2, "grace": 20.0, "deadline": 100.0}
+
+    hostile, hostile_records = run(link, config, clock, scripted, reply, tmp_path / "hostile", fault=fault, **given)
+    absent, absent_records = run(link, config, clock, scripted, reply, tmp_path / "absent", absent={"c": [2]}, **given)
+
+    assert reason in hostile_records[1].sites["c"].absent
+    assert hostile_records[1].sites["c"].bytes_up > 0
+    assert [record.accepted for record in hostile_records] == [record.accepted for record in absent_records]
+    assert torch.equal(hostile.aggregates, absent.aggregates)

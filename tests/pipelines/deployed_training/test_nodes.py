@@ -1,0 +1,133 @@
+"""The coordinator's nodes, where a site says what it should not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fedsca_pipeline.config import FederationConfig, TrainingConfig
+from fedsca_pipeline.errors import ConfigError, MessageError
+from fedsca_pipeline.federation.fleets.fleet import Failure
+from fedsca_pipeline.federation.run import CONFIGURATION, describe_run, finish_run, open_run
+from fedsca_pipeline.files import write_json
+from fedsca_pipeline.flower.coordinator import superlink
+from fedsca_pipeline.flower.messages import documents
+from fedsca_pipeline.pipelines.deployed_training import nodes
+from fedsca_pipeline.pipelines.federated_training.nodes import configuration_of
+
+PREPARED = {
+    "site": "a", "version": f"{'0' * 16}-{'1' * 16}", "foundation": "ab" * 32, "train": 3, "samples": 3,
+    "validation": 1, "test": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def parameters() -> dict:
+    models = {key: model.model_validate({}) for key, model in CONFIGURATION.items()}
+    models["run"] = models["run"].model_copy(update={"threads": 1})
+    return {**models, "strategies": {}}
+
+
+@pytest.fixture
+def join(link, config, scripted, reply, parameters, monkeypatch, tmp_path: Path) -> Callable[..., dict]:
+    """Asks sites to join, each of which answers with these bytes, or is away."""
+
+    @contextmanager
+    def opened(_config):
+        yield link
+
+    def site(answer: bytes | None):
+        if answer is None:
+            return scripted(away=lambda now: True)
+        return scripted(seconds=0.0, answer=lambda message: reply("", message.node, answer))
+
+    def asked(force: bool = False, **answers: bytes | None) -> dict:
+        monkeypatch.setattr(superlink, "open_link", opened)
+        link.sites = {name: site(answer) for name, answer in answers.items()}
+        chosen = config.model_copy(update={"sites": sorted(answers), "poll": 0.01})
+        federation = FederationConfig(quorum=1, grace=0.02)
+        return nodes.join(
+            parameters, {"sha256": "ab" * 32}, force, federation, chosen, TrainingConfig(), tmp_path / "checkpoints"
+        )
+
+    return asked
+
+
+@pytest.fixture
+def begun(parameters, tmp_path: Path) -> dict[str, dict]:
+    """What two sites have said of their data when a run began that is not finished."""
+    said = {site: {**PREPARED, "site": site} for site in "ab"}
+    description = describe_run(
+        configuration_of(parameters), {site: of["version"] for site, of in said.items()}, "ab" * 32, 1
+    )
+    write_json(open_run(tmp_path / "checkpoints", description, force=False).joined, said)
+    return said
+
+
+def test_an_unfinished_run_goes_on_without_a_site_that_is_away(join, begun, caplog) -> None:
+    there = documents.write(documents.Prepared(**begun["a"]))
+
+    assert join(a=there, b=None) == begun
+
+    assert "b: not connected; the run goes on with what it said when that began" in caplog.text
+
+
+@pytest.mark.parametrize("why", ["begun anew", "finished", "of another configuration"])
+def test_any_other_run_waits_for_all(join, begun, why, parameters, monkeypatch, tmp_path: Path) -> None:
+    there = documents.write(documents.Prepared(**begun["a"]))
+    if why == "finished":
+        finish_run(tmp_path / "checkpoints")
+    if why == "of another configuration":
+        parameters["run"] = parameters["run"].model_copy(update={"seed": 7})
+    waits = []
+
+    def quorum_of(*_, quorum: int, **__):
+        waits.append(quorum)
+        raise InterruptedError
+
+    monkeypatch.setattr("fedsca_pipeline.flower.coordinator.fleet.FlowerFleet.ask", quorum_of)
+
+    with pytest.raises(InterruptedError):
+        join(force=why == "begun anew", a=there, b=None)
+
+    assert waits == [2]
+
+
+def test_a_site_joins_with_counts_and_hashes(join) -> None:
+    assert join(a=documents.write(documents.Prepared(**PREPARED))) == {"a": PREPARED}
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "said"),
+    [
+        ({"patient": "7"}, MessageError, "^a: what it says of its data cannot be taken: Prepared: patient"),
+        ({"site": "b"}, ConfigError, "^a: its node answers as b"),
+        ({"foundation": "cd" * 32}, ConfigError, "^a: its foundation is cdcd"),
+    ],
+)
+def test_what_a_site_may_not_say_ends_the_run_and_names_the_site(join, changed, error, said) -> None:
+    with pytest.raises(error, match=said):
+        join(a=json.dumps({**PREPARED, **changed}).encode())
+
+
+ROW = dict.fromkeys(documents.Means.model_fields, 0.5) | {"model": "chosen", "label": 0, "one_empty": 0, "images": 1}
+SCORES = {"site": "a", "run": "0" * 16, "means": [ROW], "volumes": [], "rounds": {}, "dice_validation": {}}
+
+
+@pytest.mark.parametrize("changed", [{}, {"run": "1" * 16}, {"site": "b"}, {"means": [{**ROW, "label": 3}]}], ids=str)
+def test_scores_of_another_site_run_or_number_of_classes_are_not_taken(changed) -> None:
+    answer = documents.write(documents.Scores(**{**SCORES, **changed}))
+    if not changed:
+        assert nodes._scores("a", "0" * 16, answer, 2)["site"] == "a"
+        return
+    with pytest.raises(MessageError):
+        nodes._scores("a", "0" * 16, answer, 2)
+
+
+def test_of_a_silent_site_there_are_no_scores() -> None:
+    with pytest.raises(MessageError, match="not connected"):
+        nodes._scores("a", "0" * 16, Failure("not connected"), 1)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import pytest
+from rich.console import Console
+
+from fedsca_pipeline.comparison.grid import RoundDone
+from fedsca_pipeline.comparison.plan import Cell
+from fedsca_pipeline.pipelines.progress.grid import GridProgress
+
+
+def cell(seed: int) -> Cell:
+    return Cell("fedsca", "fedsca", seed, 8, 0.01, None, ("a",), (), {"seed": seed})
+
+
+@pytest.fixture
+def watched() -> Callable[..., tuple[GridProgress, io.StringIO]]:
+    """A progress that nobody sees, and what it wrote."""
+
+    def make() -> tuple[GridProgress, io.StringIO]:
+        stream = io.StringIO()
+        return GridProgress(Console(file=stream, width=120)), stream
+
+    return make
+
+
+def test_a_cell_that_has_ended_leaves_one_line(watched) -> None:
+    progress, stream = watched()
+    with progress:
+        progress.expect(2, done=0)
+        progress.round_done(RoundDone(cell(0), 1, 2))
+        progress.cell_done(cell(0), "failed")
+
+    assert stream.getvalue().startswith("fedsca, seed 0, 8 images, rate 0.01: failed\n")
+    assert stream.getvalue().count("seed 0") == 1
+
+
+def test_cells_at_work_count_by_their_rounds(watched) -> None:
+    progress, _ = watched()
+    progress.expect(4, done=1)
+
+    progress.round_done(RoundDone(cell(0), 1, 4))
+    progress.round_done(RoundDone(cell(1), 2, 4))
+    progress.round_done(RoundDone(cell(0), 2, 4))
+    assert progress._bars.tasks[0].completed == 2.0
+    progress.cell_done(cell(0), "done")
+    assert progress._bars.tasks[0].completed == 2.5
+
+
+def test_a_cell_that_starts_again_does_not_count_twice(watched) -> None:
+    progress, _ = watched()
+    progress.expect(1, done=0)
+
+    for done in (1, 2, 1):
+        progress.round_done(RoundDone(cell(0), done, 4))
+
+    assert progress._bars.tasks[0].completed == 0.25
+    assert len(progress._bars.tasks) == 2
+
+
+def test_what_is_expected_next_starts_from_what_is_known(watched) -> None:
+    progress, _ = watched()
+    progress.expect(2, done=0)
+    progress.cell_done(cell(0), "done")
+    progress.cell_done(cell(1), "done")
+
+    progress.expect(5, done=2)
+
+    assert (progress._bars.tasks[0].completed, progress._bars.tasks[0].total) == (2, 5)
