@@ -21,7 +21,8 @@ from measure import Ratio, in_turn, ratios, report, seconds
 from fedsca_pipeline.federation.run import resolve_threads
 from fedsca_pipeline.federation.server.arrays import RoundMemory, mapped
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.federation.strategies.base import Replies, ServerState
+from fedsca_pipeline.federation.strategies.kernels import Replies
+from fedsca_pipeline.federation.strategies.server_step import ServerState
 
 
 class PeakMemory:

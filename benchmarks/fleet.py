@@ -27,13 +27,16 @@ from site_data import nuclei_sites
 
 from fedsca_pipeline.compute import deterministic
 from fedsca_pipeline.config import AdaptersConfig, FederationConfig, FoundationConfig, RunConfig, TrainingConfig
-from fedsca_pipeline.federation.fleets.fleet import Failure, Fleet, InProcessFleet, LocalSites, SiteData
+from fedsca_pipeline.federation.fleets.data import SiteData
+from fedsca_pipeline.federation.fleets.fleet import Failure, Fleet
+from fedsca_pipeline.federation.fleets.in_process import InProcessFleet, LocalSites
 from fedsca_pipeline.federation.fleets.registry import available_cores, open_fleet
-from fedsca_pipeline.federation.messages.codec import Manifest, decode, encode, hash_tensors
-from fedsca_pipeline.federation.site.worker import LocalSettings, ignore_step
+from fedsca_pipeline.federation.messages.codec import Manifest, decode, encode
+from fedsca_pipeline.federation.site.steps import LocalSettings, ignore_step
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.model.adapters.attach import attach_adapters, tensor_layout
 from fedsca_pipeline.model.foundation import load_foundation
+from fedsca_pipeline.model.layout import hash_tensors
 
 SITES = ("fluo_256", "fluo_360", "fluo_696", "tissue_violet_320")
 # A round in which every site fails at once: what is left is the start of the workers.

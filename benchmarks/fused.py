@@ -23,11 +23,11 @@ from torch.func import functional_call, stack_module_state, vmap
 from fedsca_pipeline.compute import autocast, deterministic
 from fedsca_pipeline.config import AdaptersConfig, FoundationConfig, RunConfig, TrainingConfig
 from fedsca_pipeline.federation.run import resolve_threads
-from fedsca_pipeline.federation.site.batches import Batch
 from fedsca_pipeline.federation.site.losses import build_loss
 from fedsca_pipeline.federation.site.prefix import SplitModel
-from fedsca_pipeline.federation.site.worker import local_step
+from fedsca_pipeline.federation.site.steps import local_step
 from fedsca_pipeline.model.adapters.attach import attach_adapters, tensor_layout
+from fedsca_pipeline.model.batch import Batch
 from fedsca_pipeline.model.foundation import load_foundation, prepare_foundation
 from fedsca_pipeline.model.foundation.linear import use_torch
 from fedsca_pipeline.model.foundation.model import SegmentationModel

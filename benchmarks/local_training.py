@@ -30,26 +30,21 @@ from torch import Tensor
 from fedsca_pipeline.compute import deterministic
 from fedsca_pipeline.config import AdaptersConfig, FoundationConfig, RunConfig, TrainingConfig
 from fedsca_pipeline.data.arrays import SiteArrays
-from fedsca_pipeline.federation.messages.codec import Manifest, decode, encode, hash_tensors
+from fedsca_pipeline.federation.messages.codec import Manifest, decode, encode
 from fedsca_pipeline.federation.run import resolve_threads
 from fedsca_pipeline.federation.site.batches import SiteBatches, build_augmentation
 from fedsca_pipeline.federation.site.losses import build_loss
 from fedsca_pipeline.federation.site.prefix import FeatureCache, SplitModel
+from fedsca_pipeline.federation.site.steps import LocalSettings, ignore_step, local_step, warm_up
 from fedsca_pipeline.federation.site.store import SiteStore
-from fedsca_pipeline.federation.site.worker import (
-    Forward,
-    LocalSettings,
-    LocalWorker,
-    ignore_step,
-    local_step,
-    warm_up,
-    whole_model,
-)
+from fedsca_pipeline.federation.site.worker import LocalWorker
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.model.adapters.attach import attach_adapters, tensor_layout
 from fedsca_pipeline.model.foundation import load_foundation, prepare_foundation
 from fedsca_pipeline.model.foundation.linear import use_torch
 from fedsca_pipeline.model.foundation.model import SegmentationModel
+from fedsca_pipeline.model.inference import Forward, whole_model
+from fedsca_pipeline.model.layout import hash_tensors
 
 SIDE, SITE, RUN, SEED = 256, "site", "benchmark", 0
 SHORT, LONG = 8, 32

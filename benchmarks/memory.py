@@ -85,8 +85,9 @@ def _options() -> argparse.Namespace:
 def _site_data(options: argparse.Namespace, root: Path) -> list[tuple[Path, pd.DataFrame]]:
     """Prepare one phantom site; return arrays and manifest of as many as are asked for, each with a file of its own."""
     from fedsca_pipeline.config import DemoSitesConfig, PreprocessingConfig, SplitConfig
-    from fedsca_pipeline.data.arrays import manifest_digest, write_arrays
+    from fedsca_pipeline.data.arrays import write_arrays
     from fedsca_pipeline.data.demo.sites import write_demo_sites
+    from fedsca_pipeline.data.manifest import manifest_digest
     from fedsca_pipeline.data.preprocessing.prepare import prepare_site
 
     raw = root / "raw"

@@ -40,7 +40,7 @@ from fedsca_pipeline.comparison.plan import Setting, cells, resolve_methods
 from fedsca_pipeline.comparison.results import validation_dice
 from fedsca_pipeline.config import ComparisonConfig
 from fedsca_pipeline.data.arrays import SiteArrays
-from fedsca_pipeline.data.preprocessing.prepare import MANIFEST_DTYPES
+from fedsca_pipeline.data.manifest import MANIFEST_DTYPES
 from fedsca_pipeline.federation.run import CONFIGURATION, code_version
 from fedsca_pipeline.federation.site.privacy.optimizer import NoisyOptimizer
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pandas as pd
 
 from fedsca_pipeline.config import DemoSitesConfig, PreprocessingConfig, SplitConfig
-from fedsca_pipeline.data.arrays import SiteArrays, manifest_digest, write_arrays
+from fedsca_pipeline.data.arrays import SiteArrays, write_arrays
 from fedsca_pipeline.data.demo.sites import write_demo_sites
-from fedsca_pipeline.data.preprocessing.prepare import MANIFEST_DTYPES, prepare_site
+from fedsca_pipeline.data.manifest import MANIFEST_DTYPES, manifest_digest
+from fedsca_pipeline.data.preprocessing.prepare import prepare_site
 
 PROJECT = Path(__file__).resolve().parents[1]
 

@@ -32,13 +32,15 @@ from rich.table import Table
 from fedsca_pipeline.compute import deterministic
 from fedsca_pipeline.config import AdaptersConfig, FederationConfig, FoundationConfig, RunConfig, TrainingConfig
 from fedsca_pipeline.data.arrays import SiteArrays
-from fedsca_pipeline.data.preprocessing.prepare import MANIFEST_DTYPES
-from fedsca_pipeline.federation.fleets.fleet import Failure, InProcessFleet
+from fedsca_pipeline.data.manifest import MANIFEST_DTYPES
+from fedsca_pipeline.federation.fleets.fleet import Failure
+from fedsca_pipeline.federation.fleets.in_process import InProcessFleet
 from fedsca_pipeline.federation.messages.codec import Compression, Message, WireDtype, decode, encode
 from fedsca_pipeline.federation.run import resolve_threads
 from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
 from fedsca_pipeline.federation.server.rounds import Server
-from fedsca_pipeline.federation.site.worker import LocalSettings, LocalWorker
+from fedsca_pipeline.federation.site.steps import LocalSettings
+from fedsca_pipeline.federation.site.worker import LocalWorker
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.model.adapters.attach import attach_adapters, tensor_layout
 from fedsca_pipeline.model.foundation import load_foundation

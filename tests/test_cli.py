@@ -9,7 +9,7 @@ from kedro.io import DatasetError
 
 from fedsca_pipeline import cli
 from fedsca_pipeline.errors import DataError, WeightsError
-from fedsca_pipeline.hooks.tracking import RunUpToDate
+from fedsca_pipeline.hooks.up_to_date import RunUpToDate
 from fedsca_pipeline.settings import HOOKS
 
 

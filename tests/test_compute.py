@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsca_pipeline.compute import deterministic, resolve_device, stream_seed, worker_devices
+from fedsca_pipeline.compute import deterministic, resolve_device, stream_seed
 from fedsca_pipeline.config import FederationConfig, RunConfig
+from fedsca_pipeline.federation.fleets.processes import worker_devices
 
 places = st.tuples(st.integers(0, 9), st.sampled_from(["a", "b"]), st.integers(0, 9))
 

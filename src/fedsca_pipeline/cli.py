@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from fedsca_pipeline.errors import FedscaError
-from fedsca_pipeline.hooks.tracking import RunUpToDate
+from fedsca_pipeline.hooks.up_to_date import RunUpToDate
 from fedsca_pipeline.settings import HOOKS
 from fedsca_pipeline.terminal import show_result
 

@@ -6,11 +6,10 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import cycle, islice
 
 import torch
 
-from fedsca_pipeline.config import FederationConfig, RunConfig
+from fedsca_pipeline.config import RunConfig
 from fedsca_pipeline.errors import ConfigError
 
 _AVAILABLE = {
@@ -70,35 +69,3 @@ def stream_seed(*place: object) -> int:
     """
     key = "/".join(map(str, place))
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
-
-
-def worker_devices(
-    device: torch.device, config: FederationConfig, *, threads: int, cores: int, sites: int
-) -> tuple[torch.device, ...]:
-    """Return the device of each worker process, at least one and at most one for each of a round's sites.
-
-    Args:
-        device: kind of device that the run computes on.
-        config: ``workers`` and ``devices``: ``auto`` takes, on CUDA, every device and one worker on each; on the CPU as
-            many workers as there are cores for; elsewhere one.
-        threads: of one site.
-        cores: that this process may use.
-        sites: of the whole run.
-
-    Raises:
-        ConfigError: ``devices`` names one that is not there.
-    """
-    on_cuda = device.type == "cuda"
-    if config.devices and not on_cuda:
-        raise ConfigError(f"federation.devices numbers CUDA devices, but this run is on {device.type}; set it to auto")
-    devices = _numbered(device, config) if on_cuda else [device]
-    workers = config.workers or (cores // threads if device.type == "cpu" else len(devices))
-    return tuple(islice(cycle(devices), max(1, min(workers, config.drawn(sites)))))
-
-
-def _numbered(device: torch.device, config: FederationConfig) -> list[torch.device]:
-    count = torch.cuda.device_count()
-    numbers = config.devices or range(count)
-    if missing := sorted(set(numbers).difference(range(count))):
-        raise ConfigError(f"federation.devices: there is no CUDA device {missing[0]} here, only 0 to {count - 1}")
-    return [torch.device(device.type, number) for number in numbers]

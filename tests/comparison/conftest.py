@@ -12,7 +12,8 @@ import pytest
 
 from fedsca_pipeline.comparison.plan import Cell, Setting, cells, resolve_methods
 from fedsca_pipeline.config import ComparisonConfig
-from fedsca_pipeline.data.arrays import SiteArrays, manifest_digest, write_arrays
+from fedsca_pipeline.data.arrays import SiteArrays, write_arrays
+from fedsca_pipeline.data.manifest import manifest_digest
 from fedsca_pipeline.federation.run import CONFIGURATION
 
 SIDE = 32

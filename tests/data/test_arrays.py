@@ -11,14 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedsca_pipeline.data import arrays as arrays_module
-from fedsca_pipeline.data.arrays import (
-    PooledArrays,
-    SiteArrays,
-    known_classes,
-    manifest_digest,
-    scored_classes,
-    write_arrays,
-)
+from fedsca_pipeline.data.arrays import PooledArrays, SiteArrays, known_classes, scored_classes, write_arrays
+from fedsca_pipeline.data.manifest import manifest_digest
 from fedsca_pipeline.errors import DataError
 
 COUNT, SIDE = 6, 16

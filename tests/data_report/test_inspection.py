@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from fedsca_pipeline.config import DataReportConfig, PreprocessingConfig, SplitConfig
-from fedsca_pipeline.data.preprocessing.prepare import MANIFEST_DTYPES, prepare_site
+from fedsca_pipeline.data.manifest import MANIFEST_DTYPES
+from fedsca_pipeline.data.preprocessing.prepare import prepare_site
 from fedsca_pipeline.data_report.across import across_sites
 from fedsca_pipeline.data_report.inspection import Inspection, inspect_site, subject_hash
 from fedsca_pipeline.data_report.page import render_site

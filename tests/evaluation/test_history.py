@@ -4,8 +4,8 @@ from functools import partial
 
 import pandas as pd
 
+from fedsca_pipeline.evaluation.history import history_table, records_of
 from fedsca_pipeline.federation.server.checkpoint import RoundRecord, SiteRecord
-from fedsca_pipeline.pipelines.evaluation.nodes import history_table, records_of
 
 
 def record(round_: int, *, final: bool = False, **dice: float | None) -> RoundRecord:

@@ -4,8 +4,9 @@ import numpy as np
 import torch
 
 from fedsca_pipeline.evaluation.scoring import score_batches
-from fedsca_pipeline.federation.site.batches import Batch, plain_batches
-from fedsca_pipeline.federation.site.worker import whole_model
+from fedsca_pipeline.federation.site.batches import plain_batches
+from fedsca_pipeline.model.batch import Batch
+from fedsca_pipeline.model.inference import whole_model
 
 
 def test_a_model_that_draws_the_truth_scores_one_and_one_that_draws_nothing_zero(make_worker, make_site) -> None:

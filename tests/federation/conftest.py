@@ -13,17 +13,21 @@ import pytest
 import torch
 
 from fedsca_pipeline.config import AdaptersConfig, FederationConfig, FoundationConfig, TrainingConfig
-from fedsca_pipeline.data.arrays import SiteArrays, manifest_digest, write_arrays
-from fedsca_pipeline.federation.fleets.fleet import Failure, InProcessFleet
-from fedsca_pipeline.federation.messages.codec import Message, TensorLayout, decode
+from fedsca_pipeline.data.arrays import SiteArrays, write_arrays
+from fedsca_pipeline.data.manifest import manifest_digest
+from fedsca_pipeline.federation.fleets.fleet import Failure
+from fedsca_pipeline.federation.fleets.in_process import InProcessFleet
+from fedsca_pipeline.federation.messages.codec import Message, decode
 from fedsca_pipeline.federation.server.checkpoint import Checkpoint, CheckpointFolder, RoundRecord
 from fedsca_pipeline.federation.server.rounds import Server
+from fedsca_pipeline.federation.site.steps import LocalSettings
 from fedsca_pipeline.federation.site.store import SiteStore
-from fedsca_pipeline.federation.site.worker import LocalSettings, LocalWorker
+from fedsca_pipeline.federation.site.worker import LocalWorker
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.model.adapters.attach import attach_adapters, tensor_layout
 from fedsca_pipeline.model.foundation import load_foundation
 from fedsca_pipeline.model.foundation.model import SegmentationModel
+from fedsca_pipeline.model.layout import TensorLayout
 
 SIDE = 32
 

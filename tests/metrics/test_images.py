@@ -14,7 +14,8 @@ from monai.metrics import compute_average_surface_distance, compute_hausdorff_di
 from scipy import ndimage
 
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.metrics.images import dice_per_image, predict_masks, score_images, truth_masks
+from fedsca_pipeline.metrics.images import dice_per_image, score_images
+from fedsca_pipeline.model.heads import predict_masks, truth_masks
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 
 from fedsca_pipeline import load_site_model
 from fedsca_pipeline.config import AdaptersConfig, FoundationConfig, NormaliseConfig
-from fedsca_pipeline.data.readers.images import BrokenSampleError
-from fedsca_pipeline.data.readers.volumes import Volume, write_nifti
+from fedsca_pipeline.data.readers.common import BrokenSampleError
+from fedsca_pipeline.data.readers.volume import Volume, write_nifti
 from fedsca_pipeline.errors import WeightsError
 from fedsca_pipeline.model import site_model
 from fedsca_pipeline.model.adapters.attach import attach_adapters, tensor_layout

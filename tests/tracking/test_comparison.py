@@ -14,7 +14,7 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from fedsca_pipeline.errors import TrackingError
 from fedsca_pipeline.tracking.comparison import ComparisonTracker
-from fedsca_pipeline.tracking.run import TrackingConfig
+from fedsca_pipeline.tracking.writer import TrackingConfig
 
 PLAN = {
     "base": {"federation": {"rounds": 2}},

@@ -15,7 +15,8 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from sqlalchemy import Engine, event
 
 from fedsca_pipeline.errors import TrackingError
-from fedsca_pipeline.tracking.run import Tracker, TrackingConfig, flat
+from fedsca_pipeline.tracking.run import Tracker
+from fedsca_pipeline.tracking.writer import TrackingConfig, flat
 
 NESTED = st.recursive(
     st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=2),

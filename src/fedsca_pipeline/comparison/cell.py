@@ -30,19 +30,23 @@ from fedsca_pipeline.config import (
 from fedsca_pipeline.data.arrays import Arrays, PooledArrays, SiteArrays, known_classes, scored_classes
 from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.evaluation.scoring import score_batches
-from fedsca_pipeline.federation.fleets.fleet import POOLED, InProcessFleet
-from fedsca_pipeline.federation.messages.codec import TensorLayout, unflatten
+from fedsca_pipeline.federation.fleets.data import POOLED
+from fedsca_pipeline.federation.fleets.in_process import InProcessFleet
 from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder, RoundRecord
 from fedsca_pipeline.federation.server.rounds import Server
-from fedsca_pipeline.federation.site.batches import Batch, plain_batches
+from fedsca_pipeline.federation.site.batches import plain_batches
+from fedsca_pipeline.federation.site.steps import LocalSettings
 from fedsca_pipeline.federation.site.store import SiteStore
-from fedsca_pipeline.federation.site.worker import Forward, LocalSettings, LocalWorker, predictions, whole_model
+from fedsca_pipeline.federation.site.worker import LocalWorker
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.federation.strategies.base import Strategy
 from fedsca_pipeline.files import remove_partial_files
-from fedsca_pipeline.metrics.images import known_logits
 from fedsca_pipeline.model.adapters.attach import attach_adapters, tensor_layout
+from fedsca_pipeline.model.batch import Batch
 from fedsca_pipeline.model.foundation import load_foundation
+from fedsca_pipeline.model.heads import known_logits
+from fedsca_pipeline.model.inference import Forward, predictions, whole_model
+from fedsca_pipeline.model.layout import TensorLayout, unflatten
 
 Result = dict[str, Any]
 Told = Callable[[int, int], None]

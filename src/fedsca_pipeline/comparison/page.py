@@ -14,8 +14,8 @@ from fedsca_pipeline.comparison.tables import render_markdown
 from fedsca_pipeline.config import ComparisonConfig
 
 if TYPE_CHECKING:
+    from fedsca_pipeline.comparison.behaviour import Behaviour
     from fedsca_pipeline.comparison.plan import Method, Setting
-    from fedsca_pipeline.comparison.report import Behaviour
 
 FIGURES = "results_figures"
 """Folder beside the page that its pictures are in."""

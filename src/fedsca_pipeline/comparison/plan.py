@@ -8,7 +8,8 @@ computed once.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,9 @@ from fedsca_pipeline.federation.run import CHANGES_NO_NUMBER, CONFIGURATION
 from fedsca_pipeline.federation.strategies import STRATEGIES, build_strategy
 from fedsca_pipeline.federation.strategies.base import Strategy
 from fedsca_pipeline.files import fingerprint
+
+logger = logging.getLogger(__name__)
+
 
 Values = Mapping[str, Any]
 
@@ -293,3 +297,41 @@ def _told(group: str, values: Values) -> Values:
 
 THREADS = 1
 """Torch threads of a cell: many cells side by side use the cores better than one with all of them."""
+
+
+def check_comparison(parameters: Mapping[str, Any], sites: Sequence[str]) -> None:
+    """Refuse what ``plan_comparison`` would refuse, before there are data or a foundation.
+
+    Raises:
+        ConfigError: naming the YAML key.
+    """
+    comparison = ComparisonConfig.model_validate(parameters["comparison"])
+    _checked_plan(parameters, comparison, dict.fromkeys(sites, ""), "")
+
+
+def _checked_plan(
+    parameters: Mapping[str, Any], comparison: ComparisonConfig, data: Mapping[str, str], foundation: str
+) -> dict[str, Any]:
+
+    plan = {
+        "base": {
+            key: model.model_validate(parameters[key]).model_dump(mode="json") for key, model in CONFIGURATION.items()
+        },
+        "strategies": {name: dict(options or {}) for name, options in parameters["strategies"].items()},
+        "data": dict(data),
+        "foundation": foundation,
+        "comparison": comparison.model_dump(mode="json"),
+    }
+    setting = setting_of(plan)
+    methods = resolve_methods(setting)
+    for name in setting.config.chosen:
+        if name not in methods:
+            logger.warning("comparison.methods.%s is left out: the sites have not permitted what it does", name)
+    return plan
+
+
+def setting_of(plan: Mapping[str, Any]) -> Setting:
+    """Undo ``plan_comparison``."""
+
+    config = ComparisonConfig.model_validate(plan["comparison"])
+    return Setting(plan["base"], plan["strategies"], plan["data"], plan["foundation"], config)

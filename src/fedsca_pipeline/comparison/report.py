@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from fedsca_pipeline.comparison.behaviour import Behaviour
 from fedsca_pipeline.comparison.figures import (
     critical_difference,
     dice_against_bytes,
@@ -265,17 +266,6 @@ def _unseen_table(unseen: pd.DataFrame) -> pd.DataFrame:
             counts = {"images": scores["image"].nunique(), "seeds": scores["seed"].nunique()}
             rows.append({"method": method, "site": site, "received": received, **table.loc[method].to_dict(), **counts})
     return pd.DataFrame(rows, columns=columns)
-
-
-@dataclass(frozen=True)
-class Behaviour:
-    """What the reference's server saw and did, means over seeds: sites x sites, and series by round, and by site."""
-
-    similarity: pd.DataFrame
-    weights: pd.DataFrame
-    self_weight: pd.Series
-    update_norm: pd.DataFrame
-    spread: pd.Series
 
 
 def _behaviour(comparison: Comparison, count: int | None) -> Behaviour:

@@ -6,13 +6,17 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from fedsca_pipeline.comparison.plan import Cell
+from fedsca_pipeline.comparison.plan import Cell, setting_of
 from fedsca_pipeline.files import fingerprint
+
+if TYPE_CHECKING:
+    from fedsca_pipeline.comparison.plan import Cell
 
 logger = logging.getLogger(__name__)
 
@@ -130,3 +134,31 @@ def _unseen(cell: Cell, result: Result) -> Iterable[dict[str, Any]]:
             for image, dice, hd95 in zip(found["images"], found["dice"], found["hd95"], strict=True):
                 place = {"site": site, "received": received, "image": image}
                 yield {**_named(cell), **place, "dice": dice, "hd95": hd95}
+
+
+def rates_of(plan: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, float]:
+    """Return the learning rates chosen so far, by method."""
+    from fedsca_pipeline.comparison import plan as plans
+
+    setting = setting_of(plan)
+    methods = plans.resolve_methods(setting)
+    tuned = [cell for cell in plans.tuning_cells(methods, setting) if cell.fingerprint in known]
+    return plans.choose_rates(methods, ((cell, validation_dice(known[cell.fingerprint])) for cell in tuned))
+
+
+def read_known(cells: Sequence[Cell], folder: Path, *, same_code: bool) -> tuple[dict[str, Any], int]:
+    """Return the results that are in ``folder`` and count, by fingerprint, and how many are of another code's."""
+    from fedsca_pipeline.comparison.plan import unique
+
+    found = {cell.fingerprint: read_result(folder, cell) for cell in unique(cells)}
+    sound = {name: result for name, result in found.items() if result is not None}
+    counting = {name: result for name, result in sound.items() if not same_code or result["code"] == _code_at_work()}
+    return counting, len(sound) - len(counting)
+
+
+@cache
+def _code_at_work() -> str:
+    """The version of the code as this process has it, whatever becomes of the files while it runs."""
+    from fedsca_pipeline.federation.run import code_version
+
+    return code_version()

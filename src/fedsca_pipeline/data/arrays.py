@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from fedsca_pipeline.data.readers.images import split_name
+from fedsca_pipeline.data.manifest import _LEARNED_FROM, classes_in, manifest_digest, sample_names
 from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.files import atomic_path
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-_LEARNED_FROM = ("train", "validation")
 
 
 class Arrays(Protocol):
@@ -201,11 +196,6 @@ class PooledArrays:
         return images, masks, valid
 
 
-def classes_in(column: Iterable[str]) -> tuple[int, ...]:
-    """Return the classes that cells of a manifest's column ``classes`` name, sorted; none for no cell."""
-    return tuple(sorted({label for cell in column for label in json.loads(cell)}))
-
-
 def known_classes(data: Arrays, classes: int) -> tuple[int, ...]:
     """Return the classes that a site can learn: those in its training and validation masks.
 
@@ -214,36 +204,9 @@ def known_classes(data: Arrays, classes: int) -> tuple[int, ...]:
     return data.classes(*_LEARNED_FROM) or tuple(range(1, classes + 1))
 
 
-def known_in(manifest: pd.DataFrame, classes: int) -> tuple[int, ...]:
-    """Return ``known_classes`` of the site that a manifest describes."""
-    learned = manifest["split"].isin(_LEARNED_FROM)
-    return classes_in(manifest.loc[learned, "classes"]) or tuple(range(1, classes + 1))
-
-
 def scored_classes(data: Arrays, classes: int) -> tuple[int, ...]:
     """Return the classes that a site is scored on: those in any of its masks; all of 1..``classes`` if that is none."""
     return data.classes() or tuple(range(1, classes + 1))
-
-
-def sample_names(manifest: pd.DataFrame) -> list[str]:
-    """Return the name of each row in tables: the image's stem, of a slice ``<stem>#<index>``, three digits or more."""
-    stems = [split_name(PurePosixPath(image).name)[0] for image in manifest["image"]]
-    return [stem if index < 0 else f"{stem}#{index:03d}" for stem, index in zip(stems, _slices(manifest), strict=True)]
-
-
-def _slices(manifest: pd.DataFrame) -> list[int]:
-    # A manifest of before there were volumes has no such column.
-    return manifest["slice"].tolist() if "slice" in manifest else [-1] * len(manifest)
-
-
-def manifest_digest(manifest: pd.DataFrame) -> np.ndarray:
-    """Return what ties arrays to their manifest, uint8 [32]: SHA-256 over which image stands in which row and split."""
-    columns = (manifest[name].tolist() for name in ("row", "image", "split"))
-    rows = [
-        [str(row), image, split] if index < 0 else [str(row), image, split, str(index)]
-        for row, image, split, index in zip(*columns, _slices(manifest), strict=True)
-    ]
-    return np.frombuffer(hashlib.sha256(json.dumps(rows).encode()).digest(), np.uint8)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

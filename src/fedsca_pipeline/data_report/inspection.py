@@ -18,8 +18,9 @@ import numpy as np
 
 from fedsca_pipeline.config import DataReportConfig, PreprocessingConfig
 from fedsca_pipeline.data.importers.pseudonyms import SiteSource, open_site
-from fedsca_pipeline.data.preprocessing.prepare import settle, site_report
+from fedsca_pipeline.data.preprocessing.report import site_report
 from fedsca_pipeline.data.preprocessing.samples import Planes, Sample, read_samples
+from fedsca_pipeline.data.preprocessing.selection import settle
 from fedsca_pipeline.data.preprocessing.split import SPLITS
 from fedsca_pipeline.data.site_folder.pairing import Broken, Pair, pair_files
 from fedsca_pipeline.data.site_folder.site_file import SiteFile

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedsca_pipeline.federation.site.batches import Batch
-from fedsca_pipeline.federation.site.worker import Forward, predictions
-from fedsca_pipeline.metrics.images import predict_masks, score_images, truth_masks
+from fedsca_pipeline.config import EvaluationConfig, PreprocessingConfig
+from fedsca_pipeline.metrics.images import score_images
+from fedsca_pipeline.model.batch import Batch
 from fedsca_pipeline.model.foundation.model import SegmentationModel
+from fedsca_pipeline.model.heads import predict_masks, truth_masks
+from fedsca_pipeline.model.inference import Forward, predictions
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fedsca_pipeline.data.arrays import SiteArrays
+    from fedsca_pipeline.model.foundation.model import SegmentationModel
+    from fedsca_pipeline.model.in_turn import ModelsInTurn
 
 
 def score_batches(
@@ -39,3 +50,60 @@ def score_batches(
         records = score_images(predicted[:, channels], truth[:, channels], sizes)
         scores += [{**record, "class": labels[record["class"] - 1]} for record in records]
     return scores
+
+
+def score_test_images(
+    in_turn: ModelsInTurn,
+    preprocessing: PreprocessingConfig,
+    evaluation: EvaluationConfig,
+    site_models: Mapping[str, Any],
+    models: Path,
+    manifest: pd.DataFrame,
+    arrays: Path,
+) -> pd.DataFrame:
+    """Score one site's test images on the network of ``in_turn``; as ``score_site``."""
+    import pandas as pd
+
+    from fedsca_pipeline.data.arrays import SiteArrays
+    from fedsca_pipeline.evaluation.tables import image_table
+
+    site = str(manifest["site"].iloc[0])
+    data, kept = SiteArrays(arrays, manifest), site_models["sites"][site]
+    tables: dict[str, pd.DataFrame] = {}
+    for model, snapshot in SNAPSHOTS.items():
+        if snapshot not in kept and model != "before":
+            continue
+        if model == "chosen" and "after" in tables and kept["best"]["round"] == kept["last"]["round"]:
+            tables[model] = tables["after"].assign(model=model)
+            continue
+        with reported(in_turn, model, models / site) as network:
+            scores = _score(network, data, preprocessing.classes, evaluation)
+        tables[model] = image_table(site, data.names("test"), scores, model)
+    return pd.concat(tables.values(), ignore_index=True)
+
+
+SNAPSHOTS = {"before": "", "after": "last", "chosen": "best"}
+"""Reported model: the snapshot of a site's that it is, in the order of tables."""
+
+
+def reported(in_turn: ModelsInTurn, model: str, folder: Path) -> AbstractContextManager[SegmentationModel]:
+    """Lend one of the reported models of the site whose models are in ``folder``."""
+    if model == "before":
+        return in_turn.foundation()
+    return in_turn.saved(folder / "last_round" if model == "after" else folder)
+
+
+def _score(network: Any, data: SiteArrays, classes: int, evaluation: EvaluationConfig) -> list[dict[str, Any]]:
+    from fedsca_pipeline.data.arrays import known_classes, scored_classes
+    from fedsca_pipeline.federation.site.batches import plain_batches
+    from fedsca_pipeline.model.inference import whole_model
+
+    return score_batches(
+        network,
+        whole_model(network),
+        plain_batches(data, "test", evaluation.batch_size),
+        classes,
+        evaluation.threshold,
+        known=known_classes(data, classes),
+        scored=scored_classes(data, classes),
+    )

@@ -25,7 +25,7 @@ from fedsca_pipeline.config import (
     TrainingConfig,
 )
 from fedsca_pipeline.errors import ResumeError
-from fedsca_pipeline.federation.fleets.registry import available_cores
+from fedsca_pipeline.federation.fleets.registry import available_cores, site_threads
 from fedsca_pipeline.files import fingerprint, read_json, remove_partial_files, write_json
 
 # Libraries whose version changes the numbers of a run.
@@ -206,3 +206,29 @@ def _named(description: Mapping[str, Any]) -> dict[str, Any]:
     """Lift the configuration to the top, so that differences read like YAML keys."""
     rest = {key: value for key, value in description.items() if key not in ("configuration", "fingerprint")}
     return {**description["configuration"], **rest}
+
+
+def threads_of(parameters: Mapping[str, Any], sites: int) -> int:
+    """Return the torch threads that one of ``sites`` trains with, given models or raw YAML."""
+    run, federation = (
+        model.model_validate(parameters[key]) for key, model in (("run", RunConfig), ("federation", FederationConfig))
+    )
+    return site_threads(run, federation, sites)
+
+
+def data_version(raw_fingerprint: str, report: Mapping[str, Any]) -> str:
+    """Return what identifies a site's data: its raw folder, and the split drawn of it, which may be older."""
+    return f"{raw_fingerprint}-{report['split']['fingerprint']}"
+
+
+def configuration_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON values of every parameter that decides a run's numbers, given as models or as raw YAML.
+
+    Kedro makes models only of the groups that the running pipeline's nodes read.
+    """
+    values = {
+        key: model.model_validate(parameters[key]).model_dump(mode="json") for key, model in CONFIGURATION.items()
+    }
+    strategy = values["federation"]["strategy"]
+    values["federation"] = {k: value for k, value in values["federation"].items() if k not in CHANGES_NO_NUMBER}
+    return {**values, "strategies": {strategy: parameters["strategies"].get(strategy) or {}}}

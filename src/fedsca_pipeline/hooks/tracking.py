@@ -6,44 +6,46 @@ import logging
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
-from kedro.framework.project import pipelines
 from kedro.io import DataCatalog
 from kedro.io.core import is_parameter
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 from pydantic import ValidationError
 
-from fedsca_pipeline.config import FoundationConfig
-from fedsca_pipeline.data.site_folder.discovery import DEMO_SITES, discover_sites, settle_sites
-from fedsca_pipeline.errors import DataError, RefusedImportError, TrackingError
+from fedsca_pipeline.data.site_folder.discovery import settle_sites
+from fedsca_pipeline.errors import RefusedImportError, TrackingError
 from fedsca_pipeline.federation.strategies import check_names
-from fedsca_pipeline.files import read_json, write_json
-from fedsca_pipeline.terminal import FinalTable, show_comparison, show_data_report, show_result
+from fedsca_pipeline.files import write_json
+from fedsca_pipeline.hooks.checks import (
+    _check_parameters,
+    _is_deployed,
+    _refuse_demonstration,
+    _refuse_other_models,
+    _refuse_unknown_keys,
+    _sites,
+)
+from fedsca_pipeline.hooks.up_to_date import (
+    _LAST_RUN,
+    _REPORTED,
+    _SLICES,
+    _WHOLE_RUNS,
+    _covered,
+    _described_now,
+    _raise_if_up_to_date,
+    _show_data_report,
+    _volume_metrics,
+)
+from fedsca_pipeline.terminal import show_comparison, show_result
 from fedsca_pipeline.tracking.comparison import ComparisonTracker
-from fedsca_pipeline.tracking.run import Tracker, TrackingConfig
+from fedsca_pipeline.tracking.run import Tracker
+from fedsca_pipeline.tracking.writer import TrackingConfig
 
 logger = logging.getLogger(__name__)
-
-# Pipelines that end with the table; what a later one needs, an earlier one has not always made.
-_WHOLE_RUNS = ("federated_training", "__default__")
-_SLICES = ("tags", "from_nodes", "to_nodes", "node_names", "from_inputs", "to_outputs", "namespaces", "load_versions")
-_LAST_RUN = "last_run.json"
-# Set for one command by --params, read by the catalog.
-_ROOTS = {"data_root", "foundation_root"}
-
-
-class RunUpToDate(Exception):  # noqa: N818 - it ends a command well
-    """Nothing needs to run: tables and ``mlflow`` are those of the run that made what is there."""
-
-    def __init__(self, table: FinalTable, mlflow: Mapping[str, str], volumes: FinalTable | None) -> None:
-        super().__init__("up to date")
-        self.table, self.mlflow, self.volumes = table, mlflow, volumes
 
 
 class ProjectHooks:
@@ -84,7 +86,7 @@ class ProjectHooks:
         if whole and description and not any(run_params.get(key) for key in _SLICES) and not parameters["force"]:
             _raise_if_up_to_date(whole[-1], description, catalog)
         if "params:comparison" in pipeline.inputs():
-            from fedsca_pipeline.pipelines.comparison.nodes import check_comparison
+            from fedsca_pipeline.comparison.plan import check_comparison
 
             check_comparison(parameters, _sites(parameters))
         if "params:strategies" in pipeline.inputs():
@@ -201,26 +203,10 @@ class ProjectHooks:
         return Path(filepath) if filepath is not None else None
 
 
-# What `last_run.json` vouches for.
-_REPORTED = frozenset({"round_metrics", "site_models", "final_metrics", "volume_metrics"})
 # Saving one of these needs an MLflow run; they are what a pipeline that logs saves first.
 _OPENERS = frozenset(
     {"run_description", "round_metrics", "site_models", "final_metrics", "volume_metrics", "learning_curves"}
 )
-
-
-def _show_data_report(index: Mapping[str, Any], page: Path | None) -> None:
-    """Print the sites; the report is whole then, and what cannot train still ends the command with status 1.
-
-    Raises:
-        DataError: preprocessing would refuse a site.
-    """
-    show_data_report(index["sites"], str(page))
-    if refused := index["refused"]:
-        raise DataError(
-            f"{len(refused)} of {len(index['sites'])} sites cannot train under the present parameters: "
-            f"{', '.join(refused)}. What is broken, and the cure, is in {page}"
-        )
 
 
 def _tracking_config(context: KedroContext) -> TrackingConfig:
@@ -230,171 +216,3 @@ def _tracking_config(context: KedroContext) -> TrackingConfig:
         from fedsca_pipeline.errors import ConfigError
 
         raise ConfigError(f"mlflow.yml: {error}") from error
-
-
-def _covered(pipeline: str) -> list[str]:
-    return list(_WHOLE_RUNS[: _WHOLE_RUNS.index(pipeline) + 1])
-
-
-def _refuse_unknown_keys(parameters: Mapping[str, Any]) -> None:
-    """Refuse a parameter that no pipeline reads; the keys within a group are the typed configuration's to check.
-
-    Raises:
-        ConfigError: naming the YAML key.
-    """
-    from fedsca_pipeline.errors import ConfigError
-
-    read = {
-        name.removeprefix("params:")
-        for pipeline in ("__default__", "comparison", "import_sites", "data_report")
-        for name in pipelines[pipeline].inputs()
-        if is_parameter(name)
-    }
-    known = read | _ROOTS
-    for key in parameters:
-        if key not in known:
-            near = get_close_matches(key, known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ";"
-            raise ConfigError(f"{key} is no parameter{hint} there are: {', '.join(sorted(known - {'parameters'}))}")
-
-
-def _refuse_demonstration(parameters: Mapping[str, Any], catalog: DataCatalog) -> None:
-    """Refuse to go on with the demonstration alone where the user has meant to import data.
-
-    Raises:
-        DataError: what points to that, and what to do.
-    """
-    raw = catalog.load("raw_sites")
-    if parameters["demo_sites"].anyway or set(discover_sites(raw)) - set(DEMO_SITES):
-        return
-    set_ = [key for key in ("importer", "source") if parameters[key] is not None]
-    tried = catalog.exists("import_summary")
-    if set_ or tried:
-        why = f"{' and '.join(set_)} set" if set_ else "an import was tried"
-        raise DataError(
-            f"{raw}: no site of your own, though {why}; import with kedro run --pipeline=import_sites, or put site "
-            "folders there (docs/data.md). To use the demonstration sites all the same: --params=demo_sites.anyway=true"
-        )
-
-
-def _check_parameters(parameters: Mapping[str, Any]) -> None:
-    """Build the strategy once, so that a bad option fails before any work.
-
-    Raises:
-        ConfigError: naming the YAML key.
-    """
-    from fedsca_pipeline.errors import ConfigError
-    from fedsca_pipeline.federation.strategies import build_strategy, check_options
-
-    federation, sites = parameters["federation"], _sites(parameters)
-    strategy = build_strategy(federation.strategy, parameters["strategies"].get(federation.strategy) or {})
-    strategy.check_use(parameters["adapters"].method)
-    if strategy.pools and _is_deployed(parameters):
-        raise ConfigError(f"federation.strategy: {strategy.name} pools images, and those of a deployed site stay there")
-    check_options(parameters["strategies"])
-    named = {
-        "federation.inject_failures": federation.inject_failures,
-        "preprocessing.split.overrides": parameters["preprocessing"].split.overrides,
-    }
-    for key, value in named.items():
-        if unknown := sorted(set(value) - set(sites)):
-            raise ConfigError(f"{key}: no such site: {', '.join(unknown)}; there are {', '.join(sites)}")
-    if not strategy.pools and federation.quorum > (drawn := federation.drawn(len(sites))):
-        raise ConfigError(
-            f"federation.quorum: {federation.quorum}, but only {drawn} of {len(sites)} sites are drawn in a round; "
-            "lower it, or raise federation.participation"
-        )
-    if len(sites) == 1:
-        logger.warning("only one site, %s: this is local training, nothing is federated", sites[0])
-
-
-def _is_deployed(parameters: Mapping[str, Any]) -> bool:
-    """Tell whether the sites are on other machines, by parameters as models or as raw YAML."""
-    federation = parameters.get("federation") or {}
-    fleet = federation.get("fleet") if isinstance(federation, Mapping) else federation.fleet
-    return fleet == "flower"
-
-
-def _sites(parameters: Mapping[str, Any]) -> tuple[str, ...]:
-    if _is_deployed(parameters):
-        flower = parameters["flower"]
-        return tuple(flower["sites"] if isinstance(flower, Mapping) else flower.sites)
-    from fedsca_pipeline.pipeline_registry import raw_folder
-
-    raw = raw_folder.get()
-    return (discover_sites(raw) if raw else ()) or DEMO_SITES
-
-
-def _refuse_other_models(description: Mapping[str, Any], catalog: DataCatalog) -> None:
-    """Refuse to score models under parameters, or on data, that are not theirs.
-
-    Raises:
-        ResumeError: saying what changed.
-    """
-    from fedsca_pipeline.errors import ResumeError
-    from fedsca_pipeline.federation.run import changes
-
-    if catalog.exists("run_description") and (changed := changes(catalog.load("run_description"), description)):
-        raise ResumeError(
-            "the models were trained under another configuration, data or code. What changed:\n  "
-            + "\n  ".join(changed)
-            + "\nPut it back, or train with 'kedro run --pipeline=federated_training'."
-        )
-
-
-def _raise_if_up_to_date(pipeline: str, description: Mapping[str, Any], catalog: DataCatalog) -> None:
-    last_run = catalog.load("reporting") / _LAST_RUN
-    if not last_run.is_file() or not all(_is_on_disk(name, catalog) for name in pipelines[pipeline].all_outputs()):
-        return
-    last, index, models = read_json(last_run), catalog.load("site_models"), catalog.load("models")
-    made_by = {last["description"]["fingerprint"], catalog.load("run_description")["fingerprint"], index["fingerprint"]}
-    trained = [site for site, kept in index["sites"].items() if "best" in kept]
-    if (
-        pipeline in last["pipelines"]
-        and made_by == {description["fingerprint"]}
-        and all((models / site / "site_model.json").is_file() for site in trained)
-    ):
-        volumes = _volume_metrics(pipelines[pipeline], catalog)
-        raise RunUpToDate(catalog.load("final_metrics"), last["mlflow"], volumes)
-
-
-def _volume_metrics(pipeline: Pipeline, catalog: DataCatalog) -> FinalTable | None:
-    """What ``volume_metrics`` holds, if any site has volumes."""
-    return catalog.load("volume_metrics") if "volume_metrics" in pipeline.outputs() else None
-
-
-def _is_on_disk(name: str, catalog: DataCatalog) -> bool:
-    """Look for a file by its catalog entry: making its dataset would import pandas and plotly to no purpose."""
-    filepath = catalog.config_resolver.resolve_pattern(name).get("filepath")
-    return Path(filepath).is_file() if filepath else catalog.exists(name)
-
-
-def _described_now(parameters: Mapping[str, Any], catalog: DataCatalog) -> dict[str, Any] | None:
-    """Describe the run that would start now; None where what it needs has not been prepared yet."""
-    if _is_deployed(parameters):
-        # The sites alone know which data they have; the pipeline asks them first.
-        return None
-    sites = _sites(parameters)
-    if not all(catalog.exists(name) for name in ("foundation_provenance", *(f"{site}.report" for site in sites))):
-        return None
-    from fedsca_pipeline.data.site_folder.discovery import fingerprint_site
-    from fedsca_pipeline.federation.run import describe_run
-    from fedsca_pipeline.pipelines.federated_training.nodes import configuration_of, data_version, threads_of
-
-    raw = catalog.load("raw_sites")
-    configuration = configuration_of(parameters)
-    return describe_run(
-        configuration,
-        {site: data_version(fingerprint_site(raw, site), catalog.load(f"{site}.report")) for site in sites},
-        _foundation_hash(FoundationConfig(**configuration["foundation"]), catalog),
-        threads_of(parameters, len(sites)),
-    )
-
-
-def _foundation_hash(foundation: FoundationConfig, catalog: DataCatalog) -> str:
-    """The weights' hash: of a local folder as it is now, else as the foundation was fetched."""
-    if foundation.source and Path(foundation.source).is_dir():
-        from fedsca_pipeline.model.foundation import prepare_foundation
-
-        return prepare_foundation(foundation, catalog.load("foundations")).sha256
-    return catalog.load("foundation_provenance")["sha256"]

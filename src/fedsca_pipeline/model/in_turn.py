@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fedsca_pipeline.config import FoundationConfig, PreprocessingConfig
 from fedsca_pipeline.errors import WeightsError
-from fedsca_pipeline.federation.site.worker import evaluating
 from fedsca_pipeline.model.adapters.attach import attach_like, has_adapters, load_adapters, without_adapters
 from fedsca_pipeline.model.foundation import load_foundation, prepare_foundation
 from fedsca_pipeline.model.foundation.model import SegmentationModel
+from fedsca_pipeline.model.inference import evaluating
 from fedsca_pipeline.model.site_model import install, read_card, read_own_tensors
 
 

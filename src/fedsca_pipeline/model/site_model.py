@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from fedsca_pipeline.config import FoundationConfig, NormaliseConfig, VolumeConfig
 from fedsca_pipeline.data.preprocessing.geometry import fit_image, normalise
 from fedsca_pipeline.data.preprocessing.slices import VolumeSlices
-from fedsca_pipeline.data.readers.volumes import Volume, read_volume
+from fedsca_pipeline.data.readers.volume import Volume
+from fedsca_pipeline.data.readers.volumes import read_volume
 from fedsca_pipeline.errors import WeightsError
 from fedsca_pipeline.files import move, read_json, read_tensors, write_bytes, write_json, write_tensors
-from fedsca_pipeline.metrics.images import predict_masks
 from fedsca_pipeline.model.adapters.attach import EXPORT_AGAIN, load_adapters
 from fedsca_pipeline.model.foundation import load_foundation, prepare_foundation
 from fedsca_pipeline.model.foundation.model import SegmentationModel
+from fedsca_pipeline.model.heads import predict_masks
 
 GENERAL_MODEL = "_general_model"
 CARD, DECODER, ENCODER = "site_model.json", "decoder.safetensors", "encoder.safetensors"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsca_pipeline.files import fingerprint
-from fedsca_pipeline.tracking.run import SITE_TAG, MlflowWriter, TrackingConfig
+from fedsca_pipeline.tracking.writer import SITE_TAG, MlflowWriter, TrackingConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

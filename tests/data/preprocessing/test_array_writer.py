@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from fedsca_pipeline.data.arrays import SiteArrays, manifest_digest
+from fedsca_pipeline.data.arrays import SiteArrays
+from fedsca_pipeline.data.manifest import manifest_digest
 from fedsca_pipeline.data.preprocessing.array_writer import ArraysFile, ArraysWriter
 
 SIDE = 16

@@ -11,18 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from fedsca_pipeline.data.preprocessing.labels import (
-    LabelRule,
-    by_colour,
-    by_number,
-    by_threshold,
-    colour_of,
-    look_up,
-    number_of,
-    packed,
-    read_classes,
-)
-from fedsca_pipeline.data.readers.images import BrokenSampleError
+from fedsca_pipeline.data.preprocessing.labels import by_colour, by_number, by_threshold, look_up, packed, read_classes
+from fedsca_pipeline.data.readers.common import BrokenSampleError
+from fedsca_pipeline.data.site_folder.label_rule import LabelRule, colour_of, number_of
 
 CLASSES = 3
 RED, GREEN, BLUE = "#ff0000", "#00ff00", "#0000ff"

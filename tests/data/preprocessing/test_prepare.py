@@ -15,7 +15,8 @@ from PIL import Image
 
 from fedsca_pipeline.config import NormaliseConfig, PreprocessingConfig, SplitConfig
 from fedsca_pipeline.data.arrays import SiteArrays, write_arrays
-from fedsca_pipeline.data.preprocessing.prepare import MANIFEST_DTYPES, PreparedSite, prepare_site
+from fedsca_pipeline.data.manifest import MANIFEST_DTYPES
+from fedsca_pipeline.data.preprocessing.prepare import PreparedSite, prepare_site
 from fedsca_pipeline.data.site_folder.discovery import discover_sites, fingerprint_site
 from fedsca_pipeline.errors import DataError
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from fedsca_pipeline.config import NormaliseConfig, VolumeConfig
 from fedsca_pipeline.data.preprocessing.slices import VolumeSlices, choose_slices, cut, plane_spacing, restack
-from fedsca_pipeline.data.readers.images import BrokenSampleError
-from fedsca_pipeline.data.readers.volumes import Volume
+from fedsca_pipeline.data.readers.common import BrokenSampleError
+from fedsca_pipeline.data.readers.volume import Volume
 
 PLAIN = NormaliseConfig(method="none")
 EVERY_ORIENTATION = [

@@ -25,6 +25,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from fedsca_pipeline.data.readers.common import BrokenSampleError
 from fedsca_pipeline.data.readers.dicom import (
     read_frame,
     read_frame_segmentation,
@@ -33,8 +34,9 @@ from fedsca_pipeline.data.readers.dicom import (
     read_segmentation,
     read_series,
 )
-from fedsca_pipeline.data.readers.images import BrokenSampleError, read_image, read_mask
-from fedsca_pipeline.data.readers.volumes import Volume, read_volume, read_volume_mask
+from fedsca_pipeline.data.readers.images import read_image, read_mask
+from fedsca_pipeline.data.readers.volume import Volume
+from fedsca_pipeline.data.readers.volumes import read_volume, read_volume_mask
 
 AFFINE = np.array([[-0.5, 0.0, 0.0, 20.0], [0.0, -0.75, 0.0, 30.0], [0.0, 0.0, 3.0, -40.0], [0.0, 0.0, 0.0, 1.0]])
 STORED = np.arange(6 * 5 * 4, dtype=np.int16).reshape(6, 5, 4) * 7 - 300

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fedsca_pipeline.data.readers import images as readers
-from fedsca_pipeline.data.readers.images import BrokenSampleError, read_image, read_mask, split_name
+from fedsca_pipeline.data.readers.common import BrokenSampleError, split_name
+from fedsca_pipeline.data.readers.images import read_image, read_mask
 
 RNG = np.random.default_rng(7)
 GREY = RNG.integers(0, 256, (12, 17), dtype=np.uint8)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image, PngImagePlugin
 
-from fedsca_pipeline.data.readers.images import MAX_PIXELS, read_image
+from fedsca_pipeline.data.readers.common import MAX_PIXELS
+from fedsca_pipeline.data.readers.images import read_image
 from fedsca_pipeline.data.readers.png import read_plain_png
 
 PLAIN = st.integers(1, 9).flatmap(

@@ -12,16 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedsca_pipeline.data.readers.images import BrokenSampleError
-from fedsca_pipeline.data.readers.volumes import (
-    FRAMES,
-    IMAGE_READERS,
-    SERIES,
-    Volume,
-    read_volume,
-    read_volume_mask,
-    write_nifti,
-)
+from fedsca_pipeline.data.readers.common import BrokenSampleError
+from fedsca_pipeline.data.readers.volume import FRAMES, SERIES, Volume, write_nifti
+from fedsca_pipeline.data.readers.volumes import IMAGE_READERS, read_volume, read_volume_mask
 from fedsca_pipeline.data.site_folder.discovery import VOLUME_SUFFIXES, may_hold_volumes
 
 AFFINE = np.array([[-0.5, 0.0, 0.0, 20.0], [0.0, 0.75, 0.0, -30.0], [0.0, 0.0, 3.0, 40.0], [0.0, 0.0, 0.0, 1.0]])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsca_pipeline.data.readers.images import BrokenSampleError
+from fedsca_pipeline.data.readers.common import BrokenSampleError
 from fedsca_pipeline.data.site_folder.pairing import Broken, by_fault, list_faults, pair_files
 from fedsca_pipeline.errors import DataError
 

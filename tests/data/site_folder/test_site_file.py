@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsca_pipeline.data.readers.images import BrokenSampleError
+from fedsca_pipeline.data.readers.common import BrokenSampleError
 from fedsca_pipeline.data.site_folder.site_file import SiteFile, read_site_file
 from fedsca_pipeline.errors import DataError
 

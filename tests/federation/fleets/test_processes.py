@@ -15,13 +15,16 @@ import torch
 from fedsca_pipeline.compute import deterministic, resolve_device
 from fedsca_pipeline.config import AdaptersConfig, FederationConfig, RunConfig
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.federation.fleets.fleet import Failure, Fleet, LocalSites, SiteData
+from fedsca_pipeline.federation.fleets.data import SiteData
+from fedsca_pipeline.federation.fleets.fleet import Failure, Fleet
+from fedsca_pipeline.federation.fleets.in_process import LocalSites
 from fedsca_pipeline.federation.fleets.registry import FLEETS, open_fleet
-from fedsca_pipeline.federation.messages.codec import Manifest, decode, encode, hash_tensors
+from fedsca_pipeline.federation.messages.codec import Manifest, decode, encode
 from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
 from fedsca_pipeline.federation.server.rounds import Server
-from fedsca_pipeline.federation.site.worker import ignore_step
+from fedsca_pipeline.federation.site.steps import ignore_step
 from fedsca_pipeline.model.adapters.attach import tensor_layout
+from fedsca_pipeline.model.layout import hash_tensors
 
 SITES = ("a", "b", "c")
 PROCESSES = {"fleet": "processes", "workers": 2}

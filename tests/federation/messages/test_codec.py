@@ -19,20 +19,9 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from safetensors.torch import save
 
 from fedsca_pipeline.errors import MessageError
-from fedsca_pipeline.federation.messages.codec import (
-    Manifest,
-    Message,
-    TensorLayout,
-    as_decoded,
-    check,
-    decode,
-    encode,
-    flatten,
-    hash_tensors,
-    most_bytes,
-    unflatten,
-)
+from fedsca_pipeline.federation.messages.codec import Manifest, Message, as_decoded, check, decode, encode, most_bytes
 from fedsca_pipeline.federation.messages.manifest import Spent, outline
+from fedsca_pipeline.model.layout import TensorLayout, flatten, hash_tensors, unflatten
 
 MANIFEST = Manifest("update", "run", 3, "north", "0123456789abcdef", 20, "fp32", False, {"loss": 0.25, "seconds": 2})
 

@@ -7,7 +7,7 @@ import torch
 
 from fedsca_pipeline.errors import ResumeError
 from fedsca_pipeline.federation.server.checkpoint import Checkpoint, CheckpointFolder, RoundRecord, SiteRecord
-from fedsca_pipeline.federation.strategies.base import ServerState
+from fedsca_pipeline.federation.strategies.server_step import ServerState
 
 
 def record(round_: int) -> RoundRecord:

@@ -10,13 +10,15 @@ import zstandard
 
 from fedsca_pipeline.config import FederationConfig
 from fedsca_pipeline.errors import NoValidSite
-from fedsca_pipeline.federation.fleets.fleet import Failure, InProcessFleet
-from fedsca_pipeline.federation.messages.codec import Message, TensorLayout, decode, encode, hash_tensors
+from fedsca_pipeline.federation.fleets.fleet import Failure
+from fedsca_pipeline.federation.fleets.in_process import InProcessFleet
+from fedsca_pipeline.federation.messages.codec import Message, decode, encode
 from fedsca_pipeline.federation.server import checkpoint
 from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
 from fedsca_pipeline.federation.server.rounds import Server
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.model.adapters.attach import tensor_layout
+from fedsca_pipeline.model.layout import TensorLayout, hash_tensors
 
 LAYOUT = TensorLayout(blocks=(("low",), ("high",)), decoder=("head",), shapes={"low": (3,), "high": (2,), "head": (1,)})
 INITIAL = {"low": torch.zeros(3), "high": torch.zeros(2), "head": torch.zeros(1)}

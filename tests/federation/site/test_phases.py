@@ -10,8 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsca_pipeline.federation.site.worker import PlainSteps, phase_lengths
-from fedsca_pipeline.federation.strategies.base import LocalRule, Phase, Strategy, StrategyOptions
+from fedsca_pipeline.federation.site.steps import PlainSteps
+from fedsca_pipeline.federation.site.worker import phase_lengths
+from fedsca_pipeline.federation.strategies.base import Strategy, StrategyOptions
+from fedsca_pipeline.federation.strategies.rules import LocalRule, Phase
 
 EPOCH = 3  # batches of two of five images
 

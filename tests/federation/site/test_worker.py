@@ -10,11 +10,14 @@ import zstandard
 from fedsca_pipeline.config import AdaptersConfig
 from fedsca_pipeline.data.arrays import SiteArrays
 from fedsca_pipeline.errors import MessageError, SiteError
-from fedsca_pipeline.federation.messages.codec import TRAVELLING, Manifest, decode, encode, hash_tensors
-from fedsca_pipeline.federation.site.batches import Batch, SiteBatches, build_augmentation, plain_batches
+from fedsca_pipeline.federation.messages.codec import TRAVELLING, Manifest, decode, encode
+from fedsca_pipeline.federation.site.batches import SiteBatches, build_augmentation, plain_batches
 from fedsca_pipeline.federation.site.prefix import FeatureCache
+from fedsca_pipeline.federation.site.steps import ignore_step, warm_up
 from fedsca_pipeline.federation.site.store import SiteStore
-from fedsca_pipeline.federation.site.worker import LocalWorker, ignore_step, mean_dice, warm_up
+from fedsca_pipeline.federation.site.worker import LocalWorker, mean_dice
+from fedsca_pipeline.model.batch import Batch
+from fedsca_pipeline.model.layout import hash_tensors
 
 
 def payload(worker: LocalWorker, round_: int = 1, *, kind: str = "aggregate", site: str = "a", tensors=None) -> bytes:

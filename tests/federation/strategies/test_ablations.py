@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from fedsca_pipeline.federation.strategies import base, build_strategy
-from fedsca_pipeline.federation.strategies.base import Phase, Replies, ServerState
+from fedsca_pipeline.federation.strategies.kernels import Replies
+from fedsca_pipeline.federation.strategies.rules import Phase
+from fedsca_pipeline.federation.strategies.server_step import ServerState
 
 SITES = ("a", "b", "c")
 GROUPS = (slice(0, 8), slice(8, 20))

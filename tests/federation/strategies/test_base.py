@@ -13,19 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from fedsca_pipeline.errors import NoValidSite, ResumeError
-from fedsca_pipeline.federation.messages.codec import TensorLayout
 from fedsca_pipeline.federation.strategies import base, build_strategy
-from fedsca_pipeline.federation.strategies.base import (
-    Replies,
-    Results,
-    ServerState,
-    cosines,
-    gram,
-    partners,
-    renew_and_mix,
-    runs,
-    site_prior,
-)
+from fedsca_pipeline.federation.strategies.kernels import Replies, Results, cosines, gram, renew_and_mix, runs
+from fedsca_pipeline.federation.strategies.server_step import ServerState, partners, site_prior
+from fedsca_pipeline.model.layout import TensorLayout
 
 SITES = ("a", "b", "c", "d")
 

@@ -9,7 +9,7 @@ import torch
 from fedsca_pipeline.config import TrainingConfig
 from fedsca_pipeline.data.arrays import PooledArrays, SiteArrays
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.federation.fleets.fleet import POOLED, PooledData
+from fedsca_pipeline.federation.fleets.data import POOLED, PooledData
 from fedsca_pipeline.federation.strategies import STRATEGIES, build_strategy
 
 ALLOWED = {"allow_pooling": True}

@@ -9,7 +9,7 @@ import torch
 
 from fedsca_pipeline.data.arrays import known_classes
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.federation.strategies.base import Phase
+from fedsca_pipeline.federation.strategies.rules import Phase
 
 STEPS = 3
 

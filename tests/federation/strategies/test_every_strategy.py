@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedsca_pipeline.config import AdaptersConfig
-from fedsca_pipeline.federation.fleets.fleet import POOLED, PooledData
+from fedsca_pipeline.federation.fleets.data import POOLED, PooledData
 from fedsca_pipeline.federation.strategies import STRATEGIES, build_strategy
 
 LORA = AdaptersConfig(method="lora", options={"r": 2})

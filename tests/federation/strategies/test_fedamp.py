@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from fedsca_pipeline.federation.strategies import base, build_strategy
-from fedsca_pipeline.federation.strategies.base import Phase, Replies, ServerState
+from fedsca_pipeline.federation.strategies.kernels import Replies
+from fedsca_pipeline.federation.strategies.rules import Phase
+from fedsca_pipeline.federation.strategies.server_step import ServerState
 
 both = pytest.mark.parametrize("name", ["fedamp", "pfedgraph"])
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fedsca_pipeline.federation.messages.codec import TensorLayout
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.federation.strategies.base import Replies, ServerState
+from fedsca_pipeline.federation.strategies.kernels import Replies
+from fedsca_pipeline.federation.strategies.server_step import ServerState
+from fedsca_pipeline.model.layout import TensorLayout
 
 SITES = ("a", "b", "c")
 

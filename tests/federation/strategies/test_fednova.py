@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from fedsca_pipeline.data.arrays import SiteArrays
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.federation.strategies.base import Replies, ServerState
+from fedsca_pipeline.federation.strategies.kernels import Replies
+from fedsca_pipeline.federation.strategies.server_step import ServerState
 
 SITES = ("a", "b", "c", "d")
 seeds, counts = st.integers(0, 999), st.integers(1, 60)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.federation.strategies.base import Phase
+from fedsca_pipeline.federation.strategies.rules import Phase
 
 
 @pytest.mark.parametrize("name", ["fedper", "fedrep"])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.federation.strategies.base import LocalRule, Phase
+from fedsca_pipeline.federation.strategies.rules import LocalRule, Phase
 
 PHASE = Phase(("x", "y"))
 values = st.lists(st.floats(-10, 10), min_size=3, max_size=3)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from fedsca_pipeline.config import AdaptersConfig
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.federation.messages.codec import TensorLayout
 from fedsca_pipeline.federation.strategies import STRATEGIES, build_strategy
-from fedsca_pipeline.federation.strategies.base import Replies, ServerState
+from fedsca_pipeline.federation.strategies.kernels import Replies
+from fedsca_pipeline.federation.strategies.server_step import ServerState
+from fedsca_pipeline.model.layout import TensorLayout
 
 LORA = AdaptersConfig(method="lora", options={"r": 2})
 A, B = "blocks.0.qkv.lora_A.default.weight", "blocks.0.qkv.lora_B.default.weight"

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.federation.messages.codec import TensorLayout
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.federation.strategies.base import Replies, ServerState
+from fedsca_pipeline.federation.strategies.kernels import Replies
 from fedsca_pipeline.federation.strategies.merge import is_lora_b, lora_pairs, merge_products
+from fedsca_pipeline.federation.strategies.server_step import ServerState
+from fedsca_pipeline.model.layout import TensorLayout
 
 A, B, OTHER = "blocks.0.qkv.lora_A.default.weight", "blocks.0.qkv.lora_B.default.weight", "blocks.0.norm.weight"
 SHAPES = {A: (2, 5), B: (4, 2), OTHER: (3,)}

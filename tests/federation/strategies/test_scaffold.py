@@ -7,11 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsca_pipeline.federation.messages.codec import Manifest, TensorLayout, decode, encode, hash_tensors
+from fedsca_pipeline.federation.messages.codec import Manifest, decode, encode
+from fedsca_pipeline.federation.site.steps import ignore_step
 from fedsca_pipeline.federation.site.store import SiteStore
-from fedsca_pipeline.federation.site.worker import ignore_step
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.federation.strategies.base import Phase, Replies, ServerState
+from fedsca_pipeline.federation.strategies.kernels import Replies
+from fedsca_pipeline.federation.strategies.rules import Phase
+from fedsca_pipeline.federation.strategies.server_step import ServerState
+from fedsca_pipeline.model.layout import TensorLayout, hash_tensors
 
 SITES = ("a", "b", "c")
 LAYOUT = TensorLayout((("x",),), ("d",), {"x": (2,), "d": (1,)})

@@ -9,15 +9,16 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.federation.messages.codec import TensorLayout
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.federation.strategies.base import Replies, ServerState
+from fedsca_pipeline.federation.strategies.kernels import Replies
+from fedsca_pipeline.federation.strategies.server_step import ServerState
 from fedsca_pipeline.federation.strategies.sgca import (
     WEIGHTINGS,
     FedScaOptions,
     remember,
 )
 from fedsca_pipeline.federation.strategies.weighting import project_on_simplex, simplex_weights
+from fedsca_pipeline.model.layout import TensorLayout
 
 VARIANTS = [
     {"weighting": "gate"},

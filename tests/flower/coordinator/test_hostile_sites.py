@@ -14,11 +14,12 @@ import torch
 
 from fedsca_pipeline.config import FederationConfig
 from fedsca_pipeline.errors import NoValidSite
-from fedsca_pipeline.federation.messages.codec import Message, TensorLayout, decode, encode, hash_tensors
+from fedsca_pipeline.federation.messages.codec import Message, decode, encode
 from fedsca_pipeline.federation.server.checkpoint import Checkpoint, CheckpointFolder, RoundRecord
 from fedsca_pipeline.federation.server.rounds import Server
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.flower.coordinator.fleet import FlowerFleet
+from fedsca_pipeline.model.layout import TensorLayout, hash_tensors
 
 LAYOUT = TensorLayout(
     blocks=(("low",), ("high",)), decoder=("decoder",), shapes=dict.fromkeys(("low", "high", "decoder"), (2,))

@@ -25,7 +25,8 @@ from fedsca_pipeline.flower.config import SiteConfig, read_site_config
 from fedsca_pipeline.flower.messages import documents, frames
 from fedsca_pipeline.flower.processes.lock import locked
 from fedsca_pipeline.flower.site import command as site
-from fedsca_pipeline.flower.site.command import Desk, main, run_site
+from fedsca_pipeline.flower.site.command import main, run_site
+from fedsca_pipeline.flower.site.desk import Desk
 from fedsca_pipeline.flower.site.memory_limit import OUT_OF_MEMORY
 
 

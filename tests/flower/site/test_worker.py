@@ -16,7 +16,7 @@ import torch
 from fedsca_pipeline.config import FederationConfig
 from fedsca_pipeline.errors import ConfigError, DataError, MessageError, SiteError
 from fedsca_pipeline.federation.fleets.fleet import Failure
-from fedsca_pipeline.federation.messages.codec import decode, encode, hash_tensors
+from fedsca_pipeline.federation.messages.codec import decode, encode
 from fedsca_pipeline.federation.messages.manifest import Manifest
 from fedsca_pipeline.federation.run import CONFIGURATION, code_version, describe_run
 from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
@@ -32,7 +32,8 @@ from fedsca_pipeline.flower.messages.contents import answer_content
 from fedsca_pipeline.flower.site import worker
 from fedsca_pipeline.flower.site.worker import SiteWork
 from fedsca_pipeline.flower.site.worker_process import WorkerProcess, worker_command
-from fedsca_pipeline.pipelines.federated_training.nodes import build_trainable, start_values
+from fedsca_pipeline.model.adapters.attach import build_trainable, start_values
+from fedsca_pipeline.model.layout import hash_tensors
 
 
 @pytest.fixture

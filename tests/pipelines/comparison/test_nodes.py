@@ -12,20 +12,13 @@ import pandas as pd
 import pytest
 
 from fedsca_pipeline.comparison import grid as grids
-from fedsca_pipeline.comparison.plan import Cell, cells, resolve_methods
+from fedsca_pipeline.comparison.plan import Cell, cells, check_comparison, resolve_methods, setting_of
+from fedsca_pipeline.comparison.results import rates_of, read_known
 from fedsca_pipeline.config import ComparisonConfig
 from fedsca_pipeline.errors import ConfigError
 from fedsca_pipeline.federation.run import CONFIGURATION
 from fedsca_pipeline.pipelines.comparison import nodes
-from fedsca_pipeline.pipelines.comparison.nodes import (
-    check_comparison,
-    plan_comparison,
-    rates_of,
-    read_known,
-    report_comparison,
-    run_cells,
-    setting_of,
-)
+from fedsca_pipeline.pipelines.comparison.nodes import plan_comparison, report_comparison, run_cells
 
 SITES = ("a", "b")
 

@@ -12,12 +12,11 @@ import pytest
 from fedsca_pipeline.config import FederationConfig, TrainingConfig
 from fedsca_pipeline.errors import ConfigError, MessageError
 from fedsca_pipeline.federation.fleets.fleet import Failure
-from fedsca_pipeline.federation.run import CONFIGURATION, describe_run, finish_run, open_run
+from fedsca_pipeline.federation.run import CONFIGURATION, configuration_of, describe_run, finish_run, open_run
 from fedsca_pipeline.files import write_json
 from fedsca_pipeline.flower.coordinator import superlink
 from fedsca_pipeline.flower.messages import documents
 from fedsca_pipeline.pipelines.deployed_training import nodes
-from fedsca_pipeline.pipelines.federated_training.nodes import configuration_of
 
 PREPARED = {
     "site": "a", "version": f"{'0' * 16}-{'1' * 16}", "foundation": "ab" * 32, "train": 3, "samples": 3,

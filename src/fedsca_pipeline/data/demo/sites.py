@@ -20,7 +20,7 @@ from PIL import Image
 
 from fedsca_pipeline.config import DemoSitesConfig
 from fedsca_pipeline.data.demo.phantoms import Phantom, make_phantom
-from fedsca_pipeline.data.readers.images import split_name
+from fedsca_pipeline.data.readers.common import split_name
 from fedsca_pipeline.data.site_folder.discovery import DEMO_SITES, SITES_READY, discover_sites, settle_sites
 from fedsca_pipeline.data.site_folder.pairing import SUFFIXES
 from fedsca_pipeline.errors import DataError

@@ -18,8 +18,9 @@ import numpy as np
 
 from fedsca_pipeline.data.importers.masks import Label
 from fedsca_pipeline.data.importers.pictures import Picture, read_picture
+from fedsca_pipeline.data.importers.sample import Sample
 from fedsca_pipeline.data.importers.tables import visible_files
-from fedsca_pipeline.data.readers.images import split_name
+from fedsca_pipeline.data.readers.common import split_name
 from fedsca_pipeline.errors import ConfigError, DataError
 
 _TOKEN = re.compile(r"\{(\w*)\}|(\*\*/)|(\*)")
@@ -27,25 +28,6 @@ _TOKEN = re.compile(r"\{(\w*)\}|(\*\*/)|(\*)")
 
 Watch = Callable[[Sequence[Path]], Iterable[Path]]
 """Passes files on one by one, and may show how far that is: ``rich.progress.track`` is one, and so is ``iter``."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The files of one image and those that make its mask, all below the source.
-
-    No mask file is an image without foreground, unless ``fault``, a reason and a cure, says why it cannot be used.
-    ``item`` is the row or frame of files that hold many images. ``label`` reads the mask where it is not the
-    importer's that does.
-    """
-
-    site: str
-    stem: str
-    subject: str
-    images: tuple[Path, ...]
-    masks: tuple[Path, ...]
-    fault: tuple[str, str] | None = None
-    item: int | None = None
-    label: Label | None = None
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fedsca_pipeline.data.preprocessing.labels import colour_of, listed, look_up, number_of, packed
-from fedsca_pipeline.data.readers.images import LOSSY, BrokenSampleError, read_image, read_mask, split_name
-from fedsca_pipeline.data.readers.volumes import Volume, read_volume_mask
+from fedsca_pipeline.data.preprocessing.labels import listed, look_up, packed
+from fedsca_pipeline.data.readers.common import LOSSY, BrokenSampleError, split_name
+from fedsca_pipeline.data.readers.images import read_image, read_mask
+from fedsca_pipeline.data.readers.volume import Volume
+from fedsca_pipeline.data.readers.volumes import read_volume_mask
+from fedsca_pipeline.data.site_folder.label_rule import colour_of, number_of
 
 Image = np.ndarray | Volume
 """[H, W] or [H, W, 3], or a volume."""

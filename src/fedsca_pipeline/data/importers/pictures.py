@@ -11,18 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedsca_pipeline.data.importers.masks import Image, Label
-from fedsca_pipeline.data.readers.images import (
-    UNREADABLE,
-    BrokenSampleError,
-    finite_values,
-    read_image,
-    split_name,
-    unreadable,
-)
-from fedsca_pipeline.data.readers.volumes import IMAGE_READERS, Volume, check_voxels, read_volume
+from fedsca_pipeline.data.readers.common import UNREADABLE, BrokenSampleError, finite_values, split_name, unreadable
+from fedsca_pipeline.data.readers.images import read_image
+from fedsca_pipeline.data.readers.volume import Volume, check_voxels
+from fedsca_pipeline.data.readers.volumes import IMAGE_READERS, read_volume
 
 if TYPE_CHECKING:
-    from fedsca_pipeline.data.importers.layout import Sample
+    from fedsca_pipeline.data.importers.sample import Sample
 
 
 @dataclass(frozen=True)

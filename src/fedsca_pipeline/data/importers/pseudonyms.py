@@ -17,8 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsca_pipeline.data.readers.images import READERS, BrokenSampleError, split_name
-from fedsca_pipeline.data.readers.volumes import FRAMES, MASK_READERS, SEGMENTATION, SERIES, is_volume
+from fedsca_pipeline.data.readers.common import BrokenSampleError, split_name
+from fedsca_pipeline.data.readers.images import READERS
+from fedsca_pipeline.data.readers.volume import FRAMES, SEGMENTATION, SERIES
+from fedsca_pipeline.data.readers.volumes import MASK_READERS, is_volume
 from fedsca_pipeline.data.site_folder.discovery import is_own_file
 from fedsca_pipeline.data.site_folder.site_file import HiddenSiteFile, SiteFile, read_site_file
 from fedsca_pipeline.errors import DataError

@@ -17,10 +17,11 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from fedsca_pipeline.data.importers.layout import Importer, Sample
+from fedsca_pipeline.data.importers.layout import Importer
 from fedsca_pipeline.data.importers.pictures import Picture, UnusableError, blaming
-from fedsca_pipeline.data.readers.images import BrokenSampleError
-from fedsca_pipeline.data.readers.volumes import Volume, write_nifti
+from fedsca_pipeline.data.importers.sample import Sample
+from fedsca_pipeline.data.readers.common import BrokenSampleError
+from fedsca_pipeline.data.readers.volume import Volume, write_nifti
 from fedsca_pipeline.data.site_folder.discovery import SITES_READY, settle_sites
 from fedsca_pipeline.data.site_folder.pairing import Broken, list_faults
 from fedsca_pipeline.errors import DataError, RefusedImportError

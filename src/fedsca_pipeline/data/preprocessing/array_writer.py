@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from safetensors import safe_open
 
-from fedsca_pipeline.data.arrays import manifest_digest
+from fedsca_pipeline.data.manifest import manifest_digest
 from fedsca_pipeline.files import move, name_the_file
 
 # Room for length and header, so that rows have their place before their number is known. The format allows a header to

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fedsca_pipeline.data.preprocessing.geometry import ByteCounts
-from fedsca_pipeline.data.readers.images import BrokenSampleError, read_image, read_mask, refuse_lossy_mask
-from fedsca_pipeline.data.readers.volumes import Volume, read_volume_mask
+from fedsca_pipeline.data.readers.common import BrokenSampleError, refuse_lossy_mask
+from fedsca_pipeline.data.readers.images import read_image, read_mask
+from fedsca_pipeline.data.readers.volume import Volume
+from fedsca_pipeline.data.readers.volumes import read_volume_mask
+from fedsca_pipeline.data.site_folder.label_rule import LabelRule, colour_of, number_of
 
-_COLOUR = re.compile(r"#[0-9a-f]{6}")
 _SHOWN = 8
-
-
-@dataclass(frozen=True)
-class LabelRule:
-    """How a site's masks are to be read; without anything, values are classes, and 255 beside nothing but 0 is 1.
-
-    ``numbers``: value or palette index to class; numbers that are not named stay as they are. ``colours``: ``#rrggbb``
-    to class; where there are any, RGB and palette masks are read by colour, and black is background if it is not named.
-    ``threshold``: class 1 from this grey value on, and nothing else matters.
-    """
-
-    numbers: Mapping[int, int] = field(default_factory=dict)
-    colours: Mapping[str, int] = field(default_factory=dict)
-    threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -159,22 +146,6 @@ def packed(pixels: np.ndarray) -> np.ndarray:
         raise BrokenSampleError(f"a colour mask of {pixels.dtype}", "save it with 8 bit a channel")
     red, green, blue = (pixels,) * 3 if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
     return (red.astype(np.int64) << 16) | (green.astype(np.int64) << 8) | blue
-
-
-def number_of(colour: str) -> int:
-    """Return 0xRRGGBB of ``#rrggbb``.
-
-    Raises:
-        ValueError: it is not written so.
-    """
-    if not _COLOUR.fullmatch(colour.lower()):
-        raise ValueError(f"{colour!r} is not a colour; write '#rrggbb', in quotes")
-    return int(colour[1:], 16)
-
-
-def colour_of(number: int) -> str:
-    """Return ``#rrggbb`` of 0xRRGGBB."""
-    return f"#{number:06x}"
 
 
 def listed(values: Iterable[int], write: Callable[[int], str]) -> str:

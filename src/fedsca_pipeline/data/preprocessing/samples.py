@@ -13,10 +13,12 @@ import numpy as np
 
 from fedsca_pipeline.config import PreprocessingConfig
 from fedsca_pipeline.data.preprocessing.geometry import ByteCounts, Channels, fit_mask, normalise_and_fit
-from fedsca_pipeline.data.preprocessing.labels import LabelRule, occurrences, read_classes, read_volume_classes
+from fedsca_pipeline.data.preprocessing.labels import occurrences, read_classes, read_volume_classes
 from fedsca_pipeline.data.preprocessing.slices import VolumeSlices
-from fedsca_pipeline.data.readers.images import BrokenSampleError, read_image
+from fedsca_pipeline.data.readers.common import BrokenSampleError
+from fedsca_pipeline.data.readers.images import read_image
 from fedsca_pipeline.data.readers.volumes import is_volume, read_volume
+from fedsca_pipeline.data.site_folder.label_rule import LabelRule
 from fedsca_pipeline.data.site_folder.pairing import Broken, Pair
 from fedsca_pipeline.data.site_folder.site_file import HiddenSiteFile, SiteFile
 from fedsca_pipeline.files import sha256_path

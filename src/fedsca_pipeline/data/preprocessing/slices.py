@@ -9,8 +9,8 @@ import numpy as np
 
 from fedsca_pipeline.config import NormaliseConfig, VolumeConfig
 from fedsca_pipeline.data.preprocessing.geometry import fit_image, fit_mask, intensity_range, to_levels
-from fedsca_pipeline.data.readers.images import BrokenSampleError
-from fedsca_pipeline.data.readers.volumes import Volume
+from fedsca_pipeline.data.readers.common import BrokenSampleError
+from fedsca_pipeline.data.readers.volume import Volume
 
 PLANES: tuple[str, str, str] = ("RIP", "AIL", "SPL")
 """Where slices, rows and columns run to, cut along axis 0, 1 or 2 of RAS+: sagittal, coronal, axial slices.

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedsca_pipeline.data.readers.images import COPY_AGAIN, MAX_PIXELS, UNREADABLE, BrokenSampleError
-from fedsca_pipeline.data.readers.volumes import Volume, check_voxels
+from fedsca_pipeline.data.readers.common import COPY_AGAIN, MAX_PIXELS, UNREADABLE, BrokenSampleError
+from fedsca_pipeline.data.readers.volume import Volume, check_voxels
 
 if TYPE_CHECKING:
     from pydicom import Dataset

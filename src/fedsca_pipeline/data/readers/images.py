@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import os
-import struct
-import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from fedsca_pipeline.data.readers.common import (
+    COPY_AGAIN,
+    DICOM,
+    MAX_PIXELS,
+    UNREADABLE,
+    BrokenSampleError,
+    check_not_empty,
+    finite_values,
+    no_reader,
+    refuse_lossy_mask,
+    split_name,
+    unreadable,
+    whole_numbers,
+)
 from fedsca_pipeline.data.readers.png import read_plain_png
-from fedsca_pipeline.errors import DataError
-
-MAX_PIXELS = 2**25
-"""Pixels above which a file is taken for a decompression bomb: with it, no image takes a gibibyte of memory."""
 
 _MAX_BYTES = 6 * MAX_PIXELS
-
-
-class BrokenSampleError(DataError):
-    """One file cannot be used: ``reason`` says why, ``cure`` what to do about it.
-
-    ``quoted``, what a parser or the file itself says, ends the reason in brackets; ``unquoted`` is the reason without
-    it, for where a file may name its patient.
-    """
-
-    def __init__(self, reason: str, cure: str, quoted: str = "") -> None:
-        self.unquoted = reason
-        self.reason = f"{reason} ({quoted})" if quoted else reason
-        self.cure = cure
-        super().__init__(f"{self.reason}; {cure}")
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -77,84 +70,10 @@ def read_mask(path: Path, image: Path | None = None) -> np.ndarray:
     return whole_numbers(pixels)
 
 
-def finite_values(values: np.ndarray) -> np.ndarray:
-    """Return an image's values as they are.
-
-    Raises:
-        BrokenSampleError: some are NaN or infinite.
-    """
-    if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
-        raise BrokenSampleError("holds NaN or infinite values", "replace them in the source and export the image again")
-    return values
-
-
-def whole_numbers(values: np.ndarray) -> np.ndarray:
-    """Return a mask's values as integers: bool becomes uint8, floating point int64.
-
-    Raises:
-        BrokenSampleError: some are no whole numbers.
-    """
-    if values.dtype == bool:
-        return values.astype(np.uint8)
-    if np.issubdtype(values.dtype, np.floating):
-        if not np.isfinite(values).all() or (values != np.rint(values)).any():
-            raise BrokenSampleError("mask values are not whole numbers", "save the mask as 8 or 16 bit integers")
-        return values.astype(np.int64)
-    return values
-
-
-def refuse_lossy_mask(path: Path) -> None:
-    """Do nothing for a mask whose format keeps labels.
-
-    Raises:
-        BrokenSampleError: a JPEG, whose compression alters them.
-    """
-    if path.suffix.lower() in LOSSY:
-        raise BrokenSampleError(
-            "a JPEG mask: its compression alters labels",
-            "export the mask as PNG or TIFF; of two classes, set mask_threshold in the site's site.yml",
-        )
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Split a file name into stem and lower-case suffix; a double suffix (``.nii.gz``) stays whole."""
-    lower = name.lower()
-    if lower.endswith(DOUBLE_SUFFIXES):
-        suffix = next(double for double in DOUBLE_SUFFIXES if lower.endswith(double))
-    else:
-        # Asked ten times a file, and a Path takes six times as long.
-        suffix = os.path.splitext(lower)[1]  # noqa: PTH122
-    return name[: len(name) - len(suffix)], suffix
-
-
-def no_reader(suffix: str, known: Iterable[str] = ()) -> BrokenSampleError:
-    """Return the error for a file format that nobody reads; ``known`` are the suffixes to name, by default 2-D ones."""
-    return BrokenSampleError(
-        f"no reader for {suffix or 'a file without suffix'}", f"convert it to one of {', '.join(known or READERS)}"
-    )
-
-
-def check_not_empty(path: Path) -> None:
-    """Do nothing where the file holds something.
-
-    Raises:
-        BrokenSampleError: it is empty.
-        OSError: it cannot be reached.
-    """
-    if path.stat().st_size == 0:
-        raise BrokenSampleError("the file is empty", COPY_AGAIN)
-
-
-def unreadable(error: Exception) -> BrokenSampleError:
-    """Return what a parser's error means for the user."""
-    detail = " ".join(str(error).split()) or type(error).__name__
-    return BrokenSampleError("cannot be read", COPY_AGAIN, quoted=detail[:200])
-
-
 def _read(path: Path, *, labels: bool) -> np.ndarray:
     suffix = split_name(path.name)[1]
     if suffix not in READERS:
-        raise no_reader(suffix)
+        raise no_reader(suffix, READERS)
     try:
         check_not_empty(path)
         pixels = READERS[suffix](path, labels)
@@ -280,25 +199,7 @@ def _bomb() -> BrokenSampleError:
     )
 
 
-COPY_AGAIN = "copy or export the file again"
-DICOM = ".dcm"
-DOUBLE_SUFFIXES = (".nii.gz",)
-LOSSY = (".jpg", ".jpeg")
 _ARRAY_MODES = ("1", "L", "RGB", "RGBA", "LA", "I", "F", "I;16", "I;16L", "I;16B")
-# What Pillow, tifffile and numpy raise on damaged input: the parsers reach these from any byte of a file.
-UNREADABLE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    EOFError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-)
 # TIFF compressions that tifffile decodes by itself (none, deflate twice, PackBits); Pillow reads the others.
 _TIFF_OWN = (1, 8, 32946, 32773)
 

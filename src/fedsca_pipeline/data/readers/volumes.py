@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from fedsca_pipeline.data.readers.images import (
+from fedsca_pipeline.data.readers.common import (
     DICOM,
     UNREADABLE,
     BrokenSampleError,
@@ -26,36 +26,15 @@ from fedsca_pipeline.data.readers.images import (
     unreadable,
     whole_numbers,
 )
-from fedsca_pipeline.files import atomic_path
-
-MAX_VOXELS = 2**29
-"""Values above which a header is taken for damaged: 512 x 512 x 2048, over all modalities."""
-
-
-@dataclass(frozen=True)
-class Volume:
-    """A three-dimensional image.
-
-    ``voxels`` is [X, Y, Z], or [X, Y, Z, M] of M modalities, in the file's values after its own scaling; ``affine``
-    float64 [4, 4] takes a voxel's index to mm in the patient's right, anterior and superior direction (RAS+), as in
-    nibabel. ``frame_of_reference`` is DICOM's identifier of where the affine's origin is, known here alone.
-    """
-
-    voxels: np.ndarray
-    affine: np.ndarray
-    frame_of_reference: str | None = None
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Voxels along X, Y and Z."""
-        x, y, z = self.voxels.shape[:3]
-        return x, y, z
-
-    @property
-    def spacing(self) -> tuple[float, float, float]:
-        """mm from one voxel to the next along X, Y and Z."""
-        x, y, z = (float(step) for step in np.linalg.norm(self.affine[:3, :3], axis=0))
-        return x, y, z
+from fedsca_pipeline.data.readers.volume import (
+    FRAMES,
+    MAX_VOXELS,
+    SEGMENTATION,
+    SERIES,
+    Volume,
+    check_grid,
+    check_voxels,
+)
 
 
 def is_volume(name: str) -> bool:
@@ -110,33 +89,6 @@ def most_voxels(path: Path) -> int:
     return min(MAX_VOXELS, max(_ALWAYS, _VOXELS_A_BYTE * path.stat().st_size))
 
 
-def check_grid(mask: Volume, image: Volume) -> None:
-    """Do nothing where a mask lies on its image's grid.
-
-    Raises:
-        BrokenSampleError: another shape, or a corner more than a tenth of the smallest spacing away.
-    """
-    if mask.shape != image.shape:
-        raise BrokenSampleError(
-            f"is {_by(mask.shape)} voxels, its image is {_by(image.shape)}", "export the mask on the image's grid"
-        )
-    if (away := _largest_distance(mask.affine, image.affine, image.shape)) > _TOLERANCE * min(image.spacing):
-        raise BrokenSampleError(
-            f"lies elsewhere than its image: their affines differ by up to {away:.3g} mm",
-            "export the mask on the image's grid",
-        )
-
-
-def write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
-    """Write voxels [X, Y, Z] with their affine (mm, RAS+) to ``path``, a ``.nii`` or ``.nii.gz``, atomically."""
-    import nibabel
-
-    image = nibabel.Nifti1Image(voxels, affine)
-    image.header.set_xyzt_units("mm")
-    with atomic_path(path) as temporary:
-        nibabel.save(image, temporary)
-
-
 def _read(path: Path, readers: Mapping[str, Any], call: Callable[[Any], Volume]) -> Volume:
     suffix = _kind(path)
     if suffix not in readers:
@@ -173,26 +125,6 @@ def _checked(volume: Volume) -> Volume:
     if voxels.ndim == 4 and voxels.shape[3] == 1:
         voxels = voxels[..., 0]
     return replace(volume, voxels=voxels, affine=affine)
-
-
-def check_voxels(shape: Sequence[int], most: int = MAX_VOXELS) -> None:
-    """Do nothing where an array of this shape can be a volume. To be asked before anything of that size is allocated.
-
-    Raises:
-        BrokenSampleError: it has no voxels, more than ``most``, or not two to four axes.
-    """
-    sides = [int(side) for side in shape]
-    if min(sides, default=0) < 1:
-        raise BrokenSampleError(f"has no voxels ({_by(sides)})", "export the file again")
-    if math.prod(sides) > most:
-        raise BrokenSampleError(
-            f"its header promises {_by(sides)} voxels, more than {most:,}{' of such a file' * (most < MAX_VOXELS)}",
-            "cut it into parts, or export it again",
-        )
-    if not 2 <= len(sides) <= 4:
-        raise BrokenSampleError(
-            f"has {len(sides)} axes ({_by(sides)})", "save three axes, or four with the modalities as the last"
-        )
 
 
 def _read_nifti(path: Path, most: int) -> Volume:
@@ -323,18 +255,6 @@ def _detached(data: Any) -> BrokenSampleError:
     )
 
 
-def _largest_distance(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> float:
-    """mm between where two affines put the same voxel, the largest over the corners of the grid."""
-    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(shape) - 1)
-    difference = one - other
-    return float(np.linalg.norm(corners @ difference[:3, :3].T + difference[:3, 3], axis=1).max())
-
-
-def _by(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
-
-
-_TOLERANCE = 0.1
 _FLAT = 1e-3
 _META_HEADER = 2**16
 # Skull-stripped heads, the best compressed images there are, hold some ten voxels in a byte of their file.
@@ -353,8 +273,6 @@ _NRRD_SPACES: Mapping[str, tuple[float, float, float]] = MappingProxyType(
     }
 )
 
-SERIES, FRAMES, SEGMENTATION = ".series", ".frames", ".seg"
-"""What ``pseudonyms`` calls a folder of DICOM files, a DICOM file of several frames, and a DICOM SEG of a volume."""
 
 _PLAIN_READERS: Mapping[str, Callable[[Path, int], Volume]] = MappingProxyType(
     {".nii": _read_nifti, ".nii.gz": _read_nifti, ".nrrd": _read_nrrd, ".mha": _read_meta_image}

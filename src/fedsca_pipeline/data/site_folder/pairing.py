@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 
-from fedsca_pipeline.data.readers.images import READERS, BrokenSampleError, no_reader, split_name
-from fedsca_pipeline.data.readers.volumes import FRAMES, IMAGE_READERS, SEGMENTATION, SERIES, is_volume
+from fedsca_pipeline.data.readers.common import BrokenSampleError, no_reader, split_name
+from fedsca_pipeline.data.readers.images import READERS
+from fedsca_pipeline.data.readers.volume import FRAMES, SEGMENTATION, SERIES
+from fedsca_pipeline.data.readers.volumes import IMAGE_READERS, is_volume
 from fedsca_pipeline.data.site_folder.discovery import leads_out
 from fedsca_pipeline.errors import DataError
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from fedsca_pipeline.data.preprocessing.labels import LabelRule, number_of
-from fedsca_pipeline.data.readers.images import BrokenSampleError
+from fedsca_pipeline.data.readers.common import BrokenSampleError
 from fedsca_pipeline.data.site_folder.discovery import is_own_file
+from fedsca_pipeline.data.site_folder.label_rule import LabelRule, number_of
 from fedsca_pipeline.errors import DataError
 
 if TYPE_CHECKING:

@@ -8,19 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from fedsca_pipeline.compute import deterministic, worker_devices
+from fedsca_pipeline.compute import deterministic
 from fedsca_pipeline.config import FederationConfig, RunConfig
-from fedsca_pipeline.federation.fleets.fleet import Failure, InProcessFleet, LocalSites
+from fedsca_pipeline.errors import ConfigError
+from fedsca_pipeline.federation.fleets.fleet import Failure
+from fedsca_pipeline.federation.fleets.in_process import InProcessFleet, LocalSites
 from fedsca_pipeline.federation.fleets.registry import available_cores
 from fedsca_pipeline.federation.fleets.shared_model import share, with_values, without_values
 from fedsca_pipeline.federation.fleets.worker_pool import Died, Raised, Report, Work, WorkerPool
-from fedsca_pipeline.federation.site.worker import StepCallback
+from fedsca_pipeline.federation.site.steps import StepCallback
 from fedsca_pipeline.files import remove_partial_files
 from fedsca_pipeline.model.adapters import fel
 
@@ -143,3 +146,35 @@ def _unpacked(equipment: _Equipment, device: torch.device) -> tuple[LocalSites, 
         torch.cuda.set_device(device)
     model = with_values(here.model, equipment.values, device, own=frozenset(here.strategy.trained(here.layout)))
     return replace(here, model=model), inject_failures
+
+
+def worker_devices(
+    device: torch.device, config: FederationConfig, *, threads: int, cores: int, sites: int
+) -> tuple[torch.device, ...]:
+    """Return the device of each worker process, at least one and at most one for each of a round's sites.
+
+    Args:
+        device: kind of device that the run computes on.
+        config: ``workers`` and ``devices``: ``auto`` takes, on CUDA, every device and one worker on each; on the CPU as
+            many workers as there are cores for; elsewhere one.
+        threads: of one site.
+        cores: that this process may use.
+        sites: of the whole run.
+
+    Raises:
+        ConfigError: ``devices`` names one that is not there.
+    """
+    on_cuda = device.type == "cuda"
+    if config.devices and not on_cuda:
+        raise ConfigError(f"federation.devices numbers CUDA devices, but this run is on {device.type}; set it to auto")
+    devices = _numbered(device, config) if on_cuda else [device]
+    workers = config.workers or (cores // threads if device.type == "cpu" else len(devices))
+    return tuple(islice(cycle(devices), max(1, min(workers, config.drawn(sites)))))
+
+
+def _numbered(device: torch.device, config: FederationConfig) -> list[torch.device]:
+    count = torch.cuda.device_count()
+    numbers = config.devices or range(count)
+    if missing := sorted(set(numbers).difference(range(count))):
+        raise ConfigError(f"federation.devices: there is no CUDA device {missing[0]} here, only 0 to {count - 1}")
+    return [torch.device(device.type, number) for number in numbers]

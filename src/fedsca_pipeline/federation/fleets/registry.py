@@ -15,8 +15,9 @@ from fedsca_pipeline.errors import ConfigError
 from fedsca_pipeline.federation.fleets import forkserver
 
 if TYPE_CHECKING:
-    from fedsca_pipeline.federation.fleets.fleet import Fleet, LocalSites
-    from fedsca_pipeline.federation.site.worker import StepCallback
+    from fedsca_pipeline.federation.fleets.fleet import Fleet
+    from fedsca_pipeline.federation.fleets.in_process import LocalSites
+    from fedsca_pipeline.federation.site.steps import StepCallback
 
 
 def available_cores() -> int:

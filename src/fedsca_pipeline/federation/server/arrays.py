@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedsca_pipeline.federation.strategies.base import Results
+from fedsca_pipeline.federation.strategies.kernels import Results
 
 _BYTES = torch.float32.itemsize
 _GIB = 1 << 30

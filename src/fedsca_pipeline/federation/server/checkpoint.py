@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsca_pipeline.errors import ResumeError, WeightsError
-from fedsca_pipeline.federation.strategies.base import ServerState
+from fedsca_pipeline.federation.strategies.server_step import ServerState
 from fedsca_pipeline.files import read_header, read_json, read_tensors, write_bytes, write_tensors
 
 _KEPT_ROUNDS = 2

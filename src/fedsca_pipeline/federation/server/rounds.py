@@ -20,19 +20,18 @@ from fedsca_pipeline.federation.messages.codec import (
     TRAVELLING,
     Manifest,
     Message,
-    TensorLayout,
     as_decoded,
     check,
     decode,
     encode,
-    flatten,
-    hash_tensors,
     most_bytes,
-    unflatten,
 )
 from fedsca_pipeline.federation.server.arrays import RoundMemory
 from fedsca_pipeline.federation.server.checkpoint import Checkpoint, CheckpointFolder, RoundRecord, SiteRecord
-from fedsca_pipeline.federation.strategies.base import Aggregation, Replies, ServerState, Strategy
+from fedsca_pipeline.federation.strategies.base import Strategy
+from fedsca_pipeline.federation.strategies.kernels import Replies
+from fedsca_pipeline.federation.strategies.server_step import Aggregation, ServerState
+from fedsca_pipeline.model.layout import TensorLayout, flatten, hash_tensors, unflatten
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from fedsca_pipeline.compute import stream_seed
 from fedsca_pipeline.config import AugmentConfig
 from fedsca_pipeline.data.arrays import Arrays
 from fedsca_pipeline.federation.site.prefix import FeatureCache, Key
+from fedsca_pipeline.model.batch import Batch
 
 Embed = Callable[[Tensor, Tensor], Tensor]
 
@@ -26,25 +26,6 @@ _CORNERS = (
 )  # fmt: skip
 VIEWS = range(len(_CORNERS))
 AS_IT_STANDS = 0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """``inputs`` [B, ...]: images in 0..255 [B,3,S,S], or the features that a site's ``embed`` made of them.
-
-    ``masks`` uint8 [B,S,S], ``valid`` bool [B,S,S]: False on padding.
-    """
-
-    inputs: Tensor
-    masks: Tensor
-    valid: Tensor
-
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch on ``device``; to CUDA by way of pinned memory, without waiting."""
-        tensors = (self.inputs, self.masks, self.valid)
-        if device.type == "cuda":
-            tensors = tuple(t if t.is_cuda else t.pin_memory() for t in tensors)
-        return Batch(*(t.to(device, non_blocking=True) for t in tensors))
 
 
 def build_augmentation(config: AugmentConfig) -> Compose:

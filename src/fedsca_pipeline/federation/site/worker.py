@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, count, islice, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,69 +16,39 @@ import torch
 from torch import Tensor
 from torch.backends.cpu import get_cpu_capability
 
-from fedsca_pipeline.compute import autocast, stream_seed
-from fedsca_pipeline.config import TrainingConfig
 from fedsca_pipeline.data.arrays import Arrays, known_classes
 from fedsca_pipeline.errors import SiteError
 from fedsca_pipeline.federation.messages.codec import (
     TRAVELLING,
-    Compression,
     Manifest,
     Message,
-    TensorLayout,
-    WireDtype,
     as_decoded,
     check,
     decode,
     encode,
-    hash_tensors,
     most_bytes,
-    sha256_tensors,
 )
-from fedsca_pipeline.federation.site.batches import AS_IT_STANDS, VIEWS, Batch, SiteBatches, build_augmentation
+from fedsca_pipeline.federation.site.batches import AS_IT_STANDS, VIEWS, SiteBatches, build_augmentation
 from fedsca_pipeline.federation.site.losses import SegmentationLoss, among, build_loss
 from fedsca_pipeline.federation.site.prefix import FeatureCache, SplitModel
 from fedsca_pipeline.federation.site.privacy.steps import PrivateSteps
+from fedsca_pipeline.federation.site.steps import LocalSettings, PlainSteps, StepCallback, _Progress, warm_up
 from fedsca_pipeline.federation.site.store import SiteState, SiteStore, Snapshot
-from fedsca_pipeline.federation.strategies.base import LocalRule, Phase, Strategy
-from fedsca_pipeline.metrics.images import dice_per_image, predict_masks, truth_masks
+from fedsca_pipeline.federation.strategies.base import Strategy
+from fedsca_pipeline.federation.strategies.rules import LocalRule, Phase
+from fedsca_pipeline.metrics.images import dice_per_image
+from fedsca_pipeline.model.batch import Batch
 from fedsca_pipeline.model.foundation.model import SegmentationModel
+from fedsca_pipeline.model.heads import predict_masks, truth_masks
+from fedsca_pipeline.model.inference import Forward, predictions
+from fedsca_pipeline.model.layout import TensorLayout, hash_tensors, sha256_tensors
 
 logger = logging.getLogger(__name__)
 
 Tensors = Mapping[str, Tensor]
-Forward = Callable[[Batch], Tensor]
-StepCallback = Callable[[str, int, int, float | None], None]
 
 
-_REPORT_SECONDS = 0.2
 _NO_FILE = Path("no file")
-
-
-def ignore_step(site: str, step: int, steps: int, loss: float | None) -> None:
-    """Report nothing: the default for local work that nobody watches."""
-
-
-@dataclass(frozen=True)
-class LocalSettings:
-    """What every site of a run does alike.
-
-    ``cache_bytes``: most that one site's feature cache may take. ``validate_every``: rounds from one validation to the
-    next. ``validate_after_training``: whether there is a second one in such a round. ``rounds``: of the run.
-    """
-
-    run: str
-    seed: int
-    classes: int
-    wire_dtype: WireDtype
-    evaluation_batch: int
-    threshold: float
-    training: TrainingConfig
-    compression: Compression = "zstd"
-    cache_bytes: int = 0
-    validate_every: int = 1
-    validate_after_training: bool = True
-    rounds: int = 1
 
 
 @dataclass(frozen=True)
@@ -457,52 +427,6 @@ class LocalWorker:
         return wanted, {name: wanted[name] - heard[name] for name in wanted}
 
 
-class PlainSteps:
-    """The local steps of one site in one round, on one batch after the other."""
-
-    def __init__(self, settings: LocalSettings, site: str, round_: int, device: torch.device) -> None:
-        self._settings, self._place, self._device = settings, (site, round_), device
-        self.seed = stream_seed(settings.seed, site, round_, "torch")
-
-    def batches(self, batches: SiteBatches) -> Iterator[Batch]:
-        """Yield the batches of the round, epoch after epoch, without end."""
-        site, round_ = self._place
-        for epoch in count():
-            yield from batches.training(
-                self._settings.training.batch_size, seed=self._settings.seed, site=site, round_=round_, epoch=epoch
-            )
-
-    def stepper(self, optimiser: torch.optim.Optimizer) -> Callable[..., Tensor]:
-        """Return the step with an optimiser: ``local_step`` on the model's device."""
-        clip_norm = self._settings.training.clip_norm
-
-        def step(forward: Forward, batch: Batch, loss_of: SegmentationLoss, *rule: Any) -> Tensor:
-            return local_step(forward, batch.to(self._device), loss_of, optimiser, clip_norm, *rule)
-
-        return step
-
-    def settle(self) -> None:
-        """Nothing is counted."""
-
-
-class _Progress:
-    """Collects the losses of one site's steps, and tells of some."""
-
-    def __init__(self, site: str, steps: int, on_step: StepCallback) -> None:
-        self.losses: list[Tensor] = []
-        self._done = 0
-        self._site, self._steps, self._on_step = site, steps, on_step
-        self._reported = 0.0
-
-    def __call__(self, loss: Tensor | None) -> None:
-        self._done += 1
-        self.losses += [] if loss is None else [loss]
-        # Reading a loss waits for the device; nobody sees more than a few a second.
-        if self._done == self._steps or time.monotonic() - self._reported > _REPORT_SECONDS:
-            self._on_step(self._site, self._done, self._steps, None if loss is None else float(loss))
-            self._reported = time.monotonic()
-
-
 def phase_lengths(phases: Sequence[Phase], steps: int) -> list[int]:
     """Return the steps of each phase, at least one; but for that, together they are the sum of shares of ``steps``."""
     ends = [0, *(round(share * steps) for share in accumulate(phase.share for phase in phases))]
@@ -517,42 +441,6 @@ def _diverged(site: str, round_: int, what: str) -> SiteError:
     return SiteError(f"{site}: {what} not finite in round {round_}; lower training.learning_rate or look at its images")
 
 
-def local_step(
-    forward: Forward,
-    batch: Batch,
-    loss_of: SegmentationLoss,
-    optimiser: torch.optim.Optimizer,
-    clip_norm: float,
-    penalty: Callable[[], Tensor | None],
-    correct: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """One optimiser step on one batch; returns the detached loss, a scalar on the model's device."""
-    with autocast(batch.inputs.device):
-        logits = forward(batch)
-    loss = loss_of(logits, batch.masks, batch.valid)
-    extra = penalty()
-    if extra is not None:
-        loss = loss + extra
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    correct()
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
-    torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
-    optimiser.step()
-    return loss.detach()
-
-
-def warm_up(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """Raise the learning rate linearly over the first ``steps`` steps: step s of them runs at s / steps of it.
-
-    A fresh AdamW moves every value by its whole rate in its first step, however small the gradient; with a few steps a
-    round that jolt would be a good part of the training (docs/method.md has the measurement).
-    """
-    if steps < 2:
-        return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0)
-    return torch.optim.lr_scheduler.LinearLR(optimiser, start_factor=1 / steps, total_iters=steps - 1)
-
-
 def mean_dice(
     model: SegmentationModel, forward: Forward, batches: Iterable[Batch], known: Sequence[int], threshold: float
 ) -> float:
@@ -565,28 +453,3 @@ def mean_dice(
         dice = dice_per_image(predicted, truth_masks(batch.masks, predicted.shape[1]), batch.valid)
         scores.append(dice[:, channels].mean(dim=1))
     return float(torch.cat(scores).mean()) if scores else 0.0
-
-
-def predictions(model: SegmentationModel, forward: Forward, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
-    """Yield each batch with its logits [B,C,S,S] float32, without gradients and with ``model`` in evaluation mode."""
-    with evaluating(model):
-        for batch in batches:
-            with torch.inference_mode(), autocast(batch.inputs.device):
-                logits = forward(batch)
-            yield batch, logits.float()
-
-
-def whole_model(model: SegmentationModel) -> Forward:
-    """Return the forward of a model on batches of images."""
-    return lambda batch: model(model.normalise(batch.inputs, batch.valid.unsqueeze(1)))
-
-
-@contextmanager
-def evaluating(model: SegmentationModel) -> Iterator[None]:
-    """Have the model in evaluation mode for a block."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -10,179 +10,46 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from types import MappingProxyType
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from fedsca_pipeline.errors import ConfigError, NoValidSite, ResumeError
-from fedsca_pipeline.federation.messages.codec import TensorLayout
+from fedsca_pipeline.errors import ConfigError, NoValidSite
+from fedsca_pipeline.federation.strategies.kernels import (
+    ZERO_NORM,
+    Groups,
+    Masters,
+    Replies,
+    Results,
+    cosines,
+    gram,
+    place,
+    prior_weights,
+    renew_and_mix,
+)
+from fedsca_pipeline.federation.strategies.rules import LocalRule, Phase
+from fedsca_pipeline.federation.strategies.server_step import (
+    COLLAPSE,
+    Aggregation,
+    Prior,
+    ServerState,
+    partners,
+    site_prior,
+    validate,
+)
+from fedsca_pipeline.model.layout import TensorLayout
 
 logger = logging.getLogger(__name__)
-
-Prior = Literal["samples", "uniform"]
-Groups = tuple[slice, ...]
-
-ZERO_NORM = 1e-12  # an update shorter than this has no direction (docs/method.md)
-COLLAPSE = 0.95  # mean self weight beyond which a federation is local training (docs/method.md)
-_COLUMNS = 1 << 17  # values of one fp32 inner product, so that norms err by 1e-6 at most
-_KERNEL = 48  # sites that sgemm's innermost loop takes at once with AVX-512
-_CACHED = 1 << 22  # values of one run of columns, over all sites, which the processor's caches hold
-
-
-@dataclass(frozen=True)
-class Replies:
-    """What arrived in one round from the sites that answered, sorted by site.
-
-    ``bases`` [N, V] fp32: what each known site really trained from; of one that did not answer, anything. ``updates``
-    [S, V] fp32. ``samples`` [S] float64: training images. ``steps`` [S] float64: optimiser steps behind each update;
-    None: unknown.
-    """
-
-    round: int
-    sites: tuple[str, ...]
-    bases: Tensor
-    updates: Tensor
-    samples: Tensor
-    steps: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class ServerState:
-    """All that a server remembers between rounds, as plain tensors; rows are the known sites, in order.
-
-    ``masters`` [N, V] fp32: the latest theta = base + update of each site, zeros where it never trained. ``trained``
-    [N] bool. ``samples`` [N] float64: as last reported. ``memory`` [B, N, N] float64: similarities, NaN for a pair
-    never seen together. ``norms`` [M] float64: norms of all accepted updates so far, those of zero updates left out.
-    """
-
-    masters: Tensor
-    trained: Tensor
-    samples: Tensor
-    memory: Tensor
-    norms: Tensor
-
-    @classmethod
-    def initial(cls, n_sites: int, n_values: int, n_groups: int) -> ServerState:
-        """Return the state before the first round."""
-        return cls(
-            masters=torch.zeros(n_sites, n_values),
-            trained=torch.zeros(n_sites, dtype=torch.bool),
-            samples=torch.zeros(n_sites, dtype=torch.float64),
-            memory=torch.full((n_groups, n_sites, n_sites), torch.nan, dtype=torch.float64),
-            norms=torch.zeros(0, dtype=torch.float64),
-        )
-
-    def as_tensors(self) -> dict[str, Tensor]:
-        """Return the state by field name, ready for safetensors."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> ServerState:
-        """Return the state that ``as_tensors`` wrote; ResumeError names what is missing."""
-        names = [field.name for field in fields(cls)]
-        if missing := [name for name in names if name not in tensors]:
-            raise ResumeError(
-                f"the server state lacks {', '.join(missing)}; go on from an older checkpoint or start anew"
-            )
-        return cls(**{name: tensors[name] for name in names})
-
-
-@dataclass(frozen=True)
-class Results:
-    """Memory [N, V] fp32 of any content for what one round gives: first touching it costs more than all products.
-
-    It is no part of the state that goes in, and belongs to the state and the aggregates that come out. ``masters`` may
-    begin with the replies' updates, which are then used up.
-    """
-
-    masters: Tensor
-    aggregates: Tensor
-    workspace: Tensor
-
-    @classmethod
-    def fresh(cls, n_sites: int, n_values: int) -> Results:
-        """Return memory that nobody has used."""
-        return cls.around(torch.empty(n_sites, n_values), torch.empty(n_sites, n_values))
-
-    @classmethod
-    def around(cls, masters: Tensor, aggregates: Tensor) -> Results:
-        """Return ``masters`` and ``aggregates`` [N, V], with a ``workspace`` [2 N + 1, W] for W of their columns.
-
-        W is a power of two where V allows, so that no row begins in the middle of a cache line.
-        """
-        n_sites, n_values = masters.shape
-        width = 1 << (max(_CACHED // n_sites, 1).bit_length() - 1)
-        return cls(masters, aggregates, torch.empty(2 * n_sites + 1, min(width, n_values)))
-
-
-@dataclass(frozen=True)
-class Aggregation:
-    """What one round gave.
-
-    ``aggregates`` [N, V] fp32: what each known site receives next. ``accepted``: A sites, sorted as they replied;
-    ``rejected``: site to reason. ``similarity`` and ``weights`` [B, A, A] float64: C as the weights used it, and A,
-    rows receive; where nothing is shared they hold one group, zeros and the identity. ``norms`` [A] float64 of the
-    updates. ``spread`` [A] float64: |theta_i - mean| / |update_i|, 0 for a zero update.
-    """
-
-    aggregates: Tensor
-    accepted: tuple[str, ...]
-    rejected: Mapping[str, str]
-    similarity: Tensor
-    weights: Tensor
-    norms: Tensor
-    spread: Tensor
 
 
 class StrategyOptions(BaseModel):
     """Base of every strategy's options; a field's description says what is allowed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A part of a site's local training in one round.
-
-    ``trained``: names of the tensors it trains. ``share``: its steps, as a share of ``steps_per_round``, above 0.
-    ``personal``: it trains a copy of the model that never leaves the site, and is the site's model from then on.
-    """
-
-    trained: tuple[str, ...]
-    share: float = 1.0
-    personal: bool = False
-
-
-class LocalRule:
-    """How the local steps of one site differ in one round: this one changes nothing.
-
-    Args:
-        received: what the site was sent, on its device: shared tensors and what ``Strategy.carried`` names.
-        kept: what the rule of the site's last round left; empty in its first.
-    """
-
-    def __init__(self, received: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
-        self.received, self.before = received, kept
-
-    def penalty(self, parameters: Mapping[str, Tensor], phase: Phase) -> Tensor | None:
-        """Return an extra term of the loss over the trained ``parameters``, a scalar. None."""
-        return None
-
-    def correct(self, parameters: Mapping[str, Tensor], phase: Phase) -> None:
-        """Change the gradients of ``parameters`` in place, before they are clipped. As they are."""
-
-    def kept(self) -> dict[str, Tensor]:
-        """Return what the site keeps for the rule of its next round. Nothing."""
-        return {}
-
-    def carried(self) -> dict[str, Tensor]:
-        """Return the new values of what ``Strategy.carried`` names. Nothing."""
-        return {}
 
 
 class Strategy:
@@ -381,176 +248,3 @@ class Strategy:
         weights = site_prior(state, prior or self.prior)[None, None]
         mixed = weights[0].to(masters.dtype) @ masters
         return self.merge(mixed, weights, masters, (slice(0, masters.shape[1]),), layout)[0]
-
-
-@dataclass(frozen=True)
-class Masters:
-    """The weights of the accepted sites, before they are mixed: base + update, computed a run of columns at a time.
-
-    ``rows`` [A]: their places among all sites; ``kept`` [A]: among the replies; ``initial`` [V] fp32.
-    """
-
-    replies: Replies
-    rows: Tensor
-    kept: Tensor
-    initial: Tensor
-
-    def cosines(self, groups: Groups, *, from_start: bool) -> Tensor:
-        """Return the cosines [B, A, A] float64 of the weights, or of their distance from the start values."""
-        grams = torch.zeros(len(groups), len(self.rows), len(self.rows), dtype=torch.float64)
-        for total, group in zip(grams, groups, strict=True):
-            for start in range(group.start, group.stop, _COLUMNS):
-                columns = slice(start, min(start + _COLUMNS, group.stop))
-                theta = self.replies.bases[self.rows, columns] + self.replies.updates[self.kept, columns]
-                if from_start:
-                    theta -= self.initial[columns]
-                total += theta @ theta.T
-        return cosines(grams)
-
-
-def gram(updates: Tensor, groups: Groups) -> Tensor:
-    """Return the inner products of updates [S, V] in each group, [B, S, S] float64, symmetric.
-
-    Products over runs of columns are fp32 and their sums float64: as exact as need be, at the speed of fp32. They come
-    in about four bands, which leaves out most of what is above the diagonal. A row with a NaN or infinity spoils its
-    own row and column and no other.
-    """
-    band = _KERNEL * max(math.ceil(len(updates) / (4 * _KERNEL)), 1)
-    grams = torch.zeros(len(groups), len(updates), len(updates), dtype=torch.float64)
-    for total, group in zip(grams, groups, strict=True):
-        for chunk in updates[:, group].split(_COLUMNS, dim=1):
-            for start in range(0, len(chunk), band):
-                rows = slice(start, start + band)
-                total[start:, rows] += chunk[start:] @ chunk[rows].T
-    lower = grams.tril()
-    return lower + lower.tril(diagonal=-1).mT
-
-
-def cosines(grams: Tensor) -> Tensor:
-    """Return cosines [.., S, S] from inner products; all 0 for an update whose norm is below 1e-12."""
-    norms = grams.diagonal(dim1=-2, dim2=-1).sqrt()
-    moved = norms >= ZERO_NORM
-    found = (grams / (norms[..., :, None] * norms[..., None, :])).clamp(-1, 1)
-    return torch.where(moved[..., :, None] & moved[..., None, :], found, 0.0)
-
-
-def validate(replies: Replies, norms: Tensor, earlier: Tensor, max_norm_ratio: float) -> dict[str, str]:
-    """Return the sites whose reply is unusable, with the reason (docs/method.md; what is left after ``check``).
-
-    In this order: fewer than one sample; a value that is not finite, seen by the norm of the update, which is free (the
-    base is the server's own and finite, and so is their sum: an update whose norm has a square in fp32 is lost in the
-    rounding of a base near fp32's end); a norm above ``max_norm_ratio`` times the median of this round's finite norms
-    and the ``earlier`` accepted ones.
-
-    Of an even number of norms the lower middle one is the median, else the larger of two sites in a first round would
-    lift the bar over itself (with the mean of both, 1 and 1000 are each below ten times 500). Norms of zero updates
-    tell no scale and are left out, else a site that did not move would have all others rejected. What no rule can tell:
-    which of two sites in a first round is the odd one; the larger is turned away, since only it can do harm. A lone
-    first site has nothing to be measured against and is taken.
-    """
-    finite = norms.isfinite()
-    known = torch.cat([earlier, norms[finite & (norms >= ZERO_NORM)]])
-    limit = max_norm_ratio * known.median().item() if len(known) else 0.0
-    too_long = f"is above {limit:.3g}, {max_norm_ratio:g} times the median norm so far (federation.max_norm_ratio)"
-    faults = (
-        (~(replies.samples >= 1), [f"sample count {count:g} is below 1" for count in replies.samples.tolist()]),
-        (~finite, ["values are not finite, or too large to be squared in fp32"] * len(norms)),
-        (norms > max(limit, ZERO_NORM), [f"update norm {norm:.3g} {too_long}" for norm in norms.tolist()]),
-    )
-    found: dict[str, str] = {}
-    for at_fault, reasons in faults:
-        for i in at_fault.nonzero().flatten().tolist():
-            found.setdefault(replies.sites[i], reasons[i])
-    return dict(sorted(found.items()))
-
-
-def place(matrices: Tensor, part: Tensor, rows: Tensor) -> Tensor:
-    """Return [B, N, N] ``matrices`` with ``part`` [B, A, A] at the rows and columns ``rows``."""
-    placed = matrices.clone()
-    placed[:, rows[:, None], rows] = part
-    return placed
-
-
-def partners(present: Tensor, moved: Tensor, known: Tensor) -> Tensor:
-    """Return whom each site may be mixed from in one group, [N, N] bool, rows receive (docs/method.md).
-
-    A site that took part (``present`` [N]): itself, and if its update is not zero the others that ``moved`` [N], too.
-    An absent one: itself and the sites it has a similarity with (``known`` [N, N]), but for those that took part and
-    did not move; a row without any True where it has a similarity with nobody, and the general model is due.
-    """
-    itself = torch.eye(len(present), dtype=torch.bool)
-    met = known & ~itself
-    others = torch.where(present[:, None], moved[:, None] & moved & ~itself, met & (moved | ~present))
-    return others | (itself & (present | met.any(dim=1)))
-
-
-def site_prior(state: ServerState, prior: Prior) -> Tensor:
-    """Return ``p`` [N] float64 over the sites that have ever trained, summing to 1; all zero where none has."""
-    shares = PRIORS[prior](state.samples) * state.trained
-    return shares / shares.sum().clamp(min=torch.finfo(torch.float64).tiny)
-
-
-PRIORS: Mapping[Prior, Callable[[Tensor], Tensor]] = MappingProxyType(
-    {"samples": torch.clone, "uniform": torch.ones_like}
-)
-
-
-def prior_weights(mates: Tensor, prior: Tensor) -> Tensor:
-    """Return ``prior`` [N] restricted to each row's ``mates`` [N, N] and summing to 1; NaN in a row without mates."""
-    shares = mates * prior
-    return shares / shares.sum(dim=1, keepdim=True)
-
-
-def renew_and_mix(
-    masters: Tensor,
-    replies: Replies,
-    rows: Tensor,
-    kept: Tensor,
-    weights: Tensor,
-    groups: Groups,
-    initial: Tensor,
-    out: Results,
-    steps: Tensor | None = None,
-) -> Tensor:
-    """Fill ``out`` with the latest masters and their mixes; return ``|theta_i - mean|`` [A] float64 over ``rows``.
-
-    A master is base + update, or with ``steps`` [B, A] base + steps * update, for the sites ``rows`` [A], whose replies
-    are ``kept`` [A], and stays for the others. The
-    mix is ``weights[b] @ masters`` per group, and ``initial`` [V] in a row of ``weights`` [B, N, N] that is all zero; a
-    unit row returns its master bit for bit. All of it is one pass over runs of columns that stay in the processor's
-    caches: reading and writing memory takes longer than the products. A run is read whole before any of it is written.
-    The mean over ``rows`` is one more row of the products.
-    """
-    taken = tuple(runs(rows, kept))
-    absent = torch.ones(len(masters), dtype=torch.bool).index_fill(0, rows, False).nonzero().flatten()
-    mean = torch.zeros(1, len(masters), dtype=torch.float64).index_fill(1, rows, 1 / max(len(rows), 1))
-    width = out.workspace.shape[1]
-    squares = torch.zeros(len(masters), dtype=torch.float64)
-    factors_of = steps.to(masters.dtype) if steps is not None else [None] * len(groups)
-    for matrix, group, lengths in zip(weights, groups, factors_of, strict=True):
-        nobody = (matrix.sum(dim=1) == 0).nonzero().flatten()
-        factors = torch.cat([matrix, mean]).to(masters.dtype)
-        for start in range(group.start, group.stop, width):
-            columns = slice(start, min(start + width, group.stop))
-            theta, mixed = out.workspace[:, : columns.stop - start].split([len(masters), len(masters) + 1])
-            theta[absent] = masters[absent, columns]
-            for sites, answers, accepted in taken:
-                base, update = replies.bases[sites, columns], replies.updates[answers, columns]
-                if lengths is None:
-                    torch.add(base, update, out=theta[sites])
-                else:
-                    torch.addcmul(base, update, lengths[accepted, None], out=theta[sites])
-            out.masters[:, columns] = theta
-            torch.mm(factors, theta, out=mixed)
-            mixed[nobody] = initial[columns]
-            out.aggregates[:, columns] = mixed[:-1]
-            squares += torch.linalg.vector_norm(theta.sub_(mixed[-1]), dim=1).double().square()
-    return squares[rows].sqrt()
-
-
-def runs(rows: Tensor, kept: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Yield slices that together are ``rows``, ``kept`` and 0..A-1, [A] each, A > 0; once if nobody is absent."""
-    breaks = ((rows.diff() != 1) | (kept.diff() != 1)).nonzero().flatten() + 1
-    everyone = torch.arange(len(rows))
-    for parts in zip(*(tensor.tensor_split(breaks) for tensor in (rows, kept, everyone)), strict=True):
-        yield tuple(slice(int(part[0]), int(part[-1]) + 1) for part in parts)

@@ -11,10 +11,10 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from fedsca_pipeline.federation.messages.codec import TensorLayout
-from fedsca_pipeline.federation.strategies.base import LocalRule, Phase
 from fedsca_pipeline.federation.strategies.fedavg import FedAvg, FedAvgOptions
 from fedsca_pipeline.federation.strategies.fedprox import ProximalRule
+from fedsca_pipeline.federation.strategies.rules import LocalRule, Phase
+from fedsca_pipeline.model.layout import TensorLayout
 
 
 class DittoOptions(FedAvgOptions):

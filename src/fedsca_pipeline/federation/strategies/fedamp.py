@@ -13,8 +13,9 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from fedsca_pipeline.federation.strategies.base import Groups, LocalRule, Masters
 from fedsca_pipeline.federation.strategies.fedprox import MU_HELP, ProximalRule
+from fedsca_pipeline.federation.strategies.kernels import Groups, Masters
+from fedsca_pipeline.federation.strategies.rules import LocalRule
 from fedsca_pipeline.federation.strategies.sharing import (
     SHARE_DECODER_HELP,
     ShareDecoder,

@@ -9,10 +9,11 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from fedsca_pipeline.federation.messages.codec import TensorLayout
-from fedsca_pipeline.federation.strategies.base import Prior, StrategyOptions
+from fedsca_pipeline.federation.strategies.base import StrategyOptions
 from fedsca_pipeline.federation.strategies.fedavg import Averaging
+from fedsca_pipeline.federation.strategies.server_step import Prior
 from fedsca_pipeline.federation.strategies.sharing import PRIOR_HELP
+from fedsca_pipeline.model.layout import TensorLayout
 
 
 class FedAvgFullOptions(StrategyOptions):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from fedsca_pipeline.federation.messages.codec import TensorLayout
 from fedsca_pipeline.federation.strategies.fedavg import FedAvg
+from fedsca_pipeline.model.layout import TensorLayout
 
 
 class FedBn(FedAvg):

@@ -12,8 +12,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedsca_pipeline.federation.strategies.base import Groups, Replies
 from fedsca_pipeline.federation.strategies.fedavg import FedAvg
+from fedsca_pipeline.federation.strategies.kernels import Groups, Replies
 
 
 class FedNova(FedAvg):

@@ -11,8 +11,8 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from fedsca_pipeline.federation.strategies.base import LocalRule, Phase
 from fedsca_pipeline.federation.strategies.fedavg import FedAvg, FedAvgOptions
+from fedsca_pipeline.federation.strategies.rules import LocalRule, Phase
 
 MU_HELP = "0 or more, the pull towards what the site received"
 

@@ -9,10 +9,10 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from fedsca_pipeline.federation.messages.codec import TensorLayout
-from fedsca_pipeline.federation.strategies.base import Phase
 from fedsca_pipeline.federation.strategies.fedper import FedPer
+from fedsca_pipeline.federation.strategies.rules import Phase
 from fedsca_pipeline.federation.strategies.sharing import SharingOptions
+from fedsca_pipeline.model.layout import TensorLayout
 
 
 class FedRepOptions(SharingOptions):

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from fedsca_pipeline.federation.messages.codec import TensorLayout
 from fedsca_pipeline.federation.strategies.lora import LoraStrategy
 from fedsca_pipeline.federation.strategies.merge import is_lora_a
 from fedsca_pipeline.federation.strategies.sharing import LoraMerge
+from fedsca_pipeline.model.layout import TensorLayout
 
 
 class FfaLora(LoraStrategy):

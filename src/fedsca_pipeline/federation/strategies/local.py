@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from fedsca_pipeline.federation.messages.codec import TensorLayout
 from fedsca_pipeline.federation.strategies.base import Strategy, StrategyOptions
+from fedsca_pipeline.model.layout import TensorLayout
 
 
 class LocalOptions(StrategyOptions):

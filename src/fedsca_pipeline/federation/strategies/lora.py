@@ -6,8 +6,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from fedsca_pipeline.federation.strategies.base import Prior, StrategyOptions
+from fedsca_pipeline.federation.strategies.base import StrategyOptions
 from fedsca_pipeline.federation.strategies.fedavg import Averaging
+from fedsca_pipeline.federation.strategies.server_step import Prior
 from fedsca_pipeline.federation.strategies.sharing import (
     PRIOR_HELP,
     SHARE_DECODER_HELP,

@@ -14,7 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedsca_pipeline.federation.strategies.base import Groups, LocalRule, Masters, Phase
+from fedsca_pipeline.federation.strategies.kernels import Groups, Masters
+from fedsca_pipeline.federation.strategies.rules import LocalRule, Phase
 from fedsca_pipeline.federation.strategies.sharing import (
     SHARE_DECODER_HELP,
     ShareDecoder,

@@ -14,10 +14,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedsca_pipeline.federation.messages.codec import TensorLayout
-from fedsca_pipeline.federation.strategies.base import Groups, LocalRule, Phase, Prior, Replies
 from fedsca_pipeline.federation.strategies.fedavg import FedAvg, FedAvgOptions
+from fedsca_pipeline.federation.strategies.kernels import Groups, Replies
+from fedsca_pipeline.federation.strategies.rules import LocalRule, Phase
+from fedsca_pipeline.federation.strategies.server_step import Prior
 from fedsca_pipeline.federation.strategies.sharing import PRIOR_HELP
+from fedsca_pipeline.model.layout import TensorLayout
 
 _CONTROL = "control:"  # no module path holds a colon
 

@@ -16,9 +16,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedsca_pipeline.federation.messages.codec import TensorLayout
-from fedsca_pipeline.federation.strategies.base import Groups, LocalRule, Masters, Replies, place, prior_weights
 from fedsca_pipeline.federation.strategies.fedprox import MU_HELP, ProximalRule
+from fedsca_pipeline.federation.strategies.kernels import Groups, Masters, Replies, place, prior_weights
+from fedsca_pipeline.federation.strategies.rules import LocalRule
 from fedsca_pipeline.federation.strategies.sharing import (
     LORA_MERGE_HELP,
     SHARED_BLOCKS_HELP,
@@ -28,6 +28,7 @@ from fedsca_pipeline.federation.strategies.sharing import (
     SharingStrategy,
 )
 from fedsca_pipeline.federation.strategies.weighting import simplex_weights, softmax_weights
+from fedsca_pipeline.model.layout import TensorLayout
 
 Weighting = Literal["gate", "simplex", "softmax", "uniform"]
 Gate = Literal["continuous", "hard"]

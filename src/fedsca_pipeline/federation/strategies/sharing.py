@@ -10,9 +10,11 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.federation.messages.codec import TensorLayout
-from fedsca_pipeline.federation.strategies.base import Groups, Prior, Strategy, StrategyOptions
+from fedsca_pipeline.federation.strategies.base import Strategy, StrategyOptions
+from fedsca_pipeline.federation.strategies.kernels import Groups
 from fedsca_pipeline.federation.strategies.merge import is_lora_b, lora_pairs, merge_products
+from fedsca_pipeline.federation.strategies.server_step import Prior
+from fedsca_pipeline.model.layout import TensorLayout
 
 LoraMerge = Literal["a_only", "svd", "naive"]
 ShareDecoder = bool | Literal["head"]

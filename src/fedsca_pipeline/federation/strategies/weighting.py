@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedsca_pipeline.federation.strategies.base import prior_weights
+from fedsca_pipeline.federation.strategies.kernels import prior_weights
 
 
 def simplex_weights(similarity: Tensor, mates: Tensor, prior: Tensor, *, penalty: float) -> Tensor:

@@ -26,25 +26,28 @@ import pandas as pd
 from fedsca_pipeline.compute import deterministic
 from fedsca_pipeline.config import PrivacyBound, PrivacyConfig, RunConfig
 from fedsca_pipeline.data.arrays import SiteArrays
-from fedsca_pipeline.data.preprocessing.prepare import MANIFEST_DTYPES
+from fedsca_pipeline.data.manifest import MANIFEST_DTYPES
 from fedsca_pipeline.errors import ConfigError, DataError, FedscaError, MessageError, SiteError, WeightsError
+from fedsca_pipeline.evaluation.examples import draw_examples
+from fedsca_pipeline.evaluation.scoring import score_test_images
 from fedsca_pipeline.evaluation.tables import site_means
+from fedsca_pipeline.evaluation.volume_scoring import score_test_volumes
 from fedsca_pipeline.evaluation.volume_tables import site_volume_means, volume_table
+from fedsca_pipeline.federation.export import write_site_models
 from fedsca_pipeline.federation.messages.manifest import outline
-from fedsca_pipeline.federation.run import RunFolder, code_version
+from fedsca_pipeline.federation.run import RunFolder, code_version, data_version
 from fedsca_pipeline.federation.site.privacy.ledger import Vault
+from fedsca_pipeline.federation.site.steps import LocalSettings, ignore_step
 from fedsca_pipeline.federation.site.store import SiteStore
-from fedsca_pipeline.federation.site.worker import LocalSettings, LocalWorker, ignore_step
+from fedsca_pipeline.federation.site.worker import LocalWorker
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.files import remove_partial_files, write_bytes, write_json
 from fedsca_pipeline.flower.config import SiteConfig, read_site_config
 from fedsca_pipeline.flower.messages import documents, frames
 from fedsca_pipeline.flower.site.memory_limit import OUT_OF_MEMORY, is_shortage, lift_limit, limit_memory
+from fedsca_pipeline.model.adapters.attach import build_trainable
 from fedsca_pipeline.model.foundation import prepare_foundation
 from fedsca_pipeline.model.in_turn import ModelsInTurn
-from fedsca_pipeline.pipelines.evaluation.nodes import draw_examples, score_images
-from fedsca_pipeline.pipelines.evaluation.volume_nodes import score_test_volumes
-from fedsca_pipeline.pipelines.federated_training.nodes import build_trainable, data_version, write_site_models
 from fedsca_pipeline.pipelines.preprocessing.nodes import prepare_for
 
 logger = logging.getLogger(__name__)
@@ -214,7 +217,7 @@ class SiteWork:
             )  # fmt: skip
             in_turn = ModelsInTurn(learner.model, description.foundation, learner.initial)
             testing = (in_turn, preprocessing, evaluation, index, places.models)
-            scores = score_images(*testing, manifest, places.arrays)
+            scores = score_test_images(*testing, manifest, places.arrays)
             write_bytes(places.scores, scores.to_csv(index=False).encode())
             volumes = self._score_volumes(testing, manifest)
             figure = draw_examples(in_turn, preprocessing, evaluation, scores, places.models, manifest, places.arrays)

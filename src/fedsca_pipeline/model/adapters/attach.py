@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -22,12 +22,21 @@ from peft.utils import (
 from safetensors import SafetensorError
 from torch import nn
 
-from fedsca_pipeline.config import AdaptersConfig
+from fedsca_pipeline.config import (
+    AdaptersConfig,
+    FoundationConfig,
+    PreprocessingConfig,
+)
 from fedsca_pipeline.errors import ConfigError, WeightsError
-from fedsca_pipeline.federation.messages.codec import TensorLayout, sha256_tensors
 from fedsca_pipeline.files import read_tensors
 from fedsca_pipeline.model.adapters import fel
 from fedsca_pipeline.model.foundation.model import BlockPaths, SegmentationModel
+from fedsca_pipeline.model.layout import TensorLayout, sha256_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedsca_pipeline.model.foundation.model import SegmentationModel
 
 # Widths of docs/method.md: 32 for embedding widths up to 384, else 64.
 SMALL_EMBEDDING, SMALL_WIDTH, LARGE_WIDTH = 384, 32, 64
@@ -238,3 +247,20 @@ def _linear_targets(blocks: tuple[BlockPaths, ...], config: AdaptersConfig) -> M
 _TARGETS: Mapping[str, Callable[[tuple[BlockPaths, ...], AdaptersConfig], Mapping[str, Any]]] = {
     fel.METHOD: _fel_targets,
 }
+
+
+def start_values(model: SegmentationModel, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return copies of a model's parameters, by name."""
+    parameters = dict(model.named_parameters())
+    return {name: parameters[name].detach().clone() for name in names}
+
+
+def build_trainable(
+    foundation: FoundationConfig, adapters: AdaptersConfig, foundations: Path, preprocessing: PreprocessingConfig
+) -> tuple[SegmentationModel, TensorLayout]:
+    """Return the foundation with adapters attached, on the CPU, and the places of its tensors."""
+    from fedsca_pipeline.model.foundation import load_foundation
+
+    model = load_foundation(foundation, foundations, image_size=preprocessing.image_size, classes=preprocessing.classes)
+    attach_adapters(model, adapters)
+    return model, tensor_layout(model)

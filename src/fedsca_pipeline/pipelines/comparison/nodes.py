@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsca_pipeline.comparison.plan import _checked_plan, setting_of
+from fedsca_pipeline.comparison.results import _code_at_work, rates_of, read_known
 from fedsca_pipeline.config import ComparisonConfig
 from fedsca_pipeline.errors import ConfigError
 from fedsca_pipeline.federation.fleets.registry import available_cores
-from fedsca_pipeline.federation.run import CONFIGURATION
-from fedsca_pipeline.pipelines.federated_training.nodes import data_version
+from fedsca_pipeline.federation.run import data_version
 
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from fedsca_pipeline.comparison.grid import Source
-    from fedsca_pipeline.comparison.plan import Cell, Setting
+    from fedsca_pipeline.comparison.plan import Cell
     from fedsca_pipeline.federation.fleets.worker_pool import WorkerPool
     from fedsca_pipeline.pipelines.progress.grid import GridProgress
 
@@ -31,38 +31,6 @@ def plan_comparison(
     """Return the setting of all cells as JSON values, checked: every method resolves, and has sites to train on."""
     data = {report["site"]: data_version(report["fingerprint"], report) for report in reports}
     return _checked_plan(parameters, comparison, data, foundation_provenance["sha256"])
-
-
-def check_comparison(parameters: Mapping[str, Any], sites: Sequence[str]) -> None:
-    """Refuse what ``plan_comparison`` would refuse, before there are data or a foundation.
-
-    Raises:
-        ConfigError: naming the YAML key.
-    """
-    comparison = ComparisonConfig.model_validate(parameters["comparison"])
-    _checked_plan(parameters, comparison, dict.fromkeys(sites, ""), "")
-
-
-def _checked_plan(
-    parameters: Mapping[str, Any], comparison: ComparisonConfig, data: Mapping[str, str], foundation: str
-) -> dict[str, Any]:
-    from fedsca_pipeline.comparison.plan import resolve_methods
-
-    plan = {
-        "base": {
-            key: model.model_validate(parameters[key]).model_dump(mode="json") for key, model in CONFIGURATION.items()
-        },
-        "strategies": {name: dict(options or {}) for name, options in parameters["strategies"].items()},
-        "data": dict(data),
-        "foundation": foundation,
-        "comparison": comparison.model_dump(mode="json"),
-    }
-    setting = setting_of(plan)
-    methods = resolve_methods(setting)
-    for name in setting.config.chosen:
-        if name not in methods:
-            logger.warning("comparison.methods.%s is left out: the sites have not permitted what it does", name)
-    return plan
 
 
 def run_cells(
@@ -185,41 +153,3 @@ def report_comparison(
     index = {cell.fingerprint: str(cell) for cell in plans.unique(grid) if cell.fingerprint in known}
     found = build_report(Comparison(setting, methods, known, rates, _code_at_work()))
     return index, found.table, found.tests, found.unseen, found.page, found.html, found.figures
-
-
-def setting_of(plan: Mapping[str, Any]) -> Setting:
-    """Undo ``plan_comparison``."""
-    from fedsca_pipeline.comparison.plan import Setting
-
-    config = ComparisonConfig.model_validate(plan["comparison"])
-    return Setting(plan["base"], plan["strategies"], plan["data"], plan["foundation"], config)
-
-
-def rates_of(plan: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, float]:
-    """Return the learning rates chosen so far, by method."""
-    from fedsca_pipeline.comparison import plan as plans
-    from fedsca_pipeline.comparison.results import validation_dice
-
-    setting = setting_of(plan)
-    methods = plans.resolve_methods(setting)
-    tuned = [cell for cell in plans.tuning_cells(methods, setting) if cell.fingerprint in known]
-    return plans.choose_rates(methods, ((cell, validation_dice(known[cell.fingerprint])) for cell in tuned))
-
-
-def read_known(cells: Sequence[Cell], folder: Path, *, same_code: bool) -> tuple[dict[str, Any], int]:
-    """Return the results that are in ``folder`` and count, by fingerprint, and how many are of another code's."""
-    from fedsca_pipeline.comparison.plan import unique
-    from fedsca_pipeline.comparison.results import read_result
-
-    found = {cell.fingerprint: read_result(folder, cell) for cell in unique(cells)}
-    sound = {name: result for name, result in found.items() if result is not None}
-    counting = {name: result for name, result in sound.items() if not same_code or result["code"] == _code_at_work()}
-    return counting, len(sound) - len(counting)
-
-
-@cache
-def _code_at_work() -> str:
-    """The version of the code as this process has it, whatever becomes of the files while it runs."""
-    from fedsca_pipeline.federation.run import code_version
-
-    return code_version()

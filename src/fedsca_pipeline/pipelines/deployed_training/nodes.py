@@ -20,17 +20,20 @@ from fedsca_pipeline.config import (
     TrainingConfig,
 )
 from fedsca_pipeline.errors import ConfigError, MessageError
-from fedsca_pipeline.federation.run import RunFolder, code_version, describe_run, open_run, unfinished_run
+from fedsca_pipeline.evaluation.history import records_of, traffic_of
+from fedsca_pipeline.federation.run import (
+    RunFolder,
+    code_version,
+    configuration_of,
+    describe_run,
+    open_run,
+    unfinished_run,
+)
 from fedsca_pipeline.files import read_json, write_json
 from fedsca_pipeline.flower.config import FlowerConfig
-from fedsca_pipeline.pipelines.evaluation.nodes import records_of, traffic_of
-from fedsca_pipeline.pipelines.federated_training.nodes import (
-    build_trainable,
-    configuration_of,
-    export_site_models,
-    serve,
-    start_values,
-)
+from fedsca_pipeline.model.adapters.attach import build_trainable, start_values
+from fedsca_pipeline.pipelines.federated_training.nodes import export_site_models
+from fedsca_pipeline.pipelines.progress.rounds import serve
 
 logger = logging.getLogger(__name__)
 

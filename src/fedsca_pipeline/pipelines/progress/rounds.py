@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fedsca_pipeline.config import (
+    FederationConfig,
+    RunConfig,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedsca_pipeline.federation.fleets.fleet import Fleet
+    from fedsca_pipeline.federation.run import RunFolder
+    from fedsca_pipeline.federation.strategies.base import Strategy
+    from fedsca_pipeline.model.layout import TensorLayout
 
 if TYPE_CHECKING:
     from fedsca_pipeline.federation.server.checkpoint import RoundRecord
@@ -77,3 +90,37 @@ class RoundProgress:
 def _mean(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     return f"{sum(known) / len(known):.3f}" if known else "-"
+
+
+def serve(
+    fleet: Fleet,
+    progress: RoundProgress,
+    strategy: Strategy,
+    layout: TensorLayout,
+    start: Mapping[str, Tensor],
+    federation: FederationConfig,
+    run: RunConfig,
+    folder: RunFolder,
+    samples: Mapping[str, int] = MappingProxyType({}),
+) -> Iterator[dict[str, Any]]:
+    """Be the server of a run over an open fleet; yield each round's record by its place in ``round_metrics``.
+
+    ``samples`` are the sites' training images, where they are known.
+    """
+    from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
+    from fedsca_pipeline.federation.server.rounds import Server
+
+    server = Server(
+        fleet,
+        strategy,
+        layout,
+        start,
+        federation,
+        run=folder.fingerprint,
+        seed=run.seed,
+        folder=CheckpointFolder(folder.server),
+        samples=samples,
+    )
+    for record in server.rounds():
+        progress.round_done(record)
+        yield {f"{folder.fingerprint}/round_{record.round:05d}": record.as_json()}

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsca_pipeline.config import PrivacyBound, PrivacyConfig
-from fedsca_pipeline.data.arrays import PooledArrays, SiteArrays, manifest_digest
+from fedsca_pipeline.data.arrays import PooledArrays, SiteArrays
+from fedsca_pipeline.data.manifest import manifest_digest
 from fedsca_pipeline.errors import SiteError
-from fedsca_pipeline.federation.messages.codec import Manifest, Message, decode, encode, hash_tensors
+from fedsca_pipeline.federation.messages.codec import Manifest, Message, decode, encode
 from fedsca_pipeline.federation.site import worker as local
 from fedsca_pipeline.federation.site.batches import plain_batches
 from fedsca_pipeline.federation.site.losses import build_loss
@@ -33,8 +34,10 @@ from fedsca_pipeline.federation.site.privacy.steps import (
     noise_multiplier,
     unit_gradient,
 )
+from fedsca_pipeline.federation.site.steps import ignore_step
 from fedsca_pipeline.federation.site.store import SiteStore
-from fedsca_pipeline.federation.site.worker import LocalWorker, ignore_step, phase_lengths
+from fedsca_pipeline.federation.site.worker import LocalWorker, phase_lengths
+from fedsca_pipeline.model.layout import hash_tensors
 
 PRIVATE = {"privacy": PrivacyConfig(epsilon=8.0)}
 ENTRY = Entry("run", 1, "a" * 64, steps=4, rate=0.5, noise=1.0)

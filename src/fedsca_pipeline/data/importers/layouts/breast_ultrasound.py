@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from fedsca_pipeline.data.importers.layout import Importer, Patterns, Sample
+from fedsca_pipeline.data.importers.layout import Importer, Patterns
 from fedsca_pipeline.data.importers.masks import coloured, two_values
+from fedsca_pipeline.data.importers.sample import Sample
 from fedsca_pipeline.data.importers.tables import find_file, read_table
 
 

@@ -15,10 +15,11 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, ValidationError
 
-from fedsca_pipeline.data.importers.layout import Importer, Patterns, Sample, Watch
+from fedsca_pipeline.data.importers.layout import Importer, Patterns, Watch
 from fedsca_pipeline.data.importers.masks import stored_values
+from fedsca_pipeline.data.importers.sample import Sample
 from fedsca_pipeline.data.importers.tables import find_file, listed_file
-from fedsca_pipeline.data.readers.images import split_name
+from fedsca_pipeline.data.readers.common import split_name
 from fedsca_pipeline.errors import ConfigError, DataError
 
 

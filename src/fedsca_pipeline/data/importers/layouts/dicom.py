@@ -20,11 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fedsca_pipeline.data.importers.layout import Importer, Patterns, Sample, Watch
+from fedsca_pipeline.data.importers.layout import Importer, Patterns, Watch
 from fedsca_pipeline.data.importers.masks import Label, stored_values, two_values
 from fedsca_pipeline.data.importers.pictures import Picture, UnusableError, blaming
 from fedsca_pipeline.data.importers.pseudonyms import is_dicom
+from fedsca_pipeline.data.importers.sample import Sample
 from fedsca_pipeline.data.importers.tables import visible_files
+from fedsca_pipeline.data.readers.common import BrokenSampleError, split_name
 from fedsca_pipeline.data.readers.dicom import (
     Relations,
     read_frame,
@@ -34,8 +36,7 @@ from fedsca_pipeline.data.readers.dicom import (
     read_segmentation,
     read_series_files,
 )
-from fedsca_pipeline.data.readers.images import BrokenSampleError, split_name
-from fedsca_pipeline.data.readers.volumes import Volume
+from fedsca_pipeline.data.readers.volume import Volume
 from fedsca_pipeline.data.site_folder.discovery import is_own_file
 from fedsca_pipeline.errors import ConfigError, DataError
 

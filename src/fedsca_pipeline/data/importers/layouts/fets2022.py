@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fedsca_pipeline.data.importers.layout import Importer, Patterns, Sample, Watch
+from fedsca_pipeline.data.importers.layout import Importer, Patterns, Watch
 from fedsca_pipeline.data.importers.masks import Label, stored_values
 from fedsca_pipeline.data.importers.pictures import Picture, blaming, read_nifti
+from fedsca_pipeline.data.importers.sample import Sample
 from fedsca_pipeline.data.importers.tables import find_file, read_table
-from fedsca_pipeline.data.readers.volumes import Volume, check_grid
+from fedsca_pipeline.data.readers.volume import Volume, check_grid
 from fedsca_pipeline.errors import ConfigError
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")

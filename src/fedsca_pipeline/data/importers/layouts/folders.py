@@ -10,10 +10,11 @@ from typing import Annotated
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from fedsca_pipeline.data.importers.layout import Importer, Patterns, Sample, Watch
+from fedsca_pipeline.data.importers.layout import Importer, Patterns, Watch
 from fedsca_pipeline.data.importers.masks import Label, colours, objects, seen_values, stored_values, two_values
+from fedsca_pipeline.data.importers.sample import Sample
 from fedsca_pipeline.data.importers.tables import check_inside, listed_file, read_table
-from fedsca_pipeline.data.preprocessing.labels import number_of
+from fedsca_pipeline.data.site_folder.label_rule import number_of
 from fedsca_pipeline.errors import ConfigError
 
 Class = Annotated[int, Field(ge=0, le=254)]

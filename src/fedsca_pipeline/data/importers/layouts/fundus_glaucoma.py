@@ -22,7 +22,7 @@ from fedsca_pipeline.data.importers.masks import (
     stored_values,
     to_classes,
 )
-from fedsca_pipeline.data.readers.images import UNREADABLE, unreadable, whole_numbers
+from fedsca_pipeline.data.readers.common import UNREADABLE, unreadable, whole_numbers
 
 _NUMBERED = {0: 0, 1: 1, 2: 2}
 _PAINTED = seen_values({255: 0, 128: 1, 0: 2})

@@ -12,12 +12,13 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-from fedsca_pipeline.data.importers.layout import Importer, Patterns, Sample, Watch
+from fedsca_pipeline.data.importers.layout import Importer, Patterns, Watch
 from fedsca_pipeline.data.importers.masks import Label, to_classes
 from fedsca_pipeline.data.importers.pictures import Picture, blaming, read_nifti
+from fedsca_pipeline.data.importers.sample import Sample
 from fedsca_pipeline.data.importers.tables import find_file, read_table
-from fedsca_pipeline.data.readers.images import whole_numbers
-from fedsca_pipeline.data.readers.volumes import check_grid
+from fedsca_pipeline.data.readers.common import whole_numbers
+from fedsca_pipeline.data.readers.volume import check_grid
 from fedsca_pipeline.errors import ConfigError
 
 _COLUMNS: Mapping[str, str] = MappingProxyType({"centre": "Centre", "vendor": "Vendor"})

@@ -8,9 +8,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from fedsca_pipeline.data.importers.layout import Importer, Patterns, Sample
+from fedsca_pipeline.data.importers.layout import Importer, Patterns
 from fedsca_pipeline.data.importers.masks import polygons
-from fedsca_pipeline.data.readers.images import UNREADABLE, unreadable
+from fedsca_pipeline.data.importers.sample import Sample
+from fedsca_pipeline.data.readers.common import UNREADABLE, unreadable
 
 
 def imagescope(path: Path) -> Iterator[tuple[str, np.ndarray]]:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fedsca_pipeline.data.importers.layout import Importer, Patterns, Sample
+from fedsca_pipeline.data.importers.layout import Importer, Patterns
 from fedsca_pipeline.data.importers.masks import Label
 from fedsca_pipeline.data.importers.pictures import Picture, blaming
+from fedsca_pipeline.data.importers.sample import Sample
 from fedsca_pipeline.data.importers.tables import check_inside
-from fedsca_pipeline.data.readers.images import BrokenSampleError
+from fedsca_pipeline.data.readers.common import BrokenSampleError
 from fedsca_pipeline.errors import DataError
 
 _CLASSES = ("neoplastic", "inflammatory", "connective", "dead", "epithelial")

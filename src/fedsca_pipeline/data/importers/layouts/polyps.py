@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from fedsca_pipeline.data.importers.layout import Importer, Patterns, Sample
+from fedsca_pipeline.data.importers.layout import Importer, Patterns
 from fedsca_pipeline.data.importers.masks import two_values
+from fedsca_pipeline.data.importers.sample import Sample
 from fedsca_pipeline.data.importers.tables import check_inside, read_table
 
 _SETS = ("CVC-ColonDB", "ETIS-LaribPolypDB", "CVC-300", "CVC-ClinicDB")

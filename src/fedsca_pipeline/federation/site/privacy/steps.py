@@ -26,9 +26,10 @@ from fedsca_pipeline.config import PrivacyConfig
 from fedsca_pipeline.data.arrays import Arrays
 from fedsca_pipeline.errors import SiteError
 from fedsca_pipeline.federation.messages.manifest import PrivacyLevel, Spent
-from fedsca_pipeline.federation.site.batches import Batch, SiteBatches
+from fedsca_pipeline.federation.site.batches import SiteBatches
 from fedsca_pipeline.federation.site.losses import SegmentationLoss
 from fedsca_pipeline.federation.site.privacy.ledger import Entry, Vault, with_entry
+from fedsca_pipeline.model.batch import Batch
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,60 @@
+"""The sites' cached arrays, loaded when a site first needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedsca_pipeline.data.arrays import PooledArrays, SiteArrays
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class SiteData(Mapping[str, SiteArrays]):
+    """Sites' cached arrays, opened anew at each look-up: only those at work are mapped into memory, however many sites.
+
+    Args:
+        sources: site to file and manifest.
+
+    Raises:
+        DataError: on making it, and on a look-up: a file is missing, damaged, or not the one its manifest describes.
+    """
+
+    def __init__(self, sources: Mapping[str, tuple[Path, pd.DataFrame]]) -> None:
+        self._sources = sources
+        for site in sources:
+            self[site]
+
+    def __getitem__(self, site: str) -> SiteArrays:
+        return SiteArrays(*self._sources[site])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+POOLED = "_pooled"
+"""The one site that a strategy with ``pools`` trains at; a folder of that name is no site."""
+
+
+class PooledData(Mapping[str, PooledArrays]):
+    """All sites' arrays as those of one site, ``POOLED``."""
+
+    def __init__(self, sites: Mapping[str, SiteArrays]) -> None:
+        self._sites = sites
+
+    def __getitem__(self, site: str) -> PooledArrays:
+        if site != POOLED:
+            raise KeyError(site)
+        arrays = [self._sites[name] for name in sorted(self._sites)]
+        return PooledArrays(arrays, [len(part) for part in arrays])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((POOLED,))
+
+    def __len__(self) -> int:
+        return 1
