@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class FedscaError(Exception):
@@ -66,3 +70,41 @@ class SiteError(FedscaError):
 
 class NoValidSite(FedscaError):  # noqa: N818  (what happened, in the method's own words)
     """A round got no usable reply from any site (or fewer than its quorum); nothing was overwritten."""
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return the end of an error about an unknown ``word``: the nearest known one, if any is near, and all of them.
+
+    >>> suggestion("fedsac", ["fedavg", "fedsca"])
+    "; did you mean 'fedsca'? Allowed: fedavg, fedsca"
+    >>> suggestion("x", [])
+    '. Allowed: none'
+    """
+    names = list(known)
+    near = get_close_matches(word, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"{hint} Allowed: {', '.join(names) or 'none'}"
+
+
+def faults_by_key(error: ValidationError, group: str = "") -> list[str]:
+    """Return one line per fault of a pydantic error: ``key: what is wrong (given: value)``, keys below ``group``.
+
+    The value is left out where it is a whole group, or missing.
+    """
+    lines = []
+    for fault in error.errors(include_url=False):
+        key = ".".join(str(part) for part in (group, *fault["loc"]) if part != "") or "document"
+        said = fault["msg"].removeprefix("Value error, ")
+        given = fault["input"]
+        show = fault["type"] != "missing" and not isinstance(given, Mapping)
+        lines.append(f"{key}: {said}" + (f" (given: {given!r})" if show else ""))
+    return lines
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun, which takes an s unless the number is 1.
+
+    >>> counted(1, "image"), counted(0, "image")
+    ('1 image', '0 images')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
