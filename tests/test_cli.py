@@ -10,7 +10,7 @@ from kedro.io import DatasetError
 from fedsca_pipeline import cli
 from fedsca_pipeline.errors import DataError, WeightsError
 from fedsca_pipeline.hooks.up_to_date import RunUpToDate
-from fedsca_pipeline.settings import HOOKS
+from fedsca_pipeline.settings import TRACKING
 
 
 @pytest.fixture
@@ -87,13 +87,13 @@ def test_a_fault_of_the_program_is_not_hidden(kedro_run) -> None:
 
 def test_ctrl_c_marks_the_run_as_killed_and_exits_with_130(kedro_run, monkeypatch: pytest.MonkeyPatch) -> None:
     closed = []
-    monkeypatch.setattr(HOOKS[0], "interrupted", lambda: closed.append("KILLED"))
+    monkeypatch.setattr(TRACKING, "interrupted", lambda: closed.append("KILLED"))
 
     result = kedro_run(KeyboardInterrupt())
 
     assert result.exit_code == 130
     assert closed == ["KILLED"]
-    assert "goes on from the last finished round" in result.output
+    assert "resumes from the last finished round" in result.output
 
 
 def test_an_up_to_date_run_ends_well_with_its_table(kedro_run) -> None:
@@ -119,32 +119,3 @@ def test_an_up_to_date_run_ends_well_with_its_table(kedro_run) -> None:
 
 def test_kedro_s_own_options_are_all_there() -> None:
     assert {option.name for option in cli.run.params} == {option.name for option in cli.kedro_run.params}
-
-
-def test_faults_of_parameters_are_listed_by_their_yaml_key() -> None:
-    from kedro.validation.exceptions import ModelInstantiationError
-    from kedro.validation.model_factory import instantiate_model
-
-    from fedsca_pipeline.config import FederationConfig, FoundationConfig, PreprocessingConfig
-
-    report = "Parameter validation failed:"
-    for key, model, raw in (
-        ("federation", FederationConfig, {"rounds": 0, "rouns": 3}),
-        ("preprocessing", PreprocessingConfig, {"split": {"validation": 0.9, "test": 0.8}}),
-        ("foundation", FoundationConfig, {"name": "sam"}),
-    ):
-        with pytest.raises(ModelInstantiationError) as caught:
-            instantiate_model(key, raw, model)
-        report += f"\n- Parameter '{key}': {caught.value}"
-
-    lines = cli.by_key(report).splitlines()
-
-    assert lines[0] == "federation.rounds: Input should be greater than or equal to 1 (given: 0)"
-    assert lines[1] == "federation.rouns: Extra inputs are not permitted (given: 3)"
-    assert lines[2].startswith("preprocessing.split: split: validation and test together take 1.70")
-    assert lines[3] == "foundation: name: sam needs source, a local folder or a Hugging Face id"
-    assert len(lines) == 4
-
-
-def test_a_report_of_another_form_is_passed_on_whole() -> None:
-    assert cli.by_key("Parameter 'x' is None") == "Parameter 'x' is None"

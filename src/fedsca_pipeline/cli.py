@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from copy import copy
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ from kedro.framework.cli.project import run as kedro_run
 from kedro.framework.cli.utils import split_string
 from kedro.framework.project import pipelines
 from kedro.io import DatasetError
-from kedro.validation.exceptions import ParameterValidationError
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from fedsca_pipeline.errors import FedscaError
+from fedsca_pipeline.errors import FedscaError, suggestion
 from fedsca_pipeline.hooks.up_to_date import RunUpToDate
-from fedsca_pipeline.settings import HOOKS
+from fedsca_pipeline.settings import TRACKING
 from fedsca_pipeline.terminal import show_result
 
 _INTERRUPTED = 130
@@ -33,54 +31,25 @@ def cli() -> None:
     """Commands of this project."""
 
 
-_GROUP = re.compile(r"^- Parameter '(?P<group>[^']+)'", re.MULTILINE)
-_FAULT = re.compile(
-    r"(?:^(?P<key>\S+)|validation errors? for \w+)?\n"
-    r"  (?:Value error, )?(?P<said>.+?) \[type=\w+, input_value=(?P<value>.+?), input_type=\w+\]$",
-    re.MULTILINE,
-)
-
-
-def by_key(message: str) -> str:
-    """Turn Kedro's report of pydantic's report into one line a fault: YAML key, what is wrong, and the value given."""
-    pieces = _GROUP.split(message)[1:]
-    faults = [
-        f"{'.'.join(filter(None, (group, fault['key'])))}: {fault['said']}{_given(fault['value'])}"
-        for group, text in zip(pieces[::2], pieces[1::2], strict=True)
-        for fault in _FAULT.finditer(text)
-    ]
-    return "\n".join(faults) or message
-
-
-def _given(value: str) -> str:
-    """Show a value that can be read at a glance; a whole group is named by what is said of it."""
-    return "" if value.startswith("{") else f" (given: {value})"
-
-
 def _run(**options: Any) -> Any:
     # README's commands keep the option users know; Kedro 1.7 warns that it will be renamed.
     warnings.filterwarnings("ignore", message="Option '--pipeline' is deprecated", category=KedroDeprecationWarning)
     for name in [options["pipeline"]] if options["pipeline"] else options["pipelines"]:
         if name not in pipelines:
-            near = get_close_matches(name, pipelines, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise click.BadParameter(f"there is no pipeline {name!r}.{hint} There are: {', '.join(sorted(pipelines))}")
+            raise click.BadParameter(f"there is no pipeline {name!r}{suggestion(name, sorted(pipelines))}")
     try:
         return kedro_run.callback(**options)
     except RunUpToDate as done:
         click.echo("Everything is up to date: nothing was run (--params=force=true runs anyway).")
         show_result(done.table, done.mlflow, done.volumes)
         return {}
-    except ParameterValidationError as error:
-        raise click.ClickException(by_key(str(error))) from error
     except (FedscaError, DatasetError, MissingConfigException) as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
         raise click.ClickException(f"{error.strerror or error}: {error.filename or 'no file named'}") from error
     except KeyboardInterrupt:
-        for hooks in HOOKS:
-            hooks.interrupted()
-        click.echo("\nStopped. The same command (without force) goes on from the last finished round.", err=True)
+        TRACKING.interrupted()
+        click.echo("\nStopped. The same command (without force) resumes from the last finished round.", err=True)
         raise click.exceptions.Exit(_INTERRUPTED) from None
 
 

@@ -1,16 +1,28 @@
 """The typed configuration: one model per top-level key of ``conf/*/parameters*.yml``.
 
-Kedro validates each key against the model that a node's signature names, before anything runs, and an error names the
-YAML key. Unknown keys are refused. Nothing heavy is imported here.
+``read_parameters`` validates all of them once, before anything runs. Its error has one line per fault, with the YAML
+key. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
 
 import math
-from difflib import get_close_matches
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from fedsca_pipeline.errors import ConfigError, faults_by_key, suggestion
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 # What MLflow allows in the name of a metric, and file systems in a path.
@@ -345,11 +357,7 @@ class ComparisonConfig(_Config):
     def _known_names(self) -> ComparisonConfig:
         for name in self.only or ():
             if name not in self.methods:
-                near = get_close_matches(name, self.methods, n=1)
-                raise ValueError(
-                    f"only: {name!r} is no method"
-                    + (f", did you mean {near[0]!r}?" if near else f"; there are {', '.join(self.methods) or 'none'}")
-                )
+                raise ValueError(f"only: {name!r} is no method{suggestion(name, self.methods)}")
         needed = {"reference": self.reference}
         if any(method.ablation for method in self.chosen.values()):
             needed["ablated"] = self.varied
@@ -371,3 +379,78 @@ class ComparisonConfig(_Config):
             for name, method in self.methods.items()
             if self.only is None or name in self.only
         }
+
+
+class Settings(_Config):
+    """The parameter groups that decide a run's numbers, as one frozen object.
+
+    Nodes, a comparison's cells and a hospital's worker receive it, and ``federation.setup`` builds a model from it.
+    """
+
+    run: RunConfig = RunConfig()
+    preprocessing: PreprocessingConfig = PreprocessingConfig()
+    foundation: FoundationConfig = FoundationConfig()
+    adapters: AdaptersConfig = AdaptersConfig()
+    training: TrainingConfig = TrainingConfig()
+    federation: FederationConfig = FederationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    strategies: dict[str, dict[str, Any]] = Field(default_factory=dict, description="options by name of the strategy")
+
+    @field_validator("strategies", mode="before")
+    @classmethod
+    def _empty_means_defaults(cls, strategies: Any) -> Any:
+        return (
+            {name: options or {} for name, options in strategies.items()}
+            if isinstance(strategies, dict)
+            else strategies
+        )
+
+    @property
+    def strategy_options(self) -> dict[str, Any]:
+        """Options of the chosen strategy."""
+        return self.strategies.get(self.federation.strategy, {})
+
+    def pooled(self, sites: int) -> Settings:
+        """Return the settings of the one site that holds the images of all ``sites``."""
+        return self.model_copy(update={"training": self.training.times(sites), "federation": self.federation.pooled()})
+
+
+GROUPS: Mapping[str, type[BaseModel]] = MappingProxyType(
+    {name: field.annotation for name, field in Settings.model_fields.items() if name != "strategies"}  # type: ignore[misc]  # every annotation is a model
+)
+"""The models of ``Settings`` by name, without ``strategies``, whose options each strategy checks itself."""
+
+
+class Parameters(Settings):
+    """Everything that ``conf/*/parameters*.yml`` and ``--params`` may hold."""
+
+    demo_sites: DemoSitesConfig = DemoSitesConfig()
+    data_report: DataReportConfig = DataReportConfig()
+    comparison: ComparisonConfig | None = None
+    force: bool = False
+    importer: str | None = None
+    source: str | None = None
+    import_options: dict[str, Any] = Field(default_factory=dict)
+    flower: dict[str, Any] | None = Field(None, description="checked by flower.config, of env flower")
+    data_root: str | None = Field(None, description="read by the catalog")
+    foundation_root: str | None = Field(None, description="read by the catalog")
+
+    @property
+    def settings(self) -> Settings:
+        """The groups that decide a run's numbers."""
+        return Settings(**{name: getattr(self, name) for name in Settings.model_fields})
+
+
+def read_parameters(raw: Mapping[str, Any]) -> Parameters:
+    """Return the validated parameters.
+
+    Raises:
+        ConfigError: one line per fault, each with its YAML key.
+    """
+    for key in raw:
+        if key not in Parameters.model_fields:
+            raise ConfigError(f"{key} is no parameter{suggestion(key, Parameters.model_fields)}")
+    try:
+        return Parameters.model_validate(dict(raw))
+    except ValidationError as error:
+        raise ConfigError("\n".join(faults_by_key(error))) from error

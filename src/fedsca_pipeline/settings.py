@@ -1,9 +1,13 @@
 """Kedro's project settings."""
 
 from fedsca_pipeline.datasets.catalog import ProjectCatalog
-from fedsca_pipeline.hooks.tracking import ProjectHooks
+from fedsca_pipeline.hooks.checks import ParameterHooks
+from fedsca_pipeline.hooks.tracking import TrackingHooks
+from fedsca_pipeline.hooks.up_to_date import UpToDateHooks
 
-HOOKS = (ProjectHooks(),)
+TRACKING = TrackingHooks()
+# The last one is called first: MLflow has ended its runs before a run counts as done.
+HOOKS = (ParameterHooks(), UpToDateHooks(TRACKING), TRACKING)
 
 DATA_CATALOG_CLASS = ProjectCatalog
 

@@ -11,10 +11,9 @@ import pandas as pd
 import pytest
 
 from fedsca_pipeline.comparison.plan import Cell, Setting, cells, resolve_methods
-from fedsca_pipeline.config import ComparisonConfig
+from fedsca_pipeline.config import GROUPS, ComparisonConfig
 from fedsca_pipeline.data.arrays import SiteArrays, write_arrays
 from fedsca_pipeline.data.manifest import manifest_digest
-from fedsca_pipeline.federation.run import CONFIGURATION
 
 SIDE = 32
 SITES = ("a", "b", "c")
@@ -44,7 +43,7 @@ def make_setting() -> Callable[..., Setting]:
     ) -> Setting:
         groups = {
             name: model.model_validate({**TINY.get(name, {}), **(base or {}).get(name, {})}).model_dump(mode="json")
-            for name, model in CONFIGURATION.items()
+            for name, model in GROUPS.items()
         }
         config = ComparisonConfig.model_validate(
             {"methods": methods or {"fedsca": {}, "local": {}, "fedavg": {}}, "seeds": [0], **comparison}

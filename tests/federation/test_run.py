@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,50 @@ class TestDescription:
     def test_the_code_version_does_not_change_by_itself(self) -> None:
         assert code_version() == code_version()
         assert len(code_version()) == 16
+
+    @pytest.mark.parametrize(
+        ("file", "counts"),
+        [
+            ("config.py", True),
+            ("compute.py", True),
+            ("data/arrays.py", True),
+            ("federation/strategies/sgca.py", True),
+            ("federation/server/rounds.py", True),
+            ("metrics/images.py", True),
+            ("model/adapters/fel.py", True),
+            ("evaluation/scoring.py", True),
+            ("evaluation/volume_scoring.py", True),
+            ("evaluation/figures.py", False),
+            ("comparison/page.py", False),
+            ("comparison/cell.py", False),
+            ("data_report/page.py", False),
+            ("hooks/checks.py", False),
+            ("tracking/run.py", False),
+            ("pipelines/federated_training/nodes.py", False),
+            ("flower/site/command.py", False),
+            ("cli.py", False),
+            ("terminal.py", False),
+            ("errors.py", False),
+        ],
+    )
+    def test_the_code_version_covers_the_code_that_decides_numbers_and_no_other(
+        self, tmp_path: Path, file: str, counts: bool
+    ) -> None:
+        package = tmp_path / "package"
+        shutil.copytree(Path(runs.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
+        before = code_version(root=package)
+        with (package / file).open("a") as source:
+            source.write("# changed\n")
+
+        assert (code_version(root=package) != before) is counts
+
+    def test_a_cell_s_code_version_covers_the_cell_too(self, tmp_path: Path) -> None:
+        package = tmp_path / "package"
+        shutil.copytree(Path(runs.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
+        before = code_version("comparison/cell.py", root=package)
+        (package / "comparison" / "cell.py").write_text("")
+
+        assert code_version("comparison/cell.py", root=package) != before
 
     def test_configured_threads_win(self) -> None:
         assert resolve_threads(3) == 3

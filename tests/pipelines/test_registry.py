@@ -63,7 +63,9 @@ def test_a_whole_run_starts_from_raw_data_and_parameters_alone(raw: Path) -> Non
     inputs = {name for name in register_pipelines()["__default__"].inputs() if not name.startswith("param")}
     previous = {f"{site}.previous_manifest" for site in DEMO_SITES}
 
-    assert inputs - previous == {"raw_sites", "model_input", "private_sites", "foundations", "checkpoints", "models"}
+    assert inputs - previous == {
+        "settings", "raw_sites", "model_input", "private_sites", "foundations", "checkpoints", "models",
+    }  # fmt: skip
 
 
 def test_the_data_report_needs_raw_data_and_changes_no_data_set_of_training(raw: Path) -> None:

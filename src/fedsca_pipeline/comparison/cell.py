@@ -18,15 +18,7 @@ from torch import Tensor
 from fedsca_pipeline.comparison.peak_memory import PeakMemory
 from fedsca_pipeline.comparison.plan import THREADS, Cell
 from fedsca_pipeline.compute import deterministic, stream_seed
-from fedsca_pipeline.config import (
-    AdaptersConfig,
-    EvaluationConfig,
-    FederationConfig,
-    FoundationConfig,
-    PreprocessingConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from fedsca_pipeline.config import RunConfig, Settings
 from fedsca_pipeline.data.arrays import Arrays, PooledArrays, SiteArrays, known_classes, scored_classes
 from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.evaluation.scoring import score_batches
@@ -34,19 +26,14 @@ from fedsca_pipeline.federation.fleets.data import POOLED
 from fedsca_pipeline.federation.fleets.in_process import InProcessFleet
 from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder, RoundRecord
 from fedsca_pipeline.federation.server.rounds import Server
+from fedsca_pipeline.federation.setup import set_up
 from fedsca_pipeline.federation.site.batches import plain_batches
-from fedsca_pipeline.federation.site.steps import LocalSettings
 from fedsca_pipeline.federation.site.store import SiteStore
-from fedsca_pipeline.federation.site.worker import LocalWorker
-from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.federation.strategies.base import Strategy
 from fedsca_pipeline.files import remove_partial_files
-from fedsca_pipeline.model.adapters.attach import attach_adapters, tensor_layout
 from fedsca_pipeline.model.batch import Batch
-from fedsca_pipeline.model.foundation import load_foundation
 from fedsca_pipeline.model.heads import known_logits
 from fedsca_pipeline.model.inference import Forward, predictions, whole_model
-from fedsca_pipeline.model.layout import TensorLayout, unflatten
+from fedsca_pipeline.model.layout import unflatten
 
 Result = dict[str, Any]
 Told = Callable[[int, int], None]
@@ -166,48 +153,22 @@ class _Training:
     """A cell's federation on this machine, and its models."""
 
     def __init__(self, cell: Cell, place: Place, folder: Path, device: torch.device) -> None:
-        values = cell.description["configuration"]
+        settings = Settings(**cell.description["configuration"], run=RunConfig(seed=cell.seed))
+        setup = set_up(settings, place.foundations, run=cell.fingerprint, sites=len(cell.sites))
         self.cell, self.place, self.folder = cell, place, folder
-        self.preprocessing = PreprocessingConfig(**values["preprocessing"])
-        self.evaluation = EvaluationConfig(**values["evaluation"])
-        self.federation = FederationConfig(**values["federation"])
+        self.preprocessing, self.evaluation = settings.preprocessing, settings.evaluation
+        self.federation = setup.settings.federation
+        self.strategy, self.layout = setup.strategy, setup.layout
         self.unseen = cell.description["unseen"]
-        training = TrainingConfig(**values["training"])
-        self.strategy: Strategy = build_strategy(cell.strategy, values["strategies"][cell.strategy])
-        adapters = AdaptersConfig(**values["adapters"])
-        self.strategy.check_use(adapters.method)
-        model = load_foundation(
-            FoundationConfig(**values["foundation"]),
-            place.foundations,
-            image_size=self.preprocessing.image_size,
-            classes=self.preprocessing.classes,
-        )
-        attach_adapters(model, adapters)
-        self.layout: TensorLayout = tensor_layout(model)
         self.data: dict[str, Arrays] = {site: self._arrays(site) for site in cell.sites}
         classes = self.preprocessing.classes
         self.known = {site: known_classes(arrays, classes) for site, arrays in self.data.items()}
         self.known_anywhere = tuple(sorted(set().union(*self.known.values())))
-        lengths = [len(place.arrays[site]) for site in cell.sites]
         if self.strategy.pools:
-            training, self.federation = training.times(len(self.data)), self.federation.pooled()
+            lengths = [len(place.arrays[site]) for site in cell.sites]
             self.data = {POOLED: PooledArrays(list(self.data.values()), lengths)}
-        settings = LocalSettings(
-            run=cell.fingerprint,
-            seed=cell.seed,
-            classes=self.preprocessing.classes,
-            wire_dtype=self.federation.wire_dtype,
-            evaluation_batch=self.evaluation.batch_size,
-            threshold=self.evaluation.threshold,
-            training=training,
-            compression=self.federation.compression,
-            cache_bytes=int(training.feature_cache * 2**30 / len(self.data)),
-            validate_every=self.evaluation.every,
-            validate_after_training=self.evaluation.after_training,
-            rounds=self.federation.rounds,
-        )
-        self.worker = LocalWorker(model.to(device), self.layout, self.strategy, settings)
-        self.forward = whole_model(model)
+        self.worker = setup.worker(device)
+        self.forward = whole_model(self.worker.model)
 
     def run(self, told: Told) -> list[RoundRecord]:
         """Run the rounds; return their records."""

@@ -15,13 +15,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from fedsca_pipeline.config import (
-    ComparisonConfig,
-    FederationConfig,
-    MethodConfig,
-)
+from fedsca_pipeline.config import GROUPS, ComparisonConfig, FederationConfig, MethodConfig, Settings
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.federation.run import CHANGES_NO_NUMBER, CONFIGURATION
+from fedsca_pipeline.federation.run import CHANGES_NO_NUMBER
 from fedsca_pipeline.federation.strategies import STRATEGIES, build_strategy
 from fedsca_pipeline.federation.strategies.base import Strategy
 from fedsca_pipeline.files import fingerprint
@@ -33,7 +29,7 @@ Values = Mapping[str, Any]
 
 # What a method may set; the data and the foundation are the same for all.
 _GROUPS: Mapping[str, type[BaseModel]] = {
-    name: CONFIGURATION[name] for name in ("adapters", "training", "federation", "evaluation")
+    name: GROUPS[name] for name in ("adapters", "training", "federation", "evaluation")
 }
 # What a method has a key of its own for; set all the same, it would change nothing.
 _OWN_KEYS: Mapping[str, str] = {"federation.strategy": "strategy", "adapters.seed": "seeds"}
@@ -292,32 +288,35 @@ def _cell(method: Method, setting: Setting, seed: int, count: int | None, rate: 
 
 def _told(group: str, values: Values) -> Values:
     """Return a group without its defaults, so that a parameter which comes with a later version costs no result."""
-    return CONFIGURATION[group].model_validate(values).model_dump(mode="json", exclude_defaults=True)
+    return GROUPS[group].model_validate(values).model_dump(mode="json", exclude_defaults=True)
 
 
 THREADS = 1
 """Torch threads of a cell: many cells side by side use the cores better than one with all of them."""
 
 
-def check_comparison(parameters: Mapping[str, Any], sites: Sequence[str]) -> None:
-    """Refuse what ``plan_comparison`` would refuse, before there are data or a foundation.
+def check_comparison(settings: Settings, comparison: ComparisonConfig, sites: Sequence[str]) -> None:
+    """Check what ``make_plan`` would refuse, before there are data or a foundation.
 
     Raises:
         ConfigError: naming the YAML key.
     """
-    comparison = ComparisonConfig.model_validate(parameters["comparison"])
-    _checked_plan(parameters, comparison, dict.fromkeys(sites, ""), "")
+    make_plan(settings, comparison, dict.fromkeys(sites, ""), "")
 
 
-def _checked_plan(
-    parameters: Mapping[str, Any], comparison: ComparisonConfig, data: Mapping[str, str], foundation: str
+def make_plan(
+    settings: Settings, comparison: ComparisonConfig, data: Mapping[str, str], foundation: str
 ) -> dict[str, Any]:
+    """Return the setting of all cells as JSON values, checked: every method resolves, and has sites to train on.
 
+    ``data``: site to the version of its data. ``foundation``: SHA-256 of its weights.
+
+    Raises:
+        ConfigError: naming the YAML key.
+    """
     plan = {
-        "base": {
-            key: model.model_validate(parameters[key]).model_dump(mode="json") for key, model in CONFIGURATION.items()
-        },
-        "strategies": {name: dict(options or {}) for name, options in parameters["strategies"].items()},
+        "base": {name: getattr(settings, name).model_dump(mode="json") for name in GROUPS},
+        "strategies": settings.strategies,
         "data": dict(data),
         "foundation": foundation,
         "comparison": comparison.model_dump(mode="json"),
@@ -331,7 +330,6 @@ def _checked_plan(
 
 
 def setting_of(plan: Mapping[str, Any]) -> Setting:
-    """Undo ``plan_comparison``."""
-
+    """Return the setting that ``make_plan`` wrote as JSON values."""
     config = ComparisonConfig.model_validate(plan["comparison"])
     return Setting(plan["base"], plan["strategies"], plan["data"], plan["foundation"], config)

@@ -152,13 +152,13 @@ def read_known(cells: Sequence[Cell], folder: Path, *, same_code: bool) -> tuple
 
     found = {cell.fingerprint: read_result(folder, cell) for cell in unique(cells)}
     sound = {name: result for name, result in found.items() if result is not None}
-    counting = {name: result for name, result in sound.items() if not same_code or result["code"] == _code_at_work()}
+    counting = {name: result for name, result in sound.items() if not same_code or result["code"] == code_at_work()}
     return counting, len(sound) - len(counting)
 
 
 @cache
-def _code_at_work() -> str:
+def code_at_work() -> str:
     """The version of the code as this process has it, whatever becomes of the files while it runs."""
     from fedsca_pipeline.federation.run import code_version
 
-    return code_version()
+    return code_version("comparison/cell.py")

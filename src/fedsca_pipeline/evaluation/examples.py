@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsca_pipeline.config import EvaluationConfig, PreprocessingConfig
+from fedsca_pipeline.config import EvaluationConfig, Settings
 from fedsca_pipeline.evaluation.scoring import reported
 
 if TYPE_CHECKING:
@@ -17,23 +17,25 @@ if TYPE_CHECKING:
 
 def draw_examples(
     in_turn: ModelsInTurn,
-    preprocessing: PreprocessingConfig,
-    evaluation: EvaluationConfig,
+    settings: Settings,
     scores: pd.DataFrame,
     models: Path,
     manifest: pd.DataFrame,
     arrays: Path,
 ) -> Any:
-    """Draw test images as the network of ``in_turn`` segments them; as ``draw_overlays``."""
+    """Return a figure of one site's best, median and worst test image, segmented by its chosen model.
+
+    A site without a chosen model shows the foundation.
+    """
     from fedsca_pipeline.data.arrays import SiteArrays, scored_classes
     from fedsca_pipeline.evaluation.figures import choose_examples, overlays
 
-    data = SiteArrays(arrays, manifest)
+    preprocessing, data = settings.preprocessing, SiteArrays(arrays, manifest)
     model = "chosen" if "chosen" in set(scores["model"]) else "before"
     scored = scores[scores["model"] == model]
     with reported(in_turn, model, models / str(manifest["site"].iloc[0])) as network:
         examples = [
-            _example(label, name, scored, data, network, preprocessing.classes, evaluation)
+            _example(label, name, scored, data, network, preprocessing.classes, settings.evaluation)
             for label, name in choose_examples(scored).items()
         ]
     return overlays(examples, preprocessing.class_names, scored_classes(data, preprocessing.classes))

@@ -63,7 +63,15 @@ def history_table(records: list[Any]) -> pd.DataFrame:
     )
 
 
-def _mean_over_groups(weights: list[list[list[float]]]) -> Any:
+def weights_by_round(records: list[Any]) -> dict[int, pd.DataFrame]:
+    """Return the mixing weights of each round, mean over groups, by name of the accepted sites; rows receive."""
     import numpy as np
+    import pandas as pd
 
-    return np.asarray(weights).mean(axis=0)
+    return {
+        record.round: pd.DataFrame(
+            np.asarray(record.weights).mean(axis=0), index=record.accepted, columns=record.accepted
+        )
+        for record in records
+        if record.weights
+    }

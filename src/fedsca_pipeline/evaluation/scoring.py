@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedsca_pipeline.config import EvaluationConfig, PreprocessingConfig
+from fedsca_pipeline.config import EvaluationConfig, Settings
 from fedsca_pipeline.metrics.images import score_images
 from fedsca_pipeline.model.batch import Batch
 from fedsca_pipeline.model.foundation.model import SegmentationModel
@@ -54,14 +54,17 @@ def score_batches(
 
 def score_test_images(
     in_turn: ModelsInTurn,
-    preprocessing: PreprocessingConfig,
-    evaluation: EvaluationConfig,
+    settings: Settings,
     site_models: Mapping[str, Any],
     models: Path,
     manifest: pd.DataFrame,
     arrays: Path,
 ) -> pd.DataFrame:
-    """Score one site's test images on the network of ``in_turn``; as ``score_site``."""
+    """Return the scores of one site's test images, by each of its reported models, on the network of ``in_turn``.
+
+    The models are the foundation (``before``), the last one (``after``) and the chosen one. A site that never answered
+    has no model, and only ``before``.
+    """
     import pandas as pd
 
     from fedsca_pipeline.data.arrays import SiteArrays
@@ -77,7 +80,7 @@ def score_test_images(
             tables[model] = tables["after"].assign(model=model)
             continue
         with reported(in_turn, model, models / site) as network:
-            scores = _score(network, data, preprocessing.classes, evaluation)
+            scores = _score(network, data, settings.preprocessing.classes, settings.evaluation)
         tables[model] = image_table(site, data.names("test"), scores, model)
     return pd.concat(tables.values(), ignore_index=True)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsca_pipeline.config import EvaluationConfig, PreprocessingConfig
+from fedsca_pipeline.config import Settings
 from fedsca_pipeline.evaluation.scoring import SNAPSHOTS, reported
 
 if TYPE_CHECKING:
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 def score_test_volumes(
     in_turn: ModelsInTurn,
-    preprocessing: PreprocessingConfig,
-    evaluation: EvaluationConfig,
+    settings: Settings,
     site_models: Mapping[str, Any],
     models: Path,
     raw_sites: Path,
@@ -32,7 +31,10 @@ def score_test_volumes(
     manifest: pd.DataFrame,
     arrays: Path,
 ) -> pd.DataFrame:
-    """Score one site's test volumes on the network of ``in_turn``; as ``score_volumes``."""
+    """Score one site's test volumes on the network of ``in_turn``, on their own grids.
+
+    The chosen model's predictions are written to ``predictions/<site>/<stem>.nii.gz``; other files there are removed.
+    """
     import pandas as pd
 
     from fedsca_pipeline.data.arrays import SiteArrays
@@ -44,7 +46,7 @@ def score_test_volumes(
     kept = site_models["sites"][site]
     folder = readable_folder(raw_sites, site, private_sites / site)
     rule = read_site_file(raw_sites / site, terse=True).label_rule
-    volumes = _TestVolumes(folder, rule, manifest, SiteArrays(arrays, manifest), preprocessing, evaluation)
+    volumes = _TestVolumes(folder, rule, manifest, SiteArrays(arrays, manifest), settings)
     same = {"best", "last"} <= kept.keys() and kept["best"]["round"] == kept["last"]["round"]
     tables: dict[str, pd.DataFrame] = {}
     for model, snapshot in SNAPSHOTS.items():
@@ -71,16 +73,16 @@ class _TestVolumes:
         rule: LabelRule,
         manifest: Any,
         data: SiteArrays,
-        preprocessing: PreprocessingConfig,
-        evaluation: EvaluationConfig,
+        settings: Settings,
     ) -> None:
         from fedsca_pipeline.data.arrays import known_classes, scored_classes
 
         rows = manifest[(manifest["split"] == "test") & (manifest["volume"] != "")].drop_duplicates("volume")
         self._files = rows.set_index("volume")[["image", "mask"]].to_dict("index")
-        self._folder, self._rule, self._preprocessing, self._evaluation = folder, rule, preprocessing, evaluation
-        self._known = known_classes(data, preprocessing.classes)
-        self._scored = scored_classes(data, preprocessing.classes)
+        self._folder, self._rule = folder, rule
+        self._preprocessing, self._evaluation = settings.preprocessing, settings.evaluation
+        self._known = known_classes(data, settings.preprocessing.classes)
+        self._scored = scored_classes(data, settings.preprocessing.classes)
 
     def score(self, network: SegmentationModel, kept: Path | None) -> dict[str, list[dict[str, Any]]]:
         """Return the scores of each volume; write what was predicted into the folder ``kept``, if there is one."""

@@ -1,33 +1,25 @@
-"""Each site's model of a finished run, written to disk."""
+"""Each site's models of a finished run, written to disk."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fedsca_pipeline.config import (
-    EvaluationConfig,
-    FederationConfig,
-    FoundationConfig,
-    PreprocessingConfig,
-    RunConfig,
-)
-from fedsca_pipeline.federation.run import (
-    finish_run,
-)
+import pandas as pd
+from torch import Tensor
+
+from fedsca_pipeline.data.manifest import known_in
+from fedsca_pipeline.federation.fleets.data import POOLED
+from fedsca_pipeline.federation.run import RunFolder, finish_run
+from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
+from fedsca_pipeline.federation.setup import Setup
+from fedsca_pipeline.federation.site.store import SiteStore, Snapshot
+from fedsca_pipeline.model.layout import unflatten
+from fedsca_pipeline.model.site_model import GENERAL_MODEL, discard_site_model, save_site_model
 
 logger = logging.getLogger(__name__)
-
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fedsca_pipeline.federation.strategies.base import Strategy
-    from fedsca_pipeline.model.foundation.model import SegmentationModel
-    from fedsca_pipeline.model.layout import TensorLayout
-
 
 GENERAL_NOTE = (
     "General model (docs/method.md): the mean of all sites' shared tensors beside the foundation's own decoder and "
@@ -36,37 +28,28 @@ GENERAL_NOTE = (
 
 
 def write_site_models(
-    model: SegmentationModel,
-    layout: TensorLayout,
+    setup: Setup,
     start: Mapping[str, Tensor],
-    strategy: Strategy,
     description: Mapping[str, Any],
-    run: RunConfig,
-    preprocessing: PreprocessingConfig,
-    foundation: FoundationConfig,
-    federation: FederationConfig,
-    evaluation: EvaluationConfig,
+    manifests: Sequence[pd.DataFrame],
     foundations: Path,
     checkpoints: Path,
     models: Path,
-    *manifests: Any,
 ) -> dict[str, Any]:
-    """Write the models of a run by way of a network in memory; as ``export_site_models``.
+    """Write each site's model that validation chose, its last one below it, and the general model; return an index.
 
-    ``model`` may have been trained: all that ``strategy`` trains is written over. ``start`` is what that was in the
-    beginning.
+    Args:
+        setup: its model may have been trained; every tensor that the strategy trains is overwritten.
+        start: start values of all tensors that the strategy trains.
+        description: of the run.
+        manifests: one per site.
+        foundations, checkpoints, models: folders.
     """
-    from fedsca_pipeline.data.manifest import known_in
-    from fedsca_pipeline.federation.fleets.data import POOLED
-    from fedsca_pipeline.federation.run import RunFolder
-    from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
-    from fedsca_pipeline.federation.site.store import SiteStore, Snapshot
-    from fedsca_pipeline.model.layout import unflatten
-    from fedsca_pipeline.model.site_model import GENERAL_MODEL, discard_site_model, save_site_model
-
+    settings, strategy, layout = setup.settings, setup.strategy, setup.layout
+    preprocessing, federation = settings.preprocessing, settings.federation
     folder = RunFolder(checkpoints, description["fingerprint"])
     known = {str(manifest["site"].iloc[0]): known_in(manifest, preprocessing.classes) for manifest in manifests}
-    known[GENERAL_MODEL] = sorted(set().union(*known.values()))
+    known[GENERAL_MODEL] = tuple(sorted(set().union(*known.values())))
 
     def save(target: Path, site: str, snapshot: Snapshot, note: str = "") -> None:
         card = {
@@ -75,7 +58,7 @@ def write_site_models(
             "round": snapshot.round,
             "dice_validation": snapshot.dice,
             "run": folder.fingerprint,
-            "foundation": foundation,
+            "foundation": settings.foundation,
             "foundation_sha256": description["foundation"],
             "foundation_root": foundations,
             "image_size": preprocessing.image_size,
@@ -84,10 +67,10 @@ def write_site_models(
             "known_classes": known[site],
             "normalise": preprocessing.normalise,
             "volume": preprocessing.volume,
-            "threshold": evaluation.threshold,
+            "threshold": settings.evaluation.threshold,
             "note": note,
         }
-        save_site_model(target, model, snapshot.tensors, card, layout.encoder)
+        save_site_model(target, setup.model, snapshot.tensors, card, layout.encoder)
 
     written = {}
     for site in (site for site in known if site != GENERAL_MODEL):
@@ -113,4 +96,9 @@ def write_site_models(
         if folder_of_another_run.name not in {*written, *([GENERAL_MODEL] if shapes else [])}:
             discard_site_model(folder_of_another_run)
     finish_run(checkpoints)
-    return {"fingerprint": folder.fingerprint, "strategy": federation.strategy, "seed": run.seed, "sites": written}
+    return {
+        "fingerprint": folder.fingerprint,
+        "strategy": federation.strategy,
+        "seed": settings.run.seed,
+        "sites": written,
+    }

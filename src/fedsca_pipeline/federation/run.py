@@ -10,20 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from pydantic import BaseModel
-
-from fedsca_pipeline.config import (
-    AdaptersConfig,
-    EvaluationConfig,
-    FederationConfig,
-    FoundationConfig,
-    PreprocessingConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from fedsca_pipeline.config import GROUPS, Settings
 from fedsca_pipeline.errors import ResumeError
 from fedsca_pipeline.federation.fleets.registry import available_cores, site_threads
 from fedsca_pipeline.files import fingerprint, read_json, remove_partial_files, write_json
@@ -41,25 +30,24 @@ CHANGES_NO_NUMBER = frozenset({"fleet", "workers", "devices", "server_memory", "
 None changes a number at equal threads a site, as long as the same sites answer.
 """
 
-CONFIGURATION: Mapping[str, type[BaseModel]] = MappingProxyType(
-    {
-        "run": RunConfig,
-        "preprocessing": PreprocessingConfig,
-        "foundation": FoundationConfig,
-        "adapters": AdaptersConfig,
-        "training": TrainingConfig,
-        "federation": FederationConfig,
-        "evaluation": EvaluationConfig,
-    }
+CODE_OF_A_RUN = (
+    *("config.py", "compute.py", "data", "federation", "metrics", "model"),
+    *("evaluation/scoring.py", "evaluation/volume_scoring.py"),
 )
-"""The parameter groups that decide a run's numbers; ``strategies`` enters with the options of the chosen one only."""
+"""Files and folders of this package that decide a run's numbers. They alone are part of its fingerprint."""
 
 
-def code_version() -> str:
-    """Return 16 hex digits over this package's sources and the versions of the libraries that decide its numbers."""
-    root = Path(__file__).parents[1]
+def code_version(*more: str, root: Path = Path(__file__).parents[1]) -> str:
+    """Return 16 hex digits over the code and the versions of the libraries that decide a run's numbers.
+
+    Args:
+        more: files or folders below ``root``, beside ``CODE_OF_A_RUN``.
+        root: folder of the package.
+    """
+    places = [root / place for place in (*CODE_OF_A_RUN, *more)]
+    files = {file for place in places for file in ([place] if place.is_file() else place.rglob("*.py"))}
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(files):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     for library in _LIBRARIES:
         digest.update(f"{library}={version(library)}".encode())
@@ -208,27 +196,18 @@ def _named(description: Mapping[str, Any]) -> dict[str, Any]:
     return {**description["configuration"], **rest}
 
 
-def threads_of(parameters: Mapping[str, Any], sites: int) -> int:
-    """Return the torch threads that one of ``sites`` trains with, given models or raw YAML."""
-    run, federation = (
-        model.model_validate(parameters[key]) for key, model in (("run", RunConfig), ("federation", FederationConfig))
-    )
-    return site_threads(run, federation, sites)
+def threads_of(settings: Settings, sites: int) -> int:
+    """Return the torch threads that one of ``sites`` trains with."""
+    return site_threads(settings.run, settings.federation, sites)
 
 
 def data_version(raw_fingerprint: str, report: Mapping[str, Any]) -> str:
-    """Return what identifies a site's data: its raw folder, and the split drawn of it, which may be older."""
+    """Return what identifies a site's data: its raw folder, and its split, which may be older."""
     return f"{raw_fingerprint}-{report['split']['fingerprint']}"
 
 
-def configuration_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the JSON values of every parameter that decides a run's numbers, given as models or as raw YAML.
-
-    Kedro makes models only of the groups that the running pipeline's nodes read.
-    """
-    values = {
-        key: model.model_validate(parameters[key]).model_dump(mode="json") for key, model in CONFIGURATION.items()
-    }
-    strategy = values["federation"]["strategy"]
+def configuration_of(settings: Settings) -> dict[str, Any]:
+    """Return the JSON values of every parameter that decides a run's numbers."""
+    values = {name: getattr(settings, name).model_dump(mode="json") for name in GROUPS}
     values["federation"] = {k: value for k, value in values["federation"].items() if k not in CHANGES_NO_NUMBER}
-    return {**values, "strategies": {strategy: parameters["strategies"].get(strategy) or {}}}
+    return {**values, "strategies": {settings.federation.strategy: settings.strategy_options}}

@@ -1,85 +1,134 @@
-"""Checks of parameters before anything runs."""
+"""The hook that reads and checks the parameters, before anything runs."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
-from kedro.framework.project import pipelines
-from kedro.io import DataCatalog
-from kedro.io.core import is_parameter
+from kedro.framework.context import KedroContext
+from kedro.framework.hooks import hook_impl
+from kedro.io import DataCatalog, MemoryDataset
+from kedro.pipeline import Pipeline
+from pydantic import ValidationError
 
-from fedsca_pipeline.data.site_folder.discovery import DEMO_SITES, discover_sites
-from fedsca_pipeline.errors import DataError
+from fedsca_pipeline.config import Parameters, read_parameters
+from fedsca_pipeline.data.site_folder.discovery import DEMO_SITES, discover_sites, settle_sites
+from fedsca_pipeline.errors import ConfigError, DataError, ResumeError, faults_by_key
+from fedsca_pipeline.federation.strategies import check_names
+from fedsca_pipeline.hooks.up_to_date import describe_now, is_whole_run, raise_if_up_to_date
 
 logger = logging.getLogger(__name__)
 
+# Data sets that only training makes.
+_TRAINED = frozenset({"round_metrics", "site_models"})
 
-# Set for one command by --params, read by the catalog.
-_ROOTS = {"data_root", "foundation_root"}
+
+class ParameterHooks:
+    """Validates the parameters once, hands them to the nodes as ``settings``, and refuses a run that cannot work."""
+
+    @hook_impl
+    def after_context_created(self, context: KedroContext) -> None:
+        """Read the parameters, and set for the pipeline registry where the raw sites are.
+
+        Raises:
+            ConfigError: one line per fault, each with its YAML key.
+        """
+        from fedsca_pipeline.pipeline_registry import deployed, raw_folder
+
+        self._parameters = read_parameters(context.config_loader["parameters"])
+        _check_flower(self._parameters.flower)
+        catalog = context.config_loader["catalog"]
+        # Stored back: the loader would read, merge and resolve the catalog again for Kedro.
+        context.config_loader["catalog"] = catalog
+        raw = context.project_path / catalog["raw_sites"]["path"]
+        raw_folder.set(raw)
+        deployed.set(_is_deployed(self._parameters))
+        settle_sites(raw)
+
+    @hook_impl
+    def after_catalog_created(self, catalog: DataCatalog) -> None:
+        """Add the data set ``settings``, from which nodes take their parameter groups."""
+        catalog["settings"] = MemoryDataset(self._parameters.settings, copy_mode="assign")
+
+    @hook_impl
+    def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """Check what the types cannot, and stop here if the run is up to date."""
+        parameters = self._parameters
+        settings, sites = parameters.settings, _sites(parameters)
+        if "demo_sites_summary" in pipeline.all_outputs():
+            _refuse_demonstration(parameters, catalog)
+        check_names(settings.strategies)
+        # Only the sites of a deployed run know their data. The pipeline asks them first.
+        description = None if _is_deployed(parameters) else describe_now(settings, sites, catalog)
+        if description and is_whole_run(run_params) and not parameters.force:
+            raise_if_up_to_date(run_params, description, catalog)
+        if "params:comparison" in pipeline.inputs() and parameters.comparison:
+            from fedsca_pipeline.comparison.plan import check_comparison
+
+            check_comparison(settings, parameters.comparison, sites)
+        if _TRAINED & pipeline.all_outputs():
+            _check_training(parameters, sites)
+            if description and not parameters.force:
+                from fedsca_pipeline.federation.run import refuse_another_run
+
+                refuse_another_run(catalog.load("checkpoints"), description)
+        elif description and "run_description" in pipeline.inputs():
+            _refuse_other_models(description, catalog)
 
 
-def _refuse_unknown_keys(parameters: Mapping[str, Any]) -> None:
-    """Refuse a parameter that no pipeline reads; the keys within a group are the typed configuration's to check.
+def _check_flower(flower: Mapping[str, Any] | None) -> None:
+    """Check the group ``flower``, which only a deployed federation has.
 
     Raises:
-        ConfigError: naming the YAML key.
+        ConfigError: one line per fault, each with its YAML key.
     """
-    from fedsca_pipeline.errors import ConfigError
+    if flower is None:
+        return
+    from fedsca_pipeline.flower.config import FlowerConfig
 
-    read = {
-        name.removeprefix("params:")
-        for pipeline in ("__default__", "comparison", "import_sites", "data_report")
-        for name in pipelines[pipeline].inputs()
-        if is_parameter(name)
-    }
-    known = read | _ROOTS
-    for key in parameters:
-        if key not in known:
-            near = get_close_matches(key, known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ";"
-            raise ConfigError(f"{key} is no parameter{hint} there are: {', '.join(sorted(known - {'parameters'}))}")
+    try:
+        FlowerConfig.model_validate(flower)
+    except ValidationError as error:
+        raise ConfigError("\n".join(faults_by_key(error, "flower"))) from error
 
 
-def _refuse_demonstration(parameters: Mapping[str, Any], catalog: DataCatalog) -> None:
-    """Refuse to go on with the demonstration alone where the user has meant to import data.
+def _refuse_demonstration(parameters: Parameters, catalog: DataCatalog) -> None:
+    """Refuse to train on the demonstration sites alone if the user meant to import data.
 
     Raises:
-        DataError: what points to that, and what to do.
+        DataError: why an import was expected, and the cure.
     """
     raw = catalog.load("raw_sites")
-    if parameters["demo_sites"].anyway or set(discover_sites(raw)) - set(DEMO_SITES):
+    if parameters.demo_sites.anyway or set(discover_sites(raw)) - set(DEMO_SITES):
         return
-    set_ = [key for key in ("importer", "source") if parameters[key] is not None]
-    tried = catalog.exists("import_summary")
-    if set_ or tried:
-        why = f"{' and '.join(set_)} set" if set_ else "an import was tried"
+    given = [key for key in ("importer", "source") if getattr(parameters, key) is not None]
+    if given or catalog.exists("import_summary"):
+        why = f"{' and '.join(given)} set" if given else "an import was tried"
         raise DataError(
             f"{raw}: no site of your own, though {why}; import with kedro run --pipeline=import_sites, or put site "
             "folders there (docs/data.md). To use the demonstration sites all the same: --params=demo_sites.anyway=true"
         )
 
 
-def _check_parameters(parameters: Mapping[str, Any]) -> None:
-    """Build the strategy once, so that a bad option fails before any work.
+def _check_training(parameters: Parameters, sites: tuple[str, ...]) -> None:
+    """Build the strategy once, so that a wrong option fails before any work.
 
     Raises:
         ConfigError: naming the YAML key.
     """
-    from fedsca_pipeline.errors import ConfigError
     from fedsca_pipeline.federation.strategies import build_strategy, check_options
 
-    federation, sites = parameters["federation"], _sites(parameters)
-    strategy = build_strategy(federation.strategy, parameters["strategies"].get(federation.strategy) or {})
-    strategy.check_use(parameters["adapters"].method)
+    settings = parameters.settings
+    federation = settings.federation
+    strategy = build_strategy(federation.strategy, settings.strategy_options)
+    strategy.check_use(settings.adapters.method)
     if strategy.pools and _is_deployed(parameters):
         raise ConfigError(f"federation.strategy: {strategy.name} pools images, and those of a deployed site stay there")
-    check_options(parameters["strategies"])
+    check_options(settings.strategies)
     named = {
         "federation.inject_failures": federation.inject_failures,
-        "preprocessing.split.overrides": parameters["preprocessing"].split.overrides,
+        "preprocessing.split.overrides": settings.preprocessing.split.overrides,
     }
     for key, value in named.items():
         if unknown := sorted(set(value) - set(sites)):
@@ -93,17 +142,13 @@ def _check_parameters(parameters: Mapping[str, Any]) -> None:
         logger.warning("only one site, %s: this is local training, nothing is federated", sites[0])
 
 
-def _is_deployed(parameters: Mapping[str, Any]) -> bool:
-    """Tell whether the sites are on other machines, by parameters as models or as raw YAML."""
-    federation = parameters.get("federation") or {}
-    fleet = federation.get("fleet") if isinstance(federation, Mapping) else federation.fleet
-    return fleet == "flower"
+def _is_deployed(parameters: Parameters) -> bool:
+    return parameters.federation.fleet == "flower"
 
 
-def _sites(parameters: Mapping[str, Any]) -> tuple[str, ...]:
-    if _is_deployed(parameters):
-        flower = parameters["flower"]
-        return tuple(flower["sites"] if isinstance(flower, Mapping) else flower.sites)
+def _sites(parameters: Parameters) -> tuple[str, ...]:
+    if _is_deployed(parameters) and parameters.flower:
+        return tuple(parameters.flower["sites"])
     from fedsca_pipeline.pipeline_registry import raw_folder
 
     raw = raw_folder.get()
@@ -111,12 +156,11 @@ def _sites(parameters: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _refuse_other_models(description: Mapping[str, Any], catalog: DataCatalog) -> None:
-    """Refuse to score models under parameters, or on data, that are not theirs.
+    """Refuse to score models under parameters, or on data, other than their own.
 
     Raises:
-        ResumeError: saying what changed.
+        ResumeError: naming what changed.
     """
-    from fedsca_pipeline.errors import ResumeError
     from fedsca_pipeline.federation.run import changes
 
     if catalog.exists("run_description") and (changed := changes(catalog.load("run_description"), description)):

@@ -169,7 +169,7 @@ class ComparisonTracker(MlflowWriter):
 
 def _parameters(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return all that a cell was trained with, defaults too: MLflow compares only what both runs tell."""
-    from fedsca_pipeline.federation.run import CONFIGURATION
+    from fedsca_pipeline.config import GROUPS
     from fedsca_pipeline.federation.strategies import build_strategy
 
     description = result["description"]
@@ -179,7 +179,7 @@ def _parameters(result: Mapping[str, Any]) -> dict[str, Any]:
         "method": result["method"],
         "seed": description["seed"],
         "train_images": "all" if description["train_images"] is None else description["train_images"],
-        **{name: CONFIGURATION[name].model_validate(values).model_dump(mode="json") for name, values in groups.items()},
+        **{name: GROUPS[name].model_validate(values).model_dump(mode="json") for name, values in groups.items()},
         "strategies": {strategy: build_strategy(strategy, options).options.model_dump(mode="json")},
     }
 

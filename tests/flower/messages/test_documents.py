@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from fedsca_pipeline.config import Settings
 from fedsca_pipeline.errors import ConfigError, DataError, MessageError, WeightsError
-from fedsca_pipeline.federation.run import CONFIGURATION
 from fedsca_pipeline.flower.messages import documents
 from fedsca_pipeline.flower.site.worker import outward
 
@@ -44,14 +44,13 @@ def test_no_document_may_be_large() -> None:
 
 
 def test_a_configuration_is_taken_whole_and_known_or_not_at_all() -> None:
-    whole = {key: model.model_validate({}).model_dump(mode="json") for key, model in CONFIGURATION.items()}
-    whole["strategies"] = {"fedsca": {}}
+    whole = Settings(strategies={"fedsca": {}}).model_dump(mode="json")
 
-    assert documents.parameters(whole)["federation"].strategy == "fedsca"
+    assert documents.settings(whole).federation.strategy == "fedsca"
     no_options = [{**whole, "strategies": strategies} for strategies in ([], {"fedsca": []}, None)]
     for faulty in ({**whole, "more": {}}, {**whole, "training": {"learning_rate": -1}}, {}, *no_options):
         with pytest.raises(MessageError):
-            documents.parameters(faulty)
+            documents.settings(faulty)
 
 
 ROW = {

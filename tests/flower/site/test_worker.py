@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from fedsca_pipeline.config import FederationConfig
+from fedsca_pipeline.config import FederationConfig, Settings
 from fedsca_pipeline.errors import ConfigError, DataError, MessageError, SiteError
 from fedsca_pipeline.federation.fleets.fleet import Failure
 from fedsca_pipeline.federation.messages.codec import decode, encode
 from fedsca_pipeline.federation.messages.manifest import Manifest
-from fedsca_pipeline.federation.run import CONFIGURATION, code_version, describe_run
+from fedsca_pipeline.federation.run import code_version, describe_run
 from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
 from fedsca_pipeline.federation.server.rounds import Server
 from fedsca_pipeline.federation.site.privacy.ledger import KEY, LEDGER, Entry, Vault
@@ -48,8 +48,7 @@ def configuration() -> Callable[..., dict[str, Any]]:
             "run": {"threads": 1},
             "federation": {"rounds": 3, "strategy": "fedsca"},
         }
-        whole = {key: model.model_validate(given.get(key, {})) for key, model in CONFIGURATION.items()}
-        return {**{key: model.model_dump(mode="json") for key, model in whole.items()}, "strategies": {"fedsca": {}}}
+        return Settings(**given, strategies={"fedsca": {}}).model_dump(mode="json")
 
     return make
 
@@ -66,7 +65,7 @@ def counted(*given, **named):
     build(*given, **named)
 
 model.SegmentationModel.__init__ = counted
-from fedsca_pipeline.flower import worker
+from fedsca_pipeline.flower.site import worker
 worker.main()
 """
 """A worker that notes, beside the site's file, each foundation that it puts into memory, whatever for."""
@@ -96,9 +95,9 @@ def test_the_foundation_is_loaded_once_for_a_run_with_its_export_and_test(
         terms = documents.write(documents.Terms(configuration=wanted, code=code_version()))
         prepared = documents.read(documents.Prepared, ask("prepare", 0, terms))
         description = describe_run(wanted, {"a": prepared.version}, prepared.foundation, 1)
-        models = documents.parameters(wanted)
+        settings = documents.settings(wanted)
         model, layout = build_trainable(
-            models["foundation"], models["adapters"], tmp_path / "foundations", models["preprocessing"]
+            settings.foundation, settings.adapters, tmp_path / "foundations", settings.preprocessing
         )
         link.sites = {
             "a": scripted(answer=lambda m: reply("", m.node, ask(m.task["kind"], m.task["round"], m.payload)))
@@ -143,9 +142,9 @@ def test_a_round_is_answered_alike_before_and_after_the_models_were_tested(site_
     prepared = documents.read(documents.Prepared, work.answer("prepare", 0, terms))
     description = describe_run(wanted, {"a": prepared.version}, prepared.foundation, 1)
     work.answer("open", 0, documents.write(documents.Description(**description)))
-    models = documents.parameters(wanted)
+    settings = documents.settings(wanted)
     model, layout = build_trainable(
-        models["foundation"], models["adapters"], work.config.foundation_root, models["preprocessing"]
+        settings.foundation, settings.adapters, work.config.foundation_root, settings.preprocessing
     )
     base = start_values(model, build_strategy("ffa_lora", {}).shared(layout))
 
@@ -231,9 +230,9 @@ def first_round(work: SiteWork, wanted: dict[str, Any], begun: str = "") -> tupl
     prepared = documents.read(documents.Prepared, work.answer("prepare", 0, terms))
     description = describe_run(wanted, {"a": prepared.version}, prepared.foundation, 1)
     work.answer("open", 0, documents.write(documents.Description(**description)), begun)
-    models = documents.parameters(wanted)
+    settings = documents.settings(wanted)
     model, layout = build_trainable(
-        models["foundation"], models["adapters"], work.config.foundation_root, models["preprocessing"]
+        settings.foundation, settings.adapters, work.config.foundation_root, settings.preprocessing
     )
     base = start_values(model, build_strategy("fedsca", {}).shared(layout))
     asked = Manifest("aggregate", description["fingerprint"], 1, "a", hash_tensors(base), 0, "fp16", relative=False)

@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 
 from fedsca_pipeline.comparison import grid as grids
+from fedsca_pipeline.comparison import results
 from fedsca_pipeline.comparison.plan import Cell, cells, check_comparison, resolve_methods, setting_of
 from fedsca_pipeline.comparison.results import rates_of, read_known
-from fedsca_pipeline.config import ComparisonConfig
+from fedsca_pipeline.config import ComparisonConfig, Settings
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.federation.run import CONFIGURATION
 from fedsca_pipeline.pipelines.comparison import nodes
 from fedsca_pipeline.pipelines.comparison.nodes import plan_comparison, report_comparison, run_cells
 
@@ -25,24 +25,22 @@ SITES = ("a", "b")
 
 @pytest.fixture(autouse=True)
 def code_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nodes, "_code_at_work", lambda: "now")
+    monkeypatch.setattr(results, "code_at_work", lambda: "now")
 
 
-def parameters(**comparison: Any) -> dict[str, Any]:
-    return {
-        **{name: model() for name, model in CONFIGURATION.items()},
-        "strategies": {"fedsca": {"rho": 0.5}, "fedavg": None},
-        "comparison": {"methods": {"fedsca": {}, "local": {}}, "seeds": [0, 1], "jobs": 1, **comparison},
-    }
+SETTINGS = Settings(strategies={"fedsca": {"rho": 0.5}, "fedavg": None})
+
+
+def config(**comparison: Any) -> ComparisonConfig:
+    given = {"methods": {"fedsca": {}, "local": {}}, "seeds": [0, 1], "jobs": 1, **comparison}
+    return ComparisonConfig.model_validate(given)
 
 
 def planned(**comparison: Any) -> dict[str, Any]:
-    values = parameters(**comparison)
     reports = [{"site": site, "fingerprint": f"raw {site}", "images": 4} for site in SITES]
-    config = ComparisonConfig.model_validate(values["comparison"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nodes, "data_version", lambda raw, report: f"version of {raw}")
-        return plan_comparison(values, config, {"sha256": "f"}, *reports)
+        return plan_comparison(SETTINGS, config(**comparison), {"sha256": "f"}, *reports)
 
 
 def result(cell: Cell, code: str = "now", dice: float = 0.5) -> dict[str, Any]:
@@ -130,12 +128,12 @@ class TestPlan:
     )
     def test_what_the_plan_would_refuse_is_refused_before_there_are_data(self, comparison, said: str) -> None:
         with pytest.raises(ConfigError, match=said):
-            check_comparison(parameters(**comparison), SITES)
+            check_comparison(SETTINGS, config(**comparison), SITES)
         with pytest.raises(ConfigError, match=said):
             planned(**comparison)
 
     def test_a_sound_comparison_is_not_refused(self) -> None:
-        check_comparison(parameters(unseen_sites=["b"]), SITES)
+        check_comparison(SETTINGS, config(unseen_sites=["b"]), SITES)
 
 
 class TestRunCells:

@@ -15,8 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from fedsca_pipeline.config import RunConfig
-from fedsca_pipeline.federation.run import CONFIGURATION
+from fedsca_pipeline.config import Settings
 from fedsca_pipeline.flower.config import FlowerConfig, read_site_config
 from fedsca_pipeline.flower.coordinator import superlink
 from fedsca_pipeline.flower.coordinator.fleet import Node, Reply
@@ -26,7 +25,6 @@ from fedsca_pipeline.flower.site.worker import SiteWork
 from fedsca_pipeline.model.foundation import prepare_foundation
 from fedsca_pipeline.pipelines.deployed_training import nodes
 from fedsca_pipeline.pipelines.evaluation import nodes as evaluation
-from fedsca_pipeline.pipelines.evaluation import volume_nodes
 from fedsca_pipeline.pipelines.federated_training import nodes as training
 
 SITES = ("images", "one_class", "two_classes")
@@ -70,18 +68,12 @@ class Deployed:
     """A deployed run: its sites' workers, and what the coordinator's nodes returned."""
 
     works: Mapping[str, SiteWork]
-    parameters: Mapping[str, Any]
+    settings: Settings
     description: Mapping[str, Any]
     rounds: Mapping[str, Callable[[], Any]]
     index: Mapping[str, Any]
     scores: Mapping[str, Any]
     root: Path
-
-    def given(self, *groups: str) -> list[Any]:
-        return [self.parameters[group] for group in groups]
-
-
-MODEL = ("preprocessing", "foundation", "adapters")
 
 
 def write_images(folder: Path) -> None:
@@ -130,11 +122,9 @@ def rounds_of(chunks: Iterator[Mapping[str, Any]]) -> dict[str, Callable[[], Any
 @pytest.fixture(scope="module")
 def deployed(works, tmp_path_factory) -> Deployed:
     root = tmp_path_factory.mktemp("coordinator")
-    models = {key: model.model_validate(GIVEN.get(key, {})) for key, model in CONFIGURATION.items()}
-    parameters = {**models, "strategies": {"fedsca": {}}}
-    provenance = {"sha256": prepare_foundation(models["foundation"], root / "foundations").sha256}
+    settings = Settings(**GIVEN, strategies={"fedsca": {}})
+    provenance = {"sha256": prepare_foundation(settings.foundation, root / "foundations").sha256}
     flower = FlowerConfig(sites=list(SITES), authority=root / "ca.crt", home=root / "home", poll=0.01)
-    same = [parameters[group] for group in ("run", *MODEL, "federation", "strategies")]
     places = (root / "foundations", root / "checkpoints")
 
     @contextmanager
@@ -143,21 +133,11 @@ def deployed(works, tmp_path_factory) -> Deployed:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(superlink, "open_link", opened)
-        joined = nodes.join(
-            parameters,
-            provenance,
-            False,
-            parameters["federation"],
-            flower,
-            parameters["training"],
-            root / "checkpoints",
-        )
-        description = nodes.describe(parameters, provenance, joined)
-        rounds = rounds_of(nodes.train(description, joined, False, *same, flower, *places))
-        index, scores = nodes.finish(
-            description, rounds, *same, parameters["evaluation"], flower, *places, root / "models"
-        )
-    return Deployed(works, parameters, description, rounds, index, scores, root)
+        joined = nodes.join(settings, provenance, False, flower, root / "checkpoints")
+        description = nodes.describe(settings, provenance, joined)
+        rounds = rounds_of(nodes.train(settings, description, joined, False, flower, *places))
+        index, scores = nodes.finish(settings, description, rounds, flower, *places, root / "models")
+    return Deployed(works, settings, description, rounds, index, scores, root)
 
 
 @dataclass
@@ -178,42 +158,36 @@ def in_process(deployed: Deployed, tmp_path_factory) -> InProcess:
     raw.mkdir()
     for site, work in deployed.works.items():
         (raw / site).symlink_to(work.config.data)
-    local = deployed.parameters["federation"].model_copy(update={"fleet": "in_process"})
+    description = dict(deployed.description)
+    settings = Settings(**GIVEN, strategies={"fedsca": {}})
     rounds = rounds_of(
         training.train(
-            dict(deployed.description), False, *deployed.given("run", *MODEL, "training"), local,
-            *deployed.given("strategies", "evaluation"), root / "foundations", root / "checkpoints", root / "private",
+            settings, description, False, root / "foundations", root / "checkpoints", root / "private",
             *(part for place, manifest in zip(places, manifests, strict=True) for part in (manifest, place.arrays)),
         )
     )  # fmt: skip
     index = training.export_site_models(
-        dict(deployed.description), rounds, *deployed.given("run", *MODEL), local,
-        *deployed.given("strategies", "evaluation"), root / "foundations", root / "checkpoints", root / "models",
-        *manifests,
-    )  # fmt: skip
-    here = (RunConfig(threads=1), *deployed.given("preprocessing", "foundation", "evaluation"), index)
-    here = (*here, root / "foundations", root / "models")
-    preprocessing = deployed.parameters["preprocessing"]
+        settings, description, rounds, root / "foundations", root / "checkpoints", root / "models", *manifests
+    )
+    here = (settings, index, root / "foundations", root / "models")
     images = [
         evaluation.score_site(*here, manifest, place.arrays) for place, manifest in zip(places, manifests, strict=True)
     ]
     volumes = [
-        volume_nodes.score_volumes(*here, raw, root / "private", root / "predictions", manifest, place.arrays)
+        evaluation.score_volumes(*here, raw, root / "private", root / "predictions", manifest, place.arrays)
         for place, manifest in zip(places, manifests, strict=True)
         if place.site in VOLUMES
     ]
     return InProcess(
-        evaluation.tabulate(preprocessing, dict(deployed.description), rounds, index, *images),
-        volume_nodes.tabulate_volumes(preprocessing, *volumes),
+        evaluation.tabulate(settings, description, rounds, index, *images),
+        evaluation.tabulate_volumes(settings, *volumes),
         root / "predictions",
     )
 
 
 def test_the_tables_of_sites_and_classes_are_those_of_a_run_in_process(deployed, in_process) -> None:
-    preprocessing = deployed.parameters["preprocessing"]
-
     sites, final, metrics = nodes.tabulate(
-        preprocessing, dict(deployed.description), deployed.rounds, deployed.index, deployed.scores
+        deployed.settings, dict(deployed.description), deployed.rounds, deployed.index, deployed.scores
     )
 
     _, expected_sites, expected_final, expected_metrics = in_process.images
@@ -227,7 +201,7 @@ def test_the_tables_of_sites_and_classes_are_those_of_a_run_in_process(deployed,
 
 
 def test_the_tables_by_volume_in_mm_are_those_of_a_run_in_process(deployed, in_process) -> None:
-    sites, metrics = nodes.tabulate_volumes(deployed.parameters["preprocessing"], deployed.scores)
+    sites, metrics = nodes.tabulate_volumes(deployed.settings, deployed.scores)
 
     _, expected_sites, expected_metrics = in_process.volumes
     pd.testing.assert_frame_equal(sites, expected_sites, check_exact=True)
@@ -263,7 +237,7 @@ def test_of_scores_only_means_and_counts_leave_a_site(deployed) -> None:
 def test_without_volumes_their_tables_are_empty(deployed) -> None:
     scores = {"images": deployed.scores["images"]}
 
-    sites, metrics = nodes.tabulate_volumes(deployed.parameters["preprocessing"], scores)
+    sites, metrics = nodes.tabulate_volumes(deployed.settings, scores)
 
     assert sites.empty
     assert metrics == {}

@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedsca_pipeline.config import FederationConfig, TrainingConfig
+from fedsca_pipeline.config import Settings
 from fedsca_pipeline.errors import ConfigError, MessageError
 from fedsca_pipeline.federation.fleets.fleet import Failure
-from fedsca_pipeline.federation.run import CONFIGURATION, configuration_of, describe_run, finish_run, open_run
+from fedsca_pipeline.federation.run import configuration_of, describe_run, finish_run, open_run
 from fedsca_pipeline.files import write_json
 from fedsca_pipeline.flower.coordinator import superlink
 from fedsca_pipeline.flower.messages import documents
@@ -25,14 +26,13 @@ PREPARED = {
 
 
 @pytest.fixture
-def parameters() -> dict:
-    models = {key: model.model_validate({}) for key, model in CONFIGURATION.items()}
-    models["run"] = models["run"].model_copy(update={"threads": 1})
-    return {**models, "strategies": {}}
+def settings() -> dict[str, Any]:
+    """Values of ``Settings``; a test may change them before it joins."""
+    return {"run": {"threads": 1}, "federation": {"quorum": 1, "grace": 0.02}}
 
 
 @pytest.fixture
-def join(link, config, scripted, reply, parameters, monkeypatch, tmp_path: Path) -> Callable[..., dict]:
+def join(link, config, scripted, reply, settings, monkeypatch, tmp_path: Path) -> Callable[..., dict]:
     """Asks sites to join, each of which answers with these bytes, or is away."""
 
     @contextmanager
@@ -48,20 +48,17 @@ def join(link, config, scripted, reply, parameters, monkeypatch, tmp_path: Path)
         monkeypatch.setattr(superlink, "open_link", opened)
         link.sites = {name: site(answer) for name, answer in answers.items()}
         chosen = config.model_copy(update={"sites": sorted(answers), "poll": 0.01})
-        federation = FederationConfig(quorum=1, grace=0.02)
-        return nodes.join(
-            parameters, {"sha256": "ab" * 32}, force, federation, chosen, TrainingConfig(), tmp_path / "checkpoints"
-        )
+        return nodes.join(Settings(**settings), {"sha256": "ab" * 32}, force, chosen, tmp_path / "checkpoints")
 
     return asked
 
 
 @pytest.fixture
-def begun(parameters, tmp_path: Path) -> dict[str, dict]:
+def begun(settings, tmp_path: Path) -> dict[str, dict]:
     """What two sites have said of their data when a run began that is not finished."""
     said = {site: {**PREPARED, "site": site} for site in "ab"}
     description = describe_run(
-        configuration_of(parameters), {site: of["version"] for site, of in said.items()}, "ab" * 32, 1
+        configuration_of(Settings(**settings)), {site: of["version"] for site, of in said.items()}, "ab" * 32, 1
     )
     write_json(open_run(tmp_path / "checkpoints", description, force=False).joined, said)
     return said
@@ -76,12 +73,12 @@ def test_an_unfinished_run_goes_on_without_a_site_that_is_away(join, begun, capl
 
 
 @pytest.mark.parametrize("why", ["begun anew", "finished", "of another configuration"])
-def test_any_other_run_waits_for_all(join, begun, why, parameters, monkeypatch, tmp_path: Path) -> None:
+def test_any_other_run_waits_for_all(join, begun, why, settings, monkeypatch, tmp_path: Path) -> None:
     there = documents.write(documents.Prepared(**begun["a"]))
     if why == "finished":
         finish_run(tmp_path / "checkpoints")
     if why == "of another configuration":
-        parameters["run"] = parameters["run"].model_copy(update={"seed": 7})
+        settings["run"]["seed"] = 7
     waits = []
 
     def quorum_of(*_, quorum: int, **__):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,12 @@ class SiteData(Mapping[str, SiteArrays]):
         self._sources = sources
         for site in sources:
             self[site]
+
+    @classmethod
+    def of(cls, manifests: Sequence[pd.DataFrame], arrays: Sequence[Path]) -> SiteData:
+        """Return the data of the sites that the manifests name, each with its file of arrays."""
+        pairs = zip(manifests, arrays, strict=True)
+        return cls({str(manifest["site"].iloc[0]): (path, manifest) for manifest, path in pairs})
 
     def __getitem__(self, site: str) -> SiteArrays:
         return SiteArrays(*self._sources[site])

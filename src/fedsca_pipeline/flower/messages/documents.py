@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedsca_pipeline.errors import MessageError
-from fedsca_pipeline.federation.run import CONFIGURATION
+from fedsca_pipeline.config import Settings
+from fedsca_pipeline.errors import MessageError, faults_by_key
 from fedsca_pipeline.files import fingerprint
 from fedsca_pipeline.flower.config import SiteName
 
@@ -203,22 +203,25 @@ def read_task(header: Mapping[str, Any]) -> Task:
         raise _unlike(Task, error) from error
 
 
-def parameters(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the models of a configuration that came over the wire, by key, and its ``strategies`` as they are.
+def settings(configuration: Mapping[str, Any]) -> Settings:
+    """Return the settings of a configuration from the wire.
 
     Raises:
-        MessageError: a key is missing or unknown, or a value is not what its model asks for.
+        MessageError: a key is missing or unknown, or a value is out of range.
     """
-    if configuration.keys() != {*CONFIGURATION, "strategies"}:
-        raise MessageError(f"a configuration with the keys {sorted(configuration)}, not {sorted(CONFIGURATION)}")
-    try:
-        models = {key: model.model_validate(configuration[key]) for key, model in CONFIGURATION.items()}
-    except ValidationError as error:
-        raise MessageError(f"a configuration that this version does not understand: {error}") from error
+    if configuration.keys() != Settings.model_fields.keys():
+        raise MessageError(
+            f"a configuration with the keys {sorted(configuration)}, not {sorted(Settings.model_fields)}"
+        )
     strategies = configuration["strategies"]
     if not isinstance(strategies, dict) or not all(isinstance(options, dict) for options in strategies.values()):
-        raise MessageError("a configuration whose strategies are not options by the name of a strategy")
-    return {**models, "strategies": strategies}
+        raise MessageError("a configuration whose strategies are not options by name of the strategy")
+    try:
+        return Settings.model_validate(configuration)
+    except ValidationError as error:
+        raise MessageError(
+            f"a configuration that this version does not understand: {'; '.join(faults_by_key(error))}"
+        ) from error
 
 
 def _unlike(kind: type[_Document], error: ValidationError) -> MessageError:

@@ -36,8 +36,9 @@ from fedsca_pipeline.evaluation.volume_tables import site_volume_means, volume_t
 from fedsca_pipeline.federation.export import write_site_models
 from fedsca_pipeline.federation.messages.manifest import outline
 from fedsca_pipeline.federation.run import RunFolder, code_version, data_version
+from fedsca_pipeline.federation.setup import Setup, set_up
 from fedsca_pipeline.federation.site.privacy.ledger import Vault
-from fedsca_pipeline.federation.site.steps import LocalSettings, ignore_step
+from fedsca_pipeline.federation.site.steps import ignore_step
 from fedsca_pipeline.federation.site.store import SiteStore
 from fedsca_pipeline.federation.site.worker import LocalWorker
 from fedsca_pipeline.federation.strategies import build_strategy
@@ -45,7 +46,6 @@ from fedsca_pipeline.files import remove_partial_files, write_bytes, write_json
 from fedsca_pipeline.flower.config import SiteConfig, read_site_config
 from fedsca_pipeline.flower.messages import documents, frames
 from fedsca_pipeline.flower.site.memory_limit import OUT_OF_MEMORY, is_shortage, lift_limit, limit_memory
-from fedsca_pipeline.model.adapters.attach import build_trainable
 from fedsca_pipeline.model.foundation import prepare_foundation
 from fedsca_pipeline.model.in_turn import ModelsInTurn
 from fedsca_pipeline.pipelines.preprocessing.nodes import prepare_for
@@ -114,6 +114,14 @@ class Places:
             link.symlink_to(data)
 
 
+@dataclass(frozen=True)
+class Learner:
+    """What a run trains with at this site: its setup, and the worker that holds the setup's model."""
+
+    setup: Setup
+    worker: LocalWorker
+
+
 class SiteWork:
     """One site's answers to the coordinator's tasks, each the same however often it is asked for."""
 
@@ -144,7 +152,7 @@ class SiteWork:
     def _prepare(self, _checkpoints: Path, _round: int, payload: bytes) -> bytes:
         terms = documents.read(documents.Terms, payload)
         self._same_code(terms.code)
-        wanted = documents.parameters(terms.configuration)
+        settings = documents.settings(terms.configuration)
         # Whatever this comes to, what was prepared before is no longer what lies here.
         self.places.prepared.unlink(missing_ok=True)
         self.places.link_raw(self.config.data)
@@ -156,10 +164,10 @@ class SiteWork:
             self.places.private,
             {},
             self.places.load_manifest(),
-            wanted["preprocessing"],
-            wanted["run"],
+            settings.preprocessing,
+            settings.run,
         )
-        foundation = prepare_foundation(wanted["foundation"], self.config.foundation_root, announce=logger.info)
+        foundation = prepare_foundation(settings.foundation, self.config.foundation_root, announce=logger.info)
         arrays.move_to(self.places.arrays)
         write_bytes(self.places.manifest, manifest.to_csv(index=False).encode())
         write_json(self.places.report, report)
@@ -183,16 +191,17 @@ class SiteWork:
         # States are kept under this name: two runs must not go by one.
         if run.fingerprint != run.worked_out():
             raise MessageError(f"Description: its fingerprint is {run.fingerprint}, that of what it says is another")
-        wanted = documents.parameters(run.configuration)
-        if build_strategy(wanted["federation"].strategy, _options(wanted)).pools:
-            raise ConfigError(f"{wanted['federation'].strategy} pools the sites' images, and this site's stay here")
+        settings = documents.settings(run.configuration)
+        name = settings.federation.strategy
+        if build_strategy(name, settings.strategy_options).pools:
+            raise ConfigError(f"{name} pools the sites' images, and this site's stay here")
         self._refuse_unfit(run)
         path = _description_file(checkpoints, run.fingerprint)
         if not path.is_file():
             # Of a run that is never finished; of one that goes on it is made again.
             remove_partial_files(self.places.checkpoints)
         write_bytes(path, documents.write(run))
-        logger.info("%s: takes part in run %s (%s)", self.config.site, run.fingerprint, wanted["federation"].strategy)
+        logger.info("%s: takes part in run %s (%s)", self.config.site, run.fingerprint, name)
         return documents.write(documents.Opened(site=self.config.site, run=run.fingerprint))
 
     def _round(self, checkpoints: Path, round_: int, payload: bytes) -> bytes:
@@ -200,27 +209,31 @@ class SiteWork:
         description = self._description(checkpoints, run)
         learner, store = self._learner(documents.write(description)), self._store(checkpoints, run)
         with self._computing(description):
-            return learner.work(payload, round_, self.config.site, self._data(), store, ignore_step)
+            return learner.worker.work(payload, round_, self.config.site, self._data(), store, ignore_step)
 
     def _finish(self, checkpoints: Path, _round: int, payload: bytes) -> bytes:
         run = documents.read(documents.Finished, payload).run
         description = self._description(checkpoints, run)
-        wanted = documents.parameters(description.configuration)
         places, manifest = self.places, self.places.load_manifest()
         learner = self._learner(documents.write(description))
-        preprocessing, evaluation = wanted["preprocessing"], wanted["evaluation"]
+        settings, start = learner.setup.settings, learner.worker.initial
+        names = settings.preprocessing.names
         with self._computing(description):
             index = write_site_models(
-                learner.model, learner.layout, learner.initial, learner.strategy, description.model_dump(),
-                wanted["run"], preprocessing, wanted["foundation"], wanted["federation"], evaluation,
-                self.config.foundation_root, checkpoints, places.models, manifest,
-            )  # fmt: skip
-            in_turn = ModelsInTurn(learner.model, description.foundation, learner.initial)
-            testing = (in_turn, preprocessing, evaluation, index, places.models)
+                learner.setup,
+                start,
+                description.model_dump(),
+                [manifest],
+                self.config.foundation_root,
+                checkpoints,
+                places.models,
+            )
+            in_turn = ModelsInTurn(learner.worker.model, description.foundation, start)
+            testing = (in_turn, settings, index, places.models)
             scores = score_test_images(*testing, manifest, places.arrays)
             write_bytes(places.scores, scores.to_csv(index=False).encode())
             volumes = self._score_volumes(testing, manifest)
-            figure = draw_examples(in_turn, preprocessing, evaluation, scores, places.models, manifest, places.arrays)
+            figure = draw_examples(in_turn, settings, scores, places.models, manifest, places.arrays)
         places.overlays.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(places.overlays)
         remove_partial_files(checkpoints)
@@ -229,8 +242,8 @@ class SiteWork:
             documents.Scores(
                 site=self.config.site,
                 run=run,
-                means=rows_of(documents.Means, site_means(scores, wanted["preprocessing"].names)),
-                volumes=rows_of(documents.VolumeMeans, site_volume_means(volumes, wanted["preprocessing"].names)),
+                means=rows_of(documents.Means, site_means(scores, names)),
+                volumes=rows_of(documents.VolumeMeans, site_volume_means(volumes, names)),
                 rounds={name: entry["round"] for name, entry in kept.items()},
                 dice_validation={name: entry["dice_validation"] for name, entry in kept.items()},
             )
@@ -272,7 +285,7 @@ class SiteWork:
         most = self.config.resources.most_threads
         if most is not None and run.threads > most:
             raise ConfigError(f"run.threads: {run.threads}, but resources.most_threads of this site is {most}")
-        _private_enough(self.config.privacy, documents.parameters(run.configuration)["training"].privacy)
+        _private_enough(self.config.privacy, documents.settings(run.configuration).training.privacy)
         if not (self.places.terms.is_file() and self.places.prepared.is_file()):
             raise ConfigError("this site's data are not prepared; run the coordinator's command again")
         terms = documents.read(documents.Terms, self.places.terms.read_bytes())
@@ -295,36 +308,17 @@ class SiteWork:
         vault = Vault(self.places.private / self.config.site, self.config.privacy)
         return SiteStore(RunFolder(checkpoints, run).sites / self.config.site, vault)
 
-    def _build_learner(self, document: bytes) -> LocalWorker:
+    def _build_learner(self, document: bytes) -> Learner:
         description = documents.read(documents.Description, document)
-        wanted = documents.parameters(description.configuration)
+        settings = documents.settings(description.configuration)
         # What is loaded now may not be what the site had when the run was opened.
-        _same(
-            "foundation",
-            prepare_foundation(wanted["foundation"], self.config.foundation_root, announce=logger.info).sha256,
-            description.foundation,
-        )
-        federation, evaluation = wanted["federation"], wanted["evaluation"]
+        foundation = prepare_foundation(settings.foundation, self.config.foundation_root, announce=logger.info)
+        _same("foundation", foundation.sha256, description.foundation)
         with self._computing(description) as device:
-            model, layout = build_trainable(
-                wanted["foundation"], wanted["adapters"], self.config.foundation_root, wanted["preprocessing"]
+            setup = set_up(
+                settings, self.config.foundation_root, run=description.fingerprint, sites=len(description.data)
             )
-            settings = LocalSettings(
-                run=description.fingerprint,
-                seed=wanted["run"].seed,
-                classes=wanted["preprocessing"].classes,
-                wire_dtype=federation.wire_dtype,
-                evaluation_batch=evaluation.batch_size,
-                threshold=evaluation.threshold,
-                training=wanted["training"],
-                cache_bytes=int(wanted["training"].feature_cache * 2**30 / len(description.data)),
-                compression=federation.compression,
-                validate_every=evaluation.every,
-                validate_after_training=evaluation.after_training,
-                rounds=federation.rounds,
-            )
-            strategy = build_strategy(federation.strategy, _options(wanted))
-            return LocalWorker(model.to(device), layout, strategy, settings)
+            return Learner(setup, setup.worker(device))
 
 
 def _description_file(checkpoints: Path, run: str) -> Path:
@@ -410,10 +404,6 @@ def _listen(line: socket.socket, most: int, tasks: queue.SimpleQueue) -> None:
         os._exit(1)
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
-
-
-def _options(wanted: Mapping[str, Any]) -> Mapping[str, Any]:
-    return wanted["strategies"].get(wanted["federation"].strategy) or {}
 
 
 def main() -> None:

@@ -9,9 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsca_pipeline.comparison.plan import _checked_plan, setting_of
-from fedsca_pipeline.comparison.results import _code_at_work, rates_of, read_known
-from fedsca_pipeline.config import ComparisonConfig
+from fedsca_pipeline.config import ComparisonConfig, Settings
 from fedsca_pipeline.errors import ConfigError
 from fedsca_pipeline.federation.fleets.registry import available_cores
 from fedsca_pipeline.federation.run import data_version
@@ -26,11 +24,13 @@ if TYPE_CHECKING:
 
 
 def plan_comparison(
-    parameters: dict[str, Any], comparison: ComparisonConfig, foundation_provenance: dict[str, Any], *reports: Any
+    settings: Settings, comparison: ComparisonConfig, foundation_provenance: dict[str, Any], *reports: Any
 ) -> dict[str, Any]:
-    """Return the setting of all cells as JSON values, checked: every method resolves, and has sites to train on."""
+    """Return the checked setting of all cells as JSON values."""
+    from fedsca_pipeline.comparison.plan import make_plan
+
     data = {report["site"]: data_version(report["fingerprint"], report) for report in reports}
-    return _checked_plan(parameters, comparison, data, foundation_provenance["sha256"])
+    return make_plan(settings, comparison, data, foundation_provenance["sha256"])
 
 
 def run_cells(
@@ -46,13 +46,14 @@ def run_cells(
     """
     from fedsca_pipeline.comparison import plan as plans
     from fedsca_pipeline.comparison.grid import Source
+    from fedsca_pipeline.comparison.results import code_at_work, rates_of
 
-    setting = setting_of(plan)
+    setting = plans.setting_of(plan)
     methods = plans.resolve_methods(setting)
     pairs = zip(site_inputs[::2], site_inputs[1::2], strict=True)
     sites = {str(manifest["site"].iloc[0]): (path, manifest) for manifest, path in pairs}
     jobs = setting.config.jobs or available_cores()
-    source = Source(sites, foundations, scratch, _code_at_work())
+    source = Source(sites, foundations, scratch, code_at_work())
     with _Grid(source, jobs, None if force else finished, same_code=setting.config.same_code) as grid:
         tuning = list(plans.unique(plans.tuning_cells(methods, setting)))
         yield from grid.run(tuning)
@@ -112,6 +113,8 @@ class _Grid:
             for cell in cells:
                 shutil.rmtree(self._source.scratch / cell.fingerprint, ignore_errors=True)
             return
+        from fedsca_pipeline.comparison.results import read_known
+
         known, others = read_known(cells, self._finished, same_code=self._same_code)
         self.known |= known
         if others:
@@ -140,8 +143,9 @@ def report_comparison(
     """
     from fedsca_pipeline.comparison import plan as plans
     from fedsca_pipeline.comparison.report import Comparison, build_report
+    from fedsca_pipeline.comparison.results import code_at_work, rates_of, read_known
 
-    setting = setting_of(plan)
+    setting = plans.setting_of(plan)
     methods = plans.resolve_methods(setting)
     tuning = plans.tuning_cells(methods, setting)
     known = read_known(tuning, finished, same_code=setting.config.same_code)[0]
@@ -151,5 +155,5 @@ def report_comparison(
         [cell for cell in grid if cell.fingerprint not in known], finished, same_code=setting.config.same_code
     )[0]
     index = {cell.fingerprint: str(cell) for cell in plans.unique(grid) if cell.fingerprint in known}
-    found = build_report(Comparison(setting, methods, known, rates, _code_at_work()))
+    found = build_report(Comparison(setting, methods, known, rates, code_at_work()))
     return index, found.table, found.tests, found.unseen, found.page, found.html, found.figures

@@ -16,7 +16,7 @@ def create_pipeline(sites: Sequence[str]) -> Pipeline:
             node(
                 plan_comparison,
                 inputs=[
-                    "parameters",
+                    "settings",
                     "params:comparison",
                     "foundation_provenance",
                     *(f"{site}.report" for site in sites),

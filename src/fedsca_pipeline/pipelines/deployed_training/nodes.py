@@ -10,17 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from fedsca_pipeline.config import (
-    AdaptersConfig,
-    EvaluationConfig,
-    FederationConfig,
-    FoundationConfig,
-    PreprocessingConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from fedsca_pipeline.config import FederationConfig, Settings
 from fedsca_pipeline.errors import ConfigError, MessageError
-from fedsca_pipeline.evaluation.history import records_of, traffic_of
 from fedsca_pipeline.federation.run import (
     RunFolder,
     code_version,
@@ -31,9 +22,6 @@ from fedsca_pipeline.federation.run import (
 )
 from fedsca_pipeline.files import read_json, write_json
 from fedsca_pipeline.flower.config import FlowerConfig
-from fedsca_pipeline.model.adapters.attach import build_trainable, start_values
-from fedsca_pipeline.pipelines.federated_training.nodes import export_site_models
-from fedsca_pipeline.pipelines.progress.rounds import serve
 
 logger = logging.getLogger(__name__)
 
@@ -42,18 +30,12 @@ if TYPE_CHECKING:
 
 
 def join(
-    parameters: Mapping[str, Any],
-    foundation_provenance: Mapping[str, Any],
-    force: bool,
-    federation: FederationConfig,
-    flower: FlowerConfig,
-    _training: TrainingConfig,
-    checkpoints: Path,
+    settings: Settings, foundation_provenance: Mapping[str, Any], force: bool, flower: FlowerConfig, checkpoints: Path
 ) -> dict[str, dict[str, Any]]:
     """Ask every site to prepare its data; wait for all, and return what each says of them: counts and hashes.
 
-    An unfinished run goes on without a site that is away, as a round does: what the site said at its start stands.
-    ``_training`` is for the sites; here, Kedro checks it before anything runs.
+    An unfinished run resumes without a site that is away, as a round does: the site's answer at the start of the run
+    still holds.
 
     Raises:
         ConfigError: the SuperLink cannot be reached, ``run.threads`` is not given, or a site has another foundation.
@@ -61,7 +43,7 @@ def join(
     from fedsca_pipeline.federation.fleets.fleet import Failure
     from fedsca_pipeline.flower.messages import documents
 
-    configuration = configuration_of(parameters)
+    configuration, federation = configuration_of(settings), settings.federation
     if configuration["run"]["threads"] is None:
         raise ConfigError("run.threads: give a number; sites with other numbers of threads would order sums otherwise")
     terms = documents.write(documents.Terms(configuration=configuration, code=code_version()))
@@ -113,10 +95,10 @@ def _grace(federation: FederationConfig) -> float:
 
 
 def describe(
-    parameters: Mapping[str, Any], foundation_provenance: Mapping[str, Any], joined_sites: Mapping[str, Any]
+    settings: Settings, foundation_provenance: Mapping[str, Any], joined_sites: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the run's description with its fingerprint, which is the one of a run in process on the same data."""
-    configuration = configuration_of(parameters)
+    configuration = configuration_of(settings)
     return describe_run(
         configuration,
         {site: prepared["version"] for site, prepared in joined_sites.items()},
@@ -126,51 +108,39 @@ def describe(
 
 
 def train(
+    settings: Settings,
     description: dict[str, Any],
     joined_sites: Mapping[str, Any],
     force: bool,
-    run: RunConfig,
-    preprocessing: PreprocessingConfig,
-    foundation: FoundationConfig,
-    adapters: AdaptersConfig,
-    federation: FederationConfig,
-    strategies: dict[str, dict[str, Any]],
     flower: FlowerConfig,
     foundations: Path,
     checkpoints: Path,
 ) -> Iterator[dict[str, Any]]:
-    """Run the federated rounds, or what is left of them, yielding each round's record as it is done."""
+    """Run the rounds that are left, and yield each round's record as soon as it is done."""
     from fedsca_pipeline.compute import deterministic
-    from fedsca_pipeline.federation.strategies import build_strategy
+    from fedsca_pipeline.federation.setup import set_up
     from fedsca_pipeline.flower.messages import documents
-    from fedsca_pipeline.pipelines.progress.rounds import RoundProgress
+    from fedsca_pipeline.model.adapters.attach import start_values
+    from fedsca_pipeline.pipelines.progress.rounds import RoundProgress, serve
 
-    strategy = build_strategy(federation.strategy, strategies.get(federation.strategy) or {})
-    strategy.check_use(adapters.method)
-    folder = open_run(checkpoints, description, force=force)
+    folder, federation = open_run(checkpoints, description, force=force), settings.federation
     write_json(folder.joined, joined_sites)
     opening = documents.write(documents.Description(**description))
-    with deterministic(run, description["threads"]):
-        model, layout = build_trainable(foundation, adapters, foundations, preprocessing)
-        start = start_values(model, strategy.shared(layout))
+    with deterministic(settings.run, description["threads"]):
+        setup = set_up(settings, foundations, run=folder.fingerprint, sites=len(flower.sites))
+        start = start_values(setup.model, setup.strategy.shared(setup.layout))
         with (
             RoundProgress(flower.sites, federation.rounds) as progress,
             _fleet(flower, begun=folder.begun(), opening=opening, absent=federation.inject_failures) as fleet,
         ):
             samples = {site: said["samples"] for site, said in joined_sites.items()}
-            yield from serve(fleet, progress, strategy, layout, start, federation, run, folder, samples)
+            yield from serve(fleet, progress, setup, start, folder, samples)
 
 
 def finish(
+    settings: Settings,
     description: dict[str, Any],
     round_metrics: Any,
-    run: RunConfig,
-    preprocessing: PreprocessingConfig,
-    foundation: FoundationConfig,
-    adapters: AdaptersConfig,
-    federation: FederationConfig,
-    strategies: dict[str, dict[str, Any]],
-    evaluation: EvaluationConfig,
     flower: FlowerConfig,
     foundations: Path,
     checkpoints: Path,
@@ -182,8 +152,12 @@ def finish(
     ``federation.deadline``, or ``federation.grace`` after ``federation.quorum`` sites have, or cannot test, is in
     neither.
     """
+    from fedsca_pipeline.federation.export import write_site_models
+    from fedsca_pipeline.federation.setup import set_up
     from fedsca_pipeline.flower.messages import documents
+    from fedsca_pipeline.model.adapters.attach import start_values
 
+    federation = settings.federation
     wanted = documents.write(documents.Finished(run=description["fingerprint"]))
     with _fleet(flower, begun=RunFolder(checkpoints, description["fingerprint"]).begun()) as fleet:
         answers = fleet.ask(
@@ -197,13 +171,12 @@ def finish(
     scores = {}
     for site, answer in answers.items():
         try:
-            scores[site] = _scores(site, description["fingerprint"], answer, preprocessing.classes)
+            scores[site] = _scores(site, description["fingerprint"], answer, settings.preprocessing.classes)
         except MessageError as error:
             logger.warning("%s: no test scores (%s)", site, error)
-    index = export_site_models(
-        description, round_metrics, run, preprocessing, foundation, adapters, federation, strategies, evaluation,
-        foundations, checkpoints, models,
-    )  # fmt: skip
+    setup = set_up(settings, foundations, run=description["fingerprint"], sites=len(flower.sites))
+    start = start_values(setup.model, setup.strategy.trained(setup.layout))
+    index = write_site_models(setup, start, description, [], foundations, checkpoints, models)
     kept = {
         site: {
             name: {"round": round_, "dice_validation": entry["dice_validation"][name]}
@@ -215,7 +188,7 @@ def finish(
 
 
 def tabulate(
-    preprocessing: PreprocessingConfig,
+    settings: Settings,
     description: dict[str, Any],
     round_metrics: Mapping[str, Any],
     site_models: Mapping[str, Any],
@@ -227,15 +200,16 @@ def tabulate(
     """
     import json
 
+    from fedsca_pipeline.evaluation.history import records_of, traffic_of
     from fedsca_pipeline.evaluation.tables import final_table, table_of_means
     from fedsca_pipeline.flower.messages import documents
 
-    sites = table_of_means(_rows(deployed_scores, "means", documents.Means), preprocessing.names)
+    sites = table_of_means(_rows(deployed_scores, "means", documents.Means), settings.preprocessing.names)
     final = final_table(sites, traffic_of(records_of(description, round_metrics), site_models))
     return sites, final, json.loads(final.set_index("site").to_json(orient="index"))
 
 
-def tabulate_volumes(preprocessing: PreprocessingConfig, deployed_scores: Mapping[str, Any]) -> tuple[Any, Any]:
+def tabulate_volumes(settings: Settings, deployed_scores: Mapping[str, Any]) -> tuple[Any, Any]:
     """Gather the sites' means by volume: per site, and of the chosen models as ``{site: {column: value}}``.
 
     No site with volumes: no row.
@@ -245,7 +219,9 @@ def tabulate_volumes(preprocessing: PreprocessingConfig, deployed_scores: Mappin
     from fedsca_pipeline.evaluation.volume_tables import final_volume_table, volume_table_of_means
     from fedsca_pipeline.flower.messages import documents
 
-    sites = volume_table_of_means(_rows(deployed_scores, "volumes", documents.VolumeMeans), preprocessing.names)
+    sites = volume_table_of_means(
+        _rows(deployed_scores, "volumes", documents.VolumeMeans), settings.preprocessing.names
+    )
     return sites, json.loads(final_volume_table(sites).set_index("site").to_json(orient="index"))
 
 

@@ -9,15 +9,12 @@ from fedsca_pipeline.pipelines.deployed_training.nodes import describe, finish, 
 
 def create_pipeline() -> Pipeline:
     """Sites that join, checkpointed rounds with them, and the table of what they say their models reached."""
-    chosen = ["params:federation", "params:strategies"]
-    model = ["params:run", "params:preprocessing", "params:foundation", "params:adapters"]
     return pipeline(
         [
             node(
                 join,
                 inputs=[
-                    "parameters", "foundation_provenance", "params:force", "params:federation", "params:flower",
-                    "params:training", "checkpoints",
+                    "settings", "foundation_provenance", "params:force", "params:flower", "checkpoints",
                 ],
                 outputs="joined_sites",
                 name="join",
@@ -25,7 +22,7 @@ def create_pipeline() -> Pipeline:
             ),
             node(
                 describe,
-                inputs=["parameters", "foundation_provenance", "joined_sites"],
+                inputs=["settings", "foundation_provenance", "joined_sites"],
                 outputs="run_description",
                 name="describe",
                 namespace="federated_training",
@@ -33,7 +30,7 @@ def create_pipeline() -> Pipeline:
             node(
                 train,
                 inputs=[
-                    "run_description", "joined_sites", "params:force", *model, *chosen, "params:flower", "foundations",
+                    "settings", "run_description", "joined_sites", "params:force", "params:flower", "foundations",
                     "checkpoints",
                 ],
                 outputs="round_metrics",
@@ -43,8 +40,8 @@ def create_pipeline() -> Pipeline:
             node(
                 finish,
                 inputs=[
-                    "run_description", "round_metrics", *model, *chosen, "params:evaluation", "params:flower",
-                    "foundations", "checkpoints", "models",
+                    "settings", "run_description", "round_metrics", "params:flower", "foundations", "checkpoints",
+                    "models",
                 ],
                 outputs=["site_models", "deployed_scores"],
                 name="finish",
@@ -53,14 +50,14 @@ def create_pipeline() -> Pipeline:
             node(
                 tabulate,
                 inputs=[
-                    "params:preprocessing", "run_description", "round_metrics", "site_models", "deployed_scores",
+                    "settings", "run_description", "round_metrics", "site_models", "deployed_scores",
                 ],
                 outputs=["site_scores", "final_table", "final_metrics"],
                 name="tabulate",
             ),
             node(
                 tabulate_volumes,
-                inputs=["params:preprocessing", "deployed_scores"],
+                inputs=["settings", "deployed_scores"],
                 outputs=["site_volume_scores", "volume_metrics"],
                 name="tabulate_volumes",
             ),

@@ -6,8 +6,14 @@ from collections.abc import Sequence
 
 from kedro.pipeline import Pipeline, node, pipeline
 
-from fedsca_pipeline.pipelines.evaluation.nodes import draw_curves, draw_overlays, score_site, tabulate
-from fedsca_pipeline.pipelines.evaluation.volume_nodes import score_volumes, tabulate_volumes
+from fedsca_pipeline.pipelines.evaluation.nodes import (
+    draw_curves,
+    draw_overlays,
+    score_site,
+    score_volumes,
+    tabulate,
+    tabulate_volumes,
+)
 
 
 def create_scores(sites: Sequence[str], volume_sites: Sequence[str] = ()) -> Pipeline:
@@ -16,10 +22,7 @@ def create_scores(sites: Sequence[str], volume_sites: Sequence[str] = ()) -> Pip
         node(
             score_site,
             inputs=[
-                "params:run",
-                "params:preprocessing",
-                "params:foundation",
-                "params:evaluation",
+                "settings",
                 "site_models",
                 "foundations",
                 "models",
@@ -35,7 +38,7 @@ def create_scores(sites: Sequence[str], volume_sites: Sequence[str] = ()) -> Pip
     tables = node(
         tabulate,
         inputs=[
-            "params:preprocessing",
+            "settings",
             "run_description",
             "round_metrics",
             "site_models",
@@ -54,10 +57,7 @@ def _create_volume_scores(sites: Sequence[str]) -> Pipeline:
         node(
             score_volumes,
             inputs=[
-                "params:run",
-                "params:preprocessing",
-                "params:foundation",
-                "params:evaluation",
+                "settings",
                 "site_models",
                 "foundations",
                 "models",
@@ -75,7 +75,7 @@ def _create_volume_scores(sites: Sequence[str]) -> Pipeline:
     ]
     tables = node(
         tabulate_volumes,
-        inputs=["params:preprocessing", *(f"{site}.volume_scores" for site in sites)],
+        inputs=["settings", *(f"{site}.volume_scores" for site in sites)],
         outputs=["volume_scores", "site_volume_scores", "volume_metrics"],
         name="tabulate_volumes",
     )
@@ -88,9 +88,7 @@ def create_figures(sites: Sequence[str]) -> Pipeline:
         node(
             draw_overlays,
             inputs=[
-                "params:preprocessing",
-                "params:foundation",
-                "params:evaluation",
+                "settings",
                 f"{site}.test_scores",
                 "foundations",
                 "models",

@@ -11,12 +11,11 @@ from fedsca_pipeline.pipelines.federated_training.nodes import describe, export_
 
 def create_pipeline(sites: Sequence[str]) -> Pipeline:
     """Cached arrays to one model a site, through checkpointed rounds."""
-    model = ["params:preprocessing", "params:foundation", "params:adapters"]
     return pipeline(
         [
             node(
                 describe,
-                inputs=["parameters", "foundation_provenance", *(f"{site}.report" for site in sites)],
+                inputs=["settings", "foundation_provenance", *(f"{site}.report" for site in sites)],
                 outputs="run_description",
                 name="describe",
                 namespace="federated_training",
@@ -24,14 +23,9 @@ def create_pipeline(sites: Sequence[str]) -> Pipeline:
             node(
                 train,
                 inputs=[
+                    "settings",
                     "run_description",
                     "params:force",
-                    "params:run",
-                    *model,
-                    "params:training",
-                    "params:federation",
-                    "params:strategies",
-                    "params:evaluation",
                     "foundations",
                     "checkpoints",
                     "private_sites",
@@ -44,13 +38,9 @@ def create_pipeline(sites: Sequence[str]) -> Pipeline:
             node(
                 export_site_models,
                 inputs=[
+                    "settings",
                     "run_description",
                     "round_metrics",
-                    "params:run",
-                    *model,
-                    "params:federation",
-                    "params:strategies",
-                    "params:evaluation",
                     "foundations",
                     "checkpoints",
                     "models",

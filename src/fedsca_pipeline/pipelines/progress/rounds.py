@@ -9,21 +9,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fedsca_pipeline.config import (
-    FederationConfig,
-    RunConfig,
-)
-
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fedsca_pipeline.federation.fleets.fleet import Fleet
     from fedsca_pipeline.federation.run import RunFolder
-    from fedsca_pipeline.federation.strategies.base import Strategy
-    from fedsca_pipeline.model.layout import TensorLayout
-
-if TYPE_CHECKING:
     from fedsca_pipeline.federation.server.checkpoint import RoundRecord
+    from fedsca_pipeline.federation.setup import Setup
 
 
 class RoundProgress:
@@ -95,29 +87,26 @@ def _mean(values: Sequence[float | None]) -> str:
 def serve(
     fleet: Fleet,
     progress: RoundProgress,
-    strategy: Strategy,
-    layout: TensorLayout,
+    setup: Setup,
     start: Mapping[str, Tensor],
-    federation: FederationConfig,
-    run: RunConfig,
     folder: RunFolder,
     samples: Mapping[str, int] = MappingProxyType({}),
 ) -> Iterator[dict[str, Any]]:
-    """Be the server of a run over an open fleet; yield each round's record by its place in ``round_metrics``.
+    """Run the rounds of ``folder``'s run over an open fleet; yield each record by its name in ``round_metrics``.
 
-    ``samples`` are the sites' training images, where they are known.
+    ``start``: start values of the shared tensors. ``samples``: training images by site, if known.
     """
     from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
     from fedsca_pipeline.federation.server.rounds import Server
 
     server = Server(
         fleet,
-        strategy,
-        layout,
+        setup.strategy,
+        setup.layout,
         start,
-        federation,
+        setup.settings.federation,
         run=folder.fingerprint,
-        seed=run.seed,
+        seed=setup.settings.run.seed,
         folder=CheckpointFolder(folder.server),
         samples=samples,
     )
