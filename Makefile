@@ -1,14 +1,14 @@
-# `make train` and `make test` do everything from nothing; README shows the plain commands behind them.
+# `make train` and `make test` start from a bare clone; README.md shows the plain commands behind them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# A test file a core; the files with costly fixtures stay whole.
+# One worker process per core; each test file runs in one worker, because some files share costly fixtures.
 BY_FILE := -n auto --dist loadfile
-# Flower's own environment: its pins (protobuf, rich, typer) are not this project's.
+# Flower has its own environment, because it pins other versions of protobuf, rich and typer than this project.
 ENGINE := .flower-venv
 ENGINE_INSTALLED := $(ENGINE)/.installed
-# Threads of one process each that wait for one another make small models slower, several times where cores are shared.
+# Small models run faster on one thread: threads wait for one another, and on shared cores that costs a multiple.
 ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 .DEFAULT_GOAL := help
@@ -17,7 +17,7 @@ ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: $(INSTALLED)  ## make .venv from the lock file
+install: $(INSTALLED)  ## create .venv from the lock file
 
 $(INSTALLED): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,7 +25,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-engine: $(ENGINE_INSTALLED)  ## make .flower-venv, Flower's environment, from its own lock file
+engine: $(ENGINE_INSTALLED)  ## create .flower-venv, Flower's environment, from its own lock file
 
 $(ENGINE_INSTALLED): requirements-flower.lock pyproject.toml
 	$(PYTHON) -m venv $(ENGINE)
@@ -33,25 +33,25 @@ $(ENGINE_INSTALLED): requirements-flower.lock pyproject.toml
 	$(ENGINE)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-flower-demo: install engine  ## a deployed federation on this machine: SuperLink, nginx, three hospitals, coordinator
+flower-demo: install engine  ## run a deployed federation on this machine: SuperLink, nginx, three hospitals, coordinator
 	$(ONE_THREAD) $(BIN)/python deploy/demo.py --engine $(abspath $(ENGINE))/bin
 
-train: install  ## fetch the foundation, write the demonstration sites if there are none, train, evaluate
+train: install  ## fetch the foundation, write demonstration sites if data/01_raw is empty, train, evaluate
 	$(BIN)/kedro run --pipeline=federated_training
 
-test: install  ## the quick tests, as CI runs them
+test: install  ## run the quick tests, as CI does
 	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow" $(BY_FILE)
 
-test-all: install  ## every test, the slow ones too
+test-all: install  ## run all tests, including the slow ones
 	$(ONE_THREAD) $(BIN)/python -m pytest $(BY_FILE)
 
-lint: install  ## style, formatting, import rules
+lint: install  ## check style, formatting and import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-benchmark: install  ## benchmarks/nuclei.py on the nuclei sites in DATA=folder, three seeds
-	$(BIN)/python benchmarks/nuclei.py --data $(or $(DATA),$(error give the nuclei sites as DATA=folder: docs/nuclei.md))
+benchmark: install  ## run benchmarks/nuclei.py on the nuclei sites in DATA=folder, three seeds
+	$(BIN)/python benchmarks/nuclei.py --data $(or $(DATA),$(error name the folder of the nuclei sites with DATA=folder, see docs/nuclei.md))
 
-lock: install  ## write requirements.lock anew from what is installed
+lock: install  ## rewrite requirements.lock from the installed packages
 	$(BIN)/pip freeze --exclude-editable | sed -E '/^(pip|setuptools|wheel)==/d; s/\+cpu$$//' > requirements.lock
