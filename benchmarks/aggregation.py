@@ -1,10 +1,10 @@
-"""The server's step on many sites: against a plain copy of the same bytes, and against sgemm of the same shapes.
+"""Time the server's step on many sites against a plain copy of the same bytes, or against sgemm of the same shapes.
 
     python benchmarks/aggregation.py                                      # 100 sites x 1,000,000 values, against a copy
-    python benchmarks/aggregation.py --sites 1000 --baseline sgemm --server-memory 8     # takes 8 GiB of disk
+    python benchmarks/aggregation.py --sites 1000 --baseline sgemm --server-memory 8     # needs 8 GiB of disk
 
-A step is ``Strategy.aggregate`` of fedsca: theta from base and update, comparison, weights, mixing, spread. Its large
-arrays are those of a round (``RoundMemory``), of which what exceeds ``--server-memory`` lies on disk.
+A step is ``Strategy.aggregate`` of fedsca: local models from bases and updates, comparison, weights, mixing, spread.
+Its large arrays are those of a round (``RoundMemory``); the part of them beyond ``--server-memory`` is on disk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedsca_pipeline.federation.strategies.server_step import ServerState
 
 
 class PeakMemory:
-    """The largest anonymous memory of this process while the block runs, in bytes; Linux only."""
+    """Measure the peak anonymous memory of this process while the block runs, in bytes; Linux only."""
 
     def __enter__(self) -> PeakMemory:
         self.bytes, self._done = 0, threading.Event()
@@ -57,7 +57,7 @@ def main() -> None:
     groups = (slice(0, values),)
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         memory = RoundMemory.within(options.server_memory, Path(folder), count, values)
-        # A run's state before the round is the memory-mapped checkpoint.
+        # In a run, the state before the round is the memory-mapped checkpoint.
         masters = mapped(Path(folder), (count, values))
         _fill(memory.updates, 1e-3)
         _fill(memory.bases, 1.0)
@@ -82,7 +82,7 @@ def main() -> None:
 
         baseline = copy if options.baseline == "copy" else sgemm
         step(), baseline()
-        # Apart from the timing, since the watcher takes a core every now and then.
+        # Not during the timing, because the watcher uses a core now and then.
         with PeakMemory() as peak:
             step()
         found = in_turn(
@@ -112,15 +112,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sites", type=int, default=100)
     parser.add_argument("--values", type=int, default=1_000_000)
     parser.add_argument("--baseline", choices=["copy", "sgemm"], default="copy")
-    parser.add_argument("--server-memory", type=float, default=4.0, help="GiB, as federation.server_memory")
+    parser.add_argument("--server-memory", type=float, default=4.0, help="GiB, like federation.server_memory")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="torch's threads; all cores by default")
-    parser.add_argument("--scratch", type=Path, help="folder for what does not fit into memory")
+    parser.add_argument("--threads", type=int, help="number of torch threads (default: all cores)")
+    parser.add_argument("--scratch", type=Path, help="folder for arrays that do not fit into memory")
     return parser.parse_args()
 
 
 def _fill(array: torch.Tensor, scale: float) -> None:
-    """Random values, a run of rows at a time, with a part that all sites share."""
+    """Fill with random values, 16 rows at a time, that have a part common to all sites."""
     common = torch.randn(array.shape[1])
     for rows in array.split(16):
         rows.normal_().add_(common).mul_(scale)

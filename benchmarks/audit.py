@@ -1,11 +1,11 @@
-"""What the audit log adds to a message, at either end: its line, on the disk before the message goes on.
+"""Measure what the audit log adds to a message at either end: its line, on disk before the message is sent or used.
 
     python benchmarks/audit.py [--megabytes 2] [--scratch DIR]
 
-One repetition is a round's message to a site and its answer, each looked into, hashed and written down as a hospital's
-command does it. By the clock it is held against the least that a record on the disk can be: hashing the same messages
-and appending two lines of the same length, fsync after each. In CPU seconds it is held against what the messages cost
-anyway: making and reading each of them.
+One repetition is a round's message to a site and its answer; each is inspected, hashed and logged as a hospital's
+command does it. The baseline for wall time is the least that any log on disk costs: hash the same messages and append
+two lines of the same length, each with fsync. The baseline for CPU seconds is the work that the messages cost anyway:
+encode and decode each of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CPU_LIMIT = 1.0
 
 
 def main() -> None:
-    """Measure, print and write ``results/audit.json``."""
+    """Measure, print, and write ``results/audit.json``."""
     options = _options()
     torch.set_num_threads(1)
     aggregate, update = (_message(kind, int(options.megabytes * 1e6)) for kind in ("aggregate", "update"))
@@ -81,7 +81,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=2.0, help="of a message")
+    parser.add_argument("--megabytes", type=float, default=2.0, help="size of a message (default 2)")
     parser.add_argument("--repetitions", type=int, default=201)
     parser.add_argument("--scratch", type=Path, help="folder on the disk to measure")
     return parser.parse_args()
@@ -98,7 +98,7 @@ def _manifest(kind: str) -> Manifest:
 
 
 def _audited(log: AuditLog, round_: int, aggregate: bytes, update: bytes) -> None:
-    """As ``flower.site.Desk`` does it; the coordinator's fleet does the same but for the check of tensors."""
+    """Log a message and its answer as the hospital does; the coordinator does the same without the check of tensors."""
     whose = {"site": "hospital_a", "kind": "round", "round_": round_}
     question = question_content("round", aggregate, MOST)
     asked = log.add("in", sent=aggregate, content=question, **whose)

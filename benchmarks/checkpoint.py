@@ -1,9 +1,9 @@
-"""What it costs that a run never loses a round: the time of checkpoints, fsync counted, in rounds of the nuclei sites.
+"""Measure the time of checkpoints, fsync included, relative to a round on the nuclei sites.
 
     python benchmarks/checkpoint.py --data DIR --foundations DIR
 
-Rounds of fedsca as a run does them, in process: five sites, 32 training images each, features kept. Of every round the
-time is taken that goes into the server's checkpoint, and into that and what the sites put on their own disks.
+The rounds are those of fedsca in process: five sites, 32 training images each, features cached. For each round, the
+script takes the time of the server's checkpoint, and of that plus the states that the sites write to disk.
 """
 
 from __future__ import annotations
@@ -61,7 +61,12 @@ def main() -> None:
         "checkpoint",
         [
             Ratio("checkpoint of the server", "the rest of the round", _shares(spent["server"], spent["round"]), LIMIT),
-            Ratio("that and the sites' own", "the rest of the round", _shares(everything, spent["round"]), LIMIT),
+            Ratio(
+                "checkpoint of the server and states of the sites",
+                "the rest of the round",
+                _shares(everything, spent["round"]),
+                LIMIT,
+            ),
         ],
         {"seconds": spent, "training_images_a_site": options.images},
         threads=threads,
@@ -72,9 +77,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the nuclei sites")
     parser.add_argument("--foundations", type=Path, default=Path("data/06_models/foundations"))
-    parser.add_argument("--images", type=int, default=32, help="training images a site")
+    parser.add_argument("--images", type=int, default=32, help="training images per site")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--threads", type=int, help="torch's threads; all cores by default")
+    parser.add_argument("--threads", type=int, help="number of torch threads (default: all cores)")
     parser.add_argument("--scratch", type=Path, help="folder on the disk to measure")
     return parser.parse_args()
 
@@ -96,7 +101,7 @@ def _server(options: argparse.Namespace, root: Path) -> Server:
 
 @contextmanager
 def _timed(owner: type, name: str) -> Iterator[list[float]]:
-    """Note the seconds of every call of a method."""
+    """Record the seconds of every call of a method."""
     seconds: list[float] = []
     method: Callable[..., Any] = getattr(owner, name)
 

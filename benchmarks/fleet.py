@@ -1,11 +1,11 @@
-"""One round over several sites: one worker process each, against one site after the other.
+"""Time one round over several sites: one worker process per site, against one site after the other.
 
     python benchmarks/fleet.py --data DIR --foundations DIR
 
-Real nuclei sites (docs/nuclei.md) and mobile_sam. A round is what ``fleet.exchange`` does: messages, two validations
-and local training of every site, with features kept as in a run; the first one, which fills them, is not timed. The
-ways take turns, each in processes of its own, for the threads of one would slow the next. What it takes to start them
-is reported apart.
+The sites are real nuclei sites (docs/nuclei.md), the foundation is mobile_sam. A round is one ``fleet.exchange``:
+messages, two validations and local training at every site, with features cached as in a run; the first round, which
+fills the cache, is not timed. The candidates take turns, each in its own processes, because the threads of one would
+slow down the next. The time to start the processes is reported separately.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from fedsca_pipeline.model.foundation import load_foundation
 from fedsca_pipeline.model.layout import hash_tensors
 
 SITES = ("fluo_256", "fluo_360", "fluo_696", "tissue_violet_320")
-# A round in which every site fails at once: what is left is the start of the workers.
+# A round in which every site fails at once; its time is the time to start the workers.
 STARTING = 99
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a round is done: threads of one site, and how many sites at once."""
+    """One candidate: threads per site, and number of sites that train at once."""
 
     threads: int
     workers: int
 
 
 def main() -> None:
-    """Time rounds of the three ways in turn."""
+    """Time rounds of the three candidates in turn and write ``results/fleet.json``."""
     options = _options()
     cores = available_cores()
     at_once = min(cores, len(options.sites))
@@ -96,7 +96,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of the nuclei sites")
     parser.add_argument("--foundations", type=Path, required=True, help="a foundation_root that holds mobile_sam")
     parser.add_argument("--sites", nargs="+", default=SITES)
-    parser.add_argument("--images", type=int, default=32, help="training images a site")
+    parser.add_argument("--images", type=int, default=32, help="training images per site")
     parser.add_argument("--repetitions", type=int, default=3)
     return parser.parse_args()
 
@@ -112,7 +112,7 @@ def _sites(options: argparse.Namespace, data: SiteData, folder: Path, threads: i
 
 
 def _payloads(here: LocalSites) -> dict[str, bytes]:
-    """First-round messages: the start values."""
+    """Return the messages of the first round, which hold the start values."""
     named = dict(here.model.named_parameters())
     shared = {name: named[name].detach().half().float() for name in here.strategy.shared(here.layout)}
     manifest = {"kind": "aggregate", "run": "benchmark", "round": 1, "base_hash": hash_tensors(shared), "samples": 0}
@@ -123,7 +123,7 @@ def _payloads(here: LocalSites) -> dict[str, bytes]:
 
 
 class InProcessApart:
-    """The in-process fleet in a fresh process of its own, as ``kedro run`` is one."""
+    """The in-process fleet in a fresh process, as in ``kedro run``."""
 
     def __init__(self, make: Callable[[], LocalSites]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -140,7 +140,7 @@ class InProcessApart:
         self._process.join()
 
     def exchange(self, round_: int, payloads: Mapping[str, bytes], **_: Any) -> Mapping[str, bytes | Failure]:
-        """Do a round over there."""
+        """Run a round in that process."""
         self._pipe.send((round_, payloads))
         return self._pipe.recv()
 
@@ -155,7 +155,7 @@ def _serve(make: Callable[[], LocalSites], pipe: Connection) -> None:
 
 
 def _started(opened: ExitStack, make: Callable[[], LocalSites], way: Way) -> InProcessApart | Fleet:
-    """Return a fleet that is ready."""
+    """Return a fleet whose processes have started."""
     if way.workers == 1:
         fleet = opened.enter_context(InProcessApart(make))
         exchange(fleet, {}, STARTING)
@@ -172,12 +172,12 @@ def _started(opened: ExitStack, make: Callable[[], LocalSites], way: Way) -> InP
 def exchange(
     fleet: InProcessApart | Fleet, payloads: Mapping[str, bytes], round_: int = 1
 ) -> Mapping[str, bytes | Failure]:
-    """Do a round; one done twice is the same round."""
+    """Run a round; the same round run twice gives the same answers."""
     return fleet.exchange(round_, payloads, deadline=None, quorum=1, grace=0.0)
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two rounds' updates are the same bits."""
+    """Return whether the updates of two rounds are equal, bit for bit."""
     pairs = [(decode(one[site]).tensors, decode(other[site]).tensors) for site in one]
     return all(torch.equal(mine[name], theirs[name]) for mine, theirs in pairs for name in mine)
 

@@ -1,15 +1,16 @@
-"""What Flower adds to a round, and what a whole deployed run takes of memory.
+"""Measure what Flower adds to a round, and the memory of a whole deployed run.
 
     python benchmarks/flower_overhead.py --engine .flower-venv/bin --foundations DIR [--only messages | run]
 
-Messages: seconds and CPU seconds of four sites' messages of 2 MB each way, TLS on. Everything is real but the work:
-SuperLink, nginx and four SuperNodes on loopback, node keys, audit logs, a ClientApp process for every message; a site's
-worker gives back at once what it was sent, an update of random values. In process the same exchange is a function call.
-CPU seconds are those of all processes of the federation, the coordinator's too. The first round is not counted.
+Messages: seconds and CPU seconds of four sites' messages of 2 MB each way, with TLS. Everything is real except the
+training: SuperLink, nginx and four SuperNodes on loopback, node keys, audit logs, one ClientApp process per message. A
+site's worker returns at once what it received, an update of random values. In process the same exchange is a function
+call. CPU seconds are those of all processes of the federation, including the coordinator. The first round is not
+counted.
 
-Run: ``kedro run --env=flower`` with three hospitals and the real mobile_sam, a few phantoms each. What the
-coordinator's process tree holds resident, and the SuperLink's, is sampled from outside, and the peak counts; a site's
-worker notes each load of the foundation.
+Run: ``kedro run --env=flower`` with three hospitals, the real mobile_sam and a few phantoms each. The resident memory
+of the coordinator's process tree and of the SuperLink is sampled from outside; the peak counts. A site's worker records
+each load of the foundation.
 """
 
 from __future__ import annotations
@@ -57,12 +58,12 @@ SAMPLE_SECONDS = 0.1
 
 
 def main() -> None:
-    """Measure, print and keep; with ``--site``, ``--echo`` or ``--worker`` be one of the processes that this takes."""
+    """Measure, print and store; with ``--site``, ``--echo`` or ``--worker`` run one process of the federation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", type=Path, help="bin folder of the environment that flwr is in")
-    parser.add_argument("--foundations", type=Path, help="a foundation_root that holds mobile_sam; without: fetched")
+    parser.add_argument("--engine", type=Path, help="bin folder of Flower's environment")
+    parser.add_argument("--foundations", type=Path, help="a foundation_root that holds mobile_sam (default: fetch it)")
     parser.add_argument(
-        "--only", choices=["messages", "run"], help="measure this, and keep what was found of the other"
+        "--only", choices=["messages", "run"], help="measure this, and keep the stored results of the other"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabytes", type=float, default=2.0)
@@ -93,7 +94,7 @@ def _echo(line: socket.socket) -> None:
 
 
 def _be_worker(file: Path, line: str) -> None:
-    """Be a site's worker that notes each foundation that it puts into memory beside the site's file."""
+    """Run a site's worker, and record each load of the foundation in a file beside the site's YAML file."""
     from fedsca_pipeline.flower.site import worker
     from fedsca_pipeline.model.foundation.model import SegmentationModel
 
@@ -141,7 +142,7 @@ def _measure(options: argparse.Namespace) -> None:
 def _federation(
     options: argparse.Namespace, sites: Sequence[str], data: Path | None = None
 ) -> Iterator[LocalFederation]:
-    """Start a federation; of real sites where there is a folder with their data, else of such as send back."""
+    """Start a federation: of real sites if ``data`` is given, else of sites that return each message unchanged."""
     with tempfile.TemporaryDirectory(prefix="fedsca-") as root:
         folder = Path(root)
         if options.foundations is not None:
@@ -161,7 +162,7 @@ def _federation(
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
-    """Run a deployed federation; return peaks in GiB by part, and the number of loads of the foundation by site."""
+    """Run a deployed federation; return each part's peak memory in GiB, and each site's number of foundation loads."""
     with tempfile.TemporaryDirectory() as data:
         write_demo_sites(Path(data), DemoSitesConfig(images_per_site=10))
         with _federation(options, HOSPITALS, Path(data)) as federation:
@@ -184,7 +185,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _resident(leash: int) -> int:
-    """Return the resident bytes of all that a leash holds, pages that processes share counted for each."""
+    """Return the resident bytes of all processes below ``leash``; a page they share counts once per process."""
     total = 0
     for process in psutil.Process(leash).children(recursive=True):
         try:
@@ -231,7 +232,7 @@ def _round(fleet: FlowerFleet, number: int, payloads: dict[str, bytes]) -> tuple
 
 
 def _cpu_seconds() -> float:
-    """Of this process and all below it, those that have ended included."""
+    """Return the CPU seconds of this process and all below it, including those that have ended."""
     me = psutil.Process()
     total = 0.0
     for process in (me, *me.children(recursive=True)):

@@ -1,12 +1,12 @@
-"""One pass that serves a step of several sites at once, against the same steps site after site.
+"""Time one fused step over several sites against the same steps site after site.
 
     python benchmarks/fused.py                        # mobile_sam at 256 px and the random tiny model at 64 px
     python benchmarks/fused.py --device cuda
 
-The foundation is frozen and the sites' trainable tensors have one shape, so they can be stacked: ``torch.func.vmap``
-makes each of the model's operations one batched operation over all sites. Both ways clip each site's gradient by its
-own norm and step with fused AdamW; features of the frozen prefix are at hand for both, as in a run that keeps them. The
-losses of both ways are compared, too.
+The foundation is frozen and the sites' trainable tensors have the same shapes, so they can be stacked:
+``torch.func.vmap`` turns each operation of the model into one batched operation over all sites. Both candidates clip
+each site's gradient by its own norm and step with fused AdamW. Both start from the features of the frozen encoder
+prefix, as a run does when these are cached. The script also compares the losses of both.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SAME = 1e-4
 
 
 class Trunk(torch.nn.Module):
-    """The part of a model behind the kept features, as a module: what ``functional_call`` asks for."""
+    """The part of a model after the cached features, as the module that ``functional_call`` needs."""
 
     def __init__(self, model: SegmentationModel, trainable: frozenset[str]) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Trunk(torch.nn.Module):
         self.split = SplitModel(model, trainable)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return logits of features."""
+        """Return the logits of features."""
         return self.split.logits(features)
 
 
@@ -82,7 +82,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sites", type=int, default=4)
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--compared-steps", type=int, default=3, help="steps whose losses are compared")
-    parser.add_argument("--threads", type=int, help="torch's threads; all cores by default")
+    parser.add_argument("--threads", type=int, help="number of torch threads (default: all cores)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--foundations", type=Path, default=Path("data/06_models/foundations"))
     return parser.parse_args()
@@ -92,14 +92,14 @@ def _model(options: argparse.Namespace, name: str, side: int, device: torch.devi
     config = FoundationConfig(name=name)
     prepare_foundation(config, options.foundations)
     model = attach_adapters(load_foundation(config, options.foundations, image_size=side, classes=1), AdaptersConfig())
-    # vmap has no rule for oneDNN's products.
+    # vmap has no rule for oneDNN's operator.
     use_torch(model)
     trainable = frozenset(tensor_layout(model).efficient)
     return Trunk(model.to(device).train(), trainable), trainable
 
 
 def _batches(options: argparse.Namespace, trunk: Trunk, side: int, device: torch.device) -> list[Batch]:
-    """A batch a site: random images, their features, square masks."""
+    """Return one batch per site: features of random images, and square masks."""
     draw = torch.Generator().manual_seed(0)
     valid = torch.ones(TRAINING.batch_size, side, side, dtype=torch.bool, device=device)
     masks = torch.zeros(TRAINING.batch_size, side, side, dtype=torch.uint8, device=device)
@@ -110,7 +110,7 @@ def _batches(options: argparse.Namespace, trunk: Trunk, side: int, device: torch
 
 
 def _sequential(options: argparse.Namespace, name: str, side: int, device: torch.device) -> Callable[[], Tensor]:
-    """Return what does a step of every site, one after the other, each on a model of its own."""
+    """Return a function that runs one step of every site, one after the other, with one model per site."""
     built = [_model(options, name, side, device) for _ in range(options.sites)]
     batches = _batches(options, built[0][0], side, device)
     optimisers = [
@@ -131,7 +131,7 @@ def _sequential(options: argparse.Namespace, name: str, side: int, device: torch
 
 
 def _fused(options: argparse.Namespace, name: str, side: int, device: torch.device) -> Callable[[], Tensor]:
-    """Return what does a step of every site in one pass over stacked trainable tensors."""
+    """Return a function that runs one step of every site in one pass over stacked trainable tensors."""
     trunk, trainable = _model(options, name, side, device)
     batches = _batches(options, trunk, side, device)
     inputs, masks, valid = (torch.stack([getattr(b, part) for b in batches]) for part in ("inputs", "masks", "valid"))

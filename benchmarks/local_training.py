@@ -1,16 +1,18 @@
-"""Local training of one site against a plain eager PyTorch loop, over rounds; and the bookkeeping on its own.
+"""Time local training of one site against a plain eager PyTorch loop over rounds, and its bookkeeping separately.
 
     python benchmarks/local_training.py               # 8 and 32 rounds of one demonstration site
 
-The plain loop is what anyone would write: the same model in its ordinary memory layout, the same images, order, views,
-loss, clipping and warm-up, linear layers and AdamW as they come, nothing kept. The project's loop is what a run does at
-a site: messages, features kept on disk and filled from nothing, the site's state written with fsync. The two take
-turns, round by round. None validates. Training is chaotic: what rounding alone does to the curve of losses is shown by
-the plain loop from weights rounded once to half precision, in which features are kept, and the project's curve may not
-be further from the plain one than twice that.
+The plain loop is a straightforward implementation: the same model in its default memory layout, the same images,
+order, augmentation, loss, clipping and warm-up, PyTorch's default linear layers and AdamW, no cache. The project's loop
+is what a run does at a site: messages, a feature cache on disk that starts empty, and the site's state written with
+fsync. The two take turns, round by round. Neither validates.
 
-The bookkeeping is measured on its own, at as many images as a site of the nuclei benchmark trains on: the project's
-round against the bare step, which is its own without messages and states.
+Training is chaotic. To show what rounding alone does to the loss curve, the plain loop also runs from weights rounded
+once to half precision, the precision of the feature cache. The project's curve may be at most twice as far from the
+plain curve as that one.
+
+The bookkeeping is measured separately, with as many images as a site of the nuclei benchmark trains on: the project's
+round against the bare step, which is the same round without messages and states.
 """
 
 from __future__ import annotations
@@ -55,14 +57,14 @@ Pass = dict[str, dict[str, list[float]]]
 
 @dataclass
 class Contestant:
-    """One way to train a round: ``train(round)`` returns the mean loss; seconds and losses pile up round by round."""
+    """One candidate: ``train(round)`` returns the mean loss; ``seconds`` and ``losses`` collect one value per round."""
 
     train: Callable[[int], float]
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
     def run(self, round_: int) -> None:
-        """Train one round and note what it took."""
+        """Train one round; record its seconds and its loss."""
         self.seconds.append(seconds(lambda: self.losses.append(self.train(round_))))
 
 
@@ -91,18 +93,18 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=LONG)
-    parser.add_argument("--images", type=int, default=16, help="training images of the site")
+    parser.add_argument("--images", type=int, default=16, help="training images of the site (default 16)")
     parser.add_argument("--bookkeeping-rounds", type=int, default=4)
     parser.add_argument("--bookkeeping-images", type=int, default=32)
-    parser.add_argument("--repetitions", type=int, default=3, help="whole passes, each from nothing")
-    parser.add_argument("--threads", type=int, help="torch's threads; all cores by default")
+    parser.add_argument("--repetitions", type=int, default=3, help="complete passes, each from the start values")
+    parser.add_argument("--threads", type=int, help="number of torch threads (default: all cores)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--foundations", type=Path, default=Path("data/06_models/foundations"))
     return parser.parse_args()
 
 
 def _against_plain(options: argparse.Namespace, device: torch.device, *, backwards: bool) -> Pass:
-    """One pass of the project's rounds against the plain loop's."""
+    """Run one pass of the project's rounds against those of the plain loop."""
     with tempfile.TemporaryDirectory() as folder:
         data = demonstration_site(Path(folder), images=options.images, validation=0, side=SIDE)
         contestants = {
@@ -113,7 +115,7 @@ def _against_plain(options: argparse.Namespace, device: torch.device, *, backwar
 
 
 def _against_bare_step(options: argparse.Namespace, device: torch.device, *, backwards: bool) -> Pass:
-    """One pass of the project's rounds against those of its bare step."""
+    """Run one pass of the project's rounds against those of its bare step."""
     with tempfile.TemporaryDirectory() as folder:
         data = demonstration_site(Path(folder), images=options.bookkeeping_images, validation=0, side=SIDE)
         contestants = {
@@ -124,7 +126,7 @@ def _against_bare_step(options: argparse.Namespace, device: torch.device, *, bac
 
 
 def _rounded(options: argparse.Namespace, device: torch.device) -> list[float]:
-    """Return the losses of the plain loop's rounds from trained values that were rounded to half precision."""
+    """Return the losses of the plain loop's rounds when its start values are rounded to half precision."""
     model = _plain_model(options, device)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -136,7 +138,7 @@ def _rounded(options: argparse.Namespace, device: torch.device) -> list[float]:
 
 
 def _compete(contestants: Mapping[str, Contestant], rounds: int, *, backwards: bool) -> Pass:
-    """Let the contestants train round by round in turn."""
+    """Train the contestants in turn, round by round; return their seconds and losses."""
     for round_ in range(1, rounds + 1):
         for name in sorted(contestants, reverse=backwards ^ bool(round_ % 2)):
             contestants[name].run(round_)
@@ -176,7 +178,7 @@ def _bare_step(model: SegmentationModel, data: SiteArrays, folder: Path) -> Call
 def _loop(
     model: SegmentationModel, batches: SiteBatches, forward: Forward, *, fused: bool | None
 ) -> Callable[[int], float]:
-    """Return what trains one round with a fresh AdamW, as the project's rounds do."""
+    """Return a function that trains one round with a new AdamW, as the project's rounds do."""
     adapters = [p for p in model.encoder.parameters() if p.requires_grad]
     decoder = list(model.decoder.parameters())
     loss_of = build_loss(model.head, TRAINING.dice_weight)
@@ -200,7 +202,7 @@ def _loop(
 
 
 def _project(model: SegmentationModel, data: SiteArrays, folder: Path) -> Callable[[int], float]:
-    """Return what trains one round by ``LocalWorker.work``; the site receives its own shared tensors back."""
+    """Return a function that trains one round by ``LocalWorker.work``; the site's aggregate is its own local model."""
     settings = LocalSettings(RUN, SEED, 1, "fp32", 8, 0.5, TRAINING, cache_bytes=2**32)
     worker = LocalWorker(model, tensor_layout(model), build_strategy("fedsca", {}), settings)
     store = SiteStore(folder)
@@ -228,19 +230,24 @@ def _findings(passes: Sequence[Pass], rounded: Sequence[float], kept: Sequence[P
         for rounds, limit in ((SHORT, 0.95), (LONG, 0.85))
         if rounds <= trained
     ]
-    # Every round is a repetition here: both do the same steps, and the first fills the kept features of each.
+    # Each round is a repetition here: both run the same steps, and the first round fills both feature caches.
     books = [value for one in kept for value in ratios(one["project"]["seconds"], one["bare step"]["seconds"])]
     apart = [_apart(one["project"]["losses"], one["plain"]["losses"]) for one in passes]
     rounding = [_apart(rounded, one["plain"]["losses"]) for one in passes]
     return [
         *found,
         Ratio("a round with messages and states", "the bare step", books, 1.03),
-        Ratio("loss curve, distance from the plain one", "that of a rounded plain loop", ratios(apart, rounding), 2.0),
+        Ratio(
+            "distance of the loss curve from the plain one",
+            "distance of a rounded plain loop",
+            ratios(apart, rounding),
+            2.0,
+        ),
     ]
 
 
 def _apart(losses: Sequence[float], reference: Sequence[float]) -> float:
-    """Return the mean relative difference of two curves."""
+    """Return the mean relative difference of two loss curves."""
     return statistics.mean(abs(a - b) / b for a, b in zip(losses, reference, strict=True))
 
 

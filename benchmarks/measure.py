@@ -1,7 +1,7 @@
-"""How every benchmark measures: candidates in turn, medians with their spread, one table and one JSON file.
+"""Shared by all benchmarks: measure candidates in turn, report medians with their spread as a table and a JSON file.
 
-A figure is a ratio against a baseline of the same run. Candidates take turns, and the order turns round with every
-repetition, so that a slow minute of the machine falls on all of them.
+A figure is a ratio against a baseline of the same run. Candidates take turns, in an order that reverses with every
+repetition, so that a slow minute of the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Ratio:
-    """A measured quantity against its baseline, one ratio a repetition, and the limit it is held to.
+    """A measured quantity relative to its baseline, one ratio per repetition, and the limit of the median.
 
-    ``limit`` is the largest ratio allowed, or with ``at_least`` the smallest.
-    Where the limit is absolute, ``baseline`` is its unit.
+    ``limit`` is the largest ratio allowed, or the smallest if ``at_least``.
+    If the limit is absolute, ``baseline`` is its unit.
     """
 
     what: str
@@ -38,26 +38,26 @@ class Ratio:
 
     @property
     def median(self) -> float:
-        """The middle ratio."""
+        """Return the median of the ratios."""
         return statistics.median(self.ratios)
 
     @property
     def holds(self) -> bool:
-        """Whether the median keeps the limit."""
+        """Return whether the median is within the limit."""
         return self.median >= self.limit if self.at_least else self.median <= self.limit
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Return the wall time of one call."""
+    """Return the wall time of one call, in seconds."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def in_turn(candidates: Mapping[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
-    """Return what each candidate measured (it returns its own figure), one value a repetition.
+    """Call the candidates in turn; return the values that each returned, one per repetition.
 
-    Every other repetition goes through the candidates backwards.
+    Every other repetition calls them in reverse order.
     """
     found: dict[str, list[float]] = {name: [] for name in candidates}
     for repetition in range(repetitions):
@@ -67,12 +67,12 @@ def in_turn(candidates: Mapping[str, Callable[[], float]], repetitions: int) -> 
 
 
 def ratios(measured: Sequence[float], baseline: Sequence[float]) -> list[float]:
-    """Return measured / baseline, repetition by repetition."""
+    """Return measured / baseline, one ratio per repetition."""
     return [value / reference for value, reference in zip(measured, baseline, strict=True)]
 
 
 def machine(threads: int | None = None) -> dict[str, Any]:
-    """Describe what a figure depends on: processor family, cores, memory, library versions, torch's threads."""
+    """Return what a figure depends on: processor family, cores, memory, library versions, torch threads."""
     import torch
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -89,7 +89,7 @@ def machine(threads: int | None = None) -> dict[str, Any]:
 
 
 def report(name: str, findings: Sequence[Ratio], details: Mapping[str, Any], *, threads: int | None = None) -> None:
-    """Print the table and write ``results/<name>.json``: machine, ratios, limits, and ``details`` as they are."""
+    """Print the table and write ``results/<name>.json``: machine, ratios, limits, and ``details`` unchanged."""
     table = Table("what", "baseline", "median", "lowest to highest", "limit", "holds", title=name)
     for finding in findings:
         table.add_row(

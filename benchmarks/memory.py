@@ -1,11 +1,11 @@
-"""Memory of a run: many sites against one.
+"""Measure the memory of a run with many sites against a run with one.
 
     python benchmarks/memory.py --foundations DIR
 
-Each run is the node ``train`` in a process of its own: real mobile_sam, phantoms at 256 px, a few images a site, whole
-rounds with messages, states and checkpoints. What it holds is summed over its processes and sampled from outside; the
-peak counts. Resident pages (Rss) hold those of mapped files too, and what processes share once for each of them;
-proportional ones (Pss) what is shared once in all; anonymous ones stand in no file.
+Each run is the node ``train`` in its own process: the real mobile_sam, phantoms at 256 px, a few images per site, whole
+rounds with messages, states and checkpoints. Its memory is summed over its processes and sampled from outside; the peak
+counts. Resident pages (Rss) include those of mapped files, and count shared pages once per process. Proportional pages
+(Pss) count shared pages once. Anonymous pages belong to no file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Run:
 
 
 def main() -> None:
-    """Measure each fleet with one site and with many, and what a second worker adds."""
+    """Measure each fleet with one site and with many, and with a second worker; write ``results/memory.json``."""
     options = _options()
     runs = {
         f"{fleet}, {sites} sites, {workers} at once": Run(fleet, workers, sites)
@@ -75,15 +75,15 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--foundations", type=Path, required=True, help="a foundation_root that holds mobile_sam")
     parser.add_argument("--sites", type=int, default=50)
-    parser.add_argument("--images", type=int, default=2, help="training images a site")
+    parser.add_argument("--images", type=int, default=2, help="training images per site")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1, help="of one site")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads per site")
     parser.add_argument("--repetitions", type=int, default=1)
     return parser.parse_args()
 
 
 def _site_data(options: argparse.Namespace, root: Path) -> list[tuple[Path, pd.DataFrame]]:
-    """Prepare one phantom site; return arrays and manifest of as many as are asked for, each with a file of its own."""
+    """Prepare one phantom site; return arrays and manifest of ``options.sites`` copies, each with its own file."""
     from fedsca_pipeline.config import DemoSitesConfig, PreprocessingConfig, SplitConfig
     from fedsca_pipeline.data.arrays import write_arrays
     from fedsca_pipeline.data.demo.sites import write_demo_sites
@@ -105,7 +105,7 @@ def _site_data(options: argparse.Namespace, root: Path) -> list[tuple[Path, pd.D
 
 
 def _peaks(options: argparse.Namespace, run: Run, data: list[tuple[Path, pd.DataFrame]]) -> dict[str, float]:
-    """Do a run in a new process, group and all; return its peaks in MB."""
+    """Run in a new process with its own process group; return its peaks in MB."""
     process = multiprocessing.get_context("spawn").Process(target=_train, args=(options, run, data[: run.sites]))
     process.start()
     peaks: Counter[str] = Counter()
@@ -151,7 +151,7 @@ def _train(options: argparse.Namespace, run: Run, data: list[tuple[Path, pd.Data
 
 
 def _held(group: int) -> Counter[str]:
-    """Return the pages that the processes of a group hold now, in kB by kind."""
+    """Return the memory of a process group now, in kB by kind of page."""
     held: Counter[str] = Counter()
     for process in _members(group):
         try:

@@ -1,11 +1,11 @@
-"""FedSCA against training alone on the nuclei sites, over seeds, and the project's round against a bare PyTorch loop.
+"""Compare FedSCA with local training on the nuclei sites over seeds, and time a round against a bare PyTorch loop.
 
     python benchmarks/nuclei.py --data DIR            # three seeds, fedsca and local; results to JSON and a table
     python benchmarks/nuclei.py --compare A B ...     # results of earlier calls in one table
 
-Every training run is the real command, ``kedro run --pipeline=federated_training --env=nuclei``, in a data root of its
-own; ``--jobs`` of them run at once, with one thread each. The timing comes after them, alone, project and bare loop
-interleaved; both include the two validation passes of a round. docs/nuclei.md says where the data comes from.
+Each training run is the real command, ``kedro run --pipeline=federated_training --env=nuclei``, in its own data root;
+``--jobs`` of them run at once, with one thread each. The timing comes afterwards, alone, with project and bare loop
+interleaved; both include the two validation passes of a round. docs/nuclei.md says how to get the data.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ IMAGE_SIZE, BYTES_FP32 = 256, 4
 
 
 def main() -> None:
-    """Run what the command line asks for; a part that is left out keeps its earlier results in the file."""
+    """Run what the command line asks for; the file keeps earlier results of parts that do not run."""
     options = _options()
     if options.compare:
         _compare(options.compare, Console())
@@ -86,7 +86,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--strategies", nargs="+", default=["fedsca", "local"])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="training runs at once, one thread each")
-    parser.add_argument("--repetitions", type=int, default=5, help="of the timing; 0 leaves it out")
+    parser.add_argument("--repetitions", type=int, default=5, help="repetitions of the timing; 0 skips it")
     parser.add_argument("--params", default="", help="further --params for every run, e.g. training.warmup_steps=0")
     parser.add_argument("--output", type=Path, default=PROJECT / "benchmarks" / "results" / "nuclei.json")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fedsca_nuclei", help="data roots")
@@ -100,7 +100,7 @@ def _options() -> argparse.Namespace:
 
 
 def _train(options: argparse.Namespace, strategy: str, seed: int) -> dict[str, Any]:
-    """Run one strategy with one seed through the command line; a run that is up to date is not run again."""
+    """Run one strategy with one seed by the command line, unless it is up to date; return its results."""
     parameters = {
         "run.seed": seed,
         "run.threads": 1,
@@ -128,7 +128,7 @@ def _train(options: argparse.Namespace, strategy: str, seed: int) -> dict[str, A
 
 
 def _kedro_run(options: argparse.Namespace, name: str, pipeline: str, params: str) -> Path:
-    """Run a pipeline in a data root of its own, made from ``--data`` on first use; return the root."""
+    """Run a pipeline in its own data root, which is copied from ``--data`` on first use; return the root."""
     root = options.work / name
     for site in TRAINING_SITES:
         if not (root / "01_raw" / site).is_dir():
@@ -142,7 +142,7 @@ def _kedro_run(options: argparse.Namespace, name: str, pipeline: str, params: st
 
 
 def _traffic(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean serialised bytes of a training round, each way, by site."""
+    """Return the mean serialised bytes of a training round, each way, by site."""
     training = [record["sites"] for record in records if not record["final"]]
     return {
         site: {key: statistics.mean(sites[site][key] for sites in training) for key in ("bytes_up", "bytes_down")}
@@ -151,7 +151,7 @@ def _traffic(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _weights(records: list[dict[str, Any]]) -> list[float]:
-    """Mean self weight of each training round."""
+    """Return the mean self weight of each training round."""
     return [
         statistics.mean(entry["self_weight"] for entry in record["sites"].values() if entry["self_weight"] is not None)
         for record in records
@@ -160,7 +160,7 @@ def _weights(records: list[dict[str, Any]]) -> list[float]:
 
 
 def _sizes(options: argparse.Namespace) -> dict[str, int]:
-    """Bytes of what one could send instead, fp32."""
+    """Return the bytes of larger messages that a method could send instead, in fp32."""
     model = _model(options)
     layout = tensor_layout(model)
     return {
@@ -196,7 +196,7 @@ def _timing(options: argparse.Namespace) -> dict[str, Any]:
             "project": lambda: _project_round(options, data),
             "bare": lambda: _bare_round(options, batches, validation),
         }
-        # The first steps of a process are slower; whoever goes first would pay for them.
+        # The first steps of a process are slower; without a warm-up the first candidate would pay for them.
         first = TRAINING_SITES[0]
         _bare_round(options, {first: batches[first][:2]}, {first: validation[first][:1]})
         pairs = []
@@ -216,7 +216,7 @@ def _batches(arrays: SiteArrays, site: str) -> Iterator[Batch]:
 
 
 def _project_round(options: argparse.Namespace, data: dict[str, SiteArrays]) -> float:
-    """Seconds of one federated round: messages, augmentation, training, validation, SGCA, checkpoint with fsync."""
+    """Return the seconds of one federated round: messages, training, validation, SGCA, checkpoint with fsync."""
     model = _model(options)
     layout, strategy = tensor_layout(model), build_strategy("fedsca", {})
     settings = LocalSettings("benchmark", 0, 1, "fp16", 8, 0.5, TrainingConfig())
@@ -240,7 +240,7 @@ def _project_round(options: argparse.Namespace, data: dict[str, SiteArrays]) -> 
 def _bare_round(
     options: argparse.Namespace, batches: dict[str, list[Batch]], validation: dict[str, list[Batch]]
 ) -> float:
-    """Seconds of the same steps as anyone would write them: ready batches, AdamW, loss, and two validation passes."""
+    """Return the seconds of the same steps in a plain loop: ready batches, AdamW, loss, two validation passes."""
     model, training = _model(options), TrainingConfig()
     loss_of = build_loss("sigmoid", training.dice_weight)
     adapters = [p for p in model.encoder.parameters() if p.requires_grad]

@@ -1,14 +1,13 @@
-"""Preprocessing of PNG sites against a bare Pillow loop over the same files, and its memory over their number.
+"""Time preprocessing of PNG sites against a bare Pillow loop over the same files, and measure its peak memory.
 
     python benchmarks/preprocessing.py              # the demonstration sites at 256 and 1024 px, one and two processes
-    python benchmarks/preprocessing.py --data DIR   # the raw PNG sites of DIR too, one folder each
+    python benchmarks/preprocessing.py --data DIR   # also the raw PNG sites of DIR, one folder each
 
-The bare loop opens and decodes each image and its mask, makes the image RGB and resizes both (bilinear and nearest
-neighbour), and keeps nothing: no check, no hash, no normalisation, no file. Both candidates go through the same sites
-in the same number of processes, by the clock, and in one process by the processor's own seconds, which other work on
-the machine leaves alone. What preprocessing makes is on the disk and in its place when a timing ends, and is deleted
-after it. Memory is the peak of a process of its own, over sites made of shifted copies of one picture (Linux only: from
-/proc).
+The bare loop opens and decodes each image and its mask, converts the image to RGB and resizes both (bilinear and
+nearest neighbour). It stores nothing and does no check, hash or normalisation. Both candidates process the same sites
+in the same number of processes for wall time, and in one process for CPU seconds, which other work on the machine
+hardly affects. A timing ends when the results are on disk under their final names; they are deleted afterwards. Memory
+is the peak of a separate process, over sites made of shifted copies of one picture (Linux only: from /proc).
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ SPEED_LIMIT, MEMORY_LIMIT = 0.8, 1.1
 
 
 def main() -> None:
-    """Measure, print two tables, write ``results/preprocessing.json``."""
+    """Measure, print two tables, and write ``results/preprocessing.json``."""
     options = _options()
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         place = Path(folder)
@@ -69,13 +68,17 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of raw sites, PNG only, to measure on as well")
-    parser.add_argument("--images", type=int, default=40, help="of each demonstration site of 256 px, 4 or more")
+    parser.add_argument("--data", type=Path, help="folder of further raw sites to measure on, PNG only")
+    parser.add_argument("--images", type=int, default=40, help="images of each demonstration site of 256 px, 4 or more")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--counts", type=int, nargs="+", default=[100, 500, 2500], help="images of the memory table")
-    parser.add_argument("--repetitions", type=int, default=7, help="of the timing")
+    parser.add_argument(
+        "--counts", type=int, nargs="+", default=[100, 500, 2500], help="numbers of images for the memory table"
+    )
+    parser.add_argument("--repetitions", type=int, default=7, help="repetitions of the timing")
     parser.add_argument("--peaks", type=int, default=1, help="repetitions of the memory table")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where everything is written")
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()), help="folder for all files of the benchmark"
+    )
     return parser.parse_args()
 
 
@@ -88,7 +91,7 @@ Measure = Callable[[ProcessPoolExecutor, Callable[[str], None], Sequence[str]], 
 
 
 def _times(raw: Path, scratch: Path, processes: int, measure: Measure, repetitions: int) -> dict[str, list[float]]:
-    """Return seconds of each candidate over all sites, in processes that have done it once before."""
+    """Return the seconds of each candidate over all sites, in processes that have run it once before."""
     sites = sorted(path.name for path in raw.iterdir() if path.is_dir())
     candidates = {"bare loop": partial(_bare, raw), "prepare_site": partial(_prepare, raw, scratch)}
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
@@ -133,7 +136,7 @@ def _prepare(raw: Path, scratch: Path, site: str) -> None:
 
 
 def _peak(place: Path, count: int) -> float:
-    """Return the peak memory, in MB, of a process that prepares one site of so many images and nothing else."""
+    """Return the peak memory, in MB, of a process that only prepares one site of ``count`` images."""
     raw = place / f"many_{count}"
     if not raw.is_dir():
         _write_many(raw / "many", count)
@@ -143,13 +146,13 @@ def _peak(place: Path, count: int) -> float:
 
 def _resident(raw: Path, scratch: Path) -> float:
     _prepare(raw, scratch, "many")
-    # What getrusage tells begins with the memory of the process that started this one.
+    # getrusage starts from the memory of the parent process, so its peak is of no use here.
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return round(int(peak.split()[1]) * 1024 / 1e6, 1)
 
 
 def _write_many(folder: Path, count: int) -> None:
-    """Write a site of one picture, shifted by another step in each file, so that no two are the same."""
+    """Write a site of copies of one picture, each shifted differently, so that no two are equal."""
     side = CONFIG.image_size
     picture = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     mask = np.zeros((side, side), np.uint8)

@@ -1,14 +1,14 @@
-"""What differential privacy inside the sites costs: test Dice at three epsilons on the nuclei sites, and time.
+"""Measure what differential privacy inside the sites costs on the nuclei sites: test Dice at three epsilons, and time.
 
     python benchmarks/privacy.py --data DIR               # seeds one after the other, until --minutes are over
 
-FedSCA with the preset ``nuclei`` and the real mobile_sam, without differential privacy and with epsilon 2, 8 and 32
-(at delta 1e-5, of a whole run). How it is trained under differential privacy is chosen among ``CANDIDATES`` once, at
-epsilon 8 on the first seed, by the validation images; test scores have no part in it. No image's patient is known, so
-the guarantee is image-level. What is done is kept after every training; the same command goes on.
+FedSCA with the preset ``nuclei`` and the real mobile_sam, without differential privacy and with epsilon 2, 8 and 32 (at
+delta 1e-5, for a whole run). The training settings for differential privacy are chosen once among ``CANDIDATES``, at
+epsilon 8 on the first seed, by the validation images; test scores play no part. No image's patient is known, so the
+guarantee is image-level. Results are stored after every training; the same command resumes.
 
-What more images would give is told by dividing the noise: a site with k times the images, drawn at the same rate, has
-the same noise in a sum of k times as many gradients. Only the noise is that of a larger site, not the choice of images.
+Dividing the noise estimates the effect of more images: a site with k times the images, drawn at the same rate, has the
+same noise in a sum of k times as many gradients. Only the noise is that of a larger site; the images are the same.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from fedsca_pipeline.federation.run import CONFIGURATION, code_version
 from fedsca_pipeline.federation.site.privacy.optimizer import NoisyOptimizer
 
 EPSILONS, CHOSEN_AT, DELTA = (2.0, 8.0, 32.0), 8.0, 1e-5
-# 32 images a round and site are expected, as without privacy. A decoder that stands still (decoder_factor 0) leaves a
-# fifteenth of the values to add noise to; at the start its gradients have some 50 times the adapters' norm.
+# Expected are 32 images per round and site, as without privacy. A frozen decoder (decoder_factor 0) leaves a fifteenth
+# of the values to add noise to; at the start the decoder's gradients have some 50 times the norm of the adapters'.
 _STILL: Mapping[str, Any] = {"training.decoder_factor": 0.0, "training.privacy.clip": 0.5}
 CANDIDATES: Mapping[str, Mapping[str, Any]] = {
     "decoder still, width 4, 8 images a step, rate 0.01": {
@@ -59,7 +59,7 @@ NO_PRIVACY, SAME_WAY = "no privacy", "no privacy, trained the same way"
 
 
 def main() -> None:
-    """Run what is left of the benchmark, and print the table."""
+    """Run the trainings that have no stored result, and print the table."""
     options = _options()
     options.work.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + 60 * options.minutes
@@ -94,7 +94,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of the nuclei sites, one folder each")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default 3)")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no training after so many minutes")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no training after this many minutes")
     parser.add_argument("--output", type=Path, default=PROJECT / "benchmarks" / "results" / "privacy.json")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fedsca_privacy", help="data root")
     options = parser.parse_args()
@@ -110,7 +110,7 @@ def _private(epsilon: float, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _as_if_larger(times: int) -> Iterator[None]:
-    """Divide the noise of every step, and nothing that is counted."""
+    """Divide the noise of every step; the accountant still counts the full noise."""
     real = NoisyOptimizer.__init__
 
     def quieter(self: NoisyOptimizer, *arguments: Any, noise_multiplier: float, **options: Any) -> None:
@@ -121,13 +121,13 @@ def _as_if_larger(times: int) -> Iterator[None]:
 
 
 def _best(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the candidate of the highest validation Dice."""
+    """Return the candidate with the highest validation Dice."""
     tried = {key.removeprefix("choice: ").removesuffix(", seed 0"): cell for key, cell in found.items()}
     return max((name for name in CANDIDATES if name in tried), key=lambda name: tried[name]["validation"])
 
 
 class _Trial:
-    """Prepared sites, and what trains on them."""
+    """Prepared sites, and the training runs on them."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
@@ -144,13 +144,13 @@ class _Trial:
         }
 
     def run(self, results: dict[str, Any], name: str, seed: int, changes: Mapping[str, Any], until: float) -> None:
-        """Train and test once, unless that is done or it is too late; keep the result."""
+        """Train and test once and store the result, unless it is stored already or the time is over."""
         key = f"{name}, seed {seed}"
         if key in results["cells"] or time.monotonic() > until:
             return
         stamps = [time.process_time()]
         found = run_cell(self._cell(seed, changes), self._place(), lambda *_: stamps.append(time.process_time()))
-        # The first includes loading, the last is validation alone.
+        # The first interval includes loading, the last is only validation.
         seconds = [after - before for before, after in pairwise(stamps[1:-1])]
         dice = {site: statistics.mean(scores["dice"]) for site, scores in found["sites"].items()}
         results["cells"][key] = {
@@ -192,7 +192,7 @@ class _Trial:
 
 
 def _seconds(cell: Mapping[str, Any]) -> float:
-    """CPU seconds of a round, NaN where another version of this benchmark did not count them."""
+    """Return the mean CPU seconds of a round, or NaN if an older version of this benchmark did not record them."""
     found = cell.get("cpu_seconds_a_round")
     return statistics.mean(found) if found else math.nan
 

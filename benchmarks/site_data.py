@@ -1,4 +1,4 @@
-"""Sites to measure on, prepared as a run prepares them: phantoms made on the spot, and the nuclei sites."""
+"""Sites to measure on, prepared as a run prepares them: generated phantoms, and the nuclei sites."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 def demonstration_sites(folder: Path, *, images: int, validation: int, side: int) -> dict[str, SiteArrays]:
     """Write the demonstration sites below ``folder`` and return them by name.
 
-    Each has ``images`` training images of side x side pixels, and so many of the others count as validation (0: none).
+    Each has ``images`` training images of side x side pixels, and ``validation`` validation images (0: none).
     """
     held_out = max(validation, 1)
     raw = folder / "raw"
@@ -37,7 +37,7 @@ def demonstration_site(folder: Path, *, images: int, validation: int, side: int)
 
 
 def nuclei_sites(data: Path, sites: Sequence[str], root: Path, *, images: int) -> dict[str, tuple[Path, pd.DataFrame]]:
-    """Preprocess nuclei sites (docs/nuclei.md) below ``root`` by the real command; return arrays' path and manifest.
+    """Preprocess nuclei sites (docs/nuclei.md) below ``root`` by the real command; return path of arrays and manifest.
 
     Each has at most ``images`` training images.
     """

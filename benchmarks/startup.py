@@ -1,9 +1,9 @@
-"""What a command costs that has nothing to do: CPU seconds of start-up, against absolute limits.
+"""Measure the CPU seconds of commands that have nothing to do, against absolute limits.
 
-    python benchmarks/startup.py              # about two minutes, most of it the small run that is then up to date
-    python benchmarks/startup.py --train      # and the wall time of `make train` from nothing, on two cores
+    python benchmarks/startup.py              # about two minutes, mostly the small run that is then up to date
+    python benchmarks/startup.py --train      # also the wall time of `make train` in a bare clone, on two cores
 
-Everything happens in fresh clones of the committed project, with the Python that runs this script. CPU seconds are user
+All commands run in fresh clones of the committed project, with the Python that runs this script. CPU seconds are user
 and system time of the command and its children.
 """
 
@@ -23,7 +23,7 @@ from measure import Ratio, in_turn, report, seconds
 PROJECT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
-# Command, and the CPU seconds it may take once there is nothing to do.
+# Each command, and its limit in CPU seconds when there is nothing to do.
 LIMITS: Mapping[tuple[str, ...], float] = {
     ("kedro", "registry", "list"): 1.0,
     ("kedro", "run"): 2.5,
@@ -34,10 +34,10 @@ TRAIN_LIMIT = 240.0
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run what the command line asks for and write ``results/startup.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=7, help="of each command")
-    parser.add_argument("--train", action="store_true", help="time `make train`, too, in minutes of its own")
+    parser.add_argument("--repetitions", type=int, default=7, help="repetitions of each command")
+    parser.add_argument("--train", action="store_true", help="also time `make train`, which takes minutes")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fedsca_startup_") as folder:
         findings = _startup(_clone(Path(folder) / "built"), options.repetitions)
@@ -52,7 +52,7 @@ def _clone(folder: Path) -> Path:
 
 
 def _startup(project: Path, repetitions: int) -> list[Ratio]:
-    # DVC and Kedro share the files but not the record of what is up to date; afterwards both find nothing to do.
+    # DVC and Kedro share the files but have separate records of what is up to date; afterwards both are up to date.
     for command in (("dvc", "repro"), ("kedro", "run"), ("dvc", "repro")):
         _run(project, command, preset="smoke")
     measured = in_turn(
@@ -73,7 +73,7 @@ def _cpu_seconds(project: Path, command: Sequence[str]) -> float:
 
 
 def _train(project: Path) -> Ratio:
-    """`make train` as on a machine of two cores, the environment installed already; it fetches the foundation."""
+    """Time `make train` on two cores, with the environment installed; the time includes fetching the foundation."""
     command = ("make", "train", "--old-file=install", f"BIN={BIN}")
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(allowed)[:2])
@@ -85,7 +85,7 @@ def _train(project: Path) -> Ratio:
 
 
 def _run(project: Path, command: Sequence[str], preset: str = "local") -> str:
-    """Return what a command of this environment prints in ``project``, with an MLflow database of its own."""
+    """Run a command of this environment in ``project``, with a separate MLflow database; return its output."""
     environment = {
         **os.environ,
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",

@@ -1,10 +1,10 @@
-"""What each way of speeding up a local step is worth on its own, and those that did not pay.
+"""Time each way of speeding up a local step on its own, including those that did not pay.
 
     python benchmarks/ways.py                 # seconds of one step on a batch of two; --compile adds torch.compile
-    python benchmarks/ways.py --evaluation    # seconds an image of inference, by batch size
+    python benchmarks/ways.py --evaluation    # seconds per image of inference, by batch size
 
-Every way is measured against the plain eager step of the same run: the same model in its ordinary memory layout, linear
-layers and AdamW as they come, no cache.
+The baseline is the plain eager step of the same run: the same model in its default memory layout, PyTorch's default
+linear layers and AdamW, no cache.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Trial:
     Args:
         foundations: folder of the foundation's weights.
         batch: images in the batch.
-        channels_last: of the encoder.
-        onednn: whether oneDNN makes the products of linear layers.
-        optimiser: from the trainable parameters to an AdamW over them, or over what stands for them.
-        prefix: the frozen part before the first adapter: ``with the batch``, ``by image``, or ``kept`` from before.
-        precision: a context for the forward pass.
-        compiled: the whole forward by torch.compile.
+        channels_last: whether the encoder uses this memory layout.
+        onednn: whether linear layers run on oneDNN.
+        optimiser: returns an AdamW for the trainable parameters; default: PyTorch's own.
+        prefix: how the frozen encoder prefix runs: ``with the batch``, ``by image``, or ``kept`` (cached before).
+        precision: returns the context manager of the forward pass.
+        compiled: whether torch.compile compiles the forward pass.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Trial:
         self.loss_of = build_loss(model.head, 0.5)
 
     def step(self) -> None:
-        """Train once."""
+        """Train one step."""
         with self.precision():
             logits = self.forward()
         loss = self.loss_of(logits, self.masks, self.valid)
@@ -101,9 +101,11 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=11)
-    parser.add_argument("--threads", type=int, help="torch's threads; all cores by default")
-    parser.add_argument("--evaluation", action="store_true", help="inference instead of training")
-    parser.add_argument("--compile", action="store_true", help="torch.compile too; needs a C++ compiler, and minutes")
+    parser.add_argument("--threads", type=int, help="number of torch threads (default: all cores)")
+    parser.add_argument("--evaluation", action="store_true", help="time inference instead of training")
+    parser.add_argument(
+        "--compile", action="store_true", help="also time torch.compile; needs a C++ compiler, takes minutes"
+    )
     parser.add_argument("--foundations", type=Path, default=Path("data/06_models/foundations"))
     return parser.parse_args()
 
@@ -188,7 +190,7 @@ def _fused(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def _flat(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """One AdamW over one buffer that all parameters and their gradients are views of."""
+    """Return one AdamW over one buffer; all parameters and their gradients become views of it."""
     values = torch.cat([p.detach().reshape(-1) for p in parameters])
     gradients = torch.zeros_like(values)
     sizes = [p.numel() for p in parameters]

@@ -1,11 +1,10 @@
-"""Bytes of every message of real rounds, and the time to make and to read one, against sending the model itself.
+"""Measure the bytes of every message of real rounds, and the time to encode and decode one, against sending the model.
 
     python benchmarks/wire.py                 # the demonstration sites, mobile_sam, four rounds in each wire dtype
     python benchmarks/wire.py --data DIR      # the raw sites of DIR instead, one folder each
 
-Sites are prepared by the real command; the rounds run through the project's own server, worker and fleet, which here
-keeps what it carries. Each message is then encoded again with and without compression: the same tensors, all four
-figures.
+The real command prepares the sites. The rounds run in the project's own server, worker and fleet; the fleet also stores
+each message. Each message is then encoded again with and without compression: the same tensors for all figures.
 """
 
 from __future__ import annotations
@@ -53,12 +52,12 @@ LIMIT = 1 / 200
 
 @dataclass
 class RecordingFleet(InProcessFleet):
-    """Keeps every message: direction, round and the message itself, decoded."""
+    """An in-process fleet that stores every message, decoded, with its direction and round."""
 
     carried: list[tuple[str, int, Message]] = field(default_factory=list)
 
     def exchange(self, round_: int, payloads: Mapping[str, bytes], **_: object) -> Mapping[str, bytes | Failure]:
-        """Visit the sites as the project's own fleet does."""
+        """Exchange as the project's own fleet does, and store the messages."""
         answers = super().exchange(round_, payloads)
         self.carried += [("down", round_, decode(payload)) for payload in payloads.values()]
         self.carried += [("up", round_, decode(answer)) for answer in answers.values() if isinstance(answer, bytes)]
@@ -66,7 +65,7 @@ class RecordingFleet(InProcessFleet):
 
 
 def main() -> None:
-    """Run the rounds, print two tables, write ``results/wire.json``."""
+    """Run the rounds, print two tables, and write ``results/wire.json``."""
     options = _options()
     data = _prepare(options)
     threads = resolve_threads(None)
@@ -99,22 +98,22 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of raw sites; left out: the demonstration sites")
-    parser.add_argument("--images", type=int, default=24, help="of each demonstration site")
+    parser.add_argument("--data", type=Path, help="folder of raw sites (default: the demonstration sites)")
+    parser.add_argument("--images", type=int, default=24, help="images of each demonstration site")
     parser.add_argument("--rounds", type=int, default=4, help="2 or more")
-    parser.add_argument("--repetitions", type=int, default=31, help="of the timing")
+    parser.add_argument("--repetitions", type=int, default=31, help="repetitions of the timing")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fedsca_wire", help="data root")
-    parser.add_argument("--foundations", type=Path, help="foundation root; left out: in the data root")
+    parser.add_argument("--foundations", type=Path, help="foundation root (default: in the data root)")
     options = parser.parse_args()
     if options.rounds < 2:
-        parser.error("--rounds: the first round is not like later ones; 2 or more")
+        parser.error("--rounds: must be 2 or more, because the first round differs from later ones")
     options.work = options.work.absolute()
     options.foundations = (options.foundations or options.work / "foundations").absolute()
     return options
 
 
 def _prepare(options: argparse.Namespace) -> dict[str, SiteArrays]:
-    """Fetch the foundation and prepare the sites; what is there already stays."""
+    """Fetch the foundation and prepare the sites, unless done already; return the sites' arrays."""
     for folder in sorted(options.data.iterdir()) if options.data else ():
         if folder.is_dir() and not (options.work / "01_raw" / folder.name).is_dir():
             shutil.copytree(folder, options.work / "01_raw" / folder.name)
@@ -141,7 +140,7 @@ def _model(options: argparse.Namespace) -> Any:
 def _rounds(
     options: argparse.Namespace, data: Mapping[str, SiteArrays], dtype: WireDtype
 ) -> list[tuple[str, int, Message]]:
-    """Return every message of the training rounds of a federation in one wire dtype."""
+    """Run a federation in one wire dtype; return all messages of its training rounds."""
     model = _model(options)
     layout, strategy = tensor_layout(model), build_strategy("fedsca", {})
     worker = LocalWorker(model, layout, strategy, LocalSettings("benchmark", 0, 1, dtype, 8, 0.5, TrainingConfig()))
@@ -157,7 +156,7 @@ def _rounds(
             seed=0,
             folder=CheckpointFolder(Path(folder) / "server"),
         )
-        # Without the last validation, whose messages are no round's.
+        # Without the last validation, whose messages belong to no round.
         for _ in islice(server.rounds(), options.rounds):
             pass
     return fleet.carried
@@ -168,7 +167,7 @@ Sizes = dict[tuple[str, str, str, str], list[int]]
 
 
 def _sizes(carried: Mapping[str, Sequence[tuple[str, int, Message]]], rounds: int) -> Sizes:
-    """Bytes of every message, site by site and round by round."""
+    """Return the bytes of every message, by site and round."""
     later = f"rounds 2 to {rounds}"
     found: Sizes = {
         (dtype, compression, direction, which): []
@@ -188,7 +187,7 @@ def _sizes(carried: Mapping[str, Sequence[tuple[str, int, Message]]], rounds: in
 def _milliseconds(
     carried: Mapping[str, Sequence[tuple[str, int, Message]]], repetitions: int
 ) -> dict[str, list[float]]:
-    """Time encoding and decoding the last update that travelled in each dtype, with and without zstd."""
+    """Time encoding and decoding of the last update in each dtype, with and without zstd; in milliseconds."""
     candidates: dict[str, Callable[[], float]] = {}
     for dtype, messages in carried.items():
         _, _, message = messages[-1]
@@ -201,7 +200,7 @@ def _milliseconds(
 
 
 def _headers(carried: Mapping[str, Sequence[tuple[str, int, Message]]]) -> dict[str, int]:
-    """Bytes of the safetensors header of an update, by dtype, before compression."""
+    """Return the bytes of an update's safetensors header, by dtype, before compression."""
     last = {dtype: messages[-1][-1] for dtype, messages in carried.items()}
     plain = {dtype: encode(message.manifest, message.tensors, "none") for dtype, message in last.items()}
     return {dtype: 8 + int.from_bytes(data[:8], "little") for dtype, data in plain.items()}
@@ -213,7 +212,16 @@ def _timed(work: Callable[[], object]) -> float:
 
 def _show(sizes: Sizes, headers: Mapping[str, int], timed: Mapping[str, Sequence[float]], whole: int, of: int) -> None:
     table = Table(
-        *("wire dtype", "direction", "rounds", "plain", "of it header", "zstd", "of the model", "of adapters, decoder"),
+        *(
+            "wire dtype",
+            "direction",
+            "rounds",
+            "plain",
+            "header",
+            "zstd",
+            "share of the model",
+            "share of adapters, decoder",
+        ),
         title=f"bytes of a message, mean; the model in fp32: {whole:,}, adapters and decoder: {of:,}",
     )
     for (dtype, compression, direction, which), found in sizes.items():
