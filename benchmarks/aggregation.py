@@ -21,8 +21,8 @@ from measure import Ratio, in_turn, ratios, report, seconds
 from fedsca_pipeline.federation.run import resolve_threads
 from fedsca_pipeline.federation.server.arrays import RoundMemory, mapped
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.federation.strategies.kernels import Replies
-from fedsca_pipeline.federation.strategies.server_step import ServerState
+from fedsca_pipeline.federation.strategies.server_step import Replies, ServerState
+from fedsca_pipeline.model.layout import TensorLayout
 
 
 class PeakMemory:
@@ -53,23 +53,20 @@ def main() -> None:
     torch.set_num_threads(threads)
     count, values = options.sites, options.values
     sites = tuple(f"site_{index:05d}" for index in range(count))
-    strategy = build_strategy("fedsca", {})
-    groups = (slice(0, values),)
+    strategy = build_strategy("fedsca", {}, TensorLayout((("adapter",),), (), {"adapter": (values,)}))
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         memory = RoundMemory.within(options.server_memory, Path(folder), count, values)
         # In a run, the state before the round is the memory-mapped checkpoint.
-        masters = mapped(Path(folder), (count, values))
+        local_models = mapped(Path(folder), (count, values))
         _fill(memory.updates, 1e-3)
         _fill(memory.bases, 1.0)
         state = ServerState.initial(count, 0, 1)
-        state = ServerState(masters, state.trained, state.samples, state.memory, state.norms)
+        state = ServerState(local_models, state.trained, state.samples, state.memory, state.norms)
         replies = Replies(1, sites, memory.bases, memory.updates, torch.full((count,), 32.0, dtype=torch.float64))
         initial = torch.zeros(values)
 
         def step() -> None:
-            strategy.aggregate(
-                state, replies, sites=sites, initial=initial, groups=groups, max_norm_ratio=10.0, out=memory.results
-            )
+            strategy.aggregate(state, replies, sites=sites, initial=initial, max_norm_ratio=10.0, out=memory.results)
 
         def copy() -> None:
             memory.results.aggregates.copy_(memory.updates)

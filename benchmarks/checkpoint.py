@@ -88,7 +88,8 @@ def _server(options: argparse.Namespace, root: Path) -> Server:
     found = nuclei_sites(options.data, SITES, root, images=options.images)
     model = load_foundation(FoundationConfig(), options.foundations, image_size=256, classes=1)
     attach_adapters(model, AdaptersConfig())
-    layout, strategy, training = tensor_layout(model), build_strategy("fedsca", {}), TrainingConfig()
+    layout, training = tensor_layout(model), TrainingConfig()
+    strategy = build_strategy("fedsca", {}, layout)
     cache_bytes = int(training.feature_cache * 2**30 / len(found))
     worker = LocalWorker(
         model, layout, strategy, LocalSettings("benchmark", 0, 1, "fp16", 8, 0.5, training, cache_bytes=cache_bytes)

@@ -107,14 +107,15 @@ def _sites(options: argparse.Namespace, data: SiteData, folder: Path, threads: i
     training = TrainingConfig()
     cache_bytes = int(training.feature_cache * 2**30 / len(data))
     settings = LocalSettings("benchmark", 0, 1, "fp16", 8, 0.5, training, cache_bytes=cache_bytes)
-    strategy = build_strategy("fedsca", {})
-    return LocalSites(model, tensor_layout(model), strategy, settings, data, folder, torch.device("cpu"), threads)
+    layout = tensor_layout(model)
+    strategy = build_strategy("fedsca", {}, layout)
+    return LocalSites(model, layout, strategy, settings, data, folder, torch.device("cpu"), threads)
 
 
 def _payloads(here: LocalSites) -> dict[str, bytes]:
     """Return the messages of the first round, which hold the start values."""
     named = dict(here.model.named_parameters())
-    shared = {name: named[name].detach().half().float() for name in here.strategy.shared(here.layout)}
+    shared = {name: named[name].detach().half().float() for name in here.strategy.shared()}
     manifest = {"kind": "aggregate", "run": "benchmark", "round": 1, "base_hash": hash_tensors(shared), "samples": 0}
     return {
         site: encode(Manifest(**manifest, site=site, dtype="fp16", relative=False, metrics={}), shared)

@@ -204,7 +204,8 @@ def _loop(
 def _project(model: SegmentationModel, data: SiteArrays, folder: Path) -> Callable[[int], float]:
     """Return a function that trains one round by ``LocalWorker.work``; the site's aggregate is its own local model."""
     settings = LocalSettings(RUN, SEED, 1, "fp32", 8, 0.5, TRAINING, cache_bytes=2**32)
-    worker = LocalWorker(model, tensor_layout(model), build_strategy("fedsca", {}), settings)
+    layout = tensor_layout(model)
+    worker = LocalWorker(model, layout, build_strategy("fedsca", {}, layout), settings)
     store = SiteStore(folder)
     shared = {name: worker.initial[name] for name in worker.shared}
 

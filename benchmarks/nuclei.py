@@ -166,7 +166,7 @@ def _sizes(options: argparse.Namespace) -> dict[str, int]:
     return {
         "whole_model_fp32": BYTES_FP32 * sum(p.numel() for p in model.parameters()),
         "adapters_and_decoder_fp32": BYTES_FP32 * layout.size((*layout.adapters, *layout.decoder)),
-        "low_adapters_fp32": BYTES_FP32 * layout.size(build_strategy("fedsca", {}).shared(layout)),
+        "low_adapters_fp32": BYTES_FP32 * layout.size(build_strategy("fedsca", {}, layout).shared()),
     }
 
 
@@ -218,7 +218,8 @@ def _batches(arrays: SiteArrays, site: str) -> Iterator[Batch]:
 def _project_round(options: argparse.Namespace, data: dict[str, SiteArrays]) -> float:
     """Return the seconds of one federated round: messages, training, validation, SGCA, checkpoint with fsync."""
     model = _model(options)
-    layout, strategy = tensor_layout(model), build_strategy("fedsca", {})
+    layout = tensor_layout(model)
+    strategy = build_strategy("fedsca", {}, layout)
     settings = LocalSettings("benchmark", 0, 1, "fp16", 8, 0.5, TrainingConfig())
     worker = LocalWorker(model, layout, strategy, settings)
     with tempfile.TemporaryDirectory(dir=options.work) as folder:

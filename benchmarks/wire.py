@@ -142,7 +142,8 @@ def _rounds(
 ) -> list[tuple[str, int, Message]]:
     """Run a federation in one wire dtype; return all messages of its training rounds."""
     model = _model(options)
-    layout, strategy = tensor_layout(model), build_strategy("fedsca", {})
+    layout = tensor_layout(model)
+    strategy = build_strategy("fedsca", {}, layout)
     worker = LocalWorker(model, layout, strategy, LocalSettings("benchmark", 0, 1, dtype, 8, 0.5, TrainingConfig()))
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         fleet = RecordingFleet(worker, data, Path(folder) / "sites")

@@ -88,8 +88,8 @@ class TestMethods:
 
         methods = resolve_methods(setting)
 
-        assert [(name, m.strategy.options.mu) for name, m in methods.items()] == [("fedprox", 0.2), ("strong", 0.7)]
-        assert methods["strong"].strategy.options.share_decoder is False
+        assert [(name, m.options.mu) for name, m in methods.items()] == [("fedprox", 0.2), ("strong", 0.7)]
+        assert methods["strong"].options.share_decoder is False
         assert methods["strong"].groups["training"]["augment"]["flip"] == 0.0
         assert methods["fedprox"].groups["training"]["augment"]["flip"] == 0.5
         assert setting.base["training"]["augment"]["flip"] == 0.5
@@ -131,7 +131,7 @@ class TestRefusals:
             ({}, r"comparison\.methods\.odd\.strategy: 'odd' is no strategy"),
             (
                 {"strategy": "fedsca", "options": {"rhoo": 0.4}},
-                r"comparison\.methods\.odd: strategies\.fedsca\.rhoo is no option, did you mean 'rho'\?",
+                r"comparison\.methods\.odd: strategies\.fedsca\.rhoo is no option; did you mean 'rho'\?",
             ),
             ({"strategy": "fedsca", "options": {"rho": 7}}, r"comparison\.methods\.odd: strategies\.fedsca\.rho is 7"),
             ({"strategy": "fedsa_lora"}, r"comparison\.methods\.odd: .*fedsa_lora needs adapters\.method lora.*'fel'"),

@@ -378,7 +378,7 @@ def gone(group: int, within: float = 10.0) -> bool:
             {"methods": {"local": {"set": {"adapters.widht": 3}}}},
             "comparison.methods.local.set: adapters.widht: Extra inputs",
         ),
-        ({"methods": {"fedsca": {"options": {"rhoo": 0.4}}}}, "strategies.fedsca.rhoo is no option, did you mean"),
+        ({"methods": {"fedsca": {"options": {"rhoo": 0.4}}}}, "strategies.fedsca.rhoo is no option; did you mean"),
         ({"unseen_sites": ["nowhere"]}, "comparison.unseen_sites: no such site: nowhere; there are harbour_ct"),
         (
             {"unseen_sites": [*TRAINED, "valley_endoscopy"]},

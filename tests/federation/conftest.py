@@ -104,7 +104,8 @@ def make_worker() -> Callable[..., LocalWorker]:
             cache_bytes=cache_bytes,
             **settings or {},
         )
-        return LocalWorker(model, tensor_layout(model), build_strategy(strategy, options or {}), alike)
+        layout = tensor_layout(model)
+        return LocalWorker(model, layout, build_strategy(strategy, options or {}, layout), alike)
 
     return make
 
@@ -164,7 +165,8 @@ class Federation:
             for name, tensor in message.tensors.items()
         }
         kept = {f"last/{site}/{name}": tensor for site in self.sites() for name, tensor in self.last(site).items()}
-        return {**said, **kept, "aggregates": self.checkpoint().aggregates, "masters": self.checkpoint().state.masters}
+        checkpoint = self.checkpoint()
+        return {**said, **kept, "aggregates": checkpoint.aggregates, "local_models": checkpoint.state.local_models}
 
 
 @pytest.fixture

@@ -212,7 +212,7 @@ class _Training:
         general = self._general()
         found: dict[str, Result] = {}
         batches = list(plain_batches(arrays, "test", self.evaluation.batch_size))
-        if set(self.layout.decoder) <= set(self.strategy.shared(self.layout)) or self.strategy.pools:
+        if set(self.layout.decoder) <= set(self.strategy.shared()) or self.strategy.pools:
             self.worker.install(general)
             found["as it is"] = self._scores(arrays, "test", batches, self.known_anywhere)
         if self.unseen["release_private"]:
@@ -236,19 +236,19 @@ class _Training:
         return SiteStore(self.folder / "sites" / (POOLED if self.strategy.pools else site))
 
     def _general(self) -> dict[str, Tensor]:
-        """The latest masters' mean over the start values; a pooled site's chosen model."""
+        """The mean of the latest local models over the start values; a pooled site's chosen model."""
         if self.strategy.pools:
             return dict(self._store(POOLED).snapshot("best").tensors)
-        shapes = self.strategy.wire(self.layout)
+        shapes = self.strategy.wire_shapes()
         latest = CheckpointFolder(self.folder / "server").latest()
         if not shapes or latest is None:
             return dict(self.worker.initial)
-        mixed = unflatten(self.strategy.general_model(latest.state, layout=self.layout), tuple(shapes), shapes)
+        mixed = unflatten(self.strategy.general_model(latest.state), tuple(shapes), shapes)
         return {name: mixed.get(name, start) for name, start in self.worker.initial.items()}
 
     def _private(self) -> tuple[str, ...]:
         """What an unseen site tunes: what sites keep to themselves; all that is trained where that is nothing."""
-        trained, shared = self.strategy.trained(self.layout), set(self.strategy.shared(self.layout))
+        trained, shared = self.strategy.trained(), set(self.strategy.shared())
         return tuple(name for name in trained if name not in shared) or trained
 
     def _ensemble(self, arrays: Arrays, batches: Sequence[Batch]) -> Result:

@@ -228,7 +228,7 @@ def _behaviour(behaviour: Behaviour, reference: str, picture: str) -> str:
     lines = [
         f"How {reference} behaved (means over seeds): the cosines between sites' updates are "
         f"{sum(others) / len(others):.3f} on average ({min(others):.3f} to {max(others):.3f}), so a site keeps "
-        f"{own.iloc[0]:.2f} of its own weights in round {own.index.min()} and {own[last]:.2f} in round {last}; masters "
+        f"{own.iloc[0]:.2f} of its own weights in round {own.index.min()} and {own[last]:.2f} in round {last}; local models "
         f"lie {behaviour.spread.mean():.2f} updates from their mean. Mean update norms: "
         + ", ".join(f"{site} {norm:.2f}" for site, norm in norms.items())
         + ".",
@@ -309,7 +309,7 @@ def _options(methods: Mapping[str, Method]) -> str:
     rows = [
         (name, ", ".join(f"{key}: {value}" for key, value in options.items()))
         for name, method in methods.items()
-        if method.ablation is None and (options := method.strategy.options.model_dump(exclude_defaults=True))
+        if method.ablation is None and (options := method.options.model_dump(exclude_defaults=True))
     ]
     if not rows:
         return ""

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ValidationError
 from fedsca_pipeline.config import GROUPS, ComparisonConfig, FederationConfig, MethodConfig, Settings
 from fedsca_pipeline.errors import ConfigError
 from fedsca_pipeline.federation.run import CHANGES_NO_NUMBER
-from fedsca_pipeline.federation.strategies import STRATEGIES, build_strategy
-from fedsca_pipeline.federation.strategies.base import Strategy
+from fedsca_pipeline.federation.strategies import STRATEGIES, strategy_class, strategy_options
+from fedsca_pipeline.federation.strategies.base import Strategy, StrategyOptions
 from fedsca_pipeline.files import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ class Method:
     """
 
     name: str
-    strategy: Strategy
+    strategy: type[Strategy]
+    options: StrategyOptions
     groups: Mapping[str, Values]
     seeds: tuple[int, ...]
     train_images: tuple[int | None, ...]
@@ -177,10 +178,12 @@ def _method(name: str, config: MethodConfig, setting: Setting) -> Method | None:
         )
     groups = _with_set(where, setting.base, config.set)
     try:
-        strategy = build_strategy(strategy_name, {**(setting.strategies.get(strategy_name) or {}), **config.options})
-        if not strategy.permitted and setting.config.only is None:
+        strategy = strategy_class(strategy_name)
+        given = {**(setting.strategies.get(strategy_name) or {}), **config.options}
+        options = strategy_options(strategy_name, given)
+        if not options.permitted and setting.config.only is None:
             return None
-        strategy.check_use(groups["adapters"]["method"])
+        strategy.check_use(options, groups["adapters"]["method"])
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     if not strategy.pools:
@@ -194,6 +197,7 @@ def _method(name: str, config: MethodConfig, setting: Setting) -> Method | None:
     return Method(
         name=name,
         strategy=strategy,
+        options=options,
         groups=groups,
         # What is named twice is one cell all the same.
         seeds=tuple(dict.fromkeys(config.seeds or own.seeds)),
@@ -257,7 +261,7 @@ def _cell(method: Method, setting: Setting, seed: int, count: int | None, rate: 
     groups["federation"] = {
         key: value for key, value in groups["federation"].items() if key not in CHANGES_NO_NUMBER
     } | {"strategy": method.strategy.name}
-    options = method.strategy.options.model_dump(mode="json", exclude_defaults=True)
+    options = method.options.model_dump(mode="json", exclude_defaults=True)
     # What classes are called changes no number.
     fixed = {
         "preprocessing": {**setting.base["preprocessing"], "class_names": None},

@@ -87,9 +87,9 @@ def write_site_models(
             save(target, site, snapshot)
         written[site] = {name: {"round": s.round, "dice_validation": s.dice} for name, s in kept.items() if s}
     latest = CheckpointFolder(folder.server).latest()
-    shapes = strategy.wire(layout)
+    shapes = strategy.wire_shapes()
     if latest is not None and shapes:
-        general = unflatten(strategy.general_model(latest.state, layout=layout), tuple(shapes), shapes)
+        general = unflatten(strategy.general_model(latest.state), tuple(shapes), shapes)
         tensors = {name: general.get(name, tensor) for name, tensor in start.items()}
         save(models / GENERAL_MODEL, GENERAL_MODEL, Snapshot(federation.rounds, None, tensors), GENERAL_NOTE)
     for folder_of_another_run in models.glob("*/"):

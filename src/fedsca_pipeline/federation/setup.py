@@ -13,7 +13,7 @@ import torch
 from fedsca_pipeline.config import Settings
 from fedsca_pipeline.federation.site.steps import LocalSettings
 from fedsca_pipeline.federation.site.worker import LocalWorker
-from fedsca_pipeline.federation.strategies import build_strategy
+from fedsca_pipeline.federation.strategies import build_strategy, strategy_class, strategy_options
 from fedsca_pipeline.federation.strategies.base import Strategy
 from fedsca_pipeline.model.adapters.attach import build_trainable
 from fedsca_pipeline.model.foundation.model import SegmentationModel
@@ -53,9 +53,10 @@ def set_up(settings: Settings, foundations: Path, *, run: str, sites: int) -> Se
         ConfigError: the strategy's options are wrong, or it cannot be used with ``adapters.method``.
         WeightsError: the foundation's weights are missing or damaged.
     """
-    strategy = build_strategy(settings.federation.strategy, settings.strategy_options)
-    strategy.check_use(settings.adapters.method)
+    name, options = settings.federation.strategy, settings.strategy_options
+    strategy_class(name).check_use(strategy_options(name, options), settings.adapters.method)
     model, layout = build_trainable(settings.foundation, settings.adapters, foundations, settings.preprocessing)
+    strategy = build_strategy(name, options, layout)
     if strategy.pools:
         settings, sites = settings.pooled(sites), 1
     federation, evaluation, training = settings.federation, settings.evaluation, settings.training

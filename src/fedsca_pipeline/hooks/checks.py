@@ -112,17 +112,18 @@ def _refuse_demonstration(parameters: Parameters, catalog: DataCatalog) -> None:
 
 
 def _check_training(parameters: Parameters, sites: tuple[str, ...]) -> None:
-    """Build the strategy once, so that a wrong option fails before any work.
+    """Check the strategy and its options before any work.
 
     Raises:
         ConfigError: naming the YAML key.
     """
-    from fedsca_pipeline.federation.strategies import build_strategy, check_options
+    from fedsca_pipeline.federation.strategies import check_options, strategy_class, strategy_options
 
     settings = parameters.settings
     federation = settings.federation
-    strategy = build_strategy(federation.strategy, settings.strategy_options)
-    strategy.check_use(settings.adapters.method)
+    strategy = strategy_class(federation.strategy)
+    options = strategy_options(federation.strategy, settings.strategy_options)
+    strategy.check_use(options, settings.adapters.method)
     if strategy.pools and _is_deployed(parameters):
         raise ConfigError(f"federation.strategy: {strategy.name} pools images, and those of a deployed site stay there")
     check_options(settings.strategies)

@@ -81,7 +81,7 @@ def start_values(sites: LocalSites) -> dict[str, torch.Tensor]:
 def payloads(sites: LocalSites, names=SITES, *, value: float | None = None, addressed: str = "") -> dict[str, bytes]:
     """First-round messages: start values, or ``value`` everywhere; ``addressed`` to another site where it is given."""
     start = start_values(sites)
-    shared = {name: start[name] for name in sites.strategy.shared(sites.layout)}
+    shared = {name: start[name] for name in sites.strategy.shared()}
     if value is not None:
         shared = {name: torch.full_like(tensor, value) for name, tensor in shared.items()}
     made = {}

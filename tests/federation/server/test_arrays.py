@@ -32,7 +32,7 @@ def test_only_what_fits_lies_in_memory(fit: float, files: int, on_disk, tmp_path
     taken = RoundMemory.within(fit * ONE_ARRAY, tmp_path, SITES, VALUES)
 
     assert on_disk == [(SITES, VALUES)] * files
-    for array in (taken.updates, taken.bases, taken.results.masters, taken.results.aggregates):
+    for array in (taken.updates, taken.bases, taken.results.local_models, taken.results.aggregates):
         assert array.shape == (SITES, VALUES)
         assert array.dtype == torch.float32
         assert array.fill_(2.0).sum() == 2 * SITES * VALUES

@@ -73,7 +73,9 @@ def server(fleet, folder: Path, **config) -> Server:
     strategy = config.pop("strategy", "fedsca")
     return Server(
         fleet,
-        build_strategy(strategy, {"share_decoder": False, "shared_blocks": "low"} if strategy == "fedavg" else {}),
+        build_strategy(
+            strategy, {"share_decoder": False, "shared_blocks": "low"} if strategy == "fedavg" else {}, LAYOUT
+        ),
         LAYOUT,
         INITIAL,
         FederationConfig(**{"rounds": 3, "wire_dtype": "fp32", **config}),

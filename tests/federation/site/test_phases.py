@@ -14,6 +14,7 @@ from fedsca_pipeline.federation.site.steps import PlainSteps
 from fedsca_pipeline.federation.site.worker import phase_lengths
 from fedsca_pipeline.federation.strategies.base import Strategy, StrategyOptions
 from fedsca_pipeline.federation.strategies.rules import LocalRule, Phase
+from fedsca_pipeline.model.layout import TensorLayout
 
 EPOCH = 3  # batches of two of five images
 
@@ -21,8 +22,8 @@ EPOCH = 3  # batches of two of five images
 class Rule(LocalRule):
     """Tells of every call, and keeps a count of rounds."""
 
-    def __init__(self, received, kept, calls) -> None:
-        super().__init__(received, kept)
+    def __init__(self, received, state, calls) -> None:
+        super().__init__(received, state)
         self.calls = calls
 
     def penalty(self, parameters, phase):
@@ -31,8 +32,8 @@ class Rule(LocalRule):
     def correct(self, parameters, phase) -> None:
         self.calls.append(("correct", phase.share, tuple(parameters)))
 
-    def kept(self):
-        return {"rounds": self.before.get("rounds", torch.zeros(1)) + 1}
+    def next_state(self):
+        return {"rounds": self.state.get("rounds", torch.zeros(1)) + 1}
 
 
 def batches_of(worker, data):
@@ -111,7 +112,7 @@ class TestRules:
             decoder = tuple(name for name in worker.parameters if name in worker.decoder)
             rest = tuple(name for name in worker.parameters if name not in worker.decoder)
             worker.phases = (Phase(decoder, 0.25), Phase(rest, 0.75))
-            worker.strategy.local_rule = lambda received, kept: Rule(received, kept, calls)
+            worker.strategy.local_rule = lambda received, state: Rule(received, state, calls)
 
         run = federate("fedavg", steps_per_round=4, change=ruled, absent={"b": [2]})
 
@@ -125,7 +126,7 @@ class TestRules:
         assert run.store("b").state_at(8).kept["rounds"].item() == 1
 
     def test_the_rule_of_a_plain_strategy_changes_nothing_and_keeps_nothing(self) -> None:
-        rule = Strategy(StrategyOptions()).local_rule({"x": torch.ones(1)}, {})
+        rule = Strategy(StrategyOptions(), TensorLayout((), (), {})).local_rule({"x": torch.ones(1)}, {})
         x = torch.zeros(1, requires_grad=True)
         x.grad = torch.ones(1)
 
@@ -133,16 +134,16 @@ class TestRules:
 
         assert rule.penalty({"x": x}, Phase(("x",))) is None
         assert x.grad.item() == 1.0
-        assert rule.kept() == rule.carried() == {}
+        assert rule.next_state() == rule.extra_tensors() == {}
 
     def test_what_a_rule_breaks_fails_the_site(self, federate) -> None:
         class Broken(LocalRule):
-            def kept(self):
+            def next_state(self):
                 return {"x": torch.tensor([torch.nan])}
 
         def broken(worker) -> None:
-            worker.strategy.local_rule = lambda received, kept: (
-                Broken(received, kept) if worker.rounds.pop() else LocalRule(received, kept)
+            worker.strategy.local_rule = lambda received, state: (
+                Broken(received, state) if worker.rounds.pop() else LocalRule(received, state)
             )
             worker.rounds = [True, False]
 

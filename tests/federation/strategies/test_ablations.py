@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from flat_layout import flat_layout
 
-from fedsca_pipeline.federation.strategies import base, build_strategy
-from fedsca_pipeline.federation.strategies.kernels import Replies
+from fedsca_pipeline.federation.strategies import build_strategy, kernels
 from fedsca_pipeline.federation.strategies.rules import Phase
-from fedsca_pipeline.federation.strategies.server_step import ServerState
+from fedsca_pipeline.federation.strategies.server_step import Replies, ServerState
 
 SITES = ("a", "b", "c")
 GROUPS = (slice(0, 8), slice(8, 20))
@@ -17,12 +17,12 @@ GROUPS = (slice(0, 8), slice(8, 20))
 def aggregate(options, seed=0):
     draw = torch.Generator().manual_seed(seed)
     bases, updates = (torch.randn(3, 20, generator=draw) for _ in range(2))
-    _, found = build_strategy("fedsca", options).aggregate(
+    options = {"granularity": "block", "shared_blocks": "all", **options}
+    _, found = build_strategy("fedsca", options, flat_layout(8, 12)).aggregate(
         ServerState.initial(3, 20, 2),
         Replies(1, SITES, bases, updates.clone(), torch.ones(3).double()),
         sites=SITES,
         initial=torch.randn(20, generator=draw),
-        groups=GROUPS,
         max_norm_ratio=1e9,
     )
     return found, bases, updates
@@ -31,7 +31,7 @@ def aggregate(options, seed=0):
 @pytest.mark.parametrize("columns", [3, 1 << 17])
 @pytest.mark.parametrize("compare", ["updates", "weights"])
 def test_the_similarities_are_cosines_of_what_is_compared_in_each_group(compare, columns, monkeypatch):
-    monkeypatch.setattr(base, "_COLUMNS", columns)
+    monkeypatch.setattr(kernels, "_COLUMNS", columns)
 
     found, bases, updates = aggregate({"compare": compare})
 
@@ -45,10 +45,10 @@ def test_the_similarities_are_cosines_of_what_is_compared_in_each_group(compare,
 def test_mu_holds_local_steps_near_the_aggregate_over_what_is_shared():
     trained = {"low": torch.tensor([1.0, 3.0]), "private": torch.ones(2)}
 
-    rule = build_strategy("fedsca", {"mu": 0.5}).local_rule({"low": torch.tensor([0.0, 1.0])}, {})
+    rule = build_strategy("fedsca", {"mu": 0.5}, flat_layout()).local_rule({"low": torch.tensor([0.0, 1.0])}, {})
 
     assert rule.penalty(trained, Phase(tuple(trained))).item() == 0.25 * 5
-    plain = build_strategy("fedsca", {}).local_rule({"low": torch.zeros(2)}, {})
+    plain = build_strategy("fedsca", {}, flat_layout()).local_rule({"low": torch.zeros(2)}, {})
     assert plain.penalty(trained, Phase(tuple(trained))) is None
 
 
@@ -61,9 +61,9 @@ def test_mu_changes_a_run_and_is_zero_unless_told(federate):
 
 def test_fedavg_low_sends_what_fedsca_sends_and_is_fedavg_of_it(federate, make_layout):
     layout = make_layout()
-    low = build_strategy("fedavg_low", {})
+    low, fedsca = (build_strategy(name, {}, layout) for name in ("fedavg_low", "fedsca"))
 
-    assert low.wire(layout) == build_strategy("fedsca", {}).wire(layout)
+    assert low.wire_shapes() == fedsca.wire_shapes()
     one = federate("fedavg_low").bits()
     other = federate("fedavg", {"shared_blocks": "low", "share_decoder": False}).bits()
     assert all(torch.equal(one[key], other[key]) for key in one)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from fedsca_pipeline.errors import NoValidSite, ResumeError
-from fedsca_pipeline.federation.strategies import base, build_strategy
+from fedsca_pipeline.federation.strategies import build_strategy, kernels
 from fedsca_pipeline.federation.strategies.kernels import Replies, Results, cosines, gram, renew_and_mix, runs
-from fedsca_pipeline.federation.strategies.server_step import ServerState, partners, site_prior
+from fedsca_pipeline.federation.strategies.server_step import Replies, ServerState, partners, site_prior
 from fedsca_pipeline.model.layout import TensorLayout
 
 SITES = ("a", "b", "c", "d")
@@ -163,9 +163,9 @@ class TestBlocks:
         replies = Replies(1, sites, bases, updates, torch.full((len(sites),), 10.0).double())
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(base, "_COLUMNS", columns)
-            patch.setattr(base, "_CACHED", columns * len(SITES))
-            patch.setattr(base, "_KERNEL", band)
+            patch.setattr(kernels, "_COLUMNS", columns)
+            patch.setattr(kernels, "_CACHED", columns * len(SITES))
+            patch.setattr(kernels, "_KERNEL", band)
             after, found = step(build_strategy("fedsca", {"weighting": "uniform"}), state, replies, max_norm_ratio=1e6)
             products = gram(updates, (slice(0, values),))[0]
             weights = build_strategy("fedsca", {"weighting": "uniform"}).site_weights(
@@ -196,7 +196,7 @@ class TestBlocks:
         assert torch.equal(same.spread, found.spread)
 
     def test_masters_may_take_the_place_of_the_updates(self, monkeypatch):
-        monkeypatch.setattr(base, "_CACHED", 4 * 1024)
+        monkeypatch.setattr(kernels, "_CACHED", 4 * 1024)
         draw = torch.Generator().manual_seed(6)
         bases, updates = torch.randn(2, 4, 20_000, generator=draw)
         fedsca = build_strategy("fedsca", {})

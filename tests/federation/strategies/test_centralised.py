@@ -10,7 +10,8 @@ from fedsca_pipeline.config import TrainingConfig
 from fedsca_pipeline.data.arrays import PooledArrays, SiteArrays
 from fedsca_pipeline.errors import ConfigError
 from fedsca_pipeline.federation.fleets.data import POOLED, PooledData
-from fedsca_pipeline.federation.strategies import STRATEGIES, build_strategy
+from fedsca_pipeline.federation.strategies import STRATEGIES, strategy_class
+from fedsca_pipeline.federation.strategies.centralised import Centralised, CentralisedOptions
 
 ALLOWED = {"allow_pooling": True}
 
@@ -22,12 +23,12 @@ def sites(write_site):
 
 def test_it_is_refused_unless_pooling_is_allowed():
     with pytest.raises(ConfigError, match=r"strategies\.centralised\.allow_pooling is false"):
-        build_strategy("centralised", {}).check_use("fel")
-    build_strategy("centralised", ALLOWED).check_use("fel")
+        Centralised.check_use(CentralisedOptions(), "fel")
+    Centralised.check_use(CentralisedOptions(**ALLOWED), "fel")
 
 
 def test_no_other_strategy_pools():
-    assert {name for name in STRATEGIES if build_strategy(name, {}).pools} == {"centralised"}
+    assert {name for name in STRATEGIES if strategy_class(name).pools} == {"centralised"}
 
 
 def test_pooled_rows_are_counted_through_the_sites(sites):

@@ -6,6 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
+from flat_layout import flat_layout
 
 from fedsca_pipeline.data.arrays import known_classes
 from fedsca_pipeline.federation.strategies import build_strategy
@@ -34,14 +35,14 @@ def behind_the_first_phase(worker):
 def test_the_second_of_two_phases_is_personal_and_as_long(make_layout):
     layout = make_layout()
 
-    assert build_strategy("ditto", {}).phases(layout) == (
+    assert build_strategy("ditto", {}, layout).phases() == (
         Phase(layout.efficient),
         Phase(layout.efficient, share=1.0, personal=True),
     )
 
 
 def test_the_pull_is_half_lambda_times_the_squared_distance_in_the_personal_phase_alone():
-    rule = build_strategy("ditto", {"pull": 3.0}).local_rule({"x": torch.tensor([1.0, 1.0])}, {})
+    rule = build_strategy("ditto", {"pull": 3.0}, flat_layout()).local_rule({"x": torch.tensor([1.0, 1.0])}, {})
     parameters = {"x": torch.tensor([2.0, -1.0])}
 
     assert rule.penalty(parameters, Phase(("x",))) is None

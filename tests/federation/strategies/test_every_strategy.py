@@ -9,7 +9,7 @@ import torch
 
 from fedsca_pipeline.config import AdaptersConfig
 from fedsca_pipeline.federation.fleets.data import POOLED, PooledData
-from fedsca_pipeline.federation.strategies import STRATEGIES, build_strategy
+from fedsca_pipeline.federation.strategies import STRATEGIES, build_strategy, strategy_class, strategy_options
 
 LORA = AdaptersConfig(method="lora", options={"r": 2})
 OPTIONS = {"centralised": {"allow_pooling": True}}
@@ -17,20 +17,21 @@ every_strategy = pytest.mark.parametrize("name", STRATEGIES)
 
 
 def adapters_of(name: str) -> AdaptersConfig | None:
-    return LORA if "lora" in build_strategy(name, {}).adapter_methods else None
+    return LORA if "lora" in strategy_class(name).adapter_methods else None
 
 
 @every_strategy
 def test_its_answers_fit_together(name, make_layout):
-    strategy, layout = build_strategy(name, OPTIONS.get(name, {})), make_layout(adapters_of(name))
-    shared, trained = strategy.shared(layout), strategy.trained(layout)
-    phases, wire, groups = strategy.phases(layout), strategy.wire(layout), strategy.groups(layout)
+    layout = make_layout(adapters_of(name))
+    strategy = build_strategy(name, OPTIONS.get(name, {}), layout)
+    shared, trained = strategy.shared(), strategy.trained()
+    phases, wire, groups = strategy.phases(), strategy.wire_shapes(), strategy.groups()
 
-    strategy.check_use("lora" if adapters_of(name) else "fel")
+    strategy.check_use(strategy.options, "lora" if adapters_of(name) else "fel")
     assert len(set(trained)) == len(trained)
     assert set(shared) <= set(trained) <= set(layout.shapes)
-    assert tuple(wire) == (*shared, *strategy.carried(layout))
-    assert not set(strategy.carried(layout)) & set(layout.shapes)
+    assert tuple(wire) == (*shared, *strategy.extra_shapes())
+    assert not set(strategy.extra_shapes()) & set(layout.shapes)
     assert {n for phase in phases if not phase.personal for n in phase.trained} == set(trained)
     assert all(phase.share > 0 for phase in phases)
     ends = [0, *(group.stop for group in groups)]
@@ -40,9 +41,9 @@ def test_its_answers_fit_together(name, make_layout):
 
 @every_strategy
 def test_its_options_as_a_result_tells_them_make_the_same_strategy(name):
-    options = build_strategy(name, OPTIONS.get(name, {})).options
+    options = strategy_options(name, OPTIONS.get(name, {}))
 
-    again = build_strategy(name, options.model_dump(mode="json", exclude_defaults=True)).options
+    again = strategy_options(name, options.model_dump(mode="json", exclude_defaults=True))
 
     assert again == options
 
@@ -73,7 +74,8 @@ TRAVELS = {
 
 @every_strategy
 def test_what_trains_and_what_travels_by_default(name, make_layout):
-    layout, strategy = make_layout(adapters_of(name)), build_strategy(name, {})
+    layout = make_layout(adapters_of(name))
+    strategy = build_strategy(name, {}, layout)
     parts = {
         "adapters": layout.adapters,
         "decoder": layout.decoder,
@@ -85,7 +87,7 @@ def test_what_trains_and_what_travels_by_default(name, make_layout):
         "lora_B": tuple(n for n in layout.adapters if ".lora_B." in n),
     }
 
-    found = strategy.trained(layout), strategy.shared(layout)
+    found = strategy.trained(), strategy.shared()
 
     for names, expected in zip(found, TRAVELS[name], strict=True):
         assert set(names) == {n for part in expected.split() for n in parts[part]}
@@ -96,7 +98,7 @@ def test_what_trains_and_what_travels_by_default(name, make_layout):
 @pytest.mark.parametrize("wire_dtype", ["fp16", "int8"])
 def test_two_rounds_with_a_site_absent_in_the_second_end_well_and_twice_the_same(name, wire_dtype, federate, make_site):
     data, absent = {site: make_site(site, seed) for seed, site in enumerate("ab")}, {"b": [2]}
-    if build_strategy(name, {}).pools:
+    if strategy_class(name).pools:
         data, absent = PooledData(data), {}
 
     one, other = (
@@ -119,7 +121,7 @@ def test_two_rounds_with_a_site_absent_in_the_second_end_well_and_twice_the_same
         last = one.last(site)
         assert all(tensor.isfinite().all() for tensor in last.values())
         moved = {n for n, tensor in last.items() if not torch.equal(tensor, one.worker.initial[n])}
-        assert moved & set(one.worker.strategy.trained(one.layout))
+        assert moved & set(one.worker.strategy.trained())
     mine, theirs = one.bits(), other.bits()
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)

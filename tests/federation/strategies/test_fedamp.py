@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from flat_layout import flat_layout
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from fedsca_pipeline.federation.strategies import base, build_strategy
-from fedsca_pipeline.federation.strategies.kernels import Replies
+from fedsca_pipeline.federation.strategies import build_strategy, kernels
 from fedsca_pipeline.federation.strategies.rules import Phase
-from fedsca_pipeline.federation.strategies.server_step import ServerState
+from fedsca_pipeline.federation.strategies.server_step import Replies, ServerState
 
 both = pytest.mark.parametrize("name", ["fedamp", "pfedgraph"])
 
@@ -36,12 +36,11 @@ def make(updates, bases, samples=None):
 def aggregate(name, replies, initial, sites=None, options=None):
     values = replies.updates.shape[1]
     sites = sites or replies.sites
-    return build_strategy(name, options or {}).aggregate(
+    return build_strategy(name, options or {}, flat_layout(values)).aggregate(
         ServerState.initial(len(sites), values, 1),
         replies,
         sites=sites,
         initial=initial,
-        groups=(slice(0, values),),
         max_norm_ratio=1e9,
     )[1]
 
@@ -106,7 +105,7 @@ class TestLaws:
 class TestSimilarity:
     @pytest.mark.parametrize("columns", [7, 1 << 17])
     def test_fedamp_compares_weights(self, columns, monkeypatch):
-        monkeypatch.setattr(base, "_COLUMNS", columns)
+        monkeypatch.setattr(kernels, "_COLUMNS", columns)
         replies, initial = drawn()
 
         found = aggregate("fedamp", replies, initial).similarity[0]
@@ -115,7 +114,7 @@ class TestSimilarity:
 
     @pytest.mark.parametrize("columns", [7, 1 << 17])
     def test_pfedgraph_compares_distances_from_the_start(self, columns, monkeypatch):
-        monkeypatch.setattr(base, "_COLUMNS", columns)
+        monkeypatch.setattr(kernels, "_COLUMNS", columns)
         replies, initial = drawn()
 
         found = aggregate("pfedgraph", replies, initial).similarity[0]
@@ -150,7 +149,7 @@ class TestFedAmp:
         torch.testing.assert_close(found.weights[0], expected)
 
     def test_a_local_step_is_held_near_the_mix(self):
-        rule = build_strategy("fedamp", {"mu": 2.0}).local_rule({"x": torch.zeros(2)}, {})
+        rule = build_strategy("fedamp", {"mu": 2.0}, flat_layout()).local_rule({"x": torch.zeros(2)}, {})
 
         assert rule.penalty({"x": torch.tensor([1.0, 2.0])}, Phase(("x",))).item() == 5.0
 
@@ -188,7 +187,11 @@ class TestPFedGraph:
         mine = {n: torch.randn(2, 3, generator=draw).double().requires_grad_() for n in ("x", "y", "own")}
         theirs = {n: torch.randn(2, 3, generator=draw).double() for n in ("y", "x", "not trained")}
 
-        term = build_strategy("pfedgraph", {"pull": pull}).local_rule(theirs, {}).penalty(mine, Phase(tuple(mine)))
+        term = (
+            build_strategy("pfedgraph", {"pull": pull}, flat_layout())
+            .local_rule(theirs, {})
+            .penalty(mine, Phase(tuple(mine)))
+        )
         term.backward()
 
         a, b = (torch.cat([part[n].detach().flatten() for n in ("x", "y")]) for part in (mine, theirs))
@@ -201,20 +204,29 @@ class TestPFedGraph:
     def test_there_is_no_term_where_the_pull_is_zero_or_nothing_is_common(self):
         x = {"x": torch.ones(2)}
 
-        assert build_strategy("pfedgraph", {"pull": 0}).local_rule(x, {}).penalty(x, Phase(("x",))) is None
-        assert build_strategy("pfedgraph", {}).local_rule({"y": torch.ones(2)}, {}).penalty(x, Phase(("x",))) is None
+        assert (
+            build_strategy("pfedgraph", {"pull": 0}, flat_layout()).local_rule(x, {}).penalty(x, Phase(("x",))) is None
+        )
+        assert (
+            build_strategy("pfedgraph", {}, flat_layout())
+            .local_rule({"y": torch.ones(2)}, {})
+            .penalty(x, Phase(("x",)))
+            is None
+        )
 
     def test_at_the_start_of_a_round_the_term_pulls_nowhere(self):
         x = torch.tensor([3.0, -4.0], requires_grad=True)
 
-        build_strategy("pfedgraph", {}).local_rule({"x": x.detach()}, {}).penalty({"x": x}, Phase(("x",))).backward()
+        build_strategy("pfedgraph", {}, flat_layout()).local_rule({"x": x.detach()}, {}).penalty(
+            {"x": x}, Phase(("x",))
+        ).backward()
 
         torch.testing.assert_close(x.grad, torch.zeros(2), atol=1e-8, rtol=0)
 
     def test_received_zeros_give_no_direction_and_no_nan(self):
         x = torch.tensor([3.0, -4.0], requires_grad=True)
 
-        build_strategy("pfedgraph", {}).local_rule({"x": torch.zeros(2)}, {}).penalty(
+        build_strategy("pfedgraph", {}, flat_layout()).local_rule({"x": torch.zeros(2)}, {}).penalty(
             {"x": x}, Phase(("x",))
         ).backward()
 

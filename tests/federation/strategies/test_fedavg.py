@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from flat_layout import flat_layout
 
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.federation.strategies.kernels import Replies
-from fedsca_pipeline.federation.strategies.server_step import ServerState
+from fedsca_pipeline.federation.strategies.server_step import Replies, ServerState
 from fedsca_pipeline.model.layout import TensorLayout
 
 SITES = ("a", "b", "c")
@@ -15,13 +15,11 @@ SITES = ("a", "b", "c")
 def aggregate(strategy, state, sites, updates, samples):
     updates = torch.tensor(updates)
     replies = Replies(1, sites, torch.ones(len(SITES), 2), updates, torch.tensor(samples, dtype=torch.float64))
-    return strategy.aggregate(
-        state, replies, sites=SITES, initial=torch.zeros(2), groups=(slice(0, 2),), max_norm_ratio=10.0
-    )
+    return strategy.aggregate(state, replies, sites=SITES, initial=torch.zeros(2), max_norm_ratio=10.0)
 
 
 def test_every_site_receives_the_average_weighted_by_training_images():
-    fedavg = build_strategy("fedavg", {})
+    fedavg = build_strategy("fedavg", {}, flat_layout(2))
 
     _, found = aggregate(fedavg, ServerState.initial(3, 2, 1), ("a", "b"), [[1.0, 0.0], [-3.0, 4.0]], [30, 10])
 
@@ -30,18 +28,22 @@ def test_every_site_receives_the_average_weighted_by_training_images():
 
 
 def test_absent_sites_receive_this_rounds_average_and_are_not_in_it():
-    fedavg = build_strategy("fedavg", {"prior": "uniform"})
+    fedavg = build_strategy("fedavg", {"prior": "uniform"}, flat_layout(2))
     state, _ = aggregate(fedavg, ServerState.initial(3, 2, 1), SITES, [[1.0, 1.0]] * 3, [1, 1, 1])
 
     state, found = aggregate(fedavg, state, ("b", "c"), [[2.0, 2.0], [4.0, 4.0]], [1, 9])
 
     assert found.aggregates.tolist() == [[4.0, 4.0]] * 3
-    torch.testing.assert_close(fedavg.general_model(state), state.masters.mean(dim=0))
+    torch.testing.assert_close(fedavg.general_model(state), state.local_models.mean(dim=0))
 
 
 def test_a_site_that_did_not_move_counts_as_any_other():
     _, found = aggregate(
-        build_strategy("fedavg", {}), ServerState.initial(3, 2, 1), ("a", "b"), [[0.0, 0.0], [2.0, 4.0]], [1, 1]
+        build_strategy("fedavg", {}, flat_layout(2)),
+        ServerState.initial(3, 2, 1),
+        ("a", "b"),
+        [[0.0, 0.0], [2.0, 4.0]],
+        [1, 1],
     )
 
     assert found.aggregates.tolist() == [[2.0, 3.0]] * 3
@@ -50,6 +52,6 @@ def test_a_site_that_did_not_move_counts_as_any_other():
 def test_it_shares_all_adapters_and_the_decoder_unless_told_otherwise():
     layout = TensorLayout((("x",), ("y",)), ("d",), {"x": (2,), "y": (3,), "d": (4,)})
 
-    assert build_strategy("fedavg", {}).shared(layout) == ("x", "y", "d")
-    assert build_strategy("fedavg", {}).groups(layout) == (slice(0, 9),)
-    assert build_strategy("fedavg", {"shared_blocks": "low", "share_decoder": False}).shared(layout) == ("x",)
+    assert build_strategy("fedavg", {}, layout).shared() == ("x", "y", "d")
+    assert build_strategy("fedavg", {}, layout).groups() == (slice(0, 9),)
+    assert build_strategy("fedavg", {"shared_blocks": "low", "share_decoder": False}, layout).shared() == ("x",)

@@ -26,10 +26,11 @@ def save(run, folder, tensors, foundation_names):
 
 
 def test_the_foundation_trains_and_travels_whole(make_layout):
-    layout, strategy = make_layout(), build_strategy("fedavg_full", {})
+    layout = make_layout()
+    strategy = build_strategy("fedavg_full", {}, layout)
 
-    assert strategy.trained(layout) == strategy.shared(layout) == layout.encoder + layout.decoder
-    assert not set(strategy.trained(layout)) & set(layout.adapters)
+    assert strategy.trained() == strategy.shared() == layout.encoder + layout.decoder
+    assert not set(strategy.trained()) & set(layout.adapters)
     assert set(layout.encoder) | set(layout.decoder) | set(layout.adapters) == set(layout.shapes)
 
 

@@ -10,14 +10,15 @@ from fedsca_pipeline.federation.strategies import build_strategy
 
 
 def test_norms_train_and_do_not_travel(make_layout):
-    layout, fedbn = make_layout(), build_strategy("fedbn", {})
+    layout = make_layout()
+    fedbn = build_strategy("fedbn", {}, layout)
     in_decoder = set(layout.norms) & set(layout.decoder)
     in_encoder = set(layout.norms) - in_decoder
 
     assert in_decoder
     assert in_encoder
-    assert set(fedbn.trained(layout)) == {*layout.efficient, *in_encoder}
-    assert set(fedbn.shared(layout)) == set(layout.efficient) - in_decoder
+    assert set(fedbn.trained()) == {*layout.efficient, *in_encoder}
+    assert set(fedbn.shared()) == set(layout.efficient) - in_decoder
 
 
 def test_every_norm_of_the_model_is_one(make_worker, make_layout):
@@ -34,8 +35,8 @@ def test_every_norm_of_the_model_is_one(make_worker, make_layout):
 
 def test_norms_that_the_adapters_train_too_are_trained_once_and_stay(make_layout):
     layout = make_layout(AdaptersConfig(method="lora", options={"r": 2, "modules_to_save": ["norm"]}))
-    fedbn = build_strategy("fedbn", {})
-    trained, shared = fedbn.trained(layout), fedbn.shared(layout)
+    fedbn = build_strategy("fedbn", {}, layout)
+    trained, shared = fedbn.trained(), fedbn.shared()
 
     assert set(layout.norms) & set(layout.adapters)
     assert len(trained) == len(set(trained))
@@ -45,7 +46,7 @@ def test_norms_that_the_adapters_train_too_are_trained_once_and_stay(make_layout
 def test_after_a_run_norms_differ_between_sites_and_all_that_is_shared_is_equal(federate):
     run = federate("fedbn")
     one, other = run.last("a"), run.last("b")
-    shared, norms = run.worker.strategy.shared(run.layout), set(run.layout.norms)
+    shared, norms = run.worker.strategy.shared(), set(run.layout.norms)
 
     assert one.keys() == {*shared, *norms}
     assert all(torch.equal(one[name], other[name]) for name in shared)

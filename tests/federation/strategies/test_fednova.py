@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from flat_layout import flat_layout
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsca_pipeline.data.arrays import SiteArrays
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.federation.strategies.kernels import Replies
-from fedsca_pipeline.federation.strategies.server_step import ServerState
+from fedsca_pipeline.federation.strategies.server_step import Replies, ServerState
 
 SITES = ("a", "b", "c", "d")
+LAYOUT = flat_layout(5)
 seeds, counts = st.integers(0, 999), st.integers(1, 60)
 
 
@@ -32,7 +33,6 @@ def aggregate(strategy, steps, samples, seed=0, sites=SITES, updates=None):
         replies,
         sites=SITES,
         initial=torch.zeros(5),
-        groups=(slice(0, 5),),
         max_norm_ratio=1e9,
     )
     return found, replies
@@ -40,15 +40,15 @@ def aggregate(strategy, steps, samples, seed=0, sites=SITES, updates=None):
 
 @given(seed=seeds, steps=counts, samples=st.lists(counts, min_size=4, max_size=4))
 def test_equal_steps_are_fedavg_bit_for_bit(seed, steps, samples):
-    nova, _ = aggregate(build_strategy("fednova", {}), [steps] * 4, samples, seed)
-    average, _ = aggregate(build_strategy("fedavg", {}), [steps] * 4, samples, seed)
+    nova, _ = aggregate(build_strategy("fednova", {}, LAYOUT), [steps] * 4, samples, seed)
+    average, _ = aggregate(build_strategy("fedavg", {}, LAYOUT), [steps] * 4, samples, seed)
 
     assert torch.equal(nova.aggregates, average.aggregates)
 
 
 def test_steps_that_nobody_told_are_equal_steps():
-    nova, _ = aggregate(build_strategy("fednova", {}), None, [1, 2, 3, 4])
-    average, _ = aggregate(build_strategy("fedavg", {}), None, [1, 2, 3, 4])
+    nova, _ = aggregate(build_strategy("fednova", {}, LAYOUT), None, [1, 2, 3, 4])
+    average, _ = aggregate(build_strategy("fedavg", {}, LAYOUT), None, [1, 2, 3, 4])
 
     assert torch.equal(nova.aggregates, average.aggregates)
 
@@ -60,7 +60,7 @@ def test_the_closed_form_with_unequal_steps_and_samples(prior, data, seed, size)
     some = st.lists(counts, min_size=size, max_size=size)
     steps, samples = data.draw(some), data.draw(some)
 
-    found, replies = aggregate(build_strategy("fednova", {"prior": prior}), steps, samples, seed, sites)
+    found, replies = aggregate(build_strategy("fednova", {"prior": prior}, LAYOUT), steps, samples, seed, sites)
 
     p = torch.tensor(samples if prior == "samples" else [1] * size).double()
     p, tau = p / p.sum(), torch.tensor(steps).double()
@@ -74,7 +74,7 @@ def test_sites_that_go_the_same_way_a_step_move_all_by_the_mean_number_of_steps(
     way = torch.tensor([1.0, -2.0, 0.5, 0.0, 4.0])
     updates = torch.tensor(steps, dtype=torch.float32)[:, None] * way
 
-    found, replies = aggregate(build_strategy("fednova", {}), steps, samples, updates=updates)
+    found, replies = aggregate(build_strategy("fednova", {}, LAYOUT), steps, samples, updates=updates)
 
     p = torch.tensor(samples).double() / sum(samples)
     moved = found.aggregates.double() - p @ replies.bases.double()
@@ -84,7 +84,7 @@ def test_sites_that_go_the_same_way_a_step_move_all_by_the_mean_number_of_steps(
 
 @pytest.mark.parametrize("steps", [0.0, -1.0, 0.5, float("nan"), float("inf")])
 def test_a_site_that_tells_no_number_of_steps_is_rejected_and_harms_nobody(steps):
-    found, _ = aggregate(build_strategy("fednova", {}), [3.0, steps, 3.0, 3.0], [1, 1, 1, 1])
+    found, _ = aggregate(build_strategy("fednova", {}, LAYOUT), [3.0, steps, 3.0, 3.0], [1, 1, 1, 1])
 
     assert found.accepted == ("a", "c", "d")
     assert "steps" in found.rejected["b"]

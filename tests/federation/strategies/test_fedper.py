@@ -11,10 +11,11 @@ from fedsca_pipeline.federation.strategies.rules import Phase
 
 @pytest.mark.parametrize("name", ["fedper", "fedrep"])
 def test_the_adapters_travel_and_the_decoder_stays(name, make_layout):
-    layout, strategy = make_layout(), build_strategy(name, {})
+    layout = make_layout()
+    strategy = build_strategy(name, {}, layout)
 
-    assert strategy.shared(layout) == layout.adapters
-    assert strategy.trained(layout) == layout.efficient
+    assert strategy.shared() == layout.adapters
+    assert strategy.trained() == layout.efficient
 
 
 @pytest.mark.parametrize("name", ["fedper", "fedrep"])
@@ -36,7 +37,7 @@ def test_fedper_is_fedavg_without_the_decoder_bit_for_bit(federate):
 def test_fedrep_trains_the_head_then_the_body(make_layout):
     layout = make_layout()
 
-    assert build_strategy("fedrep", {"head_share": 0.25}).phases(layout) == (
+    assert build_strategy("fedrep", {"head_share": 0.25}, layout).phases() == (
         Phase(layout.decoder, 0.25),
         Phase(layout.adapters, 0.75),
     )
@@ -50,7 +51,7 @@ def test_fedrep_trains_the_head_then_the_body(make_layout):
 def test_with_nothing_private_or_nothing_shared_there_is_one_whole_phase(options, part, make_layout):
     layout = make_layout()
 
-    assert build_strategy("fedrep", options).phases(layout) == (Phase(getattr(layout, part), 1.0),)
+    assert build_strategy("fedrep", options, layout).phases() == (Phase(getattr(layout, part), 1.0),)
 
 
 @pytest.mark.parametrize(("head_share", "head", "body"), [(0.5, 4, 4), (0.25, 2, 6), (0.01, 1, 8), (0.99, 8, 1)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from flat_layout import flat_layout
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +24,7 @@ def test_the_term_is_half_mu_times_the_squared_distance_and_its_gradient_mu_time
     trained, start = parameters(x=x, y=y), torch.tensor(x0, dtype=torch.float64)
     received = {"x": start, "control:x": start, "not trained": start}
 
-    term = build_strategy("fedprox", {"mu": mu}).local_rule(received, {}).penalty(trained, PHASE)
+    term = build_strategy("fedprox", {"mu": mu}, flat_layout()).local_rule(received, {}).penalty(trained, PHASE)
     term.backward()
 
     distance = trained["x"].detach() - start
@@ -35,8 +36,16 @@ def test_the_term_is_half_mu_times_the_squared_distance_and_its_gradient_mu_time
 def test_there_is_no_term_where_mu_is_zero_or_nothing_is_both_received_and_trained():
     trained = parameters(x=[1.0], y=[1.0])
 
-    assert build_strategy("fedprox", {"mu": 0}).local_rule({"x": torch.zeros(1)}, {}).penalty(trained, PHASE) is None
-    assert build_strategy("fedprox", {}).local_rule({"z": torch.zeros(1)}, {}).penalty(trained, PHASE) is None
+    assert (
+        build_strategy("fedprox", {"mu": 0}, flat_layout())
+        .local_rule({"x": torch.zeros(1)}, {})
+        .penalty(trained, PHASE)
+        is None
+    )
+    assert (
+        build_strategy("fedprox", {}, flat_layout()).local_rule({"z": torch.zeros(1)}, {}).penalty(trained, PHASE)
+        is None
+    )
     assert LocalRule({"x": torch.zeros(1)}, {}).penalty(trained, PHASE) is None
 
 

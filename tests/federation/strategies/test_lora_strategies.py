@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from fedsca_pipeline.config import AdaptersConfig
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.federation.strategies import STRATEGIES, build_strategy
-from fedsca_pipeline.federation.strategies.kernels import Replies
-from fedsca_pipeline.federation.strategies.server_step import ServerState
+from fedsca_pipeline.federation.strategies import STRATEGIES, build_strategy, strategy_class, strategy_options
+from fedsca_pipeline.federation.strategies.server_step import Replies, ServerState
 from fedsca_pipeline.model.layout import TensorLayout
 
 LORA = AdaptersConfig(method="lora", options={"r": 2})
@@ -24,17 +23,14 @@ SITES = ("a", "b", "c")
 
 def aggregate(name, thetas, samples):
     """Return what every site receives, one vector; ``thetas`` [3, V] in the order of the strategy's wire."""
-    strategy = build_strategy(name, {})
+    strategy = build_strategy(name, {}, LAYOUT)
     replies = Replies(1, SITES, torch.zeros_like(thetas), thetas, torch.tensor(samples).double())
-    groups = strategy.groups(LAYOUT)
     _, found = strategy.aggregate(
-        ServerState.initial(3, thetas.shape[1], len(groups)),
+        ServerState.initial(3, thetas.shape[1], len(strategy.groups())),
         replies,
         sites=SITES,
         initial=torch.zeros(thetas.shape[1]),
-        groups=groups,
         max_norm_ratio=1e9,
-        layout=LAYOUT,
     )
     torch.testing.assert_close(found.aggregates, found.aggregates[:1].expand(3, -1))
     return found.aggregates[0]
@@ -49,31 +45,32 @@ def aggregate(name, thetas, samples):
     ],
 )
 def test_which_factors_train_and_which_travel(name, trained, shared):
-    strategy, whole = build_strategy(name, {}), build_strategy(name, {"share_decoder": True})
+    strategy, whole = build_strategy(name, {}, LAYOUT), build_strategy(name, {"share_decoder": True}, LAYOUT)
 
-    assert strategy.trained(LAYOUT) == trained
-    assert strategy.shared(LAYOUT) == shared
-    assert whole.shared(LAYOUT) == (*shared, "d")
+    assert strategy.trained() == trained
+    assert strategy.shared() == shared
+    assert whole.shared() == (*shared, "d")
 
 
 @every
 @pytest.mark.parametrize("method", ["fel", "ia3"])
 def test_other_adapters_are_refused_with_both_keys_named(name, method):
     with pytest.raises(ConfigError, match=rf"federation\.strategy {name} needs adapters\.method lora.*{method!r}"):
-        build_strategy(name, {}).check_use(method)
-    build_strategy(name, {}).check_use("LoRA")
+        strategy_class(name).check_use(strategy_options(name, {}), method)
+    strategy_class(name).check_use(strategy_options(name, {}), "LoRA")
 
 
 @pytest.mark.parametrize("method", ["fel", "lora"])
 def test_no_other_strategy_minds_the_adapters(method):
     for name in set(STRATEGIES) - set(FOR_LORA):
-        build_strategy(name, {"allow_pooling": True} if name == "centralised" else {}).check_use(method)
+        options = strategy_options(name, {"allow_pooling": True} if name == "centralised" else {})
+        strategy_class(name).check_use(options, method)
 
 
 @every
 def test_how_factors_are_merged_is_no_option_of_theirs(name):
     with pytest.raises(ConfigError, match=rf"strategies\.{name}\.lora_merge is no option"):
-        build_strategy(name, {"lora_merge": "svd"})
+        strategy_options(name, {"lora_merge": "svd"})
 
 
 @settings(max_examples=30)
@@ -115,7 +112,7 @@ def test_fedsa_averages_a():
 def test_after_a_run_what_travels_is_equal_and_what_stays_is_not(name, federate):
     run = federate(name, adapters=LORA)
     one, other = run.last("a"), run.last("b")
-    shared = run.worker.strategy.shared(run.layout)
+    shared = run.worker.strategy.shared()
 
     assert all(torch.equal(one[n], other[n]) for n in shared)
     assert any(not torch.equal(one[n], run.worker.initial[n]) for n in shared)

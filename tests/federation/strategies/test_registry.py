@@ -6,21 +6,29 @@ import subprocess
 import sys
 
 import pytest
+from flat_layout import flat_layout
 
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.federation.strategies import STRATEGIES, build_strategy, check_options
+from fedsca_pipeline.federation.strategies import (
+    STRATEGIES,
+    build_strategy,
+    check_options,
+    strategy_class,
+    strategy_options,
+)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_is_built_by_its_name_with_described_defaults(name):
-    strategy = build_strategy(name, {})
+    strategy = build_strategy(name, {}, flat_layout(2))
 
+    assert isinstance(strategy, strategy_class(name))
     assert strategy.name == name
-    assert all(field.description for field in type(strategy).Options.model_fields.values())
+    assert all(field.description for field in strategy.Options.model_fields.values())
 
 
 def test_the_defaults_are_the_designs():
-    options = build_strategy("fedsca", {}).options
+    options = strategy_options("fedsca", {})
 
     assert options.model_dump() == {
         "shared_blocks": "low",
@@ -44,9 +52,9 @@ def test_the_defaults_are_the_designs():
 
 def test_an_unknown_name_gets_the_nearest_and_all_known():
     with pytest.raises(
-        ConfigError, match=r"federation\.strategy is 'fedsac'.*'fedsca'\? allowed: fedsca, local, local_full,"
+        ConfigError, match=r"federation\.strategy is 'fedsac'.*'fedsca'\? Allowed: fedsca, local, local_full,"
     ):
-        build_strategy("fedsac", {})
+        build_strategy("fedsac", {}, flat_layout())
 
 
 @pytest.mark.parametrize(
@@ -73,7 +81,7 @@ def test_an_unknown_name_gets_the_nearest_and_all_known():
 )
 def test_a_wrong_option_is_named_with_its_key_its_value_and_what_is_allowed(key, value, allowed):
     with pytest.raises(ConfigError, match=rf"strategies\.fedsca\.{key} is .*Allowed: .*{allowed}") as caught:
-        build_strategy("fedsca", {key: value})
+        strategy_options("fedsca", {key: value})
 
     assert repr(value) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -81,16 +89,16 @@ def test_a_wrong_option_is_named_with_its_key_its_value_and_what_is_allowed(key,
 
 def test_an_unknown_option_gets_the_nearest_one():
     with pytest.raises(
-        ConfigError, match=r"strategies\.fedsca\.share_block is no option, did you mean 'shared_blocks'"
+        ConfigError, match=r"strategies\.fedsca\.share_block is no option; did you mean 'shared_blocks'"
     ):
-        build_strategy("fedsca", {"share_block": "all"})
-    with pytest.raises(ConfigError, match=r"strategies\.local\.rho is no option, allowed: none"):
-        build_strategy("local", {"rho": 0.5})
+        strategy_options("fedsca", {"share_block": "all"})
+    with pytest.raises(ConfigError, match=r"strategies\.local\.rho is no option\. Allowed: none"):
+        strategy_options("local", {"rho": 0.5})
 
 
 def test_all_wrong_options_are_said_at_once():
     with pytest.raises(ConfigError, match=r"(?s)rho.*trust"):
-        build_strategy("fedsca", {"rho": 2, "trust": 2})
+        strategy_options("fedsca", {"rho": 2, "trust": 2})
 
 
 def test_the_registry_imports_no_torch():
@@ -100,7 +108,7 @@ def test_the_registry_imports_no_torch():
 
 
 def test_a_mistyped_strategy_or_option_is_refused_even_where_it_is_not_chosen() -> None:
-    with pytest.raises(ConfigError, match=r"strategies\.fedsac is no strategy, did you mean 'fedsca'"):
+    with pytest.raises(ConfigError, match=r"strategies\.fedsac is no strategy; did you mean 'fedsca'"):
         check_options({"fedsac": {"rho": 0.9}})
     with pytest.raises(ConfigError, match=r"strategies\.fedavg\.shared_block is no option"):
         check_options({"fedsca": {}, "fedavg": {"shared_block": "all"}})

@@ -11,15 +11,14 @@ from fedsca_pipeline.federation.messages.codec import Manifest, decode, encode
 from fedsca_pipeline.federation.site.steps import ignore_step
 from fedsca_pipeline.federation.site.store import SiteStore
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.federation.strategies.kernels import Replies
 from fedsca_pipeline.federation.strategies.rules import Phase
-from fedsca_pipeline.federation.strategies.server_step import ServerState
+from fedsca_pipeline.federation.strategies.server_step import Replies, ServerState
 from fedsca_pipeline.model.layout import TensorLayout, hash_tensors
 
 SITES = ("a", "b", "c")
 LAYOUT = TensorLayout((("x",),), ("d",), {"x": (2,), "d": (1,)})
 PHASE = Phase(("x", "d"))
-strategy = build_strategy("scaffold", {})
+strategy = build_strategy("scaffold", {"share_decoder": False}, LAYOUT)
 whole = st.integers(-8, 8).map(float)
 vectors = st.lists(whole, min_size=2, max_size=2)
 
@@ -44,7 +43,6 @@ def aggregate(state, updates, bases, sites=SITES, chosen=strategy):
         replies,
         sites=SITES,
         initial=torch.zeros(4),
-        groups=(slice(0, 2), slice(2, 4)),
         max_norm_ratio=1e9,
     )
 
@@ -67,8 +65,8 @@ class TestTheRule:
         drive(rule, gradients)
 
         mean = torch.tensor(gradients).mean(dim=0)
-        torch.testing.assert_close(rule.kept()["x"], mean)
-        torch.testing.assert_close(rule.carried()["control:x"] - torch.tensor(server), mean - torch.tensor(own))
+        torch.testing.assert_close(rule.next_state()["x"], mean)
+        torch.testing.assert_close(rule.extra_tensors()["control:x"] - torch.tensor(server), mean - torch.tensor(own))
 
     def test_a_site_that_has_never_trained_has_no_control_and_changes_nothing_while_the_server_has_none(self):
         rule = strategy.local_rule({"x": torch.ones(2), "control:x": torch.zeros(2)}, {})
@@ -84,7 +82,7 @@ class TestTheRule:
 
         assert parameters["x"].grad is None
         assert parameters["d"].grad.tolist() == [1.0]
-        assert rule.kept().keys() == {"x"}
+        assert rule.next_state().keys() == {"x"}
 
 
 class TestTheServer:
@@ -121,7 +119,7 @@ class TestTheServer:
             corrected = drive(rule, gradients)
 
             torch.testing.assert_close(corrected, torch.tensor(gradients), rtol=0, atol=1e-6)
-            kept, change = rule.kept(), rule.carried()["control:x"] - base["control:x"]
+            kept, change = rule.next_state(), rule.extra_tensors()["control:x"] - base["control:x"]
             state, found = aggregate(state, torch.cat([torch.ones(2), change]).repeat(3, 1), bases)
             bases = found.aggregates.clone()
             torch.testing.assert_close(bases[0, 2:], kept["x"])
@@ -137,8 +135,8 @@ class TestTheServer:
             for site in present:
                 rule = strategy.local_rule({"control:x": bases[0, 2:]}, {"x": kept[site]})
                 drive(rule, torch.randn(3, 2, generator=generator).tolist())
-                kept[site] = rule.kept()["x"]
-                updates.append(torch.cat([torch.zeros(2), rule.carried()["control:x"] - bases[0, 2:]]))
+                kept[site] = rule.next_state()["x"]
+                updates.append(torch.cat([torch.zeros(2), rule.extra_tensors()["control:x"] - bases[0, 2:]]))
             state, found = aggregate(state, torch.stack(updates), bases, tuple(present))
             bases = found.aggregates.clone()
 
@@ -149,7 +147,9 @@ class TestARun:
     def test_twice_fedavgs_values_cross_the_wire(self, federate, make_layout):
         run = federate("scaffold")
         sizes = {
-            name: sum(torch.Size(shape).numel() for shape in build_strategy(name, {}).wire(make_layout()).values())
+            name: sum(
+                torch.Size(shape).numel() for shape in build_strategy(name, {}, make_layout()).wire_shapes().values()
+            )
             for name in ("fedavg", "scaffold")
         }
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from flat_layout import flat_layout
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.federation.strategies.kernels import Replies
-from fedsca_pipeline.federation.strategies.server_step import ServerState
+from fedsca_pipeline.federation.strategies import build_strategy, strategy_options
+from fedsca_pipeline.federation.strategies.server_step import Replies, ServerState
 from fedsca_pipeline.federation.strategies.sgca import (
     WEIGHTINGS,
     FedScaOptions,
@@ -54,8 +54,10 @@ def run(options, replies, state=None, groups=None, sites=None):
     sites = sites or replies.sites
     groups = groups or (slice(0, values),)
     state = state or ServerState.initial(len(sites), values, len(groups))
-    return build_strategy("fedsca", options).aggregate(
-        state, replies, sites=sites, initial=torch.zeros(values), groups=groups, max_norm_ratio=1e9
+    options = {"granularity": "block", "shared_blocks": "all", **options}
+    layout = flat_layout(*(group.stop - group.start for group in groups))
+    return build_strategy("fedsca", options, layout).aggregate(
+        state, replies, sites=sites, initial=torch.zeros(values), max_norm_ratio=1e9
     )
 
 
@@ -332,15 +334,15 @@ class TestGranularity:
     def test_model_is_one_slice_and_block_one_for_each_shared_block(self):
         everything = {"shared_blocks": "all", "share_decoder": True}
 
-        assert build_strategy("fedsca", everything).groups(self.layout) == (slice(0, 16),)
-        assert build_strategy("fedsca", {**everything, "granularity": "block"}).groups(self.layout) == (
+        assert build_strategy("fedsca", everything, self.layout).groups() == (slice(0, 16),)
+        assert build_strategy("fedsca", {**everything, "granularity": "block"}, self.layout).groups() == (
             slice(0, 2),
             slice(2, 6),
             slice(6, 11),
             slice(11, 16),
         )
-        assert build_strategy("fedsca", {"granularity": "block"}).groups(self.layout) == (slice(0, 2), slice(2, 6))
-        assert build_strategy("fedsca", {"granularity": "block", "shared_blocks": "none"}).groups(self.layout) == ()
+        assert build_strategy("fedsca", {"granularity": "block"}, self.layout).groups() == (slice(0, 2), slice(2, 6))
+        assert build_strategy("fedsca", {"granularity": "block", "shared_blocks": "none"}, self.layout).groups() == ()
 
     @every_weighting
     @given(replies=rounds(), split=st.integers(1, 3))
@@ -384,22 +386,22 @@ class TestSharedBlocks:
         ],
     )
     def test_a_name_or_a_list_chooses_blocks(self, chosen, names):
-        assert build_strategy("fedsca", {"shared_blocks": chosen}).shared(self.layout) == tuple(names.split())
+        assert build_strategy("fedsca", {"shared_blocks": chosen}, self.layout).shared() == tuple(names.split())
 
     def test_low_is_the_default_and_the_decoder_stays_unless_asked_for(self):
-        assert build_strategy("fedsca", {}).shared(self.layout) == ("b0", "b1", "b2")
-        assert build_strategy("fedsca", {"share_decoder": True}).shared(self.layout) == ("b0", "b1", "b2", "d", "h")
+        assert build_strategy("fedsca", {}, self.layout).shared() == ("b0", "b1", "b2")
+        assert build_strategy("fedsca", {"share_decoder": True}, self.layout).shared() == ("b0", "b1", "b2", "d", "h")
 
     @pytest.mark.parametrize("name", ["fedsca", "fedavg", "fedper", "fedsa_lora"])
     def test_of_the_decoder_the_head_alone_may_be_shared(self, name):
-        strategy = build_strategy(name, {"share_decoder": "head", "shared_blocks": "none"})
+        strategy = build_strategy(name, {"share_decoder": "head", "shared_blocks": "none"}, self.layout)
 
-        assert strategy.shared(self.layout) == ("h",)
+        assert strategy.shared() == ("h",)
 
     def test_another_part_of_the_decoder_is_refused_with_what_is_allowed(self):
         with pytest.raises(ConfigError, match=r"strategies\.fedsca\.share_decoder is 'tail': .*true, false, or head"):
-            build_strategy("fedsca", {"share_decoder": "tail"})
+            strategy_options("fedsca", {"share_decoder": "tail"})
 
     def test_a_block_beyond_the_model_is_named_with_its_key(self):
         with pytest.raises(ConfigError, match=r"strategies\.fedsca\.shared_blocks lists 5, 9, .*Allowed: 0 to 4"):
-            build_strategy("fedsca", {"shared_blocks": [9, 0, 5]}).shared(self.layout)
+            build_strategy("fedsca", {"shared_blocks": [9, 0, 5]}, self.layout).shared()

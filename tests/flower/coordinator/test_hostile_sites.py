@@ -78,7 +78,7 @@ def run(
         link.sites[site] = scripted(answer=answer, seconds=(seconds or {}).get(site, 1.0))
     server = Server(
         FlowerFleet(link, config, absent=absent, clock=clock, sleep=clock.sleep),
-        build_strategy("fedsca", {}),
+        build_strategy("fedsca", {}, LAYOUT),
         LAYOUT,
         {name: torch.zeros(2) for name in LAYOUT.shapes},
         FederationConfig(rounds=3, wire_dtype="fp32", compression="none", **federation),

@@ -103,14 +103,14 @@ def test_the_foundation_is_loaded_once_for_a_run_with_its_export_and_test(
             "a": scripted(answer=lambda m: reply("", m.node, ask(m.task["kind"], m.task["round"], m.payload)))
         }
         opening = documents.write(documents.Description(**description))
-        strategy = build_strategy("fedsca", {})
+        strategy = build_strategy("fedsca", {}, layout)
         server = Server(
             FlowerFleet(
                 link, config.model_copy(update={"sites": ["a"]}), opening=opening, clock=clock, sleep=clock.sleep
             ),
             strategy,
             layout,
-            start_values(model, strategy.shared(layout)),
+            start_values(model, strategy.shared()),
             FederationConfig(rounds=3),
             run=description["fingerprint"],
             seed=0,
@@ -146,7 +146,7 @@ def test_a_round_is_answered_alike_before_and_after_the_models_were_tested(site_
     model, layout = build_trainable(
         settings.foundation, settings.adapters, work.config.foundation_root, settings.preprocessing
     )
-    base = start_values(model, build_strategy("ffa_lora", {}).shared(layout))
+    base = start_values(model, build_strategy("ffa_lora", {}, layout).shared())
 
     def asked(kind: str, round_: int) -> bytes:
         given = Manifest(kind, description["fingerprint"], round_, "a", hash_tensors(base), 0, "fp16", relative=False)
@@ -234,7 +234,7 @@ def first_round(work: SiteWork, wanted: dict[str, Any], begun: str = "") -> tupl
     model, layout = build_trainable(
         settings.foundation, settings.adapters, work.config.foundation_root, settings.preprocessing
     )
-    base = start_values(model, build_strategy("fedsca", {}).shared(layout))
+    base = start_values(model, build_strategy("fedsca", {}, layout).shared())
     asked = Manifest("aggregate", description["fingerprint"], 1, "a", hash_tensors(base), 0, "fp16", relative=False)
     return description["fingerprint"], encode(asked, base)
 

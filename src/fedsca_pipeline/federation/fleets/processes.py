@@ -144,7 +144,7 @@ def _unpacked(equipment: _Equipment, device: torch.device) -> tuple[LocalSites, 
     here, inject_failures = ForkingPickler.loads(equipment.sites)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    model = with_values(here.model, equipment.values, device, own=frozenset(here.strategy.trained(here.layout)))
+    model = with_values(here.model, equipment.values, device, own=frozenset(here.strategy.trained()))
     return replace(here, model=model), inject_failures
 
 

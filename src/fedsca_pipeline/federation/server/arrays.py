@@ -22,7 +22,7 @@ _GIB = 1 << 30
 class RoundMemory:
     """Everything of the size of all sites' values that a round needs: ``updates``, ``bases`` [N, V] fp32, ``results``.
 
-    Masters replace the updates that they are made of. Its content is of one round; what is to outlive the round is
+    Local models replace the updates that they are made of. Its content is of one round; what is to outlive the round is
     written to disk before the next one begins. Memory is taken when it is first touched, and kept: fresh pages cost
     several times what a round computes in them. A round's encoded messages come on top.
     """

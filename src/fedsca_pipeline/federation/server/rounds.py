@@ -29,8 +29,7 @@ from fedsca_pipeline.federation.messages.codec import (
 from fedsca_pipeline.federation.server.arrays import RoundMemory
 from fedsca_pipeline.federation.server.checkpoint import Checkpoint, CheckpointFolder, RoundRecord, SiteRecord
 from fedsca_pipeline.federation.strategies.base import Strategy
-from fedsca_pipeline.federation.strategies.kernels import Replies
-from fedsca_pipeline.federation.strategies.server_step import Aggregation, ServerState
+from fedsca_pipeline.federation.strategies.server_step import Aggregation, Replies, ServerState
 from fedsca_pipeline.model.layout import TensorLayout, flatten, hash_tensors, unflatten
 
 logger = logging.getLogger(__name__)
@@ -77,11 +76,10 @@ class Server:
         self.run, self.seed, self.folder, self.samples = run, seed, folder, samples
         self.layout = layout
         self.sites = tuple(fleet.sites())
-        self.groups = strategy.groups(layout)
-        self.shapes = strategy.wire(layout)
+        self.shapes = strategy.wire_shapes()
         self.names = tuple(self.shapes)
-        nothing = {name: torch.zeros(shape) for name, shape in strategy.carried(layout).items()}
-        self.initial = flatten({**initial, **nothing}, self.names)
+        extra = {name: torch.zeros(shape) for name, shape in strategy.extra_shapes().items()}
+        self.initial = flatten({**initial, **extra}, self.names)
         self.memory = RoundMemory.within(config.server_memory, folder.folder, len(self.sites), self.initial.numel())
 
     def rounds(self) -> Iterator[RoundRecord]:
@@ -115,7 +113,7 @@ class Server:
         count, values = len(self.sites), self.initial.numel()
         return Checkpoint(
             round=0,
-            state=ServerState.initial(count, values, len(self.groups)),
+            state=ServerState.initial(count, values, len(self.strategy.groups())),
             aggregates=self.initial.expand(count, values),
             bases=torch.zeros(1, values).expand(count, values),
             has_base=torch.zeros(count, dtype=torch.bool),
@@ -136,9 +134,7 @@ class Server:
             self._stack(round_, replies),
             sites=self.sites,
             initial=self.initial,
-            groups=self.groups,
             max_norm_ratio=self.config.max_norm_ratio,
-            layout=self.layout,
             out=self.memory.results,
         )
         if len(aggregation.accepted) < self.config.quorum:

@@ -86,11 +86,11 @@ class LocalWorker:
         self.layout = layout
         self.strategy = strategy
         self.settings = settings
-        self.shared = strategy.shared(layout)
-        self.phases = strategy.phases(layout)
-        self.shapes = strategy.wire(layout)
+        self.shared = strategy.shared()
+        self.phases = strategy.phases()
+        self.shapes = strategy.wire_shapes()
         self.decoder = frozenset(layout.decoder)
-        trained = frozenset(strategy.trained(layout))
+        trained = frozenset(strategy.trained())
         self.parameters = {name: p for name, p in model.named_parameters() if name in trained}
         self.initial = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
         for name, parameter in model.named_parameters():
@@ -289,8 +289,8 @@ class LocalWorker:
             tensors=shared or ends,
             personal=ends if shared else {},
             moments=moments,
-            kept=_on_cpu(rule.kept()),
-            carried=_on_cpu(rule.carried()),
+            kept=_on_cpu(rule.next_state()),
+            carried=_on_cpu(rule.extra_tensors()),
             steps=sum(n for phase, n in zip(self.phases, lengths, strict=True) if not phase.personal),
             loss=float(torch.stack(progress.losses).double().mean()) if progress.losses else None,
         )

@@ -1,4 +1,4 @@
-"""Centralised training: one model on the data of all sites together, the ceiling that privacy forbids."""
+"""Centralised training: one model on the pooled data of all sites, an upper bound that privacy rules out."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from fedsca_pipeline.federation.strategies.local import Local
 class CentralisedOptions(StrategyOptions):
     """``strategies.centralised``."""
 
-    allow_pooling: bool = Field(
-        False, description="true: all sites have agreed that their images are put together on one machine"
-    )
+    allow_pooling: bool = Field(False, description="true: all sites agree that one machine holds all their images")
+
+    @property
+    def permitted(self) -> bool:
+        """Whether ``allow_pooling`` is true."""
+        return self.allow_pooling
 
 
 class Centralised(Local):
@@ -24,19 +27,14 @@ class Centralised(Local):
 
     name: ClassVar[str] = "centralised"
     Options: ClassVar[type[CentralisedOptions]] = CentralisedOptions
-    options: CentralisedOptions
     pools: ClassVar[bool] = True
 
-    @property
-    def permitted(self) -> bool:
-        """Whether ``allow_pooling`` is true."""
-        return self.options.allow_pooling
-
-    def check_use(self, adapter_method: str) -> None:
-        """Refuse to pool what nobody has allowed to pool."""
-        super().check_use(adapter_method)
-        if not self.permitted:
+    @classmethod
+    def check_use(cls, options: StrategyOptions, adapter_method: str) -> None:
+        """Raise ConfigError unless ``allow_pooling`` is true."""
+        super().check_use(options, adapter_method)
+        if not options.permitted:
             raise ConfigError(
-                "strategies.centralised.allow_pooling is false: centralised training puts all sites' images on one "
-                "machine. Set it to true where every site has agreed to that."
+                "strategies.centralised.allow_pooling is false: centralised training puts the images of all sites on "
+                "one machine. Set it to true if every site has agreed to that."
             )

@@ -21,7 +21,7 @@ from fedsca_pipeline.federation.strategies.sharing import (
 
 
 class Averaging(Strategy):
-    """The prior's average of this round's sites, for the sites that were absent, too."""
+    """The average over this round's sites by their prior, also for absent sites."""
 
     def partners(self, present: Tensor, moved: Tensor, known: Tensor) -> Tensor:
         """Return the sites that took part, for every row."""
@@ -29,7 +29,7 @@ class Averaging(Strategy):
 
 
 class FedAvgOptions(SharingOptions):
-    """``strategies.fedavg``, and of what is FedAvg but for one thing."""
+    """``strategies.fedavg``, and the base for variants of FedAvg."""
 
     share_decoder: ShareDecoder = Field(True, description=SHARE_DECODER_HELP)
 

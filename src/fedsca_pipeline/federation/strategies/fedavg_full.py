@@ -1,4 +1,4 @@
-"""The whole foundation trained and sent, without adapters: FedSAM of FedFMS.
+"""FedAvg of the whole foundation, without adapters: FedSAM of FedFMS.
 
 Liu et al., *FedFMS: Exploring Federated Foundation Models for Medical Image Segmentation*, MICCAI 2024.
 """
@@ -9,11 +9,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from fedsca_pipeline.federation.strategies.base import StrategyOptions
+from fedsca_pipeline.federation.strategies.base import Prior, StrategyOptions
 from fedsca_pipeline.federation.strategies.fedavg import Averaging
-from fedsca_pipeline.federation.strategies.server_step import Prior
 from fedsca_pipeline.federation.strategies.sharing import PRIOR_HELP
-from fedsca_pipeline.model.layout import TensorLayout
 
 
 class FedAvgFullOptions(StrategyOptions):
@@ -23,19 +21,21 @@ class FedAvgFullOptions(StrategyOptions):
 
 
 class FedAvgFull(Averaging):
-    """FedAvg of encoder and decoder; adapters are attached as always, but never move from doing nothing."""
+    """FedAvg of encoder and decoder; adapters are attached as always, but stay at their start, which has no effect."""
 
     name: ClassVar[str] = "fedavg_full"
     Options: ClassVar[type[FedAvgFullOptions]] = FedAvgFullOptions
+    options: FedAvgFullOptions
 
-    def __init__(self, options: FedAvgFullOptions) -> None:
-        super().__init__(options)
-        self.prior = options.prior
+    @property
+    def prior(self) -> Prior:
+        """The option ``prior``."""
+        return self.options.prior
 
-    def trained(self, layout: TensorLayout) -> tuple[str, ...]:
+    def trained(self) -> tuple[str, ...]:
         """Return the foundation's own tensors, encoder and decoder."""
-        return layout.encoder + layout.decoder
+        return self.layout.encoder + self.layout.decoder
 
-    def shared(self, layout: TensorLayout) -> tuple[str, ...]:
-        """Return all that is trained."""
-        return self.trained(layout)
+    def shared(self) -> tuple[str, ...]:
+        """Return everything that is trained."""
+        return self.trained()

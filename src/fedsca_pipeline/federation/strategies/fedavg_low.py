@@ -1,4 +1,4 @@
-"""LAT without SGCA: the low adapters alone are sent, and averaged by FedAvg."""
+"""LAT without SGCA: only the low adapters are sent, and FedAvg averages them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class FedAvgLowOptions(SharingOptions):
 
 
 class FedAvgLow(Averaging, SharingStrategy):
-    """FedAvg of what FedSCA sends."""
+    """FedAvg of the tensors that FedSCA sends."""
 
     name: ClassVar[str] = "fedavg_low"
     Options: ClassVar[type[FedAvgLowOptions]] = FedAvgLowOptions

@@ -1,7 +1,7 @@
-"""FedNova: updates are compared step for step, whatever the number of local steps.
+"""FedNova: updates are normalised by their number of local steps.
 
 Wang et al., *Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization*, NeurIPS 2020,
-equation 6 with a_i of plain steps. Where all sites do as many steps, it is FedAvg.
+equation 6 with the a_i of plain steps. If all sites do the same number of steps, it is FedAvg.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fedsca_pipeline.federation.strategies.base import Replies
 from fedsca_pipeline.federation.strategies.fedavg import FedAvg
-from fedsca_pipeline.federation.strategies.kernels import Groups, Replies
 
 
 class FedNova(FedAvg):
-    """FedAvg of updates that are scaled by ``tau_eff / tau_i``, tau_i being a site's steps and tau_eff their mean."""
+    """FedAvg of updates scaled by ``tau_eff / tau_i``; tau_i is a site's number of steps and tau_eff their mean."""
 
     name: ClassVar[str] = "fednova"
 
     def validate(self, replies: Replies, norms: Tensor, earlier: Tensor, max_norm_ratio: float) -> Mapping[str, str]:
-        """Reject a number of steps that nothing can be divided by, too."""
+        """Reject also a number of steps below 1 or not finite."""
         rejected = dict(super().validate(replies, norms, earlier, max_norm_ratio))
         if replies.steps is not None:
             for site, steps in zip(replies.sites, replies.steps.tolist(), strict=True):
@@ -30,10 +30,10 @@ class FedNova(FedAvg):
                     rejected.setdefault(site, f"number of steps {steps:g} is not 1 or more")
         return dict(sorted(rejected.items()))
 
-    def factors(self, replies: Replies, kept: Tensor, n_sites: int, groups: Groups) -> Tensor | None:
-        """Return ``tau_eff / tau_i`` of each accepted site, for every group; the mean is the prior's."""
+    def scales(self, replies: Replies, rows: Tensor, n_sites: int) -> Tensor | None:
+        """Return ``tau_eff / tau_i`` of each accepted site, the same in every group; the prior weights the mean."""
         if replies.steps is None:
             return None
-        steps, samples = replies.steps[kept], replies.samples[kept]
-        shares = samples / samples.sum() if self.prior == "samples" else samples.new_full(samples.shape, 1 / len(kept))
-        return ((shares @ steps) / steps).expand(len(groups), len(kept))
+        steps, samples = replies.steps[rows], replies.samples[rows]
+        shares = samples / samples.sum() if self.prior == "samples" else samples.new_full(samples.shape, 1 / len(rows))
+        return ((shares @ steps) / steps).expand(len(self.groups()), len(rows))

@@ -1,4 +1,4 @@
-"""FedPer: the body is shared, the head stays at the site.
+"""FedPer: the body is shared, the head is private.
 
 Arivazhagan et al., *Federated Learning with Personalization Layers*, arXiv 1912.00818.
 """

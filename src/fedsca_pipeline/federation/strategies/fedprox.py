@@ -6,13 +6,15 @@ Li et al., *Federated Optimization in Heterogeneous Networks*, MLSys 2020, equat
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedsca_pipeline.federation.strategies.base import LocalRule, Phase
 from fedsca_pipeline.federation.strategies.fedavg import FedAvg, FedAvgOptions
-from fedsca_pipeline.federation.strategies.rules import LocalRule, Phase
 
 MU_HELP = "0 or more, the pull towards what the site received"
 
@@ -24,27 +26,28 @@ class FedProxOptions(FedAvgOptions):
 
 
 class FedProx(FedAvg):
-    """The loss has ``mu / 2 |theta - received|^2`` more, over the shared tensors."""
+    """FedAvg with ``mu / 2 |theta - received|^2`` in the loss, over the shared tensors."""
 
     name: ClassVar[str] = "fedprox"
     Options: ClassVar[type[FedProxOptions]] = FedProxOptions
     options: FedProxOptions
 
-    def local_rule(self, received: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> LocalRule:
+    def local_rule(self, received: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> LocalRule:
         """Return the proximal term."""
-        return ProximalRule(received, kept, self.options.mu)
+        return ProximalRule(received, state, self.options.mu)
 
 
 class ProximalRule(LocalRule):
-    """``mu / 2 |theta - received|^2`` over the tensors that are both received and trained; ``mu`` 0 is no term."""
+    """Adds ``mu / 2 |theta - received|^2`` over the tensors that are both received and trained; ``mu`` 0 adds nothing."""
 
-    def __init__(self, received: Mapping[str, Tensor], kept: Mapping[str, Tensor], mu: float) -> None:
-        super().__init__(received, kept)
+    def __init__(self, received: Mapping[str, Tensor], state: Mapping[str, Tensor], mu: float) -> None:
+        super().__init__(received, state)
         self.mu = mu
 
     def penalty(self, parameters: Mapping[str, Tensor], phase: Phase) -> Tensor | None:
-        """Return the term, a scalar; None where there is nothing to hold."""
-        held = parameters.keys() & self.received.keys()
-        if not self.mu or not held:
+        """Return the term, a scalar; None if no tensor is both received and trained."""
+        common = sorted(parameters.keys() & self.received.keys())
+        if not self.mu or not common:
             return None
-        return self.mu / 2 * sum((parameters[n] - self.received[n]).square().sum() for n in sorted(held))
+        squares = [(parameters[name] - self.received[name]).square().sum() for name in common]
+        return self.mu / 2 * reduce(torch.add, squares)

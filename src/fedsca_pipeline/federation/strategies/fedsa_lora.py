@@ -1,4 +1,4 @@
-"""FedSA-LoRA: LoRA's A carries what the sites have in common and is averaged; B stays at the site.
+"""FedSA-LoRA: LoRA's A holds what the sites have in common and is averaged; B stays at the site.
 
 Guo et al., *Selective Aggregation for Low-Rank Adaptation in Federated Learning*, ICLR 2025.
 """
@@ -12,7 +12,7 @@ from fedsca_pipeline.federation.strategies.sharing import LoraMerge
 
 
 class FedSaLora(LoraStrategy):
-    """A and B train, A travels."""
+    """A and B train; only A crosses the wire."""
 
     name: ClassVar[str] = "fedsa_lora"
     merge_rule: ClassVar[LoraMerge] = "a_only"

@@ -1,23 +1,22 @@
-"""Local training: nothing crosses the wire; the yardstick of every federated method."""
+"""Local training: nothing crosses the wire; the baseline of every federated method."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
 from fedsca_pipeline.federation.strategies.base import Strategy, StrategyOptions
-from fedsca_pipeline.model.layout import TensorLayout
 
 
 class LocalOptions(StrategyOptions):
-    """``strategies.local``: it has none."""
+    """``strategies.local``: no options."""
 
 
 class Local(Strategy):
-    """Every site on its own."""
+    """Every site trains alone."""
 
     name: ClassVar[str] = "local"
     Options: ClassVar[type[LocalOptions]] = LocalOptions
 
-    def shared(self, layout: TensorLayout) -> tuple[str, ...]:
+    def shared(self) -> tuple[str, ...]:
         """Return no tensor."""
         return ()

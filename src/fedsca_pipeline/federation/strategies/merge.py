@@ -1,4 +1,4 @@
-"""LoRA factors: averaging A and B apart is not averaging B A, so mix the products and cut them back to the rank.
+"""LoRA factors: mixed products B A, reduced to the rank. Averaging A and B separately does not average B A.
 
 docs/method.md, ``lora_merge: svd``.
 """
@@ -18,7 +18,7 @@ _FACTOR = re.compile(r"(^|\.)lora_([AB])(?=\.|$)")
 
 @dataclass(frozen=True)
 class LoraPair:
-    """Where one pair stands in the flat vector: A [r, in], B [out, r]; a convolution's kernel counts into ``in``."""
+    """Columns of one pair in the flat vector: A [r, in], B [out, r]; ``in`` includes the kernel of a convolution."""
 
     a: slice
     b: slice
@@ -36,7 +36,7 @@ def is_lora_b(name: str) -> bool:
 
 
 def lora_pairs(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[LoraPair, ...]:
-    """Return the pairs of which both A and B are in ``names``, the order of the flat vector."""
+    """Return the pairs whose A and B are both in ``names``, which are in the order of the flat vector."""
     ends, total = {}, 0
     for name in names:
         start, total = total, total + math.prod(shapes[name])
@@ -46,31 +46,31 @@ def lora_pairs(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> t
 
 
 def merge_products(
-    mixed: Tensor, weights: Tensor, masters: Tensor, groups: Sequence[slice], pairs: Sequence[LoraPair]
+    mixed: Tensor, weights: Tensor, local_models: Tensor, groups: Sequence[slice], pairs: Sequence[LoraPair]
 ) -> Tensor:
-    """Replace each pair in ``mixed`` [R, V], which is returned, by rank-r factors of ``sum_j w_ij B_j A_j``.
+    """Return ``mixed`` [R, V] with each pair replaced, in place, by rank-r factors of ``sum_j w_ij B_j A_j``.
 
-    ``weights`` [B, R, N] float64 and ``masters`` [N, V] are those that gave ``mixed``. Rows that receive one master, or
-    nothing, keep what they have.
+    ``mixed`` is the product of ``weights`` [B, R, N] float64 and ``local_models`` [N, V]. Rows that receive a single
+    local model, or the initial values, stay as they are.
     """
     for pair in pairs:
         group = next(i for i, columns in enumerate(groups) if columns.start <= pair.a.start < columns.stop)
-        blended = (weights[group] > 0).sum(dim=1) > 1
-        shares = weights[group, blended].to(mixed.dtype)
-        a = masters[:, pair.a].reshape(len(masters), pair.rank, -1)
-        b = masters[:, pair.b].reshape(len(masters), -1, pair.rank)
-        near = mixed[blended][:, pair.a].reshape(len(shares), *a.shape[1:])
+        mixes = (weights[group] > 0).sum(dim=1) > 1
+        shares = weights[group, mixes].to(mixed.dtype)
+        a = local_models[:, pair.a].reshape(len(local_models), pair.rank, -1)
+        b = local_models[:, pair.b].reshape(len(local_models), -1, pair.rank)
+        near = mixed[mixes][:, pair.a].reshape(len(shares), *a.shape[1:])
         new_a, new_b = _refactor(shares, a, b, near)
-        mixed[blended, pair.a], mixed[blended, pair.b] = new_a.flatten(1), new_b.flatten(1)
+        mixed[mixes, pair.a], mixed[mixes, pair.b] = new_a.flatten(1), new_b.flatten(1)
     return mixed
 
 
 def _refactor(shares: Tensor, a: Tensor, b: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
     """Return A [R, r, in] and B [R, out, r] whose products are the best rank-r fit of ``sum_j shares_ij b_j a_j``.
 
-    The products live in the span of all A and B, so the singular values are those of an N r x N r core. Of all factors
-    with the same product, A is the turned orthonormal one nearest to ``near`` [R, r, in], at the length of ``near``:
-    training goes on from familiar coordinates, and a product of zero leaves an A that can still learn.
+    The products lie in the span of all A and B, so the singular values are those of an N r x N r core. Among all
+    factors with the same product, A is the rotated orthonormal one nearest to ``near`` [R, r, in], scaled to the length
+    of ``near``: training resumes from familiar coordinates, and a product of zero leaves an A that can still learn.
     """
     rank = near.shape[1]
     columns, core_b = torch.linalg.qr(b.transpose(0, 1).flatten(1))
@@ -79,11 +79,11 @@ def _refactor(shares: Tensor, a: Tensor, b: Tensor, near: Tensor) -> tuple[Tenso
     left, values, right = torch.linalg.svd(core, full_matrices=False)
     basis = right[:, :rank] @ rows.T
     u, _, v = torch.linalg.svd(near @ basis.mT, full_matrices=False)
-    turn = u @ v
+    rotation = u @ v
     length = torch.linalg.matrix_norm(near, keepdim=True) / math.sqrt(rank)
     length = torch.where(length > 0, length, 1.0)
-    new_b = (columns @ left[:, :, :rank] * values[:, None, :rank]) @ turn.mT / length
-    return turn @ basis * length, new_b
+    new_b = (columns @ left[:, :, :rank] * values[:, None, :rank]) @ rotation.mT / length
+    return rotation @ basis * length, new_b
 
 
 def _factor(name: str) -> str | None:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a site's local training in one round.
+    """One phase of a site's local training in a round.
 
-    ``trained``: names of the tensors it trains. ``share``: its steps, as a share of ``steps_per_round``, above 0.
-    ``personal``: it trains a copy of the model that never leaves the site, and is the site's model from then on.
+    ``trained``: names of the tensors that it trains. ``share``: its number of steps as a share of ``steps_per_round``,
+    above 0. ``personal``: it trains a copy of the model that never leaves the site and that the site uses from then on.
     """
 
     trained: tuple[str, ...]
@@ -22,27 +22,27 @@ class Phase:
 
 
 class LocalRule:
-    """How the local steps of one site differ in one round: this one changes nothing.
+    """Changes to the local steps of one site in one round. Default: no change.
 
     Args:
-        received: what the site was sent, on its device: shared tensors and what ``Strategy.carried`` names.
-        kept: what the rule of the site's last round left; empty in its first.
+        received: what the site received, on its device: the shared tensors and those of ``Strategy.extra_shapes``.
+        state: what ``next_state`` returned in the site's last round; empty in its first.
     """
 
-    def __init__(self, received: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
-        self.received, self.before = received, kept
+    def __init__(self, received: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        self.received, self.state = received, state
 
     def penalty(self, parameters: Mapping[str, Tensor], phase: Phase) -> Tensor | None:
-        """Return an extra term of the loss over the trained ``parameters``, a scalar. None."""
+        """Return a term that is added to the loss over the trained ``parameters``, a scalar. Default: no term."""
         return None
 
     def correct(self, parameters: Mapping[str, Tensor], phase: Phase) -> None:
-        """Change the gradients of ``parameters`` in place, before they are clipped. As they are."""
+        """Change the gradients of ``parameters`` in place, before they are clipped. Default: no change."""
 
-    def kept(self) -> dict[str, Tensor]:
-        """Return what the site keeps for the rule of its next round. Nothing."""
+    def next_state(self) -> dict[str, Tensor]:
+        """Return tensors for the rule of the site's next round; they stay at the site. Default: none."""
         return {}
 
-    def carried(self) -> dict[str, Tensor]:
-        """Return the new values of what ``Strategy.carried`` names. Nothing."""
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """Return new values of the tensors of ``Strategy.extra_shapes``. Default: none."""
         return {}

@@ -1,8 +1,8 @@
 """SCAFFOLD: control variates correct the drift of local steps.
 
 Karimireddy et al., *SCAFFOLD: Stochastic Controlled Averaging for Federated Learning*, ICML 2020, algorithm 1. A site's
-new control is the mean of its uncorrected gradients: with plain SGD that is the paper's option II to the letter, whose
-``(x - y) / (K eta)`` would mean nothing after AdamW's steps.
+new control is the mean of its uncorrected gradients: with plain SGD that is exactly the paper's option II, whose ``(x - y) /
+(K eta)`` has no meaning after steps of AdamW.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedsca_pipeline.federation.strategies.base import Groups, LocalRule, Phase, Prior, Replies
 from fedsca_pipeline.federation.strategies.fedavg import FedAvg, FedAvgOptions
-from fedsca_pipeline.federation.strategies.kernels import Groups, Replies
-from fedsca_pipeline.federation.strategies.rules import LocalRule, Phase
-from fedsca_pipeline.federation.strategies.server_step import Prior
 from fedsca_pipeline.federation.strategies.sharing import PRIOR_HELP
-from fedsca_pipeline.model.layout import TensorLayout
 
-_CONTROL = "control:"  # no module path holds a colon
+_CONTROL = "control:"  # no module path contains a colon
 
 
 class ScaffoldOptions(FedAvgOptions):
@@ -31,36 +28,36 @@ class ScaffoldOptions(FedAvgOptions):
 
 
 class Scaffold(FedAvg):
-    """FedAvg, where a step's gradient becomes ``g - c_i + c``; the controls double what is sent."""
+    """FedAvg with gradients ``g - c_i + c``; the controls double the number of values on the wire."""
 
     name: ClassVar[str] = "scaffold"
     Options: ClassVar[type[ScaffoldOptions]] = ScaffoldOptions
 
-    def carried(self, layout: TensorLayout) -> Mapping[str, tuple[int, ...]]:
-        """Return one control for each shared tensor: c on the way to a site, ``c + c_i' - c_i`` on the way back."""
-        return {_CONTROL + name: layout.shapes[name] for name in self.shared(layout)}
+    def extra_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return one control per shared tensor: c on the way to a site, ``c + c_i' - c_i`` on the way back."""
+        return {_CONTROL + name: self.layout.shapes[name] for name in self.shared()}
 
-    def groups(self, layout: TensorLayout) -> Groups:
-        """Return the weights' columns and the controls'."""
-        size = layout.size(self.shared(layout))
+    def groups(self) -> Groups:
+        """Return the columns of the weights and those of the controls."""
+        size = self.layout.size(self.shared())
         return (slice(0, size), slice(size, 2 * size)) if size else ()
 
-    def local_rule(self, received: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> LocalRule:
+    def local_rule(self, received: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> LocalRule:
         """Return the correction of gradients."""
-        return ControlRule(received, kept)
+        return ControlRule(received, state)
 
-    def factors(self, replies: Replies, kept: Tensor, n_sites: int, groups: Groups) -> Tensor | None:
-        """Return 1 for weights and A / N for controls: ``c`` moves by the sum of changes over N, all sites."""
-        return torch.tensor([[1.0], [len(kept) / n_sites]]).double().expand(2, len(kept)) if groups else None
+    def scales(self, replies: Replies, rows: Tensor, n_sites: int) -> Tensor | None:
+        """Return 1 for weights and A / N for controls: ``c`` moves by the sum of changes divided by N, all sites."""
+        return torch.tensor([[1.0], [len(rows) / n_sites]]).double().expand(2, len(rows)) if self.groups() else None
 
 
 class ControlRule(LocalRule):
-    """Corrects gradients by ``c - c_i`` and learns the new ``c_i``."""
+    """Corrects gradients by ``c - c_i`` and computes the new ``c_i``."""
 
-    def __init__(self, received: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
-        super().__init__(received, kept)
+    def __init__(self, received: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        super().__init__(received, state)
         self._server = {name.removeprefix(_CONTROL): c for name, c in received.items() if name.startswith(_CONTROL)}
-        self._own = {name: kept.get(name, torch.zeros_like(c)) for name, c in self._server.items()}
+        self._own = {name: state.get(name, torch.zeros_like(c)) for name, c in self._server.items()}
         self._sums = {name: torch.zeros_like(c) for name, c in self._server.items()}
         self._steps = 0
 
@@ -73,10 +70,10 @@ class ControlRule(LocalRule):
                 self._sums[name] += gradient
                 gradient += control - self._own[name]
 
-    def kept(self) -> dict[str, Tensor]:
+    def next_state(self) -> dict[str, Tensor]:
         """Return the new ``c_i``, by the names of the model's tensors."""
         return {name: total / max(self._steps, 1) for name, total in self._sums.items()}
 
-    def carried(self) -> dict[str, Tensor]:
+    def extra_tensors(self) -> dict[str, Tensor]:
         """Return ``c + c_i' - c_i``."""
-        return {_CONTROL + name: self._server[name] + new - self._own[name] for name, new in self.kept().items()}
+        return {_CONTROL + name: self._server[name] + new - self._own[name] for name, new in self.next_state().items()}

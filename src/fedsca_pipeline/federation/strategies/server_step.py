@@ -1,37 +1,62 @@
-"""The server's step from replies to aggregates: state, checks and priors."""
+"""What a server step works on and returns, and its checks and priors.
+
+Everything sites x sites is float64.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedsca_pipeline.errors import ResumeError
-from fedsca_pipeline.federation.strategies.kernels import (
-    ZERO_NORM,
-    Replies,
-)
+from fedsca_pipeline.errors import NoValidSite, ResumeError
+from fedsca_pipeline.federation.strategies.kernels import ZERO_NORM, LocalModels
+
+logger = logging.getLogger(__name__)
 
 Prior = Literal["samples", "uniform"]
+"""Weights of the sites before any comparison: by the number of training images, or equal."""
+
+PRIORS: Mapping[Prior, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {"samples": torch.clone, "uniform": torch.ones_like}
+)
+
+ALMOST_LOCAL = 0.95  # mean self weight above which a federation amounts to local training (docs/method.md)
 
 
-COLLAPSE = 0.95  # mean self weight beyond which a federation is local training (docs/method.md)
+@dataclass(frozen=True)
+class Replies:
+    """The replies of one round, sorted by site.
+
+    ``bases`` [N, V] fp32: what each known site trained from; any values for a site without a reply. ``updates`` [S, V]
+    fp32. ``samples`` [S] float64: numbers of training images. ``steps`` [S] float64: optimiser steps behind each
+    update; None: unknown.
+    """
+
+    round: int
+    sites: tuple[str, ...]
+    bases: Tensor
+    updates: Tensor
+    samples: Tensor
+    steps: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class ServerState:
-    """All that a server remembers between rounds, as plain tensors; rows are the known sites, in order.
+    """What the server remembers between rounds, as plain tensors; rows are the known sites, in order.
 
-    ``masters`` [N, V] fp32: the latest theta = base + update of each site, zeros where it never trained. ``trained``
+    ``local_models`` [N, V] fp32: the latest theta = base + update of each site, zeros if it never trained. ``trained``
     [N] bool. ``samples`` [N] float64: as last reported. ``memory`` [B, N, N] float64: similarities, NaN for a pair
-    never seen together. ``norms`` [M] float64: norms of all accepted updates so far, those of zero updates left out.
+    that never took part in the same round. ``norms`` [M] float64: norms of all accepted updates so far except zero
+    updates.
     """
 
-    masters: Tensor
+    local_models: Tensor
     trained: Tensor
     samples: Tensor
     memory: Tensor
@@ -41,11 +66,28 @@ class ServerState:
     def initial(cls, n_sites: int, n_values: int, n_groups: int) -> ServerState:
         """Return the state before the first round."""
         return cls(
-            masters=torch.zeros(n_sites, n_values),
+            local_models=torch.zeros(n_sites, n_values),
             trained=torch.zeros(n_sites, dtype=torch.bool),
             samples=torch.zeros(n_sites, dtype=torch.float64),
             memory=torch.full((n_groups, n_sites, n_sites), torch.nan, dtype=torch.float64),
             norms=torch.zeros(0, dtype=torch.float64),
+        )
+
+    def after(
+        self, replies: Replies, models: LocalModels, norms: Tensor, memory: Tensor, latest: Tensor
+    ) -> ServerState:
+        """Return the state after a round; this one stays as it is.
+
+        ``norms`` [A] are those of the accepted updates, ``memory`` the new similarities, ``latest`` [N, V] the memory
+        that holds the latest local models.
+        """
+        return replace(
+            self,
+            local_models=latest,
+            trained=self.trained.index_fill(0, models.site_rows, True),
+            samples=self.samples.index_copy(0, models.site_rows, replies.samples[models.reply_rows]),
+            memory=memory,
+            norms=torch.cat([self.norms, norms[norms >= ZERO_NORM]]),
         )
 
     def as_tensors(self) -> dict[str, Tensor]:
@@ -54,22 +96,22 @@ class ServerState:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> ServerState:
-        """Return the state that ``as_tensors`` wrote; ResumeError names what is missing."""
+        """Return the state that ``as_tensors`` wrote; ResumeError names missing tensors."""
         names = [field.name for field in fields(cls)]
         if missing := [name for name in names if name not in tensors]:
             raise ResumeError(
-                f"the server state lacks {', '.join(missing)}; go on from an older checkpoint or start anew"
+                f"the server state lacks {', '.join(missing)}; resume from an older checkpoint or restart the run"
             )
         return cls(**{name: tensors[name] for name in names})
 
 
 @dataclass(frozen=True)
 class Aggregation:
-    """What one round gave.
+    """The result of one server step.
 
-    ``aggregates`` [N, V] fp32: what each known site receives next. ``accepted``: A sites, sorted as they replied;
-    ``rejected``: site to reason. ``similarity`` and ``weights`` [B, A, A] float64: C as the weights used it, and A,
-    rows receive; where nothing is shared they hold one group, zeros and the identity. ``norms`` [A] float64 of the
+    ``aggregates`` [N, V] fp32: what each known site receives next. ``accepted``: the A accepted sites, sorted like the
+    replies; ``rejected``: reasons by site. ``similarity`` and ``weights`` [B, A, A] float64: C as the weights used it,
+    and A, rows receive; if nothing is shared they hold one group, zeros and the identity. ``norms`` [A] float64 of the
     updates. ``spread`` [A] float64: |theta_i - mean| / |update_i|, 0 for a zero update.
     """
 
@@ -82,19 +124,21 @@ class Aggregation:
     spread: Tensor
 
 
-def validate(replies: Replies, norms: Tensor, earlier: Tensor, max_norm_ratio: float) -> dict[str, str]:
-    """Return the sites whose reply is unusable, with the reason (docs/method.md; what is left after ``check``).
+def unusable(replies: Replies, norms: Tensor, earlier: Tensor, max_norm_ratio: float) -> dict[str, str]:
+    """Return the reasons to reject replies, by site (docs/method.md). Message fields have been checked before.
 
-    In this order: fewer than one sample; a value that is not finite, seen by the norm of the update, which is free (the
-    base is the server's own and finite, and so is their sum: an update whose norm has a square in fp32 is lost in the
-    rounding of a base near fp32's end); a norm above ``max_norm_ratio`` times the median of this round's finite norms
-    and the ``earlier`` accepted ones.
+    The first of these that applies:
 
-    Of an even number of norms the lower middle one is the median, else the larger of two sites in a first round would
-    lift the bar over itself (with the mean of both, 1 and 1000 are each below ten times 500). Norms of zero updates
-    tell no scale and are left out, else a site that did not move would have all others rejected. What no rule can tell:
-    which of two sites in a first round is the odd one; the larger is turned away, since only it can do harm. A lone
-    first site has nothing to be measured against and is taken.
+    1. Fewer than one sample.
+    2. A value that is not finite. The norm of the update shows it without a further pass: base and sum are finite. An
+       update whose squared norm exceeds fp32 counts too, since a base near the end of fp32 would lose it in rounding.
+    3. A norm above ``max_norm_ratio`` times the median of this round's finite norms and the ``earlier`` accepted ones.
+
+    For an even number of norms the median is the lower middle one. The mean of both would let the larger of two sites
+    in a first round raise the limit above itself: 1 and 1000 are each below ten times 500. Norms of zero updates have
+    no scale and are left out; otherwise one site that did not move would cause all others to be rejected. No rule can
+    tell which of two sites in a first round is the odd one, so the larger is rejected, since only it can do harm. A
+    single first site has nothing to compare with and is accepted.
     """
     finite = norms.isfinite()
     known = torch.cat([earlier, norms[finite & (norms >= ZERO_NORM)]])
@@ -112,12 +156,21 @@ def validate(replies: Replies, norms: Tensor, earlier: Tensor, max_norm_ratio: f
     return dict(sorted(found.items()))
 
 
-def partners(present: Tensor, moved: Tensor, known: Tensor) -> Tensor:
-    """Return whom each site may be mixed from in one group, [N, N] bool, rows receive (docs/method.md).
+def accepted_rows(replies: Replies, rejected: Mapping[str, str]) -> Tensor:
+    """Return the rows [A] of the replies that were not rejected; raises NoValidSite if there are none."""
+    rows = [row for row, site in enumerate(replies.sites) if site not in rejected]
+    if not rows:
+        reasons = "; ".join(f"{site}: {reason}" for site, reason in rejected.items()) or "no site replied"
+        raise NoValidSite(f"round {replies.round}: no site sent a usable update ({reasons}); nothing was overwritten")
+    return torch.tensor(rows, dtype=torch.long)
 
-    A site that took part (``present`` [N]): itself, and if its update is not zero the others that ``moved`` [N], too.
-    An absent one: itself and the sites it has a similarity with (``known`` [N, N]), but for those that took part and
-    did not move; a row without any True where it has a similarity with nobody, and the general model is due.
+
+def partners(present: Tensor, moved: Tensor, known: Tensor) -> Tensor:
+    """Return which sites each site may be mixed from in one group, [N, N] bool, rows receive (docs/method.md).
+
+    A site that took part (``present`` [N]): itself, and if its update is not zero, all others in ``moved`` [N]. An
+    absent site: itself and the sites that it has a similarity with (``known`` [N, N]), except those that took part and
+    did not move. If it has a similarity with no site its row is all False, and it receives the general model.
     """
     itself = torch.eye(len(present), dtype=torch.bool)
     met = known & ~itself
@@ -126,11 +179,28 @@ def partners(present: Tensor, moved: Tensor, known: Tensor) -> Tensor:
 
 
 def site_prior(state: ServerState, prior: Prior) -> Tensor:
-    """Return ``p`` [N] float64 over the sites that have ever trained, summing to 1; all zero where none has."""
+    """Return ``p`` [N] float64 over the sites that have ever trained, summing to 1; all zero if there are none."""
     shares = PRIORS[prior](state.samples) * state.trained
     return shares / shares.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
 
-PRIORS: Mapping[Prior, Callable[[Tensor], Tensor]] = MappingProxyType(
-    {"samples": torch.clone, "uniform": torch.ones_like}
-)
+def block(matrices: Tensor, rows: Tensor) -> Tensor:
+    """Return the rows and columns ``rows`` [A] of ``matrices`` [B, N, N], as [B, A, A]."""
+    return matrices[:, rows][:, :, rows]
+
+
+def with_block(matrices: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+    """Return a copy of ``matrices`` [B, N, N] with ``values`` [B, A, A] at the rows and columns ``rows`` [A]."""
+    copied = matrices.clone()
+    copied[:, rows[:, None], rows] = values
+    return copied
+
+
+def warn_if_almost_local(strategy: str, round_: int, weights: Tensor) -> None:
+    """Warn if the mean self weight in ``weights`` [B, A, A] shows that the sites train almost alone."""
+    if weights.shape[1] > 1 and (mean := weights.diagonal(dim1=1, dim2=2).mean().item()) > ALMOST_LOCAL:
+        logger.warning(
+            "round %d: the mean self weight of %s is %.2f: the sites train almost alone, either because their updates "
+            "do not agree (see the similarities) or because the weighting gives each site mostly its own model",
+            round_, strategy, mean,
+        )  # fmt: skip

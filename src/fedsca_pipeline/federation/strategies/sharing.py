@@ -1,8 +1,8 @@
-"""What fedsca and fedavg have in common: a choice of shared blocks, of the prior and of how LoRA factors are merged."""
+"""Strategies that share whole blocks: options for the blocks, the decoder, the prior and the merging of LoRA factors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal
 
@@ -10,11 +10,8 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.federation.strategies.base import Strategy, StrategyOptions
-from fedsca_pipeline.federation.strategies.kernels import Groups
+from fedsca_pipeline.federation.strategies.base import Prior, Strategy, StrategyOptions
 from fedsca_pipeline.federation.strategies.merge import is_lora_b, lora_pairs, merge_products
-from fedsca_pipeline.federation.strategies.server_step import Prior
-from fedsca_pipeline.model.layout import TensorLayout
 
 LoraMerge = Literal["a_only", "svd", "naive"]
 ShareDecoder = bool | Literal["head"]
@@ -25,12 +22,12 @@ SHARED_BLOCKS_HELP = (
     "low (the first ceil(L/2) of the L adapted blocks), high (the others), all, none, or a list of block numbers from 0"
 )
 SHARE_DECODER_HELP = (
-    "true, false, or head: whether the mask decoder crosses the wire, too, or of it tokens, upscaling and hypernetworks"
+    "true, false, or head: share the mask decoder, or only its head (tokens, upscaling and hypernetworks)"
 )
 PRIOR_HELP = "samples (in proportion to the number of training images) or uniform"
 LORA_MERGE_HELP = (
-    "for adapters.method lora: a_only (only A travels), svd (products B A are mixed and cut back to the rank) or naive "
-    "(A and B are mixed apart, which is not mixing their products)"
+    "for adapters.method lora: a_only (only A crosses the wire), svd (products B A are mixed and reduced to the rank) or "
+    "naive (A and B are mixed separately, which differs from mixing their products)"
 )
 
 _NAMED_BLOCKS: Mapping[str, Callable[[int], range]] = MappingProxyType(
@@ -43,17 +40,16 @@ _NAMED_BLOCKS: Mapping[str, Callable[[int], range]] = MappingProxyType(
 )
 
 
-class SharingOptions(StrategyOptions):
+class BlockOptions(StrategyOptions):
     """Options of a strategy that shares whole blocks."""
 
     shared_blocks: SharedBlocks = Field("all", description=SHARED_BLOCKS_HELP)
     share_decoder: ShareDecoder = Field(False, description=SHARE_DECODER_HELP)
     prior: Prior = Field("samples", description=PRIOR_HELP)
-    lora_merge: LoraMerge = Field("naive", description=LORA_MERGE_HELP)
 
     @field_validator("shared_blocks")
     @classmethod
-    def _once_each(cls, blocks: SharedBlocks) -> SharedBlocks:
+    def _sorted_and_distinct(cls, blocks: SharedBlocks) -> SharedBlocks:
         if isinstance(blocks, str):
             return blocks
         if len(set(blocks)) < len(blocks):
@@ -61,55 +57,69 @@ class SharingOptions(StrategyOptions):
         return tuple(sorted(blocks))
 
 
-class SharingStrategy(Strategy):
-    """A strategy that shares the adapters of some blocks and, if asked to, the decoder."""
+class BlockStrategy(Strategy):
+    """A strategy that shares the adapters of some blocks and, as an option, the decoder."""
 
-    Options: ClassVar[type[SharingOptions]] = SharingOptions
-    options: SharingOptions
+    Options: ClassVar[type[BlockOptions]] = BlockOptions
+    options: BlockOptions
 
-    def __init__(self, options: SharingOptions) -> None:
-        super().__init__(options)
-        self.prior = options.prior
+    @property
+    def prior(self) -> Prior:
+        """The option ``prior``."""
+        return self.options.prior
 
     @property
     def lora_merge(self) -> LoraMerge:
-        """How LoRA factors are merged."""
-        return self.options.lora_merge
+        """How LoRA factors are merged. Default: value by value."""
+        return "naive"
 
-    def shared(self, layout: TensorLayout) -> tuple[str, ...]:
+    def shared(self) -> tuple[str, ...]:
         """Return the shared blocks' adapters from the input on, then the decoder; without LoRA's B for ``a_only``.
 
-        Raises ConfigError where ``shared_blocks`` lists a block that the model does not have.
+        Raises ConfigError if ``shared_blocks`` lists a block that the model does not have.
         """
-        return tuple(name for part in self.parts(layout) for name in part)
+        return tuple(name for part in self.parts() for name in part)
 
-    def parts(self, layout: TensorLayout) -> tuple[tuple[str, ...], ...]:
+    def parts(self) -> tuple[tuple[str, ...], ...]:
         """Return the shared names block by block, the decoder last; blocks that share nothing are left out."""
-        parts = [layout.blocks[number] for number in self._numbers(len(layout.blocks))]
+        parts = [self.layout.blocks[number] for number in self._shared_numbers()]
         if self.options.share_decoder:
-            parts.append(layout.head if self.options.share_decoder == "head" else layout.decoder)
+            parts.append(self.layout.head if self.options.share_decoder == "head" else self.layout.decoder)
         if self.lora_merge == "a_only":
             parts = [tuple(name for name in part if not is_lora_b(name)) for part in parts]
-        return tuple(part for part in parts if layout.size(part))
+        return tuple(part for part in parts if self.layout.size(part))
 
-    def merge(
-        self, mixed: Tensor, weights: Tensor, masters: Tensor, groups: Groups, layout: TensorLayout | None
-    ) -> Tensor:
-        """Put merged products in the place of LoRA pairs for ``lora_merge: svd``."""
+    def merge(self, mixed: Tensor, weights: Tensor, local_models: Tensor) -> Tensor:
+        """Replace LoRA pairs by factors of their mixed products for ``lora_merge: svd``."""
+        groups = self.groups()
         if self.lora_merge != "svd" or not groups:
             return mixed
-        if layout is None:
-            raise ConfigError(
-                f"strategies.{self.name}.lora_merge is 'svd': aggregate() needs the layout to find the pairs"
-            )
-        return merge_products(mixed, weights, masters, groups, lora_pairs(self.shared(layout), layout.shapes))
+        return merge_products(mixed, weights, local_models, groups, lora_pairs(self.shared(), self.layout.shapes))
 
-    def _numbers(self, count: int) -> tuple[int, ...]:
-        blocks = self.options.shared_blocks
-        numbers = tuple(_NAMED_BLOCKS[blocks](count)) if isinstance(blocks, str) else blocks
+    def _shared_numbers(self) -> Sequence[int]:
+        blocks, count = self.options.shared_blocks, len(self.layout.blocks)
+        numbers = _NAMED_BLOCKS[blocks](count) if isinstance(blocks, str) else blocks
         if beyond := [number for number in numbers if number >= count]:
             raise ConfigError(
                 f"strategies.{self.name}.shared_blocks lists {', '.join(map(str, beyond))}, but the model has {count} "
                 f"adapted blocks. Allowed: " + (f"0 to {count - 1}, or a name" if count else "none")
             )
         return numbers
+
+
+class SharingOptions(BlockOptions):
+    """Options of a strategy for any adapters, LoRA among them."""
+
+    lora_merge: LoraMerge = Field("naive", description=LORA_MERGE_HELP)
+
+
+class SharingStrategy(BlockStrategy):
+    """A strategy for any adapters, with a choice of how LoRA factors are merged."""
+
+    Options: ClassVar[type[SharingOptions]] = SharingOptions
+    options: SharingOptions
+
+    @property
+    def lora_merge(self) -> LoraMerge:
+        """The option ``lora_merge``."""
+        return self.options.lora_merge

@@ -5,17 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedsca_pipeline.federation.strategies.kernels import prior_weights
+
+def prior_weights(partners: Tensor, prior: Tensor) -> Tensor:
+    """Return ``prior`` [N] over each row's ``partners`` [N, N], rows summing to 1; NaN in a row without partners."""
+    shares = partners * prior
+    return shares / shares.sum(dim=1, keepdim=True)
 
 
-def simplex_weights(similarity: Tensor, mates: Tensor, prior: Tensor, *, penalty: float) -> Tensor:
-    """Projection of ``p + c_i / (2 penalty)`` on the simplex, the closed form of pFedGraph's objective; c_ii = 1.
+def simplex_weights(similarity: Tensor, partners: Tensor, prior: Tensor, *, penalty: float) -> Tensor:
+    """Return the projection of ``p + c_i / (2 penalty)`` on the simplex, [N, N]: pFedGraph's objective in closed form.
 
     Ye et al., *Personalized Federated Learning with Inferred Collaboration Graphs*, ICML 2023. ``similarity`` [N, N],
-    ``mates`` [N, N] bool, ``prior`` [N]; returns [N, N].
+    whose diagonal counts as 1, ``partners`` [N, N] bool, ``prior`` [N].
     """
     similarity = similarity.clone().fill_diagonal_(1.0)
-    return project_on_simplex(prior_weights(mates, prior) + similarity / (2 * penalty), mates)
+    return project_on_simplex(prior_weights(partners, prior) + similarity / (2 * penalty), partners)
 
 
 def project_on_simplex(points: Tensor, allowed: Tensor) -> Tensor:
@@ -24,7 +28,7 @@ def project_on_simplex(points: Tensor, allowed: Tensor) -> Tensor:
     Duchi et al., *Efficient Projections onto the l1-Ball*, ICML 2008.
     """
     lowest = points.masked_fill(~allowed, -torch.inf).amax(dim=1, keepdim=True) - 2
-    # The threshold is at least the largest coordinate less one, so what lies two below never enters the support.
+    # The threshold is at least the largest coordinate minus 1, so a coordinate 2 below it is never in the support.
     points = torch.where(allowed, points, lowest)
     ordered, _ = points.sort(dim=1, descending=True)
     counts = torch.arange(1, points.shape[1] + 1, dtype=points.dtype)
@@ -33,14 +37,14 @@ def project_on_simplex(points: Tensor, allowed: Tensor) -> Tensor:
     return (points - thresholds.gather(1, support - 1)).clamp(min=0)
 
 
-def softmax_weights(similarity: Tensor, mates: Tensor, *, self_weight: float, temperature: float) -> Tensor:
-    """A fixed weight for the site itself, and a softmax of similarity / temperature over the others (heuristic FedAMP).
+def softmax_weights(similarity: Tensor, partners: Tensor, *, self_weight: float, temperature: float) -> Tensor:
+    """Return a fixed weight for the site itself and a softmax of similarity / temperature over the others, [N, N].
 
-    Huang et al., *Personalized Cross-Silo Federated Learning on Non-IID Data*, AAAI 2021. The prior has no part in it.
-    ``similarity`` [N, N], ``mates`` [N, N] bool; returns [N, N], the identity where a row has no other mate.
+    Heuristic FedAMP: Huang et al., *Personalized Cross-Silo Federated Learning on Non-IID Data*, AAAI 2021. The prior
+    is not used. ``similarity`` [N, N], ``partners`` [N, N] bool; a row without other partners is the identity's.
     """
-    itself = torch.eye(len(mates), dtype=torch.bool)
-    others = mates & ~itself
+    itself = torch.eye(len(partners), dtype=torch.bool)
+    others = partners & ~itself
     logits = (similarity / temperature).masked_fill(~others, -torch.inf)
     rest = (1 - self_weight) * logits.softmax(dim=1) + self_weight * itself
     return torch.where(others.any(dim=1, keepdim=True), rest, itself.double())

@@ -41,7 +41,7 @@ from fedsca_pipeline.federation.site.privacy.ledger import Vault
 from fedsca_pipeline.federation.site.steps import ignore_step
 from fedsca_pipeline.federation.site.store import SiteStore
 from fedsca_pipeline.federation.site.worker import LocalWorker
-from fedsca_pipeline.federation.strategies import build_strategy
+from fedsca_pipeline.federation.strategies import strategy_class, strategy_options
 from fedsca_pipeline.files import remove_partial_files, write_bytes, write_json
 from fedsca_pipeline.flower.config import SiteConfig, read_site_config
 from fedsca_pipeline.flower.messages import documents, frames
@@ -193,7 +193,8 @@ class SiteWork:
             raise MessageError(f"Description: its fingerprint is {run.fingerprint}, that of what it says is another")
         settings = documents.settings(run.configuration)
         name = settings.federation.strategy
-        if build_strategy(name, settings.strategy_options).pools:
+        strategy_options(name, settings.strategy_options)
+        if strategy_class(name).pools:
             raise ConfigError(f"{name} pools the sites' images, and this site's stay here")
         self._refuse_unfit(run)
         path = _description_file(checkpoints, run.fingerprint)

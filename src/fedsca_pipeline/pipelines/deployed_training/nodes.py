@@ -128,7 +128,7 @@ def train(
     opening = documents.write(documents.Description(**description))
     with deterministic(settings.run, description["threads"]):
         setup = set_up(settings, foundations, run=folder.fingerprint, sites=len(flower.sites))
-        start = start_values(setup.model, setup.strategy.shared(setup.layout))
+        start = start_values(setup.model, setup.strategy.shared())
         with (
             RoundProgress(flower.sites, federation.rounds) as progress,
             _fleet(flower, begun=folder.begun(), opening=opening, absent=federation.inject_failures) as fleet,
@@ -175,7 +175,7 @@ def finish(
         except MessageError as error:
             logger.warning("%s: no test scores (%s)", site, error)
     setup = set_up(settings, foundations, run=description["fingerprint"], sites=len(flower.sites))
-    start = start_values(setup.model, setup.strategy.trained(setup.layout))
+    start = start_values(setup.model, setup.strategy.trained())
     index = write_site_models(setup, start, description, [], foundations, checkpoints, models)
     kept = {
         site: {

@@ -47,7 +47,7 @@ def train(
     threads = threads_of(settings, len(data))
     with deterministic(settings.run, threads) as device:
         setup = set_up(settings, foundations, run=folder.fingerprint, sites=len(data))
-        start = start_values(setup.model, setup.strategy.shared(setup.layout))
+        start = start_values(setup.model, setup.strategy.shared())
         sites = LocalSites(
             setup.model,
             setup.layout,
@@ -82,5 +82,5 @@ def export_site_models(
     from fedsca_pipeline.model.adapters.attach import start_values
 
     setup = set_up(settings, foundations, run=description["fingerprint"], sites=len(description["data"]))
-    start = start_values(setup.model, setup.strategy.trained(setup.layout))
+    start = start_values(setup.model, setup.strategy.trained())
     return write_site_models(setup, start, description, manifests, foundations, checkpoints, models)
