@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ from fedsca_pipeline.data.preprocessing.array_writer import ArraysFile, ArraysWr
 from fedsca_pipeline.data.preprocessing.report import site_report
 from fedsca_pipeline.data.preprocessing.samples import Sample, read_samples
 from fedsca_pipeline.data.preprocessing.selection import Settled, settle
-from fedsca_pipeline.data.site_folder.pairing import pair_files
+from fedsca_pipeline.data.site_folder.pairing import Broken, by_fault, pair_files
 from fedsca_pipeline.errors import DataError
+from fedsca_pipeline.files import remove_partial_files
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,9 @@ def prepare_site(
     """
     source = open_site(raw, site, private or raw.parent / "private" / site)
     site_file = source.site_file
+    if scratch is not None:
+        # A killed command may have left a partial file as large as all arrays of this site.
+        remove_partial_files(scratch, f"{site}.*")
     pairs, broken = pair_files(source.folder, source.home)
     found = len(pairs) + sum(entry.file.startswith("images/") for entry in broken)
 
@@ -84,7 +91,16 @@ def prepare_site(
         manifest = _manifest(site, samples, settled)
         arrays = writer.finish(rows, manifest)
     report = site_report(raw, site, found, samples, broken, settled, site_file, config, seed)
+    _log_outcome(site, report["counts"]["used"], broken)
     return PreparedSite(manifest, arrays, report)
+
+
+def _log_outcome(site: str, used: int, broken: Sequence[Broken]) -> None:
+    logger.info("%s: %d images, %d broken", site, used, len(broken))
+    for fault in by_fault(broken):
+        logger.warning("%s: %s: %s (left out; %s)", site, fault.file, fault.reason, fault.cure)
+    if broken:
+        logger.warning("%s: each file is listed in the site's report.json below 02_intermediate", site)
 
 
 def _array_rows(samples: Sequence[Sample], settled: Settled) -> list[int]:

@@ -52,7 +52,7 @@ def check_data(config: SiteConfig) -> int:
         UnavailableError: the folder is not there, is empty, as a mount point is, or cannot be read.
     """
     from fedsca_pipeline.config import PreprocessingConfig, RunConfig
-    from fedsca_pipeline.pipelines.preprocessing.nodes import prepare_for
+    from fedsca_pipeline.data.preprocessing.prepare import prepare_site
 
     if (reason := _away(config.data)) is not None:
         raise UnavailableError(
@@ -63,9 +63,8 @@ def check_data(config: SiteConfig) -> int:
         raw.mkdir()
         (raw / config.site).symlink_to(config.data.resolve())
         preprocessing = PreprocessingConfig(classes=_MOST_CLASSES, image_size=32)
-        prepare = prepare_for(config.site)
-        manifest, _, _ = prepare(raw, Path(folder), Path(folder) / "private", {}, None, preprocessing, RunConfig())
-    return len(manifest)
+        prepared = prepare_site(raw, config.site, preprocessing, RunConfig().seed, scratch=Path(folder))
+    return len(prepared.manifest)
 
 
 def _away(folder: Path) -> str | None:

@@ -27,6 +27,7 @@ from fedsca_pipeline.compute import deterministic
 from fedsca_pipeline.config import PrivacyBound, PrivacyConfig, RunConfig
 from fedsca_pipeline.data.arrays import SiteArrays
 from fedsca_pipeline.data.manifest import MANIFEST_DTYPES
+from fedsca_pipeline.data.preprocessing.prepare import prepare_site
 from fedsca_pipeline.errors import ConfigError, DataError, FedscaError, MessageError, SiteError, WeightsError
 from fedsca_pipeline.evaluation.examples import draw_examples
 from fedsca_pipeline.evaluation.scoring import score_test_images
@@ -48,7 +49,6 @@ from fedsca_pipeline.flower.messages import documents, frames
 from fedsca_pipeline.flower.site.memory_limit import OUT_OF_MEMORY, is_shortage, lift_limit, limit_memory
 from fedsca_pipeline.model.foundation import prepare_foundation
 from fedsca_pipeline.model.in_turn import ModelsInTurn
-from fedsca_pipeline.pipelines.preprocessing.nodes import prepare_for
 
 logger = logging.getLogger(__name__)
 
@@ -157,24 +157,22 @@ class SiteWork:
         self.places.prepared.unlink(missing_ok=True)
         self.places.link_raw(self.config.data)
         self.places.arrays.parent.mkdir(parents=True, exist_ok=True)
-        prepare = prepare_for(self.config.site)
-        manifest, arrays, report = prepare(
+        site = prepare_site(
             self.places.raw,
-            self.places.arrays.parent,
-            self.places.private,
-            {},
-            self.places.load_manifest(),
+            self.config.site,
             settings.preprocessing,
-            settings.run,
+            settings.run.seed,
+            self.places.load_manifest(),
+            scratch=self.places.arrays.parent,
         )
         foundation = prepare_foundation(settings.foundation, self.config.foundation_root, announce=logger.info)
-        arrays.move_to(self.places.arrays)
-        write_bytes(self.places.manifest, manifest.to_csv(index=False).encode())
-        write_json(self.places.report, report)
-        counts = report["counts"]
+        site.arrays.move_to(self.places.arrays)
+        write_bytes(self.places.manifest, site.manifest.to_csv(index=False).encode())
+        write_json(self.places.report, site.report)
+        counts = site.report["counts"]
         prepared = documents.Prepared(
             site=self.config.site,
-            version=data_version(report["fingerprint"], report),
+            version=data_version(site.report["fingerprint"], site.report),
             foundation=foundation.sha256,
             samples=len(self._data().rows("train")),
             **{split: counts[split] for split in ("train", "validation", "test")},

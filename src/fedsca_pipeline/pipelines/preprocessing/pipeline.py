@@ -18,7 +18,6 @@ def create_pipeline(sites: Sequence[str]) -> Pipeline:
                 inputs=[
                     "raw_sites",
                     "model_input",
-                    "private_sites",
                     "demo_sites_summary",
                     f"{site}.previous_manifest",
                     "params:preprocessing",
