@@ -45,7 +45,7 @@ from fedsca_pipeline.model.adapters.attach import attach_adapters, tensor_layout
 from fedsca_pipeline.model.foundation import load_foundation, prepare_foundation
 from fedsca_pipeline.model.foundation.linear import use_torch
 from fedsca_pipeline.model.foundation.model import SegmentationModel
-from fedsca_pipeline.model.inference import Forward, whole_model
+from fedsca_pipeline.model.inference import Forward, image_forward
 from fedsca_pipeline.model.layout import hash_tensors
 
 SIDE, SITE, RUN, SEED = 256, "site", "benchmark", 0
@@ -159,7 +159,7 @@ def _model(options: argparse.Namespace, device: torch.device) -> SegmentationMod
 def _plain(model: SegmentationModel, data: SiteArrays) -> Callable[[int], float]:
     nothing_kept = FeatureCache(Path("unused"), [], (), 0)
     batches = SiteBatches(data, lambda images, _: images, build_augmentation(TRAINING.augment), nothing_kept)
-    return _loop(model, batches, whole_model(model), fused=None)
+    return _loop(model, batches, image_forward(model), fused=None)
 
 
 def _bare_step(model: SegmentationModel, data: SiteArrays, folder: Path) -> Callable[[int], float]:

@@ -16,8 +16,8 @@ from fedsca_pipeline.files import (
     atomic_path,
     fingerprint,
     interrupts_deferred,
-    kept_secret,
     read_json,
+    read_or_create_secret,
     read_tensors,
     sha256_file,
     write_bytes,
@@ -247,9 +247,9 @@ def test_ctrl_c_while_tensors_are_read_comes_after_and_is_ctrl_c(
 
 
 def test_a_kept_secret_is_drawn_once_and_for_its_owner_alone(tmp_path: Path) -> None:
-    secret = kept_secret(tmp_path / "key")
+    secret = read_or_create_secret(tmp_path / "key")
 
-    assert kept_secret(tmp_path / "key") == secret != kept_secret(tmp_path / "other")
+    assert read_or_create_secret(tmp_path / "key") == secret != read_or_create_secret(tmp_path / "other")
     assert (tmp_path / "key").stat().st_mode & 0o077 == 0
 
 
@@ -258,6 +258,6 @@ def test_what_is_no_secret_is_refused_and_stays(tmp_path: Path, content: str) ->
     (tmp_path / "key").write_text(content)
 
     with pytest.raises(ValueError, match="key: not the secret that was written there"):
-        kept_secret(tmp_path / "key")
+        read_or_create_secret(tmp_path / "key")
 
     assert (tmp_path / "key").read_text() == content

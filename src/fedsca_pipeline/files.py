@@ -98,7 +98,7 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def kept_secret(path: Path) -> bytes:
+def read_or_create_secret(path: Path) -> bytes:
     """Return the secret kept at ``path``, 64 hex digits; it is drawn, for its owner's eyes alone, where there is none.
 
     Raises:

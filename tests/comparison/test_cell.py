@@ -518,7 +518,7 @@ class TestSeveralClasses:
                 logits[:, 1] = torch.where(batch.masks == 2, 1.0, -9.0)
                 yield batch, logits
 
-        monkeypatch.setattr(cell_module, "predictions", sure_of_class_2)
+        monkeypatch.setattr(cell_module, "predict_logits", sure_of_class_2)
 
         found = run_cell(cell, place, no_news)["unseen"]["c"]["ensemble"]
 

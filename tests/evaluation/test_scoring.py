@@ -6,7 +6,7 @@ import torch
 from fedsca_pipeline.evaluation.scoring import score_batches
 from fedsca_pipeline.federation.site.batches import plain_batches
 from fedsca_pipeline.model.batch import Batch
-from fedsca_pipeline.model.inference import whole_model
+from fedsca_pipeline.model.inference import image_forward
 
 
 def test_a_model_that_draws_the_truth_scores_one_and_one_that_draws_nothing_zero(make_worker, make_site) -> None:
@@ -79,8 +79,8 @@ def test_no_batch_has_no_score_and_the_model_trains_on_afterwards(make_worker, m
     worker = make_worker()
     worker.model.train()
 
-    assert score_batches(worker.model, whole_model(worker.model), [], 1, 0.5) == []
-    score_batches(worker.model, whole_model(worker.model), plain_batches(make_site("a"), "test", 1), 1, 0.5)
+    assert score_batches(worker.model, image_forward(worker.model), [], 1, 0.5) == []
+    score_batches(worker.model, image_forward(worker.model), plain_batches(make_site("a"), "test", 1), 1, 0.5)
 
     assert worker.model.training
 

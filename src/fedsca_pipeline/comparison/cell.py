@@ -261,7 +261,7 @@ class _Training:
             self.worker.install(self._store(site).snapshot("best").tensors)
             given = [
                 probability(known_logits(logits, head, known[site])).cpu()
-                for _, logits in predictions(model, self.forward, self._here(batches))
+                for _, logits in predict_logits(model, self.forward, self._here(batches))
             ]
             total = [old + new for old, new in zip(total, given, strict=True)] if total else given
         knowing = [

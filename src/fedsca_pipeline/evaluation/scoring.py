@@ -14,7 +14,7 @@ from fedsca_pipeline.metrics.images import score_images
 from fedsca_pipeline.model.batch import Batch
 from fedsca_pipeline.model.foundation.model import SegmentationModel
 from fedsca_pipeline.model.heads import predict_masks, truth_masks
-from fedsca_pipeline.model.inference import Forward, predictions
+from fedsca_pipeline.model.inference import Forward, predict_logits
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +43,7 @@ def score_batches(
     labels = list(scored or range(1, classes + 1))
     channels = [label - 1 for label in labels]
     scores: list[dict[str, Any]] = []
-    for batch, logits in predictions(model, forward, (batch.to(device) for batch in batches)):
+    for batch, logits in predict_logits(model, forward, (batch.to(device) for batch in batches)):
         predicted = predict_masks(logits, model.head, threshold, known).cpu()
         sizes = torch.stack([batch.valid.any(dim=2).sum(dim=1), batch.valid.any(dim=1).sum(dim=1)], dim=1).cpu()
         truth = truth_masks(batch.masks.cpu(), classes)
@@ -99,11 +99,11 @@ def reported(in_turn: ModelsInTurn, model: str, folder: Path) -> AbstractContext
 def _score(network: Any, data: SiteArrays, classes: int, evaluation: EvaluationConfig) -> list[dict[str, Any]]:
     from fedsca_pipeline.data.arrays import known_classes, scored_classes
     from fedsca_pipeline.federation.site.batches import plain_batches
-    from fedsca_pipeline.model.inference import whole_model
+    from fedsca_pipeline.model.inference import image_forward
 
     return score_batches(
         network,
-        whole_model(network),
+        image_forward(network),
         plain_batches(data, "test", evaluation.batch_size),
         classes,
         evaluation.threshold,

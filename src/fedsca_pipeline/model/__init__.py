@@ -1,1 +1,1 @@
-"""The foundation with its adapters, and a finished site model."""
+"""The foundation with its adapters, and the finished model of a site."""

@@ -1,4 +1,4 @@
-"""A batch of images, masks and valid areas."""
+"""A batch of images, their masks and their valid areas."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """``inputs`` [B, ...]: images in 0..255 [B,3,S,S], or the features that a site's ``embed`` made of them.
+    """B images of one size S x S.
 
-    ``masks`` uint8 [B,S,S], ``valid`` bool [B,S,S]: False on padding.
+    Attributes:
+        inputs: [B, ...], images in 0..255 [B, 3, S, S], or the features that the frozen encoder prefix computed.
+        masks: uint8 [B, S, S], 0 = background, 1..K.
+        valid: bool [B, S, S], False on padding.
     """
 
     inputs: Tensor
@@ -20,8 +23,8 @@ class Batch:
     valid: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on ``device``; to CUDA by way of pinned memory, without waiting."""
-        tensors = (self.inputs, self.masks, self.valid)
+        """Return the batch on ``device``. Copies to CUDA go through pinned memory and do not block."""
+        tensors = [self.inputs, self.masks, self.valid]
         if device.type == "cuda":
-            tensors = tuple(t if t.is_cuda else t.pin_memory() for t in tensors)
-        return Batch(*(t.to(device, non_blocking=True) for t in tensors))
+            tensors = [tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors]
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))

@@ -1,6 +1,7 @@
-"""One network in memory that is the foundation and a site's saved models, one after the other.
+"""One network in memory that serves as the foundation and as each saved model of a site, one after the other.
 
-Loading a foundation takes its size in memory and seconds; what tells its models apart is a few percent of it.
+Loading a foundation costs its size in memory and seconds, while models of one foundation differ in a few per cent of
+their values.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from fedsca_pipeline.errors import WeightsError
 from fedsca_pipeline.model.adapters.attach import attach_like, has_adapters, load_adapters, without_adapters
 from fedsca_pipeline.model.foundation import load_foundation, prepare_foundation
 from fedsca_pipeline.model.foundation.model import SegmentationModel
-from fedsca_pipeline.model.inference import evaluating
-from fedsca_pipeline.model.site_model import install, read_card, read_own_tensors
+from fedsca_pipeline.model.inference import evaluation_mode
+from fedsca_pipeline.model.site_model import read_card, read_saved_tensors, set_parameters
 
 
 class ModelsInTurn:
-    """Lends its network as one model at a time, in evaluation mode, exactly as that model is when loaded by itself.
+    """Lends its network as one model at a time, in evaluation mode, bit for bit as that model loaded by itself.
 
-    Whoever trains the network afterwards has to install all trained tensors first.
+    To train the network afterwards, set all trained tensors first.
 
     Args:
-        network: a foundation, on any device, as it was loaded or with adapters attached and trained.
-        foundation_sha256: of its weights.
-        start: the values, by name, that everything trained had in the foundation; none where nothing was trained.
+        network: a foundation on any device, as loaded or with adapters attached and trained.
+        foundation_sha256: SHA-256 of the foundation's weights.
+        start: the foundation's values, by name, of every tensor that was trained. Default: no tensor was trained.
     """
 
     def __init__(
@@ -54,8 +55,8 @@ class ModelsInTurn:
     @contextmanager
     def foundation(self) -> Iterator[SegmentationModel]:
         """Lend the foundation itself."""
-        install(self._network, self._start)
-        with without_adapters(self._network), evaluating(self._network):
+        set_parameters(self._network, self._start)
+        with without_adapters(self._network), evaluation_mode(self._network):
             yield self._network
 
     @contextmanager
@@ -63,19 +64,19 @@ class ModelsInTurn:
         """Lend the model that ``save_site_model`` wrote into ``folder``.
 
         Raises:
-            WeightsError: the folder holds none, or one of another foundation, image size or kind of adapters.
+            WeightsError: the folder holds no model, or its foundation, image size or kind of adapters differs.
         """
         self._check(folder)
         if not has_adapters(self._network):
             attach_like(self._network, folder)
             self._remember(name for name, p in self._network.named_parameters() if p.requires_grad)
-        tensors = read_own_tensors(folder)
+        tensors = read_saved_tensors(folder)
         self._remember(tensors)
-        # A model need not have all that another one changed.
-        install(self._network, self._start)
+        # Undo all earlier changes first: this model may lack tensors that another one changed.
+        set_parameters(self._network, self._start)
         load_adapters(self._network, folder)
-        install(self._network, tensors)
-        with evaluating(self._network):
+        set_parameters(self._network, tensors)
+        with evaluation_mode(self._network):
             yield self._network
 
     def _check(self, folder: Path) -> None:
@@ -84,12 +85,12 @@ class ModelsInTurn:
         ours = (self._foundation_sha256[:16], network.head, network.image_size)
         if theirs != ours:
             raise WeightsError(
-                f"{folder}: this model has foundation, head and image size {theirs}, and here they are {ours}; train "
+                f"{folder}: this model has foundation, head and image size {theirs}, but this run has {ours}; train "
                 "again, or set foundation and preprocessing as they were"
             )
 
     def _remember(self, names: Iterable[str]) -> None:
-        """Keep the foundation's values of what a model is about to change for the first time."""
+        """Store the foundation's values of the tensors that a model is about to change for the first time."""
         parameters = dict(self._network.named_parameters())
         self._start |= {
             name: parameters[name].detach().clone() for name in names if name in parameters and name not in self._start

@@ -1,4 +1,4 @@
-"""Inference: the forward of a model on batches, without gradients."""
+"""Inference: logits of batches, without gradients and in evaluation mode."""
 
 from __future__ import annotations
 
@@ -15,23 +15,30 @@ from fedsca_pipeline.model.foundation.model import SegmentationModel
 Forward = Callable[[Batch], Tensor]
 
 
-def predictions(model: SegmentationModel, forward: Forward, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
-    """Yield each batch with its logits [B,C,S,S] float32, without gradients and with ``model`` in evaluation mode."""
-    with evaluating(model):
+def predict_logits(
+    model: SegmentationModel, forward: Forward, batches: Iterable[Batch]
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Yield each batch with its logits [B, C, S, S] float32, without gradients; ``model`` is in evaluation mode."""
+    with evaluation_mode(model):
         for batch in batches:
             with torch.inference_mode(), autocast(batch.inputs.device):
                 logits = forward(batch)
             yield batch, logits.float()
 
 
-def whole_model(model: SegmentationModel) -> Forward:
-    """Return the forward of a model on batches of images."""
-    return lambda batch: model(model.normalise(batch.inputs, batch.valid.unsqueeze(1)))
+def image_forward(model: SegmentationModel) -> Forward:
+    """Return the whole model's forward pass, from a batch of images to logits."""
+
+    def forward(batch: Batch) -> Tensor:
+        logits: Tensor = model(model.normalise(batch.inputs, batch.valid.unsqueeze(1)))
+        return logits
+
+    return forward
 
 
 @contextmanager
-def evaluating(model: SegmentationModel) -> Iterator[None]:
-    """Have the model in evaluation mode for a block."""
+def evaluation_mode(model: SegmentationModel) -> Iterator[None]:
+    """Put the model into evaluation mode for a block, then restore its mode."""
     was_training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""A model's trainable tensors: their places, and vectors and hashes of them."""
+"""The tensors that a strategy may train, by their place in the model; vectors and hashes of tensors."""
 
 from __future__ import annotations
 
@@ -16,12 +16,22 @@ from fedsca_pipeline.errors import MessageError
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """Every tensor of a model that a strategy may train, by place.
+    """Names of all tensors that a strategy may train, grouped by their place in the model.
 
-    ``blocks`` holds the adapter tensor names of each adapted block, numbered from the input; ``decoder`` the decoder's
-    names, ``head`` those of them behind its transformer; ``encoder`` those of the foundation's own encoder, frozen by
-    most strategies; ``norms`` those of ``encoder`` and ``decoder`` that belong to normalisation layers; ``shapes`` the
-    shape of each.
+    Attributes:
+        blocks: adapter tensors of each adapted block; blocks are numbered from the input.
+        decoder: tensors of the decoder.
+        shapes: shape of each tensor.
+        head: the decoder's tensors behind its transformer.
+        encoder: the pretrained encoder's tensors, which most strategies keep frozen.
+        norms: tensors of ``encoder`` and ``decoder`` that belong to normalisation layers.
+
+    >>> shapes = {"a": (2, 3), "b": (4,), "decoder.w": (5,)}
+    >>> layout = TensorLayout(blocks=(("a",), ("b",)), decoder=("decoder.w",), shapes=shapes)
+    >>> layout.adapters
+    ('a', 'b')
+    >>> layout.size(layout.efficient)
+    15
     """
 
     blocks: tuple[tuple[str, ...], ...]
@@ -33,7 +43,7 @@ class TensorLayout:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """All adapter tensor names, from the input on."""
+        """All adapter tensors, first block first."""
         return tuple(name for block in self.blocks for name in block)
 
     @property
@@ -42,7 +52,11 @@ class TensorLayout:
         return self.adapters + self.decoder
 
     def size(self, names: Iterable[str]) -> int:
-        """Return the number of values in ``names`` (0 for none); a name that is not in the layout raises KeyError."""
+        """Return the number of values in ``names`` (0 for none).
+
+        Raises:
+            KeyError: a name is not in the layout.
+        """
         return sum(math.prod(self.shapes[name]) for name in names)
 
 
@@ -52,30 +66,43 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return 64 hex digits over names, shapes and fp32 bytes, whatever the order; defined for no tensors, too."""
+    """Return 64 hex digits over names, shapes and fp32 bytes. The order does not matter; an empty mapping has one too.
+
+    >>> one, two = torch.ones(2), torch.zeros(3)
+    >>> sha256_tensors({"a": one, "b": two}) == sha256_tensors({"b": two, "a": one})
+    True
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(json.dumps([name, list(tensors[name].shape)]).encode())
-        digest.update(_wire(tensors[name], torch.float32).numpy())
+        digest.update(fp32_on_cpu(tensors[name]).numpy().data)
     return digest.hexdigest()
 
 
 def flatten(tensors: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Return the values of ``names``, in that order, as one fp32 vector [V] of its own memory; no names give [0]."""
-    return torch.cat([torch.empty(0), *(_wire(tensors[name], torch.float32).reshape(-1) for name in names)])
+    """Return the values of ``names``, in that order, as a new fp32 vector [V]; no names give [0].
+
+    >>> flatten({"a": torch.ones(1, 2), "b": torch.zeros(1)}, ["b", "a"])
+    tensor([0., 1., 1.])
+    """
+    return torch.cat([torch.empty(0), *(fp32_on_cpu(tensors[name]).reshape(-1) for name in names)])
 
 
 def unflatten(vector: Tensor, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Cut a vector [V] into tensors, each of its own memory (safetensors refuses shared); the inverse of ``flatten``.
+    """Return the tensors that ``flatten`` made ``vector`` [V] from.
 
-    Raises MessageError where V is not the number of values of ``names``.
+    The tensors share no memory, since safetensors refuses to write shared memory.
+
+    Raises:
+        MessageError: V is not the number of values of ``names``.
     """
     sizes = [math.prod(shapes[name]) for name in names]
     if sum(sizes) != vector.numel():
         raise MessageError(f"{vector.numel()} values do not fill {len(sizes)} tensors of {sum(sizes)} values")
-    parts = vector.split(sizes) if sizes else ()
+    parts = torch.split(vector, sizes) if sizes else ()
     return {name: part.reshape(shapes[name]).clone() for name, part in zip(names, parts, strict=True)}
 
 
-def _wire(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+def fp32_on_cpu(tensor: Tensor) -> Tensor:
+    """Return the tensor as contiguous fp32 on the CPU, without its gradient; itself if it is that already."""
+    return tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()

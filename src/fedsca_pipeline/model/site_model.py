@@ -1,4 +1,7 @@
-"""A site's finished model on disk: the adapter in PEFT's format, the decoder as safetensors, and a card."""
+"""A site's finished model: save it, load it, segment images and volumes with it.
+
+On disk it is a folder with the adapter in PEFT's format, the decoder as safetensors, and a card.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,9 @@ CARD, DECODER, ENCODER = "site_model.json", "decoder.safetensors", "encoder.safe
 
 
 class SiteModelCard(BaseModel):
-    """What ``site_model.json`` holds: enough to rebuild the model, and where it came from.
+    """Content of ``site_model.json``: all that is needed to rebuild the model, and where it came from.
 
-    ``known_classes`` are those that the model may predict, which is all of 1..``classes`` for None.
+    ``known_classes`` are the classes that the model may predict; None: all of 1..``classes``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,11 +60,14 @@ class SiteModelCard(BaseModel):
 
 
 class SiteModel(nn.Module):
-    """A personalised segmentation model.
+    """The segmentation model of one site.
 
-    ``model.segment(image)`` takes a raw image as an array, grey [H,W] or colour [H,W,3], of any size and integer or
-    floating dtype, and returns its mask, uint8 [H,W]: 0 background, 1..K classes, those of ``card.known_classes``.
-    ``model.segment_volume(volume)`` does the same for a volume, or for the file that holds one, slice by slice.
+    ``segment`` takes raw images, ``segment_volume`` raw volumes or their files; the model as a module takes
+    normalised pixels. Only the classes of ``card.known_classes`` are predicted.
+
+    Attributes:
+        network: the foundation with the site's adapters and decoder.
+        card: how the model was made.
     """
 
     def __init__(self, network: SegmentationModel, card: SiteModelCard) -> None:
@@ -70,31 +76,40 @@ class SiteModel(nn.Module):
         self.card = card
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels float32 [B,3,S,S] to logits [B,C,S,S]."""
-        return self.network(pixels)
+        """Return logits [B, C, S, S] of normalised pixels float32 [B, 3, S, S]."""
+        logits: Tensor = self.network(pixels)
+        return logits
 
     def segment(self, image: np.ndarray) -> np.ndarray:
-        """Segment one raw image; see the class."""
+        """Return the label map of one raw image, at the image's own size.
+
+        Args:
+            image: grey [H, W] or colour [H, W, 3], of any size and any integer or floating dtype.
+
+        Returns:
+            uint8 [H, W], 0 = background, 1..K.
+        """
         levels, _ = normalise(image, self.card.normalise)
         height, width = image.shape[:2]
         fitted = fit_image(levels, self.card.image_size)[None]
-        return _segment(
+        labels: np.ndarray = _segment(
             self.network, fitted, (height, width), self.card.image_size, self.card.threshold, self.card.known_classes
         )[0]
+        return labels
 
     def segment_volume(self, source: Volume | str | Path, batch_size: int = 8) -> np.ndarray:
-        """Segment a volume, in any orientation, on its own grid.
+        """Return the label map of a volume in any orientation, on the volume's own grid.
 
         Args:
             source: the volume, or a NIfTI, NRRD, MetaImage or DICOM file, or the folder of a DICOM series.
             batch_size: slices at a time.
 
         Returns:
-            uint8 [X, Y, Z] of 0 = background, 1..K; with the volume's affine it can be saved
-            (``sites.volumes.write_nifti``).
+            uint8 [X, Y, Z], 0 = background, 1..K. ``data.readers.volume.write_nifti`` saves it with the volume's
+            affine.
 
         Raises:
-            BrokenSampleError: the file cannot be read, or has other modalities than the model was trained on.
+            BrokenSampleError: the file cannot be read, or the model was trained on other modalities.
         """
         volume = source if isinstance(source, Volume) else read_volume(Path(source))
         slices = VolumeSlices(volume, self.card.volume, self.card.normalise, self.card.image_size)
@@ -111,18 +126,18 @@ def segment_slices(
     known: Sequence[int] | None = None,
     batch_size: int = 8,
 ) -> np.ndarray:
-    """Segment a volume slice by slice; of classes that overlap the highest wins.
+    """Return the label map of a volume, segmented slice by slice. Where classes overlap, the highest number wins.
 
     Args:
         network: on any device.
-        slices: of the volume, resized to ``side``.
+        slices: the volume's slices, resized to ``side``.
         side: S, the network's image size.
-        threshold: as in ``metrics.predict_masks``.
+        threshold: as in ``heads.predict_masks``.
         known: classes that may be predicted; None: all.
         batch_size: slices at a time.
 
     Returns:
-        uint8 [X, Y, Z] of 0 = background, 1..K, on the volume's own grid.
+        uint8 [X, Y, Z], 0 = background, 1..K, on the volume's own grid.
     """
     planes: list[np.ndarray] = []
     for start in range(0, len(slices), batch_size):
@@ -140,7 +155,7 @@ def _segment(
     threshold: float,
     known: Sequence[int] | None,
 ) -> np.ndarray:
-    """Resized images uint8 [B, 3, h, w] to labels uint8 [B, *size]: logits are resized, then cut."""
+    """Return label maps uint8 [B, *size] of resized images uint8 [B, 3, h, w]; logits are resized, then cut."""
     count, _, height, width = fitted.shape
     device = next(network.parameters()).device
     pixels = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device)
@@ -161,28 +176,34 @@ def save_site_model(
     card: Mapping[str, Any],
     foundation_names: Collection[str] = (),
 ) -> None:
-    """Write a site's model: install ``tensors`` in ``network``, then adapter, decoder and, last, the card.
+    """Set the network's parameters to ``tensors``, then write adapter, decoder and, last, the card.
 
-    ``foundation_names``: tensors of the foundation's encoder, to be kept where a strategy has trained them.
-    All is written beside its place first, so that a full disk costs no earlier model. A folder without its card is not
-    a model, so an interrupted move is never mistaken for one.
+    All files are written to a scratch folder first, so that a full disk leaves an earlier model whole. A folder
+    without a card is not a model, so an interrupted move is never mistaken for one.
+
+    Args:
+        folder: the site's folder.
+        network: with adapters attached; its parameters change.
+        tensors: values by name.
+        card: fields of ``SiteModelCard``.
+        foundation_names: the pretrained encoder's tensors; those among ``tensors`` were trained and are saved too.
 
     Raises:
         WeightsError: the tensors are not the network's, or they cannot be written.
     """
-    install(network, tensors)
-    card = SiteModelCard(**{**card, "foundation_root": os.path.relpath(card["foundation_root"], folder)})
+    set_parameters(network, tensors)
+    site_card = SiteModelCard(**{**card, "foundation_root": os.path.relpath(card["foundation_root"], folder)})
     scratch = folder / ".site_model.partial"
     try:
-        # A killed command may have left it.
+        # A killed command may have left one.
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         _save_adapter(network, scratch)
         write_tensors(scratch / DECODER, {n: t for n, t in tensors.items() if n.startswith("decoder.")})
         if own := {name: tensors[name] for name in foundation_names if name in tensors}:
             write_tensors(scratch / ENCODER, own)
-        write_bytes(scratch / "README.md", _readme(card).encode())
-        write_json(scratch / CARD, card.model_dump(mode="json"))
+        write_bytes(scratch / "README.md", _readme(site_card).encode())
+        write_json(scratch / CARD, site_card.model_dump(mode="json"))
         discard_site_model(folder)
         for file in sorted(scratch.iterdir(), key=lambda path: path.name == CARD):
             move(file, folder / file.name)
@@ -195,23 +216,23 @@ def save_site_model(
 
 
 def discard_site_model(folder: Path) -> None:
-    """Make the folder no model any more: remove its card."""
+    """Remove the card, without which the folder is no model, and the encoder's tensors."""
     (folder / CARD).unlink(missing_ok=True)
-    # Not every model has one, and a model must not be read with that of another.
+    # Not every model has encoder tensors, and the next one must not be read with these.
     (folder / ENCODER).unlink(missing_ok=True)
 
 
-def install(network: SegmentationModel, tensors: Mapping[str, Tensor]) -> None:
+def set_parameters(network: SegmentationModel, tensors: Mapping[str, Tensor]) -> None:
     """Copy named tensors into the network's parameters.
 
     Raises:
-        WeightsError: a name or shape is not the network's.
+        WeightsError: the network has no parameter of that name and shape.
     """
     parameters = dict(network.named_parameters())
     wrong = [n for n, t in tensors.items() if n not in parameters or parameters[n].shape != t.shape]
     if wrong:
         raise WeightsError(
-            f"these tensors do not belong to this model: {', '.join(wrong[:5])}; was it made by another version?"
+            f"these tensors do not belong to this model: {', '.join(wrong[:5])}; was it saved by another version?"
         )
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -219,15 +240,37 @@ def install(network: SegmentationModel, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_site_model(path: str | Path, foundation_root: str | Path | None = None, device: str = "cpu") -> SiteModel:
-    """Load the model of one site, ready to segment.
+    """Return the model of one site, in evaluation mode, ready to segment.
 
     Args:
         path: the site's folder, ``data/06_models/<site>``.
-        foundation_root: where the foundations are; by default where they were when the model was saved, relative to it.
-        device: torch device to put the model on.
+        foundation_root: folder of the foundations. Default: where it was when the model was saved, relative to
+            ``path``.
+        device: torch device for the model.
 
     Raises:
         WeightsError: the folder holds no model, or the foundation is missing or not the one it was trained on.
+
+    A tiny random foundation stands in for a trained model here:
+
+    >>> import tempfile
+    >>> from fedsca_pipeline.config import AdaptersConfig
+    >>> from fedsca_pipeline.model.adapters.attach import attach_adapters
+    >>> root = Path(tempfile.mkdtemp())
+    >>> foundation = FoundationConfig(name="random")
+    >>> network = attach_adapters(load_foundation(foundation, root, image_size=32, classes=1), AdaptersConfig())
+    >>> card = dict(
+    ...     site="north", strategy="fedsca", round=3, dice_validation=0.5, run="0123456789abcdef",
+    ...     foundation=foundation, foundation_sha256=prepare_foundation(foundation, root).sha256, foundation_root=root,
+    ...     image_size=32, classes=1, normalise=NormaliseConfig(), threshold=0.5,
+    ... )
+    >>> save_site_model(root / "north", network, {}, card)
+
+    >>> model = load_site_model(root / "north")
+    >>> mask = model.segment(np.zeros((40, 28), np.uint16))
+    >>> mask.shape, mask.dtype
+    ((40, 28), dtype('uint8'))
+    >>> shutil.rmtree(root)
     """
     folder = Path(path)
     card = read_card(folder)
@@ -235,17 +278,17 @@ def load_site_model(path: str | Path, foundation_root: str | Path | None = None,
     provenance = prepare_foundation(card.foundation, root)
     if provenance.sha256 != card.foundation_sha256:
         raise WeightsError(
-            f"{root}: this {card.foundation.name} has SHA-256 {provenance.sha256[:16]}, the model was trained on "
-            f"{card.foundation_sha256[:16]}; pass foundation_root= with that one"
+            f"{root}: this {card.foundation.name} has SHA-256 {provenance.sha256[:16]}, but the model was trained on "
+            f"{card.foundation_sha256[:16]}; pass foundation_root= with the folder of that one"
         )
     network = load_foundation(card.foundation, root, image_size=card.image_size, classes=card.classes)
     load_adapters(network, folder)
-    install(network, read_own_tensors(folder))
+    set_parameters(network, read_saved_tensors(folder))
     return SiteModel(network, card).eval().to(device)
 
 
 def read_card(folder: Path) -> SiteModelCard:
-    """Return what the model in a folder was made with.
+    """Return the card of the model in a folder.
 
     Raises:
         WeightsError: the folder holds no model.
@@ -258,8 +301,8 @@ def read_card(folder: Path) -> SiteModelCard:
         raise WeightsError(f"{folder / CARD}: cannot be read ({error}); {EXPORT_AGAIN}") from error
 
 
-def read_own_tensors(folder: Path) -> dict[str, Tensor]:
-    """Return the model's tensors beside its adapters, by name: the decoder's, and the encoder's where it has any.
+def read_saved_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the saved tensors that are not adapters, by name: the decoder's, and the encoder's if it was trained.
 
     Raises:
         WeightsError: a file is missing or damaged.
@@ -273,7 +316,7 @@ def read_own_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _readme(card: SiteModelCard) -> str:
-    """The model card, in the place of PEFT's empty template."""
+    """Return the text of the model's README, which replaces PEFT's empty template."""
     return f"""# Segmentation model: {card.site}
 
 Adapter (PEFT) and mask decoder for the frozen foundation `{card.foundation.name}`, trained by `{card.strategy}` in
@@ -285,13 +328,14 @@ from fedsca_pipeline import load_site_model
 mask = load_site_model("this/folder").segment(image)
 ```
 
-`{CARD}` holds what the model was made with. PEFT alone reads the adapter (not the decoder); where its method is `fel`,
-call `fedsca_pipeline.model.adapters.fel.register()` before `PeftModel.from_pretrained`. Not a medical device.
+`{CARD}` says how the model was made. PEFT by itself can read the adapter, but not the decoder. If the adapter's method
+is `fel`, call `fedsca_pipeline.model.adapters.fel.register()` before `PeftModel.from_pretrained`. Not a medical device.
 """
 
 
 def _save_adapter(network: SegmentationModel, folder: Path) -> None:
-    network.encoder.save_pretrained(str(folder), safe_serialization=True)
+    encoder: Any = network.encoder
+    encoder.save_pretrained(str(folder), safe_serialization=True)
     for file in sorted(folder.iterdir()):
-        # Once more, since PEFT does not fsync.
+        # PEFT does not fsync, so every file is written once more.
         write_bytes(file, file.read_bytes())

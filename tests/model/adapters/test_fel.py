@@ -201,5 +201,5 @@ def test_an_unknown_option_is_refused_by_name() -> None:
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="no adapter for this foundation"):
+    with pytest.raises(WeightsError, match="holds no adapter for this foundation"):
         load_adapters(network(), tmp_path)

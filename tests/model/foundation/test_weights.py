@@ -140,7 +140,7 @@ def test_damaged_weights_are_fetched_anew_and_this_is_said(package, tmp_path, da
 
     assert again == first
     assert verified_file(root).is_file()
-    assert "fetching it anew" in said[0]
+    assert "fetching it again" in said[0]
     assert "model.safetensors" in said[0]
 
 

@@ -24,7 +24,7 @@ from fedsca_pipeline.data.readers.volumes import MASK_READERS, is_volume
 from fedsca_pipeline.data.site_folder.discovery import is_own_file
 from fedsca_pipeline.data.site_folder.site_file import HiddenSiteFile, SiteFile, read_site_file
 from fedsca_pipeline.errors import DataError
-from fedsca_pipeline.files import kept_secret, write_bytes
+from fedsca_pipeline.files import read_or_create_secret, write_bytes
 
 KINDS = ("images", "masks")
 SALT, NAMES, VIEW = "salt", "names.csv", "view"
@@ -173,7 +173,7 @@ class _Hidden:
 def _salt(path: Path) -> bytes:
     """Return a site's salt, drawn where there is none yet."""
     try:
-        return kept_secret(path)
+        return read_or_create_secret(path)
     except ValueError as error:
         raise DataError(f"{error}, and every name and subject of the site will be another one") from None
 

@@ -29,7 +29,7 @@ from fedsca_pipeline.federation.messages.manifest import (
     WireDtype,
     opened,
 )
-from fedsca_pipeline.model.layout import _wire
+from fedsca_pipeline.model.layout import fp32_on_cpu
 
 TRAVELLING: Mapping[WireDtype, tuple[WireDtype, ...]] = MappingProxyType(
     {"fp32": ("fp32",), "fp16": ("fp16",), "int8": ("int8", "fp16")}
@@ -161,18 +161,18 @@ def _pack(tensors: Mapping[str, Tensor], dtype: WireDtype) -> dict[str, Tensor]:
 
 
 def _pack_fp32(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    return {name: _wire(tensor, torch.float32)}
+    return {name: fp32_on_cpu(tensor)}
 
 
 def _pack_fp16(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    values = _wire(tensor, torch.float32)
+    values = fp32_on_cpu(tensor)
     if (largest := _largest(values)) > _FP16_MAX:
         raise MessageError(f"{name}: |x| reaches {largest:g}, beyond fp16's {_FP16_MAX:g}; use wire_dtype: fp32")
     return {name: values.half()}
 
 
 def _pack_int8(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    values = _wire(tensor, torch.float32)
+    values = fp32_on_cpu(tensor)
     largest = _largest(values)
     if not math.isfinite(largest):
         raise MessageError(f"{name}: NaN or infinity does not fit int8")

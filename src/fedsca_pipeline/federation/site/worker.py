@@ -40,7 +40,7 @@ from fedsca_pipeline.metrics.images import dice_per_image
 from fedsca_pipeline.model.batch import Batch
 from fedsca_pipeline.model.foundation.model import SegmentationModel
 from fedsca_pipeline.model.heads import predict_masks, truth_masks
-from fedsca_pipeline.model.inference import Forward, predictions
+from fedsca_pipeline.model.inference import Forward, predict_logits
 from fedsca_pipeline.model.layout import TensorLayout, hash_tensors, sha256_tensors
 
 logger = logging.getLogger(__name__)
@@ -448,7 +448,7 @@ def mean_dice(
     device = next(iter(model.parameters())).device
     channels = [label - 1 for label in known]
     scores = []
-    for batch, logits in predictions(model, forward, (batch.to(device) for batch in batches)):
+    for batch, logits in predict_logits(model, forward, (batch.to(device) for batch in batches)):
         predicted = predict_masks(logits, model.head, threshold, known)
         dice = dice_per_image(predicted, truth_masks(batch.masks, predicted.shape[1]), batch.valid)
         scores.append(dice[:, channels].mean(dim=1))

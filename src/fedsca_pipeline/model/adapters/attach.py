@@ -1,4 +1,4 @@
-"""Attach adapters to a foundation by name of the method, and tell which tensors belong to which block."""
+"""Attach adapters to a foundation, load saved ones, and group the model's tensors by their place."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
-from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -20,45 +19,37 @@ from peft.utils import (
     set_peft_model_state_dict,
 )
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
-from fedsca_pipeline.config import (
-    AdaptersConfig,
-    FoundationConfig,
-    PreprocessingConfig,
-)
-from fedsca_pipeline.errors import ConfigError, WeightsError
+from fedsca_pipeline.config import AdaptersConfig, FoundationConfig, PreprocessingConfig
+from fedsca_pipeline.errors import ConfigError, WeightsError, suggestion
 from fedsca_pipeline.files import read_tensors
 from fedsca_pipeline.model.adapters import fel
-from fedsca_pipeline.model.foundation.model import BlockPaths, SegmentationModel
+from fedsca_pipeline.model.foundation import BlockPaths, load_foundation
+from fedsca_pipeline.model.foundation.model import SegmentationModel
 from fedsca_pipeline.model.layout import TensorLayout, sha256_tensors
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fedsca_pipeline.model.foundation.model import SegmentationModel
-
-# Widths of docs/method.md: 32 for embedding widths up to 384, else 64.
+# Bottleneck widths of docs/method.md: 32 for embedding widths up to 384, else 64.
 SMALL_EMBEDDING, SMALL_WIDTH, LARGE_WIDTH = 384, 32, 64
 
-# The whole command finds nothing to do where a model's card is there.
+# Plain 'kedro run' would find the run up to date, since the model's card exists.
 EXPORT_AGAIN = "export the site's model again with 'kedro run --pipeline=training'"
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
 def attach_adapters(model: SegmentationModel, config: AdaptersConfig) -> SegmentationModel:
-    """Wrap the encoder's transformer blocks with fresh adapters and make them and the decoder trainable, in place.
+    """Add fresh adapters to the encoder's transformer blocks, in place; they and the decoder become trainable.
 
-    FEL and LoRA change nothing until they are trained. The random state outside is left as it was.
+    FEL and LoRA leave the logits unchanged until they are trained. The global random state does not change.
 
     Raises:
-        ConfigError: the method is unknown to PEFT, does not attach to linear layers, changes the foundation's own
-            values (LoRA started by PiSSA does), or refuses an option.
+        ConfigError: PEFT does not know the method, or the method does not attach to linear layers, refuses an option,
+            or changes the foundation's pretrained values (as LoRA started by PiSSA does).
     """
     peft_config = _peft_config(model.blocks, config)
-    own = {} if config.method.lower() == fel.METHOD else dict(model.encoder.named_parameters())
-    before = sha256_tensors(own)
+    pretrained = {} if config.method.lower() == fel.METHOD else dict(model.encoder.named_parameters())
+    before = sha256_tensors(pretrained)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -67,27 +58,27 @@ def attach_adapters(model: SegmentationModel, config: AdaptersConfig) -> Segment
         raise ConfigError(
             f"adapters.method: {config.method!r} cannot be attached to this foundation: {error}"
         ) from error
-    if sha256_tensors(own) != before:
+    if sha256_tensors(pretrained) != before:
         raise ConfigError(
-            f"adapters.options: with {config.options} {config.method} changes the foundation's own values, and they "
-            "stay as they are here; take that option out"
+            f"adapters.options: with {config.options} {config.method} changes the foundation's own values, which must "
+            "stay frozen; remove that option"
         )
     model.decoder.requires_grad_(True)
     return model
 
 
 def attach_like(model: SegmentationModel, folder: Path) -> SegmentationModel:
-    """Wrap the encoder with fresh adapters of the kind that PEFT saved in ``folder``, in place.
+    """Add fresh adapters of the kind that PEFT saved in ``folder``, in place.
 
-    The random state outside is left as it was.
+    The global random state does not change.
 
     Raises:
         WeightsError: the folder holds no adapter, or one for another architecture.
     """
-    with _told_of(folder), torch.random.fork_rng(devices=[]):
-        kind = _saved_kind(folder)
-        kind.inference_mode = False
-        model.encoder = get_peft_model(model.encoder, kind)
+    with _weights_errors(folder), torch.random.fork_rng(devices=[]):
+        peft_config = _saved_config(folder)
+        peft_config.inference_mode = False
+        model.encoder = get_peft_model(model.encoder, peft_config)
     return model
 
 
@@ -97,15 +88,15 @@ def has_adapters(model: SegmentationModel) -> bool:
 
 
 def load_adapters(model: SegmentationModel, folder: Path) -> SegmentationModel:
-    """Wrap the encoder with the adapters that PEFT saved in ``folder``, in place.
+    """Load the adapters that PEFT saved in ``folder`` into the encoder, in place.
 
-    An encoder that carries adapters already gets their values.
+    If the encoder has adapters already, they take the saved values.
 
     Raises:
         WeightsError: the folder holds no adapter, or one for another architecture or of another kind.
     """
-    with _told_of(folder):
-        if has_adapters(model):
+    with _weights_errors(folder):
+        if isinstance(model.encoder, PeftModel):
             _read_values(model.encoder, folder)
         else:
             fel.register()
@@ -115,20 +106,20 @@ def load_adapters(model: SegmentationModel, folder: Path) -> SegmentationModel:
 
 @contextmanager
 def without_adapters(model: SegmentationModel) -> Iterator[None]:
-    """Have the encoder pass its adapters by for a block; what takes gradients after it is what did before."""
-    if not has_adapters(model):
+    """Disable the encoder's adapters for a block; afterwards the same parameters are trainable as before."""
+    if not isinstance(model.encoder, PeftModel):
         yield
         return
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    tuner = model.encoder.base_model
+    tuner: Any = model.encoder.base_model
     try:
         with warnings.catch_warnings():
-            # Of biases, which PEFT trains as the foundation's own values and does not pass by.
+            # PEFT warns that trained biases, which are the foundation's own parameters, stay as trained.
             warnings.filterwarnings("ignore", message="Careful, disabling adapter layers")
             tuner.disable_adapter_layers()
         yield
     finally:
-        # PEFT makes all of an adapter trainable.
+        # PEFT makes every tensor of an adapter trainable.
         tuner.enable_adapter_layers()
         model.requires_grad_(False)
         for parameter in trainable:
@@ -136,20 +127,19 @@ def without_adapters(model: SegmentationModel) -> Iterator[None]:
 
 
 def tensor_layout(model: SegmentationModel) -> TensorLayout:
-    """Group the names of a model's tensors: adapters by block, numbered from the input, decoder, the encoder's own.
+    """Return the names of a model's tensors by place: adapters by block from the input, decoder, pretrained encoder.
 
-    The decoder's head is what is not its transformer: tokens, upscaling and hypernetworks.
-
-    Adapters and decoder are what ``attach_adapters`` made trainable.
+    The encoder's trainable tensors are the adapters. The decoder's head is all but its transformer: tokens, upscaling
+    and hypernetworks.
 
     Raises:
-        ConfigError: the PEFT method also trains tensors of the encoder that are in no block.
+        ConfigError: the PEFT method also trains tensors outside the blocks.
     """
     named = dict(model.named_parameters())
     adapters = [name for name, p in named.items() if p.requires_grad and name.startswith("encoder.")]
     blocks = tuple(tuple(name for name in adapters if f".{block.block}." in name) for block in model.blocks)
     if outside := set(adapters).difference(*blocks):
-        raise ConfigError(f"adapters.options: they train tensors outside the blocks, such as {min(outside)}")
+        raise ConfigError(f"adapters.options: these options train tensors outside the blocks, such as {min(outside)}")
     norms = {
         f"{path}.{name}"
         for path, module in model.named_modules()
@@ -167,43 +157,60 @@ def tensor_layout(model: SegmentationModel) -> TensorLayout:
     )
 
 
+def start_values(model: SegmentationModel, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return copies of the named parameters: what training starts from."""
+    parameters = dict(model.named_parameters())
+    return {name: parameters[name].detach().clone() for name in names}
+
+
+def build_trainable(
+    foundation: FoundationConfig, adapters: AdaptersConfig, foundations: Path, preprocessing: PreprocessingConfig
+) -> tuple[SegmentationModel, TensorLayout]:
+    """Return the foundation with fresh adapters, on the CPU, and its tensors by place."""
+    model = load_foundation(foundation, foundations, image_size=preprocessing.image_size, classes=preprocessing.classes)
+    attach_adapters(model, adapters)
+    return model, tensor_layout(model)
+
+
 def _read_values(encoder: PeftModel, folder: Path) -> None:
-    """Copy saved adapters of the same kind into those that an encoder carries.
+    """Copy saved adapters of the same kind into the encoder's adapters.
 
     Raises:
-        ValueError: they are of another kind, or not all there.
-        RuntimeError: a shape is another one.
+        ValueError: the saved adapters are of another kind, or tensors are missing.
+        RuntimeError: a shape differs.
     """
-    own = _what_counts(encoder.peft_config[encoder.active_adapter])
-    if _what_counts(_saved_kind(folder)) != own:
-        raise ValueError("they are of another kind than the run's")
+    attached = _deciding_fields(encoder.peft_config[encoder.active_adapter])
+    if _deciding_fields(_saved_config(folder)) != attached:
+        raise ValueError("the saved adapters are of another kind than the run's")
     values = read_tensors(folder / SAFETENSORS_WEIGHTS_NAME, cure=EXPORT_AGAIN)
     if values.keys() != get_peft_model_state_dict(encoder).keys():
-        raise ValueError("some are missing, or not the run's")
+        raise ValueError("the saved adapters lack tensors of the run's, or have others")
     set_peft_model_state_dict(encoder, values)
 
 
-def _saved_kind(folder: Path) -> PeftConfig:
+def _saved_config(folder: Path) -> PeftConfig:
     fel.register()
-    return PeftConfig.from_pretrained(str(folder))
+    config: PeftConfig = PeftConfig.from_pretrained(str(folder))
+    return config
 
 
-def _what_counts(kind: PeftConfig) -> dict[str, Any]:
-    """Return what decides an adapter's output: not what it is for, nor what wrote it.
+def _deciding_fields(config: PeftConfig) -> dict[str, Any]:
+    """Return the fields that decide an adapter's output; task, base model and PEFT version do not.
 
-    Where it is, the names of its values tell; PEFT abridges a list of many ``target_modules`` as it attaches.
+    The tensors' names already say where the adapters are, and PEFT shortens a long list of ``target_modules``.
     """
-    aside = {field.name for field in fields(PeftConfig)} - {"peft_type"}
-    return {name: value for name, value in asdict(kind).items() if name not in aside | {"target_modules"}}
+    general = {field.name for field in fields(PeftConfig)} - {"peft_type"}
+    return {name: value for name, value in asdict(config).items() if name not in general | {"target_modules"}}
 
 
 @contextmanager
-def _told_of(folder: Path) -> Iterator[None]:
+def _weights_errors(folder: Path) -> Iterator[None]:
+    """Raise errors of PEFT and of reading in the block as WeightsError that names ``folder``."""
     try:
         yield
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise WeightsError(
-            f"{folder}: no adapter for this foundation can be read there ({error}); {EXPORT_AGAIN}"
+            f"{folder}: holds no adapter for this foundation that can be read ({error}); {EXPORT_AGAIN}"
         ) from error
 
 
@@ -212,16 +219,16 @@ def _peft_config(blocks: tuple[BlockPaths, ...], config: AdaptersConfig) -> Peft
     method = config.method.upper()
     if method not in PeftType.__members__:
         known = sorted(name.lower() for name in PeftType.__members__)
-        near = get_close_matches(config.method.lower(), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"adapters.method: {config.method!r} is no PEFT method{hint} Known: {', '.join(known)}")
+        raise ConfigError(
+            f"adapters.method: {config.method!r} is no PEFT method{suggestion(config.method.lower(), known)}"
+        )
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)]
     targets = _TARGETS.get(config.method.lower(), _linear_targets)(blocks, config)
     allowed = {f.name for f in fields(config_class)}
     if unknown := sorted(({*config.options, *targets}) - allowed):
         raise ConfigError(
-            f"adapters.options: {', '.join(unknown)} unknown to PEFT's {config_class.__name__}; "
-            f"it takes {', '.join(sorted(allowed))}"
+            f"adapters.options: {', '.join(unknown)} unknown to PEFT's {config_class.__name__}"
+            f"{suggestion(unknown[0], sorted(allowed))}"
         )
     try:
         return config_class(**{**targets, **config.options})
@@ -247,20 +254,3 @@ def _linear_targets(blocks: tuple[BlockPaths, ...], config: AdaptersConfig) -> M
 _TARGETS: Mapping[str, Callable[[tuple[BlockPaths, ...], AdaptersConfig], Mapping[str, Any]]] = {
     fel.METHOD: _fel_targets,
 }
-
-
-def start_values(model: SegmentationModel, names: Sequence[str]) -> dict[str, Tensor]:
-    """Return copies of a model's parameters, by name."""
-    parameters = dict(model.named_parameters())
-    return {name: parameters[name].detach().clone() for name in names}
-
-
-def build_trainable(
-    foundation: FoundationConfig, adapters: AdaptersConfig, foundations: Path, preprocessing: PreprocessingConfig
-) -> tuple[SegmentationModel, TensorLayout]:
-    """Return the foundation with adapters attached, on the CPU, and the places of its tensors."""
-    from fedsca_pipeline.model.foundation import load_foundation
-
-    model = load_foundation(foundation, foundations, image_size=preprocessing.image_size, classes=preprocessing.classes)
-    attach_adapters(model, adapters)
-    return model, tensor_layout(model)

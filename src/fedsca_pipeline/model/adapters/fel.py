@@ -1,11 +1,11 @@
-"""FEL, the bottleneck adapters of docs/method.md, as a method of PEFT.
+"""FEL, the bottleneck adapters of docs/method.md, as a PEFT method.
 
 In every transformer block, with ``a(h) = W_up gelu(W_down h + b_down) + b_up``::
 
     x'  = x  + attn(ln1 x) + a_attn(attn(ln1 x))
     x'' = x' + mlp(ln2 x') + scale * a_mlp(ln2 x')
 
-After Zhang et al., *FedSCA*, arXiv 2503.15390; the placement is this project's reconstruction from the abstract.
+Source: Zhang et al., *FedSCA*, arXiv 2503.15390; the placement is this project's reconstruction from the abstract.
 Call :func:`register` before ``PeftModel.from_pretrained`` reads a saved FEL adapter.
 """
 
@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from aenum import extend_enum
@@ -30,7 +29,7 @@ METHOD = "fel"
 
 @dataclass
 class FelConfig(PeftConfig):
-    """Configuration of FEL adapters, saved by PEFT as ``adapter_config.json``."""
+    """Configuration of FEL adapters; PEFT saves it as ``adapter_config.json``."""
 
     attention_modules: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Path of each attention module and its embedding width."}
@@ -41,16 +40,18 @@ class FelConfig(PeftConfig):
     width: int = field(default=32, metadata={"help": "Bottleneck width."})
     scale: float = field(default=0.5, metadata={"help": "Factor of the adapter beside the MLP."})
     seed: int = field(default=0, metadata={"help": "Seed of the down projections; the same at every site."})
-    target_modules: list[str] | None = field(default=None, metadata={"help": "All adapted modules; derived."})
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "All adapted modules; derived from the two mappings."}
+    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT has no types here
         self.peft_type = PeftType(METHOD.upper())
         self.target_modules = sorted({**self.attention_modules, **self.mlp_modules})
 
 
 class FelLayer(nn.Module, BaseTunerLayer):
-    """A base module with one bottleneck adapter; subclasses say what the adapter reads."""
+    """A base module with a bottleneck adapter; subclasses define the adapter's input."""
 
     adapter_layer_names = ("fel_down", "fel_up")
 
@@ -63,7 +64,7 @@ class FelLayer(nn.Module, BaseTunerLayer):
         self.add_adapter(adapter_name, dim, width, scale, seed)
 
     def add_adapter(self, adapter_name: str, dim: int, width: int, scale: float, seed: int) -> None:
-        """Add one adapter: ``W_down`` drawn from ``seed``, everything else zero, so that it changes nothing yet."""
+        """Add one adapter with ``W_down`` drawn from ``seed`` and all else zero, so that its output starts at zero."""
         down, up = nn.Linear(dim, width), nn.Linear(width, dim)
         generator = torch.Generator().manual_seed(seed)
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5), generator=generator)
@@ -76,8 +77,8 @@ class FelLayer(nn.Module, BaseTunerLayer):
         self.set_adapter([adapter_name])
 
     def adapt(self, h: Tensor) -> Tensor:
-        """Sum of the active adapters' outputs, each times its scale. ``h``: [..., dim] float."""
-        outputs = [
+        """Return the sum of the active adapters' outputs, each times its scale; ``h`` is float [..., dim]."""
+        outputs: list[Tensor] = [
             self.scale[name] * self.fel_up[name](nn.functional.gelu(self.fel_down[name](h)))
             for name in self.active_adapters
             if name in self.fel_down
@@ -86,10 +87,10 @@ class FelLayer(nn.Module, BaseTunerLayer):
 
 
 class FelAttention(FelLayer):
-    """Adapter after attention: ``y + a(y)``, y the attention's output."""
+    """Adapter after attention: ``y + a(y)``, where y is the attention's output."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the base attention returns, its (first) output adapted."""
+        """Return the base attention's output with the adapter added to it (to the first item of a tuple)."""
         output = self.base_layer(*args, **kwargs)
         if self.disable_adapters:
             return output
@@ -99,11 +100,14 @@ class FelAttention(FelLayer):
 
 
 class FelMlp(FelLayer):
-    """Adapter beside the MLP: ``mlp(x) + scale * a(ln x)``; the norm is the MLP's own where it holds one (TinyViT)."""
+    """Adapter beside the MLP: ``mlp(x) + scale * a(ln x)``.
+
+    If the MLP contains the norm (TinyViT), ln is that norm; else x is normed already.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x``: [..., dim], the MLP's input."""
-        output = self.base_layer(x)
+        """Return the MLP's output plus the adapter's; ``x`` is the MLP's input [..., dim]."""
+        output: Tensor = self.base_layer(x)
         if self.disable_adapters:
             return output
         norm = getattr(self.base_layer, "norm", None)
@@ -115,13 +119,14 @@ class FelModel(BaseTuner):
 
     prefix = "fel_"
     tuner_layer_cls = FelLayer
-    target_module_mapping: ClassVar[Mapping[str, list[str]]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (as PEFT declares it)
 
+    # PEFT calls a tuner with its own configuration class only.
     @staticmethod
-    def _check_target_module_exists(peft_config: FelConfig, key: str) -> bool:
+    def _check_target_module_exists(peft_config: FelConfig, key: str) -> bool:  # type: ignore[override]
         return key in peft_config.attention_modules or key in peft_config.mlp_modules
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: FelConfig,
         adapter_name: str,
@@ -144,7 +149,7 @@ class FelModel(BaseTuner):
 
 
 def register() -> None:
-    """Make ``fel`` known to PEFT: ``get_peft_model`` and ``from_pretrained`` then work. May be called again."""
+    """Register ``fel`` with PEFT, for ``get_peft_model`` and ``from_pretrained``; further calls change nothing."""
     if METHOD.upper() not in PeftType.__members__:
         extend_enum(PeftType, METHOD.upper(), METHOD.upper())
     if PeftType(METHOD.upper()) not in PEFT_TYPE_TO_CONFIG_MAPPING:
@@ -152,5 +157,5 @@ def register() -> None:
 
 
 def _seed_of(seed: int, path: str) -> int:
-    """One independent stream per module, the same on every machine."""
+    """Return an independent seed per module path, the same on every machine."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{path}".encode()).digest()[:7], "big")

@@ -1,6 +1,6 @@
-"""The frozen pretrained model: fetched and verified by ``prepare_foundation``, built by ``load_foundation``.
+"""The frozen pretrained model: ``prepare_foundation`` fetches and verifies it, ``load_foundation`` builds it.
 
-Names that need torch load on first use, so that preparing weights that are already there costs no heavy import.
+Names that need torch are imported on first use: verifying stored weights needs no heavy import.
 """
 
 from __future__ import annotations

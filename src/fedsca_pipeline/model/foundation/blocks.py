@@ -1,4 +1,4 @@
-"""Where the transformer blocks of an image encoder are, for whoever attaches adapters to them."""
+"""Paths of an image encoder's transformer blocks, to which adapters are attached."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 
 
 class Encoder(Protocol):
-    """An image encoder that can be entered half-way: ``forward(x)`` is the trunk, module by module, on ``stem(x)``."""
+    """An image encoder in two parts, so that it can be cut anywhere: ``forward(x)`` runs the trunk on ``stem(x)``."""
 
     def stem(self, pixels: Tensor) -> Tensor:
-        """Map normalised pixels [B, 3, S, S] to what the first transformer block takes. Never carries adapters."""
+        """Return the first transformer block's input for normalised pixels [B, 3, S, S]; never has adapters."""
         ...
 
     def trunk(self) -> tuple[nn.Module, ...]:
-        """Return what follows the stem, in order; adapters stand inside these modules."""
+        """Return the modules after the stem, in order; adapters are inside them."""
         ...
 
 
@@ -33,5 +33,5 @@ class BlockPaths:
 
 
 def block_paths(block: str, linears: tuple[str, ...], width: int) -> BlockPaths:
-    """Name the parts of a block whose children are ``attn`` and ``mlp``; ``linears`` are relative to the block."""
+    """Return the paths of a block whose children are ``attn`` and ``mlp``; ``linears`` are relative to the block."""
     return BlockPaths(block, f"{block}.attn", f"{block}.mlp", tuple(f"{block}.{name}" for name in linears), width)

@@ -1,10 +1,11 @@
-"""From a configuration and weights on disk to a frozen ``SegmentationModel``."""
+"""Build a frozen ``SegmentationModel`` from a configuration and the weights on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -50,17 +51,25 @@ class _Parts:
 
 
 def load_foundation(config: FoundationConfig, root: Path, *, image_size: int, classes: int) -> SegmentationModel:
-    """Build the configured foundation, in evaluation mode and with every parameter frozen. No global RNG is touched.
+    """Return the configured foundation, in evaluation mode and with every parameter frozen.
+
+    The global random state does not change.
 
     Args:
+        config: which foundation, and its head.
         root: the foundation folder that ``prepare_foundation`` filled.
         image_size: S in pixels, divisible by 16.
-        classes: K >= 1. Channels are the K classes (head ``sigmoid``), or background, channel 0, and the K classes
-            (head ``softmax``).
+        classes: K >= 1. With head ``sigmoid`` the logits have one channel per class; with head ``softmax`` channel 0
+            is the background and K channels follow.
 
     Raises:
         WeightsError: the weights are missing, damaged or of another architecture.
         ValueError: ``image_size`` or ``classes`` is out of range.
+
+    >>> config = FoundationConfig(name="random", head="softmax")
+    >>> model = load_foundation(config, Path("unused"), image_size=32, classes=2)
+    >>> model(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 3, 32, 32])
     """
     if image_size < STRIDE or image_size % STRIDE:
         raise ValueError(f"image_size must be a positive multiple of {STRIDE}, got {image_size}")
@@ -68,7 +77,7 @@ def load_foundation(config: FoundationConfig, root: Path, *, image_size: int, cl
         raise ValueError(f"classes must be at least 1, got {classes}")
     channels = CHANNELS[config.head](classes)
     with torch.random.fork_rng(devices=[]):
-        # Only the CPU generator: torch.manual_seed would also reseed accelerators, which fork_rng leaves alone here.
+        # torch.manual_seed would also reseed the accelerators, whose state fork_rng does not restore here.
         torch.default_generator.manual_seed(config.seed)
         parts = _SOURCES[config.name](_Request(config, root, image_size))
         decoder = MaskDecoder(
@@ -78,8 +87,8 @@ def load_foundation(config: FoundationConfig, root: Path, *, image_size: int, cl
             no_mask=parts.no_mask,
             side=image_size // STRIDE,
         )
-    # Convolutions of few channels on large maps are quicker so (docs/performance.md); same values, other order.
-    encoder = parts.encoder.to(memory_format=torch.channels_last)
+    # Convolutions of few channels on large maps are faster in this memory order (docs/performance.md).
+    encoder = parts.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's types
     model = SegmentationModel(
         encoder, decoder, image_size=image_size, channels=channels, head=config.head, blocks=parts.blocks
     )
@@ -92,13 +101,13 @@ def _mobile_sam(request: _Request) -> _Parts:
     path = verified_file(request.root)
     tensors = read_tensors(path)
     encoder, decoder = TinyViT(), SamMaskDecoder(_decoder_config())
-    # Loaded without its quality head, which the converted file does not hold.
-    decoder.iou_prediction_head = nn.Identity()
+    # The converted file does not contain the quality head.
+    decoder.add_module("iou_prediction_head", nn.Identity())
     try:
         encoder.load_state_dict(_below("encoder.", tensors))
         decoder.load_state_dict(_below("decoder.", tensors))
     except RuntimeError as error:
-        raise WeightsError(f"{path} is of another architecture ({error}); delete its folder and run again") from error
+        raise WeightsError(f"{path} has another architecture ({error}); delete its folder and run again") from error
     return _Parts(
         encoder, tiny_vit_blocks(encoder), decoder, tensors["prompt.position_matrix"], tensors["prompt.no_mask"]
     )
@@ -107,13 +116,15 @@ def _mobile_sam(request: _Request) -> _Parts:
 def _sam(request: _Request) -> _Parts:
     folder = sam_folder(str(request.config.source), download=False)
     try:
-        settings = SamConfig.from_pretrained(folder, local_files_only=True)
+        # Any: transformers' types have neither the parts of a configuration nor the report.
+        settings: Any = SamConfig.from_pretrained(folder, local_files_only=True)
         settings.mask_decoder_config.layer_norm_eps = DECODER_EPSILON
-        sam, report = SamModel.from_pretrained(
+        loaded: Any = SamModel.from_pretrained(
             folder, config=settings, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise WeightsError(f"{folder} does not load as a SAM model ({error}); save or download it again") from error
+    sam, report = loaded
     if report["missing_keys"]:
         examples = ", ".join(sorted(report["missing_keys"])[:3])
         raise WeightsError(f"{folder} lacks {len(report['missing_keys'])} tensors of a SAM model, such as {examples}")
@@ -155,10 +166,10 @@ def _random_sam_vit(image_size: int) -> tuple[nn.Module, tuple[BlockPaths, ...]]
             mlp_ratio=2.0,
             window_size=3,
             global_attn_indexes=[1, 3],
-            attn_implementation="sdpa",
+            attn_implementation="sdpa",  # type: ignore[call-arg]  # taken by transformers' base class
         )
     )
-    # transformers starts position tables at zero, which would hide a wrong resize.
+    # transformers initialises position tables with zeros, which would hide a wrong resize.
     for name, parameter in vision.named_parameters():
         if "pos" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -166,8 +177,8 @@ def _random_sam_vit(image_size: int) -> tuple[nn.Module, tuple[BlockPaths, ...]]
     return encoder, sam_vit_blocks(encoder)
 
 
-def _decoder_config(**sizes: int) -> SamMaskDecoderConfig:
-    return SamMaskDecoderConfig(layer_norm_eps=DECODER_EPSILON, attn_implementation="sdpa", **sizes)
+def _decoder_config(**sizes: Any) -> SamMaskDecoderConfig:
+    return SamMaskDecoderConfig(**sizes, layer_norm_eps=DECODER_EPSILON, attn_implementation="sdpa")
 
 
 _SOURCES: dict[str, Callable[[_Request], _Parts]] = {

@@ -1,7 +1,7 @@
-"""Linear layers by oneDNN, on processors where PyTorch's own BLAS leaves half of the speed unused.
+"""Linear layers that run on oneDNN, on processors where PyTorch's default BLAS reaches half the speed.
 
-PyTorch multiplies fp32 matrices by Intel's MKL, which takes its AVX2 kernels on AMD processors; oneDNN, which comes
-with PyTorch too, takes AVX-512 there (docs/performance.md). Same products, summed in another order.
+PyTorch multiplies fp32 matrices with Intel's MKL, which uses its AVX2 kernels on AMD processors. oneDNN, which is part
+of PyTorch too, uses AVX-512 there (docs/performance.md). Products are the same, summed in another order.
 """
 
 from __future__ import annotations
@@ -15,25 +15,27 @@ from torch.autograd.function import once_differentiable
 
 
 class OneDnnLinear(nn.Linear):
-    """``nn.Linear`` whose products oneDNN makes, forward and backward, where values are fp32 and on the CPU."""
+    """``nn.Linear`` that multiplies with oneDNN, forward and backward, if the input is fp32 and on the CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x W^T + b``, [..., in] -> [..., out]."""
         if x.device.type != "cpu" or x.dtype != torch.float32 or x.ndim < 2:
             return super().forward(x)
-        return _Linear.apply(x, self.weight, self.bias)
+        output: Tensor = _Linear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]  # torch has no types here
+        return output
 
 
 def onednn_is_quicker() -> bool:
-    """Return whether this processor is one of those, whose name and features are all that is asked."""
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+    """Return whether this processor is an AMD one with AVX-512 and PyTorch has both MKL and oneDNN."""
+    mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]  # torch has no types here
+    if not (mkl and torch.backends.mkldnn.is_available()):
         return False
     processor = torch.cpu.get_capabilities()
     return "AMD" in processor.get("cpu_name", "") and processor.get("avx512_f", False)
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Make every plain linear layer of ``model`` a ``OneDnnLinear``, in place; names and values stay."""
+    """Turn every plain linear layer of ``model`` into a ``OneDnnLinear``, in place; names and values stay."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = OneDnnLinear
@@ -43,7 +45,7 @@ def use_torch(model: nn.Module) -> None:
     """Undo ``use_onednn``."""
     for module in model.modules():
         if type(module) is OneDnnLinear:
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]  # mypy allows subclasses only
 
 
 class _Linear(torch.autograd.Function):
@@ -69,4 +71,5 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``x W^T + b``."""
     if not x.numel():
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product

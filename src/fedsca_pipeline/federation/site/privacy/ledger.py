@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedsca_pipeline.config import PrivacyBound
 from fedsca_pipeline.errors import SiteError
-from fedsca_pipeline.files import kept_secret, read_json, write_json
+from fedsca_pipeline.files import read_json, read_or_create_secret, write_json
 
 KEY, LEDGER = "privacy.key", "privacy_ledger.json"
 
@@ -87,7 +87,7 @@ class Vault:
     def _digest(self, start: str, purpose: str) -> bytes:
         self._open()
         try:
-            secret = kept_secret(self.folder / KEY)
+            secret = read_or_create_secret(self.folder / KEY)
         except ValueError as error:
             # The coordinator hears it, and has no business with the site's folders.
             raise SiteError(
