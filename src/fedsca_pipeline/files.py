@@ -1,4 +1,4 @@
-"""Atomic writes, content hashes and safetensors files: the only ways this project touches disk."""
+"""Files on disk: atomic writes, JSON, safetensors, content hashes, secrets."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from fedsca_pipeline.errors import WeightsError
 if TYPE_CHECKING:
     import torch
 
-# Seconds after which a second Ctrl-C is not one of impatience.
+# A second Ctrl-C takes effect at once if it comes more than this many seconds after the first.
 _PATIENCE = 1.0
 
 
 @contextmanager
 def atomic_path(path: Path, mode: int | None = None) -> Iterator[Path]:
-    """Yield a path in a temporary folder beside ``path``; its file replaces ``path``, fsynced, if the block ends well.
+    """Yield a path in a temporary folder beside ``path``; after the block its file, fsynced, replaces ``path``.
 
-    On an error (a full disk, Ctrl-C) the temporary folder is removed and ``path`` is as it was. A folder, since some
-    writers (safetensors) put a temporary file of their own beside their target. Missing parent folders are made. The
-    file has the permissions ``mode``, or those that the user's umask gives any new file.
+    On an error (a full disk, Ctrl-C) the temporary folder is removed and ``path`` stays as it was. It is a folder,
+    since some writers (safetensors) put a temporary file beside their target. Missing parent folders are made. The
+    file gets the permissions ``mode``; None: those of any new file under the user's umask.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
@@ -41,7 +41,7 @@ def atomic_path(path: Path, mode: int | None = None) -> Iterator[Path]:
     try:
         with name_the_file(path):
             yield temporary
-            # safetensors makes files private to the user, whatever the umask is; it can be seen of a new file only.
+            # safetensors ignores the umask and makes private files. Only a new file shows what the umask gives.
             ordinary = folder / ".ordinary"
             ordinary.touch()
             temporary.chmod(ordinary.stat().st_mode & 0o777 if mode is None else mode)
@@ -54,7 +54,7 @@ def atomic_path(path: Path, mode: int | None = None) -> Iterator[Path]:
 
 @contextmanager
 def name_the_file(path: Path) -> Iterator[None]:
-    """Put ``path`` into the OSError of a write that fails in the block: a full disk does not say of which file."""
+    """Add ``path`` to an OSError of the block that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -64,22 +64,22 @@ def name_the_file(path: Path) -> Iterator[None]:
 
 
 def remove_partial_files(folder: Path, name: str = "*") -> None:
-    """Remove what killed commands left half-written below ``folder``, of all files or of those called ``name``.
+    """Remove the partial files that killed commands left below ``folder``, of all files or of those called ``name``.
 
-    Nobody else may be writing these.
+    No other process may be writing these files.
     """
     for path in folder.rglob(f".{name}.partial"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename a file over ``target``, on the same disk, and make that last."""
+    """Rename a file to ``target``, on the same disk, and return once the rename is on the disk."""
     source.replace(target)
     sync_to_disk(target.parent)
 
 
 def sync_to_disk(path: Path) -> None:
-    """Return once the file, or the folder's list of files, is on the disk."""
+    """Wait until the file, or the folder's list of files, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -88,39 +88,47 @@ def sync_to_disk(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes, mode: int | None = None) -> None:
-    """Write ``data`` to ``path`` atomically, with permissions as of ``atomic_path``."""
+    """Write ``data`` to ``path`` atomically, with the permissions of ``atomic_path``."""
     with atomic_path(path, mode) as temporary:
         temporary.write_bytes(data)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` to ``path`` as indented JSON, atomically. NaN and infinity raise ValueError."""
+    """Write ``value`` to ``path`` as indented JSON, atomically.
+
+    Raises:
+        ValueError: it contains NaN or infinity.
+    """
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_or_create_secret(path: Path) -> bytes:
-    """Return the secret kept at ``path``, 64 hex digits; it is drawn, for its owner's eyes alone, where there is none.
+    """Return the secret stored at ``path``, 64 hex digits; draw and store one, readable by its owner only, if missing.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the file's content is not such a secret.
     """
     if not path.exists():
         write_bytes(path, secrets.token_hex(32).encode(), mode=0o600)
     secret = path.read_bytes().strip()
     if not re.fullmatch(rb"[0-9a-f]{64}", secret):
-        raise ValueError(f"{path}: not the secret that was written there; restore it from a copy, or delete it")
+        raise ValueError(f"{path}: not the secret that was written there; restore it from a copy, or delete the file")
     return secret
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON from ``path``."""
+    """Return the value of a JSON file.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
     return json.loads(path.read_bytes())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write named tensors to ``path`` as safetensors, atomically, without a copy of them in memory.
+    """Write named tensors to ``path`` as safetensors, atomically, without a copy in memory.
 
-    An empty mapping gives a valid, empty file.
+    An empty mapping gives a valid file without tensors.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -136,16 +144,16 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def read_tensors(path: Path, cure: str = "") -> dict[str, torch.Tensor]:
-    """Return every tensor of a safetensors file, memory-mapped: read when touched, and copied where written to.
+    """Return every tensor of a safetensors file, memory-mapped: pages are read on access and copied on write.
 
     Raises:
-        WeightsError: the file is missing or damaged; says what to do, which is ``cure`` if that is given.
+        WeightsError: the file is missing or damaged; the message ends with ``cure``, or with a general one if "".
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        # An interrupt in the middle comes out of torch as a ValueError about a tensor's shape.
+        # torch turns an interrupt during the load into a ValueError about a tensor's shape.
         with interrupts_deferred():
             return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -153,10 +161,10 @@ def read_tensors(path: Path, cure: str = "") -> dict[str, torch.Tensor]:
 
 
 def read_header(path: Path, key: str) -> Any:
-    """Read the JSON that a safetensors file carries in its metadata under ``key``.
+    """Return the JSON value stored under ``key`` in a safetensors file's metadata.
 
     Raises:
-        WeightsError: the file is missing or damaged, or carries no such entry.
+        WeightsError: the file is missing or damaged, or has no such entry.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -174,8 +182,8 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_path(path: Path) -> str:
-    """Return ``sha256_file`` of a file; of a folder, one over those of its visible files, whatever they are called."""
-    # To open it and see takes less than to ask before.
+    """Return ``sha256_file`` of a file; for a folder, a hash of its visible files' hashes, whatever their names."""
+    # Trying to open it is faster than checking first.
     with suppress(IsADirectoryError):
         return sha256_file(path)
     digests = sorted(sha256_file(file) for file in path.iterdir() if not file.name.startswith("."))
@@ -183,23 +191,27 @@ def sha256_path(path: Path) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """Return 16 hex digits that identify a JSON-serialisable value whatever the order of its keys."""
+    """Return 16 hex digits that identify a JSON-serialisable value; the order of keys does not matter.
+
+    >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    True
+    """
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """Let Ctrl-C have its effect after the block, not in it; one that comes a second after the first does not wait."""
+    """Defer Ctrl-C to the end of the block; one that comes over a second after the first takes effect at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[float] = []
+    interrupts: list[float] = []
     before = signal.getsignal(signal.SIGINT)
 
     def later(number: int, frame: FrameType | None) -> None:
-        came.append(time.monotonic())
-        if came[-1] - came[0] > _PATIENCE:
+        interrupts.append(time.monotonic())
+        if interrupts[-1] - interrupts[0] > _PATIENCE:
             signal.signal(signal.SIGINT, before)
             signal.raise_signal(signal.SIGINT)
 
@@ -208,16 +220,16 @@ def interrupts_deferred() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if came:
+        if interrupts:
             signal.raise_signal(signal.SIGINT)
 
 
 def _unreadable(path: Path, error: Exception, cure: str = "") -> WeightsError:
-    cure = cure or "run again with --params=force=true to make it anew"
+    cure = cure or "run again with --params=force=true to write it again"
     return WeightsError(f"{path}: cannot be read as safetensors ({error!r}); {cure}")
 
 
 def _system_error(error: Exception) -> OSError | None:
-    """Return the operating system's error (a full disk) that safetensors only tells the number of."""
+    """Return the operating system's error, such as a full disk, whose number a safetensors error mentions."""
     number = re.search(r"\(os error (\d+)\)", str(error))
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None

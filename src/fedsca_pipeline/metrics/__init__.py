@@ -1,1 +1,1 @@
-"""Metrics of images and volumes."""
+"""Metrics of images (``images``) and volumes (``volumes``)."""

@@ -1,4 +1,4 @@
-"""Scores of whole volumes, in mm."""
+"""Overlap and surface distances of whole volumes, per class, in mm."""
 
 from __future__ import annotations
 
@@ -20,22 +20,27 @@ def score_volume(
     classes: Sequence[int],
     tolerance: float,
 ) -> list[dict[str, Any]]:
-    """Score each class of one volume on its own grid.
+    """Return the scores of each class of one volume on the volume's own grid.
 
-    Surfaces, HD95 and ASD are those of ``metrics.score_images``, in three dimensions and mm. NSD, the normalised
-    surface Dice, is the share of the surface voxels of both masks that lie within ``tolerance`` of the other's surface
-    (Nikolov et al., arXiv 1809.04430; surfaces as MONAI counts them). Both masks empty: Dice and NSD 1,
-    distances 0. One empty: Dice and NSD 0, distances the diagonal of the volume. Nothing is ever NaN or infinite.
+    Surfaces, HD95 and ASD are defined as in ``images.score_images``, in three dimensions and mm. NSD, the normalised
+    surface Dice, is the share of both masks' surface voxels within ``tolerance`` of the other mask's surface (Nikolov
+    et al., arXiv 1809.04430, with MONAI's surfaces). Both masks empty: Dice and NSD 1, distances 0. One mask empty:
+    Dice and NSD 0, distances the volume's diagonal. No score is NaN or infinite.
 
     Args:
-        pred, truth: labels uint8 [X, Y, Z], 0 = background.
-        spacing: mm along X, Y and Z; axes are taken to be at right angles.
-        classes: to score.
+        pred, truth: label maps uint8 [X, Y, Z], 0 = background.
+        spacing: mm along X, Y and Z, which are assumed to be at right angles.
+        classes: classes to score.
         tolerance: mm, above 0.
 
     Returns:
-        One record a class, in their order: ``class``, ``dice``, ``hd95_mm``, ``asd_mm``, ``nsd``, and ``empty``, which
-        names the empty mask: ``both``, ``truth``, ``prediction`` or "" for neither.
+        One record per class, in the order of ``classes``: ``class``, ``dice``, ``hd95_mm``, ``asd_mm``, ``nsd``, and
+        ``empty``, which names the empty mask: ``both``, ``truth``, ``prediction`` or "" for neither.
+
+    >>> truth = np.zeros((4, 4, 4), np.uint8)
+    >>> truth[1:3, 1:3, 1:3] = 1
+    >>> score_volume(np.roll(truth, 1, axis=2), truth, (1.0, 1.0, 2.5), [1], tolerance=2.0)
+    [{'class': 1, 'dice': 0.5, 'hd95_mm': 2.5, 'asd_mm': 1.25, 'nsd': 0.5, 'empty': ''}]
     """
     return [{"class": label, **_score(pred == label, truth == label, spacing, tolerance)} for label in classes]
 
@@ -44,17 +49,17 @@ def _score(
     pred: np.ndarray, truth: np.ndarray, spacing: tuple[float, float, float], tolerance: float
 ) -> dict[str, float | str]:
     empty = which_is_empty(pred, truth)
-    masks = (torch.from_numpy(mask)[None, None] for mask in (pred, truth))
-    dice = compute_dice(*masks, include_background=True, ignore_empty=False).item()
+    pred_mask, truth_mask = (torch.from_numpy(mask)[None, None] for mask in (pred, truth))
+    dice = compute_dice(pred_mask, truth_mask, include_background=True, ignore_empty=False).item()
     if empty:
         diagonal = math.hypot(*(side * mm for side, mm in zip(pred.shape, spacing, strict=True)))
         distance, nsd = EMPTY_DIAGONALS[empty] * diagonal, float(empty == "both")
         return {"dice": dice, "hd95_mm": distance, "asd_mm": distance, "nsd": nsd, "empty": empty}
-    there, back = surface_distances(pred, truth, spacing, crop=True)
+    to_truth, to_pred = surface_distances(pred, truth, spacing, crop=True)
     return {
         "dice": dice,
-        "hd95_mm": hd95_of(there, back),
-        "asd_mm": asd_of(there, back),
-        "nsd": float((np.concatenate([there, back]) <= tolerance).mean()),
+        "hd95_mm": hd95_of(to_truth, to_pred),
+        "asd_mm": asd_of(to_truth, to_pred),
+        "nsd": float((np.concatenate([to_truth, to_pred]) <= tolerance).mean()),
         "empty": empty,
     }
