@@ -32,7 +32,7 @@ from fedsca_pipeline.federation.site.store import SiteStore
 from fedsca_pipeline.files import remove_partial_files
 from fedsca_pipeline.model.batch import Batch
 from fedsca_pipeline.model.heads import known_logits
-from fedsca_pipeline.model.inference import Forward, predictions, whole_model
+from fedsca_pipeline.model.inference import Forward, image_forward, predict_logits
 from fedsca_pipeline.model.layout import unflatten
 
 Result = dict[str, Any]
@@ -168,7 +168,7 @@ class _Training:
             lengths = [len(place.arrays[site]) for site in cell.sites]
             self.data = {POOLED: PooledArrays(list(self.data.values()), lengths)}
         self.worker = setup.worker(device)
-        self.forward = whole_model(self.worker.model)
+        self.forward = image_forward(self.worker.model)
 
     def run(self, told: Told) -> list[RoundRecord]:
         """Run the rounds; return their records."""

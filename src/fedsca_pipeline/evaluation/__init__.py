@@ -1,14 +1,11 @@
-"""What a run is judged by: `metrics` (torch, MONAI), `tables` (pandas), `figures` (plotly, matplotlib).
-
-Import the module you need; this package itself imports none of them.
-"""
+"""Scores, tables and figures of a run. This package imports nothing heavy itself; import the module you need."""
 
 MEAN = "mean over sites"
 WORST = "worst site"
-"""Rows of the tables that are no site's."""
+"""Table rows that summarise the sites."""
 
 ALL_CLASSES = "mean over classes"
-"""Of several classes: the table rows that are no single class's."""
+"""Table rows over all classes, if there are several."""
 
 CLASS_DICE = "Dice chosen {}"
-"""Of several classes: the final table's column of one, by its name."""
+"""Column of the final table for one class, by the class's name, if there are several."""

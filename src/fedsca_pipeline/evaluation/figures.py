@@ -1,4 +1,4 @@
-"""Figures of a run: plotly to explore, matplotlib to print. Colours are Okabe and Ito's, safe for the colour blind."""
+"""Figures of a run: plotly for interactive ones, matplotlib for still ones, in colours safe for the colour blind."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_rgba
+from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -19,12 +20,14 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
-# Okabe-Ito without yellow, which is lost on white, and without black, the ink. One marker more than there
-# are colours, so that a repeated colour comes with another marker.
+Style = Literal["solid", "dashed", "dotted"]
+
+# Okabe-Ito without yellow, which is hard to see on white, and without black, the colour of text. There is one marker
+# more than there are colours, so that a repeated colour has another marker.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 _SITE_MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-down")
 CLASS_COLOURS = ("#F0E442", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#FFFFFF")
-_CLASS_STYLES = ("solid", "dashed", "dotted")
+_CLASS_STYLES: tuple[Style, ...] = ("solid", "dashed", "dotted")
 _MISSED, _EXTRA = "#D55E00", "#0072B2"
 _WEIGHT_SCALE = ((0.0, "#FFFFFF"), (0.5, "#56B4E9"), (1.0, "#003A5C"))
 INK, GRID, ABSENT, _MEAN = "#222222", "#DDDDDD", "#E2E2E2", "rgba(34, 34, 34, 0.28)"
@@ -35,7 +38,7 @@ _WEIGHTS_NOTE = "row: the site that receives Â· column: the site it comes from Â
 
 
 def note(text: str) -> Figure:
-    """A small figure that holds one line of text, for where there is nothing to draw."""
+    """Return a small figure with one line of text, to replace a figure without data."""
     figure = Figure(figsize=(6, 1.2), layout="constrained")
     figure.text(0.5, 0.5, text, ha="center", va="center", color=INK)
     return figure
@@ -46,7 +49,7 @@ class OverlayExample:
     """One image to draw.
 
     Attributes:
-        label: why it was chosen: best, median, worst, only.
+        label: best, median, worst, or only.
         name: the image's name.
         dice: in 0..1, mean over classes.
         image: uint8 [3, H, W], unpadded.
@@ -62,14 +65,15 @@ class OverlayExample:
 
 
 def choose_examples(table: pd.DataFrame) -> dict[str, str]:
-    """Pick the images that show a model's range by Dice (mean over classes), different ones, ties by name.
+    """Return the best, median and worst image by Dice (mean over classes), ties by name.
 
     Args:
         table: rows of ``tables.image_table`` of one site and one model.
 
     Returns:
-        Image names by label, ``best``, ``median``, ``worst`` in this order; two images give best and worst, one gives
-        ``only``, none an empty mapping. Of an even number, the better of the two middle images is the median.
+        Image names by label, in the order ``best``, ``median``, ``worst``. Two images are best and worst, a single one
+        is ``only``, no image gives an empty mapping. For an even number the median is the better of the two middle
+        images.
 
     Raises:
         ValueError: the rows are of several sites or models.
@@ -85,17 +89,19 @@ def choose_examples(table: pd.DataFrame) -> dict[str, str]:
 
 
 def learning_curves(history: pd.DataFrame) -> go.Figure:
-    """Validation Dice and training loss by round, one colour and marker per site, their mean a pale band.
+    """Return curves of validation Dice and training loss by round, one colour and marker per site.
+
+    Their mean over sites is a pale band.
 
     Args:
         history: one row per round and site: ``round`` (0 = the foundation), ``site``, ``dice_validation``, ``loss``
-            (mean over the local batches; missing in round 0) and, where it was logged, ``dice_local`` (right after
-            local training, dotted, shown by a button). A site that was absent in a round has no row or missing values.
+            (mean over the local batches, missing in round 0) and, if logged, ``dice_local`` (right after local
+            training, dotted, shown by a button). An absent site has no row or missing values.
 
     Returns:
         A figure of two panels. An empty history gives empty panels.
     """
-    # A round in which a value is missing at every site comes as objects.
+    # A column without any value has dtype object.
     history = history.astype({column: "float64" for column in _CURVES if column in history})
     figure = make_subplots(rows=1, cols=2, subplot_titles=("Validation Dice", "Training loss"), horizontal_spacing=0.09)
     sites = sorted(history["site"].unique())
@@ -133,14 +139,14 @@ def learning_curves(history: pd.DataFrame) -> go.Figure:
 
 
 def weight_heatmap(weights: Mapping[int, pd.DataFrame]) -> go.Figure:
-    """SGCA's aggregation weights A, sites x sites, with a slider over the rounds that starts at the last one.
+    """Return a heat map of SGCA's aggregation weights A, sites x sites, with a slider that starts at the last round.
 
     Args:
-        weights: by round, a frame of A (docs/method.md) with the receiving site as index and the giving site as
-            columns, values in 0..1, rows summing to 1. Sites may differ by round: absent ones are grey.
+        weights: A by round (docs/method.md), with the receiving site as index and the sending site as columns, values
+            in 0..1, rows summing to 1. Sites may differ by round: absent ones are grey.
 
     Returns:
-        A figure with one heat map, a frame per round, and the colour scale fixed to 0..1. No round: a note instead.
+        A figure with a frame per round and the colour scale fixed to 0..1. No round: only a title that says so.
     """
     if not weights:
         return go.Figure(layout={**_LAYOUT, "title": _NO_WEIGHTS})
@@ -167,7 +173,7 @@ def weight_heatmap(weights: Mapping[int, pd.DataFrame]) -> go.Figure:
 
 
 def weight_heatmap_image(weights: Mapping[int, pd.DataFrame]) -> Figure:
-    """The same weights to print: the last round large and annotated, beside it up to nine rounds, evenly spread.
+    """Return a still figure of the weights: the last round with numbers, and up to nine evenly spaced rounds.
 
     Args:
         weights: as for ``weight_heatmap``.
@@ -176,11 +182,11 @@ def weight_heatmap_image(weights: Mapping[int, pd.DataFrame]) -> Figure:
         return note(_NO_WEIGHTS)
     tables = _aligned(weights)
     rounds = list(tables)
-    shown = sorted({rounds[round(place)] for place in np.linspace(0, len(rounds) - 1, _STRIP_LENGTH)})
+    shown = sorted({rounds[round(index)] for index in np.linspace(0, len(rounds) - 1, _STRIP_LENGTH)})
     side = math.ceil(math.sqrt(len(shown)))
     figure = Figure(figsize=(11.6, 5.9), layout="constrained")
     figure.suptitle(f"Aggregation weights\n{_WEIGHTS_NOTE}", fontsize=11, color=INK)
-    left, right = figure.subfigures(1, 2, width_ratios=[6.6, 5])
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[6.6, 5])[0]
     scale = LinearSegmentedColormap.from_list("weights", _WEIGHT_SCALE).with_extremes(bad=ABSENT)
     _draw_weights(left, tables[rounds[-1]], f"round {rounds[-1]}", scale)
     grid = right.subplots(math.ceil(len(shown) / side), side, squeeze=False)
@@ -197,16 +203,16 @@ def weight_heatmap_image(weights: Mapping[int, pd.DataFrame]) -> Figure:
 def overlays(
     examples: Sequence[OverlayExample], names: Sequence[str] | None = None, shown: Sequence[int] | None = None
 ) -> Figure:
-    """One row per example: the image, the truth's outline, the prediction's outline with its errors tinted.
+    """Return one row per example: the image, the truth's outline, the prediction's outline with its errors tinted.
 
-    A pixel is missed if any class of the truth lacks it in the prediction, else extra if any class of the prediction
-    lacks it in the truth.
+    A pixel is missed if the prediction lacks it in any class of the truth, else extra if the truth lacks it in any
+    class of the prediction.
 
     Args:
-        examples: what to draw.
-        names: of the K classes in the legend, class 1 first; None: their numbers.
-        shown: classes, of 1..K, to draw and to list; None: all. A class has the same look whichever others are shown;
-            the looks, a colour and a dash, come again after 18.
+        examples: images to draw; none gives a note.
+        names: names of the K classes in the legend, class 1 first; None: their numbers.
+        shown: classes, of 1..K, to draw and to list; None: all. A class looks the same whichever others are shown.
+            The looks, a colour and a line style, repeat after 18.
     """
     if not examples:
         return note("No test image")
@@ -239,7 +245,7 @@ _LAYOUT = {
     "font": {"color": INK, "size": 13},
     "margin": {"l": 70, "r": 30, "t": 80, "b": 60},
 }
-# Wide and pale, under the sites' own lines.
+# Wide and pale, below the sites' lines.
 _MEAN_LOOK = {"line": {"color": _MEAN, "width": 9}, "marker": {"color": _MEAN, "size": 1}}
 
 
@@ -268,7 +274,7 @@ def _add_curve(
 
 
 def _local_dice_buttons(figure: go.Figure) -> list[dict[str, object]]:
-    """Buttons that show and hide Dice right after local training; none where it was not logged."""
+    """Return buttons that show and hide Dice right after local training; none if it was not logged."""
     local = [trace.meta == "dice_local" for trace in figure.data]
     if not any(local):
         return []
@@ -277,25 +283,25 @@ def _local_dice_buttons(figure: go.Figure) -> list[dict[str, object]]:
         {"label": "after each round", "method": "restyle", "args": [{"visible": [not hidden for hidden in local]}]},
         {"label": "and right after local training (dotted)", "method": "restyle", "args": [{"visible": both}]},
     ]
-    place = {"x": 1, "xanchor": "right", "y": 1.12, "yanchor": "bottom"}
-    return [{"type": "buttons", "direction": "right", "showactive": True, "buttons": buttons, **place}]
+    position = {"x": 1, "xanchor": "right", "y": 1.12, "yanchor": "bottom"}
+    return [{"type": "buttons", "direction": "right", "showactive": True, "buttons": buttons, **position}]
 
 
 def _mean_dice(history: pd.DataFrame, sites: int) -> pd.DataFrame:
-    """Mean validation Dice of the rounds that every site has: elsewhere it would jump with who took part."""
+    """Return the mean validation Dice of the rounds that every site has; in others it would jump as sites drop out."""
     rounds = history.dropna(subset=["dice_validation"]).groupby("round")["dice_validation"].agg(["mean", "size"])
     return rounds[rounds["size"] == sites]["mean"].rename("dice_validation").reset_index()
 
 
 def _floor(history: pd.DataFrame) -> float:
-    """Lowest Dice of the panel, rounded down to a tenth; 0 where there is none."""
+    """Return the lowest Dice of the panel, rounded down to a tenth; 0 without any."""
     columns = [column for column in ("dice_validation", "dice_local") if column in history]
     lowest = history[columns].min().min()
     return 0.0 if pd.isna(lowest) else math.floor(10 * lowest) / 10
 
 
 def _aligned(weights: Mapping[int, pd.DataFrame]) -> dict[int, pd.DataFrame]:
-    """The rounds in order, each over all sites that ever took part, sorted, NaN for absent ones."""
+    """Return the rounds in order, each over all sites that ever took part, sorted; NaN for absent ones."""
     sites = sorted(set().union(*(table.index.union(table.columns) for table in weights.values())))
     return {number: weights[number].reindex(index=sites, columns=sites) for number in sorted(weights)}
 
@@ -339,13 +345,13 @@ def _slider(names: Sequence[str]) -> dict[str, object]:
     return {"active": len(names) - 1, "currentvalue": {"prefix": "round "}, "pad": {"t": 20}, "steps": steps}
 
 
-def _draw_weights(figure: SubFigure, table: pd.DataFrame, title: str, scale: LinearSegmentedColormap) -> None:
+def _draw_weights(figure: SubFigure, table: pd.DataFrame, title: str, scale: Colormap) -> None:
     values = table.to_numpy(dtype=float)
     axes = figure.subplots()
     image = axes.imshow(values, cmap=scale, vmin=0, vmax=1)
-    places = range(len(table))
-    axes.set_xticks(places, table.columns, rotation=35, ha="right", rotation_mode="anchor", fontsize=9)
-    axes.set_yticks(places, table.index, fontsize=9)
+    ticks = range(len(table))
+    axes.set_xticks(ticks, table.columns, rotation=35, ha="right", rotation_mode="anchor", fontsize=9)
+    axes.set_yticks(ticks, table.index, fontsize=9)
     axes.set(xlabel="from", ylabel="receives", title=title)
     size = max(6, 12 - 0.6 * len(table))
     for (row, column), value in np.ndenumerate(values):
@@ -354,15 +360,15 @@ def _draw_weights(figure: SubFigure, table: pd.DataFrame, title: str, scale: Lin
     figure.colorbar(image, ax=axes, label="weight", shrink=0.75)
 
 
-def _class_looks(classes: int, shown: Sequence[int] | None) -> dict[int, tuple[str, str]]:
-    """Colour and line style of each class to draw, by its channel."""
+def _class_looks(classes: int, shown: Sequence[int] | None) -> dict[int, tuple[str, Style]]:
+    """Return the colour and line style of each class to draw, by channel."""
     looks = zip(range(classes), cycle((colour, style) for style in _CLASS_STYLES for colour in CLASS_COLOURS))
     return {channel: look for channel, look in looks if shown is None or channel + 1 in shown}
 
 
-def _draw_outlines(axes: Axes, masks: NDArray[np.bool_], looks: Mapping[int, tuple[str, str]]) -> None:
+def _draw_outlines(axes: Axes, masks: NDArray[np.bool_], looks: Mapping[int, tuple[str, Style]]) -> None:
     height, width = masks.shape[1:]
-    # One pixel of background around, so that an object cut by the image border is still closed.
+    # A border of one background pixel closes the outline of an object that the image border cuts.
     x, y = np.arange(-1, width + 1), np.arange(-1, height + 1)
     for channel, (colour, style) in looks.items():
         if masks[channel].any():
@@ -380,18 +386,10 @@ def _draw_errors(axes: Axes, example: OverlayExample, channels: Sequence[int]) -
     axes.imshow(tint)
 
 
-def _overlay_legend(looks: Mapping[int, tuple[str, str]], names: Sequence[str]) -> list[Line2D | Patch]:
+def _overlay_legend(looks: Mapping[int, tuple[str, Style]], names: Sequence[str]) -> list[Line2D | Patch]:
     halo = [withStroke(linewidth=3, foreground="black")]
     lines = [
-        Line2D(
-            [],
-            [],
-            color=colour,
-            linestyle=style,
-            linewidth=1.6,
-            label=names[channel],
-            path_effects=halo,
-        )
+        Line2D([], [], color=colour, linestyle=style, linewidth=1.6, label=names[channel], path_effects=halo)
         for channel, (colour, style) in looks.items()
     ]
     return [*lines, Patch(color=_MISSED, alpha=0.55, label="missed"), Patch(color=_EXTRA, alpha=0.55, label="extra")]

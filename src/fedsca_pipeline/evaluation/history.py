@@ -1,4 +1,4 @@
-"""A run's round records as tables: traffic, privacy spent and learning curves."""
+"""Round records of a run as tables: learning curves, aggregation weights, traffic and privacy spent."""
 
 from __future__ import annotations
 
@@ -9,38 +9,18 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def traffic_of(records: Sequence[Any], site_models: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return what crossed the wire, the chosen round and the privacy spent, by site, as ``final_table`` asks for it."""
-    # Of a model trained on pooled data no site has a record.
-    return {
-        site: {
-            "bytes_up": sum(r.sites[site].bytes_up for r in records if site in r.sites),
-            "bytes_down": sum(r.sites[site].bytes_down for r in records if site in r.sites),
-            "best_round": kept.get("best", {}).get("round"),
-            **_privacy_spent([r.sites[site] for r in records if site in r.sites]),
-        }
-        for site, kept in site_models["sites"].items()
-    }
-
-
-def _privacy_spent(entries: Sequence[Any]) -> dict[str, Any]:
-    """Return the last epsilon that a site told of, and its level; nothing where there is no differential privacy."""
-    told = [entry for entry in entries if entry.epsilon is not None]
-    return {"epsilon": told[-1].epsilon, "privacy": told[-1].privacy_level} if told else {}
-
-
-def records_of(description: dict[str, Any], round_metrics: Mapping[str, Any]) -> list[Any]:
-    """Return this run's round records in order; partitions of other runs are left alone."""
+def records_of(description: Mapping[str, Any], round_metrics: Mapping[str, Any]) -> list[Any]:
+    """Return this run's round records in order; partitions of other runs are not loaded."""
     from fedsca_pipeline.federation.server.checkpoint import RoundRecord
 
-    mine = sorted(key for key in round_metrics if key.startswith(f"{description['fingerprint']}/"))
-    return [RoundRecord.from_json(round_metrics[key]()) for key in mine]
+    own = sorted(key for key in round_metrics if key.startswith(f"{description['fingerprint']}/"))
+    return [RoundRecord.from_json(round_metrics[key]()) for key in own]
 
 
-def history_table(records: list[Any]) -> pd.DataFrame:
-    """Return one row a (round, site): loss, Dice and what else was logged; round 0 is the foundation.
+def history_table(records: Sequence[Any]) -> pd.DataFrame:
+    """Return one row per round and site: Dice, loss, own weight and seconds. Round 0 is the foundation.
 
-    A record's ``dice_validation`` belongs to the model of the round before, so it moves up one row.
+    A record's ``dice_validation`` is the Dice of the model of the round before, so it moves up one row.
     """
     import pandas as pd
 
@@ -63,8 +43,11 @@ def history_table(records: list[Any]) -> pd.DataFrame:
     )
 
 
-def weights_by_round(records: list[Any]) -> dict[int, pd.DataFrame]:
-    """Return the mixing weights of each round, mean over groups, by name of the accepted sites; rows receive."""
+def aggregation_weights(records: Sequence[Any]) -> dict[int, pd.DataFrame]:
+    """Return the aggregation weights by round, sites x sites, as their mean over the groups of tensors.
+
+    Rounds without weights are left out; most strategies have none.
+    """
     import numpy as np
     import pandas as pd
 
@@ -75,3 +58,23 @@ def weights_by_round(records: list[Any]) -> dict[int, pd.DataFrame]:
         for record in records
         if record.weights
     }
+
+
+def traffic_of(records: Sequence[Any], site_models: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return by site the bytes sent, the best round and the privacy spent: the ``traffic`` of ``final_table``."""
+    # A model that was trained on pooled data has no record of any site.
+    return {
+        site: {
+            "bytes_up": sum(r.sites[site].bytes_up for r in records if site in r.sites),
+            "bytes_down": sum(r.sites[site].bytes_down for r in records if site in r.sites),
+            "best_round": snapshots.get("best", {}).get("round"),
+            **_privacy_spent([r.sites[site] for r in records if site in r.sites]),
+        }
+        for site, snapshots in site_models["sites"].items()
+    }
+
+
+def _privacy_spent(entries: Sequence[Any]) -> dict[str, Any]:
+    """Return a site's last epsilon and its level; empty without differential privacy."""
+    private = [entry for entry in entries if entry.epsilon is not None]
+    return {"epsilon": private[-1].epsilon, "privacy": private[-1].privacy_level} if private else {}

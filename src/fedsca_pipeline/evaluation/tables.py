@@ -1,12 +1,13 @@
-"""From scores to tables: per image, per site, and the one a run ends with."""
+"""Tables of image scores: per image, per site, and the final table of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
+from fedsca_pipeline.errors import counted
 from fedsca_pipeline.evaluation import ALL_CLASSES, CLASS_DICE, MEAN, WORST
 
 METRICS = ("dice", "iou", "hd95", "asd")
@@ -24,19 +25,19 @@ SITE_COLUMNS = _site_columns(METRICS)
 
 
 def image_table(site: str, names: Sequence[str], scores: Sequence[Mapping[str, Any]], model: str) -> pd.DataFrame:
-    """One row per image and class.
+    """Return one row per image and class.
 
     Args:
-        site: its name.
-        names: of the B images.
-        scores: the B * K records of ``metrics.score_images``, image by image.
+        site: the site's name.
+        names: names of the B images.
+        scores: B * K records of ``metrics.images.score_images``, image by image.
         model: ``before`` (the foundation, round 0), ``after`` (the last round) or ``chosen`` (by validation).
 
     Returns:
         Columns ``IMAGE_COLUMNS``; distances in pixels of the working resolution. No image: no row.
 
     Raises:
-        ValueError: the scores are not a whole number of classes per image.
+        ValueError: the number of scores is not a multiple of the number of images.
     """
     classes = len(scores) // max(len(names), 1)
     if classes * len(names) != len(scores):
@@ -49,25 +50,25 @@ def image_table(site: str, names: Sequence[str], scores: Sequence[Mapping[str, A
 def site_table(
     images: pd.DataFrame, names: Sequence[str] = ("class 1",), metrics: Sequence[str] = METRICS
 ) -> pd.DataFrame:
-    """One row per model and site, then the mean over sites and the worst site of each model.
+    """Return one row per model and site, then the mean over sites and the worst site of each model.
 
-    Every metric is averaged over the classes of an image, then over the images of the site; ``<metric>_std`` is the
-    spread of these images (population, so 0 for one image). ``images`` counts images, ``one_empty`` the image-class
-    pairs where exactly one mask was empty. Row ``mean over sites`` is the plain mean of the sites' rows, each site
-    counting once, with the spread over sites and the counts summed. Row ``worst site`` repeats the row of the lowest
-    Dice (the first name at a tie); ``note`` says which site it is.
+    Every metric is averaged over the classes of an image, then over the images of the site. ``<metric>_std`` is the
+    standard deviation over these images (population, so 0 for one image). ``images`` counts images, ``one_empty``
+    counts pairs of image and class with exactly one empty mask. Row ``mean over sites`` is the unweighted mean of the
+    sites' rows, with the standard deviation over sites and the sums of the counts. Row ``worst site`` repeats the row
+    of the lowest Dice (the first name at a tie); ``note`` names the site.
 
-    Of several classes, these rows are of the class ``ALL_CLASSES``, over the classes that a site has, and the same rows
-    follow for each class by itself, over the sites that have it; ``note`` tells where one is not there.
+    With several classes, these rows have class ``ALL_CLASSES`` and average over the classes that a site has. The same
+    rows follow for each class, over the sites that have it; ``note`` names missing classes and sites.
 
     Args:
         images: rows of ``image_table``, any number of sites and models.
-        names: of all K classes, class 1 first.
-        metrics: the columns to average; ``dice`` is among them.
+        names: names of all K classes, class 1 first.
+        metrics: columns to average, ``dice`` among them.
 
     Returns:
-        Columns ``SITE_COLUMNS``, of these metrics, with ``class`` after ``model`` where K > 1; models in the order
-        before, after, chosen. No image: no row.
+        Columns ``SITE_COLUMNS`` for these metrics, with ``class`` after ``model`` if K > 1; models in the order before,
+        after, chosen. No image: no row.
     """
     return table_of_means(site_means(images, names, metrics), names, metrics)
 
@@ -75,18 +76,18 @@ def site_table(
 def site_means(
     images: pd.DataFrame, names: Sequence[str] = ("class 1",), metrics: Sequence[str] = METRICS
 ) -> pd.DataFrame:
-    """One row per model and site, of several classes also one per class: what ``site_table`` says of sites, in numbers.
+    """Return one row per model, site and label: the numbers of ``site_table`` before it summarises the sites.
 
-    A site's rows depend on its own images only, so that a site can make them where its images are.
+    A site's rows depend on its own images only, so each site can compute its rows locally.
 
     Args:
         images: rows of ``image_table``, any number of sites and models.
-        names: of all K classes, class 1 first.
-        metrics: the columns to average; ``dice`` is among them.
+        names: names of all K classes, class 1 first.
+        metrics: columns to average, ``dice`` among them.
 
     Returns:
-        Columns site, model, label (0: over the classes that a site has; of several classes also 1..K), the means and
-        spreads, images and one_empty. No image: no row.
+        Columns site, model, label (0: over the classes that a site has; if K > 1 also 1..K), means and standard
+        deviations, images and one_empty. No image: no row.
     """
     labels = range(len(names) + 1) if len(names) > 1 else (0,)
     parts = [
@@ -103,7 +104,7 @@ def site_means(
 def table_of_means(
     means: pd.DataFrame, names: Sequence[str] = ("class 1",), metrics: Sequence[str] = METRICS
 ) -> pd.DataFrame:
-    """Return the table that ``site_table`` makes of images, from the sites' rows of ``site_means`` alone."""
+    """Return the table of ``site_table`` from the rows of ``site_means``."""
     columns = _site_columns(metrics)
     if len(names) > 1:
         columns = (*columns[:2], "class", *columns[2:])
@@ -117,20 +118,20 @@ def table_of_means(
 
 
 def final_table(sites: pd.DataFrame, traffic: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
-    """The table a run ends with: one row per site, sorted by name, and their mean.
+    """Return the final table of a run: one row per site, sorted by name, then the mean over sites.
 
     Args:
-        sites: of ``site_table``.
-        traffic: by site: ``bytes_up`` and ``bytes_down``, serialised bytes summed over the rounds, and ``best_round``,
-            the one validation chose; with differential privacy ``epsilon`` and ``privacy``, its level. A site that is
-            not named sent nothing and has no best round.
+        sites: table of ``site_table``.
+        traffic: by site ``bytes_up`` and ``bytes_down``, serialised bytes summed over the rounds, ``best_round``, the
+            round that validation chose, and with differential privacy ``epsilon`` and ``privacy``, its level. A site
+            that is missing sent nothing and has no best round.
 
     Returns:
-        Columns site, Dice before, Dice after, Dice chosen, of several classes ``CLASS_DICE`` of each, HD95 (of the
-        chosen model, pixels), bytes up, bytes down (int), best round (nullable int; missing in the mean row), and
-        epsilon and privacy (missing there, too) where any site tells of them. Metrics
-        of a model that was not evaluated are missing, and so is the Dice of a class that a site does not have. The last
-        row is ``mean over sites``, that of a class over the sites that have it, unless there is no site.
+        Columns site, Dice before, Dice after, Dice chosen, with several classes ``CLASS_DICE`` of each, HD95 (of the
+        chosen model, pixels), bytes up, bytes down (int), best round (nullable int, missing in the mean row), and
+        epsilon and privacy (missing in the mean row) if any site has them. Metrics of a model that was not evaluated
+        are missing, as is the Dice of a class that a site does not have. The last row is ``mean over sites``; a class
+        is averaged over the sites that have it. No site: no row.
     """
     every_class = sites[~sites["site"].isin([MEAN, WORST])]
     real = every_class if "class" not in sites else every_class[every_class["class"] == ALL_CLASSES]
@@ -145,7 +146,7 @@ def final_table(sites: pd.DataFrame, traffic: Mapping[str, Mapping[str, float]])
             float(traffic.get(site, {}).get(f"bytes_{direction}", 0)) for site in table.index
         ]
     if not table.empty:
-        # A mean that left out a site without a value would not be the mean over sites: it is missing too.
+        # A mean without one of the sites would not be the mean over sites: it is missing too.
         table.loc[MEAN] = table.mean(skipna=False)
         table.loc[MEAN, by_class.columns] = _class_means(every_class, by_class)
     table = table.round(dict.fromkeys(_BYTES, 0)).astype(dict.fromkeys(_BYTES, "int64"))
@@ -160,7 +161,7 @@ _BYTES = ("bytes up", "bytes down")
 
 
 def _class_dice(sites: pd.DataFrame) -> pd.DataFrame:
-    """Dice of the chosen model by site and class, a column each; none where there is one class only."""
+    """Return the chosen model's Dice by site, one column per class; no column if there is only one class."""
     if "class" not in sites:
         return pd.DataFrame(index=pd.Index(sites["site"].unique(), name="site"))
     rows = sites[sites["class"] != ALL_CLASSES]
@@ -170,7 +171,7 @@ def _class_dice(sites: pd.DataFrame) -> pd.DataFrame:
 
 
 def _class_means(sites: pd.DataFrame, by_class: pd.DataFrame) -> pd.Series:
-    """Mean of each class over the sites that have it; missing if one of these has no chosen model."""
+    """Return the mean of each class over the sites that have it; missing if one of these has no chosen model."""
     return pd.Series(
         {
             column: by_class[column].reindex(owners["site"].unique()).mean(skipna=False)
@@ -182,13 +183,13 @@ def _class_means(sites: pd.DataFrame, by_class: pd.DataFrame) -> pd.Series:
 
 
 def _in_order(models: pd.Series) -> list[str]:
-    """Return each model that there is once: before, after, chosen, others by name."""
-    there = set(models)
-    return [*(model for model in MODELS if model in there), *sorted(there - set(MODELS))]
+    """Return the different models: before, after, chosen, then others by name."""
+    found = set(models)
+    return [*(model for model in MODELS if model in found), *sorted(found - set(MODELS))]
 
 
 def _means(images: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
-    """One row a site, by name, of one model's images."""
+    """Return one row per site, by name, for the images of one model."""
     per_image = images.groupby(["site", "image"])[metrics].mean()
     means, spreads = per_image.groupby("site").mean(), per_image.groupby("site").std(ddof=0)
     one_empty = images["empty"].isin(["truth", "prediction"]).groupby(images["site"]).sum()
@@ -198,7 +199,7 @@ def _means(images: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
 
 
 def _model_blocks(means: pd.DataFrame, names: Sequence[str], metrics: list[str]) -> list[pd.DataFrame]:
-    """The rows of one model: over all classes, and of several classes of each that any site has."""
+    """Return the rows of one model over all classes, then, with several classes, for each that any site has."""
     block = _site_block(means[means["label"] == 0], metrics)
     if len(names) == 1:
         return [block]
@@ -207,23 +208,22 @@ def _model_blocks(means: pd.DataFrame, names: Sequence[str], metrics: list[str])
         site: [name for label, name in enumerate(names, start=1) if label not in numbers[site]]
         for site in numbers.index
     }
-    told = {site: f"without {', '.join(missing)}" for site, missing in lacking.items() if missing}
-    block["note"] = block["site"].map(told).fillna(block["note"])
+    notes = {site: f"without {', '.join(missing)}" for site, missing in lacking.items() if missing}
+    block["note"] = block["site"].map(notes).fillna(block["note"])
     blocks = [block.assign(**{"class": ALL_CLASSES})]
     for label, name in enumerate(names, start=1):
         if label not in set(means["label"]):
             continue
         block = _site_block(means[means["label"] == label], metrics)
         if absent := [site for site in numbers.index if name in lacking[site]]:
-            there = len(numbers) - len(absent)
-            said = f"unweighted, over {there} of {_count(numbers.index)}: not at {', '.join(absent)}"
-            block.loc[block["site"] == MEAN, "note"] = said
+            averaged = f"{len(numbers) - len(absent)} of {counted(len(numbers), 'site')}"
+            block.loc[block["site"] == MEAN, "note"] = f"unweighted, over {averaged}: not at {', '.join(absent)}"
         blocks.append(block.assign(**{"class": name}))
     return blocks
 
 
 def _site_block(means: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
-    """The rows of one model and class: its sites by name, their mean, the worst."""
+    """Return the rows of one model and class: its sites by name, their mean, the worst."""
     sites = means.drop(columns="label").sort_values("site", ignore_index=True).assign(note="")
     worst = sites.loc[[sites["dice"].idxmin()]]
     summary = [
@@ -237,9 +237,5 @@ def _mean_row(sites: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     means = sites[metrics]
     values = {**means.mean(), **means.std(ddof=0).add_suffix("_std")}
     counts = {"images": sites["images"].sum(), "one_empty": sites["one_empty"].sum()}
-    return pd.DataFrame([{"site": MEAN, **values, **counts, "note": f"unweighted, over {_count(sites['site'])}"}])
-
-
-def _count(sites: Iterable[str]) -> str:
-    number = len(list(sites))
-    return f"{number} site" if number == 1 else f"{number} sites"
+    note = f"unweighted, over {counted(len(sites), 'site')}"
+    return pd.DataFrame([{"site": MEAN, **values, **counts, "note": note}])

@@ -1,4 +1,4 @@
-"""From scores of volumes to tables: per volume, per site, and what a run tells of each site."""
+"""Tables of volume scores: per volume, per site, and the final table of a run."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from fedsca_pipeline.evaluation.tables import site_means, table_of_means
 VOLUME_METRICS = ("dice", "hd95_mm", "asd_mm", "nsd")
 VOLUME_COLUMNS = ("site", "volume", "model", "class", *VOLUME_METRICS, "empty")
 
-# By metric, as MLflow takes it.
+# Column of the final table by metric; MLflow logs under these names.
 _HEADINGS = {"dice": "volume Dice", "hd95_mm": "volume HD95 mm", "asd_mm": "volume ASD mm", "nsd": "volume NSD"}
 
 
 def volume_table(site: str, model: str, scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> pd.DataFrame:
-    """One row per volume and class.
+    """Return one row per volume and class.
 
     Args:
-        site: its name.
+        site: the site's name.
         model: ``before``, ``after`` or ``chosen``, as in ``tables.image_table``.
-        scores: by volume the records of ``volumes.score_volume``.
+        scores: records of ``metrics.volumes.score_volume`` by volume.
 
     Returns:
         Columns ``VOLUME_COLUMNS``; distances in mm. No volume: no row.
@@ -37,39 +37,39 @@ def volume_table(site: str, model: str, scores: Mapping[str, Sequence[Mapping[st
 
 
 def site_volume_table(volumes: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """One row per model and site, their mean and the worst site: ``tables.site_table`` of volumes.
+    """Return one row per model and site, then the mean over sites and the worst site: ``tables.site_table`` of volumes.
 
     Args:
         volumes: rows of ``volume_table``, any number of sites and models.
-        names: of all K classes, class 1 first.
+        names: names of all K classes, class 1 first.
 
     Returns:
-        As ``tables.site_table``, of ``VOLUME_METRICS``, with ``volumes`` for ``images``.
+        As ``tables.site_table``, with ``VOLUME_METRICS``, and ``volumes`` instead of ``images``.
     """
     return volume_table_of_means(site_volume_means(volumes, names), names)
 
 
 def site_volume_means(volumes: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """One row per model, site and class: ``tables.site_means`` of volumes, with ``volumes`` for ``images``."""
+    """Return ``tables.site_means`` of volumes, one row per model, site and class; ``volumes`` replaces ``images``."""
     table = site_means(volumes.rename(columns={"volume": "image"}), names, VOLUME_METRICS)
     return table.rename(columns={"images": "volumes"})
 
 
 def volume_table_of_means(means: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """Return the table that ``site_volume_table`` makes of volumes, from rows of ``site_volume_means`` alone."""
+    """Return the table of ``site_volume_table`` from the rows of ``site_volume_means``."""
     table = table_of_means(means.rename(columns={"volumes": "images"}), names, VOLUME_METRICS)
     return table.rename(columns={"images": "volumes"})
 
 
 def final_volume_table(sites: pd.DataFrame) -> pd.DataFrame:
-    """What the chosen models are worth by volume: a row a site, sorted by name, and their mean, over all classes.
+    """Return the chosen models' scores by volume, over all classes: one row per site, sorted by name, then the mean.
 
     Args:
-        sites: of ``site_volume_table``.
+        sites: table of ``site_volume_table``.
 
     Returns:
-        Columns site, ``volume Dice``, ``volume HD95 mm``, ``volume ASD mm``, ``volume NSD``, missing for a site without
-        a chosen model, and in the mean then too; ``volumes``, how many. No site: no row.
+        Columns ``site``, ``volume Dice``, ``volume HD95 mm``, ``volume ASD mm``, ``volume NSD``, and ``volumes``, their
+        number. Scores are missing for a site without a chosen model, and then in the mean too. No site: no row.
     """
     rows = sites[~sites["site"].isin([MEAN, WORST])]
     rows = rows if "class" not in sites else rows[rows["class"] == ALL_CLASSES]
