@@ -128,7 +128,7 @@ def test_what_is_broken_stands_there_with_its_cure(hostile: list[Inspection]) ->
     assert "copy or export the file again" in north
     assert "This site can train" in south
     assert "0.5 × 0.7" in south
-    assert "Images that other sites have, too" in north
+    assert "Images that other sites also have" in north
 
 
 def test_a_site_of_which_nothing_can_be_read_has_a_page(raw: Path) -> None:

@@ -118,7 +118,7 @@ def test_an_image_that_another_site_has_too_is_found(broken) -> None:
         ("south", "images/south_0.png"),
     ]
     for site in ("north", "south"):
-        assert "Images that other sites have, too" in (folder(place) / f"{site}.html").read_text()
+        assert "Images that other sites also have" in (folder(place) / f"{site}.html").read_text()
 
 
 def test_no_page_runs_what_a_file_name_says(broken) -> None:
@@ -177,7 +177,7 @@ def test_without_a_foundation_the_rest_of_the_report_is_written(workplace, tmp_p
     done = workplace.run("data_report", f"foundation.name=sam,foundation.source={tmp_path / 'nowhere'}")
 
     assert done.code == 0, done.output
-    assert "Not measured, for there is no foundation" in (folder(workplace) / "index.html").read_text()
+    assert "Not measured, because the foundation is not available" in (folder(workplace) / "index.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the sites' raw data are like, and what is wrong with them, site by site and across sites (docs/data_report.md).
+"""A report on the sites' raw data and what is wrong with them, per site and across sites (docs/data_report.md).
 
-``inspection`` looks at one site, ``across`` at what the sites tell of themselves, ``page`` writes both down.
+``inspection`` inspects one site, ``across`` compares the sites' facts, ``page`` writes the pages.
 """

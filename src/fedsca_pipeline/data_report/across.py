@@ -1,4 +1,4 @@
-"""What the sites' facts say together: near duplicates, shared subjects, and who can train."""
+"""Compare sites by their facts: near duplicates, shared subjects, and which sites can train."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fedsca_pipeline.data_report.inspection import across_splits
 
 
 def across_sites(facts: Sequence[Mapping[str, Any]], threshold: int, passed_over: Sequence[str]) -> dict[str, Any]:
-    """Compare sites by what they tell of themselves (``Inspection.facts``), without a pixel.
+    """Return the comparison of the sites by their facts; it needs no pixels.
 
     Args:
-        facts: of each site.
-        threshold: bits between hashes up to which two images are near duplicates.
-        passed_over: folders beside the sites that hold neither ``images/`` nor ``masks/``.
+        facts: ``Inspection.facts`` of each site.
+        threshold: two images are near duplicates if their hashes differ in at most this many bits.
+        passed_over: folders beside the sites that contain neither ``images/`` nor ``masks/``.
 
     Returns:
-        JSON-able: ``refused`` (site names), ``sites`` (of each its ``counts``, ``refusals``, and numbers of findings),
-        ``near_duplicates`` and ``shared_subjects`` of two and more sites, ``passed_over``.
+        JSON-able: ``refused`` (site names), ``sites`` (``counts``, ``refusals`` and numbers of findings of each),
+        ``near_duplicates`` and ``shared_subjects`` between sites, ``passed_over``.
     """
     return {
         "refused": [site["site"] for site in facts if site["refusals"]],
@@ -34,7 +34,7 @@ def across_sites(facts: Sequence[Mapping[str, Any]], threshold: int, passed_over
 
 
 def overview(facts: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return one row a site: whether it trains, counts, raw sizes and intensities, share of foreground."""
+    """Return one row per site: whether it can train, counts, raw sizes and intensities, share of foreground."""
     return pd.DataFrame(
         [
             {
@@ -56,7 +56,7 @@ def overview(facts: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def spacing(site: Mapping[str, Any]) -> list[str]:
-    """Return mm from slice to slice (of volumes), row to row, column to column, as text; empty where nothing says."""
+    """Return mm between slices (of volumes), rows and columns, as text; empty if unknown."""
     if "volumes" in site:
         return [_between(range_) for range_ in site["volumes"]["spacing_mm"].values()]
     return [f"{value:g}" for value in site["spacing"] or ()]
@@ -85,7 +85,7 @@ def _near_duplicates(facts: Sequence[Mapping[str, Any]], threshold: int) -> list
     images = [
         {"site": site["site"], **image} for site in facts for image in site["images"] if image["hash"] is not None
     ]
-    # A site is one owner here: what is alike within it, its own facts tell.
+    # Each site is one owner: duplicates within a site are already in its facts.
     groups = near_duplicates([image["hash"] for image in images], [image["site"] for image in images], threshold)
     found = []
     for group in groups:
@@ -101,7 +101,7 @@ def _near_duplicates(facts: Sequence[Mapping[str, Any]], threshold: int) -> list
 
 
 def _shared_subjects(facts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Count, for each two sites that name their subjects, the names that both have."""
+    """Return the number of common names for every two sites that name their subjects."""
     subjects = {
         site["site"]: {image["subject"] for image in site["images"]} for site in facts if site["subjects_named"]
     }

@@ -1,4 +1,4 @@
-"""Images as the frozen foundation sees them: one vector each."""
+"""Features of images from the frozen foundation: one vector per image."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def embed_images(
     device: torch.device,
     progress: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
-    """Return the encoder's features, averaged over the area off the padding.
+    """Return the encoder's features, averaged over each image's valid area.
 
     Args:
         model: the foundation, on ``device``.
         images: uint8 [N, 3, S, S].
-        valid: bool [N, S, S], True off the padding.
-        device: where the model is.
-        progress: called with the number of images just done.
+        valid: bool [N, S, S], False on padding.
+        device: the model's device.
+        progress: called with the number of images of each finished batch.
 
     Returns:
-        float32 [N, D]; [0, D] without images.
+        float32 [N, D]; [0, 1] without images.
     """
     found = []
     with torch.inference_mode(), autocast(device):
@@ -39,7 +39,8 @@ def embed_images(
             pixels = torch.from_numpy(images[start : start + _BATCH]).to(device)
             area = torch.from_numpy(valid[start : start + _BATCH]).to(device).unsqueeze(1)
             features = model.embed(model.normalise(pixels, area)).float()
-            weights = F.adaptive_avg_pool2d(area.float(), features.shape[2:])
+            height, width = features.shape[2:]
+            weights = F.adaptive_avg_pool2d(area.float(), (height, width))
             found.append(((features * weights).sum((2, 3)) / weights.sum((2, 3))).cpu().numpy())
             progress(len(pixels))
     return np.concatenate(found) if found else np.zeros((0, 1), np.float32)

@@ -1,4 +1,4 @@
-"""Figures of the data report: for its pages in a light and a dark version, for Kedro viz by plotly."""
+"""Figures of the data report: SVG in a light and a dark version for its pages, plotly for Kedro Viz."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NO_PLANE = "No map: the foundation has seen fewer than two sites with four imag
 
 @dataclass(frozen=True)
 class Themed:
-    """One figure twice, as ``data:`` addresses of SVG with a clear ground: for light pages and for dark ones."""
+    """One figure for light and one for dark pages, as ``data:`` addresses of SVG with a transparent background."""
 
     light: str
     dark: str
@@ -40,7 +40,7 @@ _LIGHT, _DARK = _Theme("#3d4451", "#dfe3e8"), _Theme("#b6bdc9", "#333a45")
 
 
 def histogram(intensities: Mapping[str, Any]) -> Themed:
-    """Draw a site's raw intensities (``facts["intensity_values"]``): share of pixels in each of the bins."""
+    """Return a histogram of a site's raw intensities (``facts["intensity_values"]``): share of pixels per bin."""
     edges, shares = (np.array(intensities["histogram"][key]) for key in ("edges", "shares"))
 
     def draw(axes: Axes, theme: _Theme) -> None:
@@ -55,12 +55,13 @@ def histogram(intensities: Mapping[str, Any]) -> Themed:
     return _themed(draw, (6.4, 2.3))
 
 
-def site_map(places: Mapping[str, np.ndarray]) -> Themed:
-    """Draw images [n, 2] by site as points of the plane (``distance.plane``), a colour and a marker a site."""
+def site_map(points: Mapping[str, np.ndarray]) -> Themed:
+    """Return a map of the images, points [n, 2] by site from ``distance.plane``, a colour and a marker per site."""
 
     def draw(axes: Axes, theme: _Theme) -> None:
-        for (site, points), colour, marker in zip(places.items(), cycle(COLOURS), cycle(_MARKERS), strict=False):
-            axes.scatter(*points.T, s=22, color=colour, marker=marker, alpha=0.75, linewidth=0, label=site)
+        for (site, xy), colour, marker in zip(points.items(), cycle(COLOURS), cycle(_MARKERS), strict=False):
+            x, y = xy[:, 0], xy[:, 1]
+            axes.scatter(x, y, s=22, color=colour, marker=marker, alpha=0.75, linewidth=0, label=site)
         axes.set(xlabel="first component", ylabel="second component", xticks=[], yticks=[])
         axes.legend(
             loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, labelcolor=theme.ink, fontsize=9, borderpad=0
@@ -69,25 +70,23 @@ def site_map(places: Mapping[str, np.ndarray]) -> Themed:
     return _themed(draw, (7.6, 4.0))
 
 
-def interactive_map(places: Mapping[str, np.ndarray], names: Mapping[str, Sequence[str]]) -> go.Figure:
-    """The same map to explore; pointing at an image tells its name (``names`` by site). No site: a note instead."""
+def interactive_map(points: Mapping[str, np.ndarray], names: Mapping[str, Sequence[str]]) -> go.Figure:
+    """Return the interactive map, which shows an image's name (``names`` by site) on hover. No site: only a title."""
     layout = {"template": "plotly_white", "font": {"color": INK, "size": 13}}
-    if not places:
+    if not points:
         return go.Figure(layout={**layout, "title": _NO_PLANE})
     figure = go.Figure(
         [
             go.Scatter(
-                x=points[:, 0].tolist(),
-                y=points[:, 1].tolist(),
+                x=xy[:, 0].tolist(),
+                y=xy[:, 1].tolist(),
                 name=site,
                 mode="markers",
                 text=list(names[site]),
                 marker={"color": colour, "symbol": marker, "size": 8, "opacity": 0.75},
                 hovertemplate="%{text}<extra>" + site + "</extra>",
             )
-            for (site, points), colour, marker in zip(
-                places.items(), cycle(COLOURS), cycle(_PLOTLY_MARKERS), strict=False
-            )
+            for (site, xy), colour, marker in zip(points.items(), cycle(COLOURS), cycle(_PLOTLY_MARKERS), strict=False)
         ]
     )
     axis = {"showticklabels": False, "gridcolor": GRID, "zeroline": False}
@@ -98,7 +97,7 @@ def interactive_map(places: Mapping[str, np.ndarray], names: Mapping[str, Sequen
 
 
 def sheet_figure(image: np.ndarray, dpi: int = 96) -> Figure:
-    """Put a finished picture, uint8 [H, W, 3], on a figure of its size."""
+    """Return a figure that shows a finished picture, uint8 [H, W, 3], at its own size."""
     height, width = image.shape[:2]
     figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi)
     figure.figimage(image)
@@ -123,7 +122,7 @@ def _svg(draw: Callable[[Axes, _Theme], None], size: tuple[float, float], theme:
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set(color=theme.ink, fontsize=9)
     stream = io.BytesIO()
-    # Without a date and random names within, the same data give the same page.
+    # No date and no random ids, so that equal data give equal pages.
     with mpl.rc_context({"svg.hashsalt": "data report"}):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -1,6 +1,6 @@
-"""One site's facts, however broken it is: what preprocessing would find, and would do, under the present parameters.
+"""Inspect one site, even a broken one: what preprocessing would find and do under the present parameters.
 
-What a site tells of its images to be compared with others is their names, hashes and features, never pixels.
+For the comparison with other sites a site gives names, hashes and features of its images, never pixels.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,19 +32,24 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _HISTOGRAM_BINS = 64
-# Between these the histogram is drawn: one hot pixel would flatten all the rest.
+# Percentiles between which the histogram is drawn: a single outlier would flatten the rest.
 _HISTOGRAM_RANGE = (0.1, 99.9)
 _QUANTILES = (1, 25, 50, 75, 99)
 _SIZES_LISTED = 8
-# Groups of near duplicates that are shown, and images of each.
+# Most groups of near duplicates to show, and most images of each.
 _GROUPS_SHOWN, _MEMBERS_SHOWN = 12, 6
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as training sees it, to be drawn: its name, pixels uint8 [3, H, W] and classes uint8 [H, W].
+    """An image to draw, as training sees it.
 
-    ``slice`` is the one that stands for a volume, None of a flat image; ``split`` is "" where none could be drawn.
+    Attributes:
+        image: its name.
+        slice: the slice that represents a volume; None for an image that is not a volume.
+        split: its split; "" if none could be drawn.
+        pixels: uint8 [3, H, W].
+        classes: uint8 [H, W].
     """
 
     image: str
@@ -55,7 +61,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Embedded:
-    """Images for the foundation: ``names``, uint8 [N, 3, S, S], and bool [N, S, S] that is True off the padding."""
+    """Images for the foundation: ``images`` uint8 [N, 3, S, S], and ``valid`` bool [N, S, S], False on padding."""
 
     names: list[str]
     images: np.ndarray
@@ -64,11 +70,14 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found at one site.
+    """The findings at one site.
 
-    ``facts`` is JSON-able: the fields of the site's data report, ``refusals`` (why the site cannot train, with the
-    cure; empty where it can) and those of docs/data_report.md. ``pictures`` are some images, ``duplicates`` those of
-    the first groups of near duplicates, by name.
+    Attributes:
+        facts: JSON-able: the fields of the site's preprocessing report, ``refusals`` (why the site cannot train, and
+            the cure; empty if it can), and the fields of docs/data_report.md.
+        pictures: some images.
+        duplicates: the images of the first groups of near duplicates, by name.
+        embedded: the images from which the foundation computes features.
     """
 
     facts: dict[str, Any]
@@ -79,7 +88,7 @@ class Inspection:
 
 @dataclass(frozen=True)
 class _Files:
-    """What could be made of a site folder before any image is read."""
+    """A site folder's files, before any image is read."""
 
     source: SiteSource
     pairs: list[Pair]
@@ -98,95 +107,123 @@ def inspect_site(
     progress: Callable[[int, int], None] = lambda done, of: None,
     private: Path | None = None,
 ) -> Inspection:
-    """Look at one site as preprocessing would, without stopping at what is broken, and without writing anything.
+    """Return the findings at one site: what preprocessing would find, but without stopping at broken files.
 
-    But of a site whose names are hidden the private folder is made, as by preprocessing (``pseudonyms.open_site``).
+    Nothing is written, except the private folder of a site that hides names (``pseudonyms.open_site``).
 
     Args:
         raw: the folder of all sites.
-        site: the site's folder in it.
-        config: what preprocessing is asked to do; ``on_bad_sample: fail`` makes a broken file a refusal.
-        seed: the run's, of the split and of the images that are shown.
-        previous_manifest: the stored one, which the split follows as it would in preprocessing; None if there is none.
-        options: how much is shown.
-        progress: called with the number of images read, and of all.
-        private: the site's own folder of pseudonyms; left out, ``private/<site>`` beside ``raw``.
+        site: the site's folder in ``raw``.
+        config: the parameters of preprocessing; with ``on_bad_sample: fail`` a broken file is a refusal.
+        seed: the run's seed, for the split and the choice of images to show.
+        previous_manifest: the stored manifest, whose split is followed as in preprocessing; None if there is none.
+        options: how much to show.
+        progress: called with the number of images read and the number of all images.
+        private: the site's folder of pseudonyms. Default: ``private/<site>`` beside ``raw``.
     """
     files = _files(raw, site, private)
     site_file = files.source.site_file
-    samples, hashes = [], []
-    for sample, planes in read_samples(files.source.folder, files.pairs, site_file, config, files.broken):
-        samples.append(sample)
-        hashes.append(perceptual_hash(_plane(planes, _middle(sample))[0]))
-        progress(len(samples), len(files.pairs))
-    progress(len(files.pairs), len(files.pairs))
+    samples, hashes = _read(files, config, progress)
     settled = settle(site, samples, files.broken, site_file, config, seed, previous_manifest)
-    # Where there is nothing to read, what settling says of no images is beside the point.
+    # If there was nothing to read, refusals for a lack of images only repeat the reason.
     refusals = files.refusals + (settled.refusals if files.pairs or files.broken else [])
-    kept, hashes = [samples[row] for row in settled.rows], [hashes[row] for row in settled.rows]
+    used = [samples[row] for row in settled.rows]
     images = [
         {
-            "image": sample.pair.image,
-            "split": settled.splits.get(sample.pair.image, ""),
-            "hash": hash_,
-            "subject": subject_hash(sample.subject),
+            "image": samples[row].pair.image,
+            "split": settled.splits.get(samples[row].pair.image, ""),
+            "hash": hashes[row],
+            "subject": subject_hash(samples[row].subject),
         }
-        for sample, hash_ in zip(kept, hashes, strict=True)
+        for row in settled.rows
     ]
     groups = _near_duplicates(images, options.near_duplicate_bits)
     facts = {
-        **site_report(raw, site, files.found, kept, files.broken, settled, site_file, config, seed),
+        **site_report(raw, site, files.found, used, files.broken, settled, site_file, config, seed),
         "refusals": [_plain(refusal, raw / site) for refusal in refusals],
-        "class_names": list(config.names),
-        "class_images": [sum(label in sample.classes for sample in kept) for label in range(1, config.classes + 1)],
-        "splits": _splits(kept, settled.splits),
-        "size_counts": _size_counts(kept),
-        "intensity_values": _intensities(kept),
-        "subject_rule": site_file.split_rule is not None,
-        # Pseudonyms are salted by each site, so that no other site's can be the same.
-        "subjects_named": site_file.split_rule is not None and files.source.names is None,
-        "grouped_names": _grouped_names(kept, site_file),
-        "torn_subjects": _torn_subjects(kept, previous_manifest),
-        "near_duplicates": [_described(group, images) for group in groups],
-        "images": images,
+        **_own_facts(used, images, groups, files, config, settled.splits, previous_manifest),
     }
-    order = np.random.default_rng([seed, *site.encode()]).permutation(len(kept))
-    shown, embedded = order[: options.thumbnails], order[: options.embedded_images * options.embedding]
-    close = {member for group in groups[:_GROUPS_SHOWN] for member in group.members[:_MEMBERS_SHOWN]}
-
-    def pictures(rows: Iterable[int], choose: Callable[[Sample], int]) -> dict[int, Picture]:
-        rows = sorted(int(row) for row in rows)
-        read = _pictures([kept[row] for row in rows], choose, files, config, settled.splits)
-        return dict(zip(rows, read, strict=True))
-
-    telling = pictures({*shown, *embedded}, _telling)
+    order = np.random.default_rng([seed, *site.encode()]).permutation(len(used))
+    thumbnails, embedded = order[: options.thumbnails], order[: options.embedded_images * options.embedding]
+    duplicates = {member for group in groups[:_GROUPS_SHOWN] for member in group.members[:_MEMBERS_SHOWN]}
+    read = partial(_pictures, used, files=files, config=config, splits=settled.splits)
+    pictures, copies = read({*thumbnails, *embedded}, _clearest), read(duplicates, _middle)
     return Inspection(
         facts,
-        [telling[row] for row in sorted(shown)],
-        {picture.image: picture for picture in pictures(close, _middle).values()},
-        _padded([telling[row] for row in sorted(embedded)], config.image_size),
+        [pictures[row] for row in sorted(thumbnails)],
+        {picture.image: picture for picture in copies.values()},
+        _padded([pictures[row] for row in sorted(embedded)], config.image_size),
     )
 
 
 def subject_hash(subject: str) -> str:
-    """Return 16 hex digits by which sites find subjects of one name; capitals and outer blanks do not count."""
+    """Return 16 hex digits to compare subjects' names between sites; case and surrounding blanks do not matter.
+
+    >>> subject_hash("P07 ") == subject_hash("p07")
+    True
+    """
     return hashlib.sha256(f"subject\0{subject.strip().casefold()}".encode()).hexdigest()[:16]
+
+
+def _read(
+    files: _Files, config: PreprocessingConfig, progress: Callable[[int, int], None]
+) -> tuple[list[Sample], list[str | None]]:
+    """Return all samples of a site and their perceptual hashes; broken files are added to ``files.broken``."""
+    samples, hashes = [], []
+    for sample, planes in read_samples(files.source.folder, files.pairs, files.source.site_file, config, files.broken):
+        samples.append(sample)
+        hashes.append(perceptual_hash(_plane(planes, _middle(sample))[0]))
+        progress(len(samples), len(files.pairs))
+    progress(len(files.pairs), len(files.pairs))
+    return samples, hashes
+
+
+def _own_facts(
+    used: Sequence[Sample],
+    images: list[dict[str, Any]],
+    groups: Sequence[Group],
+    files: _Files,
+    config: PreprocessingConfig,
+    splits: Mapping[str, str],
+    previous_manifest: pd.DataFrame | None,
+) -> dict[str, Any]:
+    """Return the facts that preprocessing's report does not have (docs/data_report.md)."""
+    has_rule = files.source.site_file.split_rule is not None
+    return {
+        "class_names": list(config.names),
+        "class_images": [sum(label in sample.classes for sample in used) for label in range(1, config.classes + 1)],
+        "splits": _splits(used, splits),
+        "size_counts": _size_counts(used),
+        "intensity_values": _intensities(used),
+        "subject_rule": has_rule,
+        # Each site salts its pseudonyms, so they never match those of another site.
+        "subjects_named": has_rule and files.source.names is None,
+        "grouped_names": _grouped_names(used, files.source.site_file),
+        "torn_subjects": _torn_subjects(used, previous_manifest),
+        "near_duplicates": [_described(group, images) for group in groups],
+        "images": images,
+    }
 
 
 def _pictures(
     samples: Sequence[Sample],
-    choose: Callable[[Sample], int],
+    rows: Iterable[int],
+    choose_slice: Callable[[Sample], int],
     files: _Files,
     config: PreprocessingConfig,
     splits: Mapping[str, str],
-) -> Iterator[Picture]:
-    """Read a few images a second time, so that no more of them have to be held; ``choose`` takes a volume's slice."""
+) -> dict[int, Picture]:
+    """Return pictures of some samples by row, read a second time: all of them would not fit into memory at once."""
+    rows = sorted(int(row) for row in rows)
+    pairs = [samples[row].pair for row in rows]
     source = files.source
-    pairs = [sample.pair for sample in samples]
-    for sample, planes in read_samples(source.folder, pairs, source.site_file, config, []):
-        place, name = choose(sample), sample.pair.image
-        pixels, classes = _plane(planes, place)
-        yield Picture(name, place if sample.is_volume else None, splits.get(name, ""), np.array(pixels), classes)
+    found = {}
+    reread = read_samples(source.folder, pairs, source.site_file, config, [])
+    for row, (sample, planes) in zip(rows, reread, strict=True):
+        index, name = choose_slice(sample), sample.pair.image
+        pixels, classes = _plane(planes, index)
+        found[row] = Picture(name, index if sample.is_volume else None, splits.get(name, ""), np.array(pixels), classes)
+    return found
 
 
 def _padded(pictures: Sequence[Picture], side: int) -> Embedded:
@@ -200,27 +237,27 @@ def _padded(pictures: Sequence[Picture], side: int) -> Embedded:
 
 
 def _middle(sample: Sample) -> int:
-    """Return the slice that stands for a volume where copies are looked for; 0 of a flat image."""
+    """Return the slice that represents a volume in the search for duplicates; 0 for other images."""
     return len(sample.planes) // 2
 
 
-def _telling(sample: Sample) -> int:
-    """Return the slice that stands for a volume to the eye: in the middle of those that show a class, if any does."""
-    shown = [place for place, classes in enumerate(sample.planes) if classes]
-    return shown[len(shown) // 2] if shown else _middle(sample)
+def _clearest(sample: Sample) -> int:
+    """Return the slice to show of a volume: the middle one of those with a class, if there are any."""
+    foreground = [index for index, classes in enumerate(sample.planes) if classes]
+    return foreground[len(foreground) // 2] if foreground else _middle(sample)
 
 
-def _plane(planes: Planes, place: int) -> tuple[np.ndarray, np.ndarray]:
-    return next(islice(planes, place, None))
+def _plane(planes: Planes, index: int) -> tuple[np.ndarray, np.ndarray]:
+    return next(islice(planes, index, None))
 
 
 def _files(raw: Path, site: str, private: Path | None) -> _Files:
-    """Open the site and pair its files; what stops preprocessing here is a refusal."""
+    """Return the site's files in pairs; an error that would stop preprocessing becomes a refusal."""
     try:
         source = open_site(raw, site, private or raw.parent / "private" / site)
     except DataError as error:
-        # Without its site.yml nobody knows whether the site's names may be shown.
-        return _Files(SiteSource(raw / site, raw / site, SiteFile()), [], [], 0, [f"{error}. No file was looked at"])
+        # site.yml may say that names must be hidden, so without it no name is shown.
+        return _Files(SiteSource(raw / site, raw / site, SiteFile()), [], [], 0, [f"{error}. No file was read"])
     try:
         pairs, broken = pair_files(source.folder, source.home)
     except DataError as error:
@@ -230,22 +267,26 @@ def _files(raw: Path, site: str, private: Path | None) -> _Files:
 
 
 def _plain(refusal: str, folder: Path) -> str:
-    """Return a refusal without whose it is, every broken file (a report says both anyway) and where the site lies."""
+    """Return a refusal in one line, without the site's name, its path, and the list of broken files."""
     lines = [line.rstrip(":") for line in refusal.splitlines() if not line.startswith("  ")]
     text = ". ".join(lines).removeprefix(f"{folder}: ").removeprefix(f"site {folder.name}: ")
     return text.replace(f"{folder}/", f"{folder.name}/")
 
 
 def _near_duplicates(images: Sequence[dict[str, Any]], threshold: int) -> list[Group]:
-    """Group near duplicates of different subjects, by places in ``images``; those across splits come first."""
+    """Return groups of near duplicates of different subjects, as rows of ``images``; those across splits come first."""
     rows = [row for row, image in enumerate(images) if image["hash"] is not None]
     found = near_duplicates([images[row]["hash"] for row in rows], [images[row]["subject"] for row in rows], threshold)
-    groups = [Group(tuple(rows[place] for place in group.members), group.distance) for group in found]
+    groups = [Group(tuple(rows[member] for member in group.members), group.distance) for group in found]
     return sorted(groups, key=lambda group: not across_splits([images[row]["split"] for row in group.members]))
 
 
 def across_splits(splits: Sequence[str]) -> bool:
-    """Whether images in these splits stand on two sides: training (used or not), validation, test."""
+    """Return whether these splits differ, where ``unused`` counts as ``train``.
+
+    >>> across_splits(["train", "unused"]), across_splits(["train", "test"])
+    (False, True)
+    """
     return len({"train" if split == "unused" else split for split in splits}) > 1
 
 
@@ -258,8 +299,8 @@ def _described(group: Group, images: Sequence[dict[str, Any]]) -> dict[str, Any]
     }
 
 
-def _splits(samples: Sequence[Sample], splits: dict[str, str]) -> dict[str, dict[str, int]]:
-    """Count images, subjects and empty masks of each split that has any."""
+def _splits(samples: Sequence[Sample], splits: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    """Return the numbers of images, subjects and empty masks of each split that has images."""
     members = defaultdict(list)
     for sample in samples:
         members[splits.get(sample.pair.image, "")].append(sample)
@@ -275,13 +316,13 @@ def _splits(samples: Sequence[Sample], splits: dict[str, str]) -> dict[str, dict
 
 
 def _size_counts(samples: Sequence[Sample]) -> list[dict[str, int]]:
-    """Return the commonest raw sizes, rows and columns, with the number of images."""
+    """Return the most common raw sizes, in rows and columns, with the number of images."""
     common = Counter(sample.original for sample in samples).most_common(_SIZES_LISTED)
     return [{"height": height, "width": width, "images": images} for (height, width), images in common]
 
 
 def _intensities(samples: Sequence[Sample]) -> dict[str, Any] | None:
-    """Return quantiles and a histogram of raw intensities, all images weighing the same; None without images."""
+    """Return quantiles and a histogram of raw intensities, with equal weight per image; None without images."""
     if not samples:
         return None
     values = np.concatenate([sample.values for sample in samples]).astype(np.float64)
@@ -294,10 +335,9 @@ def _intensities(samples: Sequence[Sample]) -> dict[str, Any] | None:
 
 
 def _grouped_names(samples: Sequence[Sample], site_file: SiteFile) -> dict[str, Any] | None:
-    """Return what looks like patients in the file names of a site that names none: ``p07_1``, ``p07_2``.
+    """Return signs of several images per patient in the file names (``p07_1``, ``p07_2``) of a site without a rule.
 
-    That is the case where the stems' first parts, up to a ``_``, ``-`` or blank, are at most half as many as the
-    images.
+    The sign: the stems' first parts, up to a ``_``, ``-`` or blank, are at most half as many as the images.
     """
     if site_file.group is not None or site_file.subjects is not None or not samples:
         return None
@@ -308,7 +348,7 @@ def _grouped_names(samples: Sequence[Sample], site_file: SiteFile) -> dict[str, 
 
 
 def _torn_subjects(samples: Sequence[Sample], previous_manifest: pd.DataFrame | None) -> list[dict[str, Any]]:
-    """List subjects, by the present ``site.yml``, whose images stand in two splits of the stored manifest."""
+    """Return the subjects, by the present ``site.yml``, whose images are in two splits of the stored manifest."""
     if previous_manifest is None:
         return []
     stored = dict(zip(previous_manifest["image"], previous_manifest["split"], strict=True))

@@ -1,4 +1,4 @@
-"""The pages of the data report: one file each, with all it shows inside, and nothing that runs."""
+"""The pages of the data report: self-contained HTML files without scripts."""
 
 from __future__ import annotations
 
@@ -17,28 +17,33 @@ from fedsca_pipeline.data_report.inspection import Inspection, Picture
 from fedsca_pipeline.data_report.thumbnails import data_uri, outlined
 from fedsca_pipeline.evaluation.figures import CLASS_COLOURS
 
-# Of a list that may be long; the JSON beside the page has all.
+# Most entries of a list on a page; the JSON beside the page has all of them.
 _MOST_LISTED, _FEWER_LISTED = 200, 10
-# Chance below which two sites are held to differ.
+# Two sites differ if p is at most this.
 _LEVEL = 0.05
-# A matrix's darkest cell still has legible ink, per cent of the accent colour.
+# Share of the accent colour in a matrix's darkest cell, per cent; text stays legible on it.
 _DARKEST = 45
 _DRAWN = {
-    "new": "Drawn by the seed; preprocessing draws the same.",
+    "new": "Drawn from the seed; preprocessing draws the same.",
     "kept": "As in the stored manifest.",
-    "anew": "Drawn anew: the stored manifest is of another seed, split setting or group rule.",
+    "anew": "Drawn again: the stored manifest has another seed, split setting or group rule.",
 }
 
 
 @dataclass(frozen=True)
 class Distances:
-    """How far sites are apart: of ``distance.py`` the distances, the plane with its share of variance; or why not.
+    """Distances between sites, from ``distance.py``.
 
-    ``images`` is the number embedded at most; ``missing`` says why there are no distances, else it is empty.
+    Attributes:
+        pairs: the distance of every two sites.
+        points: [n, 2] by site, the images on the plane.
+        explained: share of variance that the plane shows.
+        images: most images embedded per site.
+        missing: why there are no distances; "" if there are.
     """
 
     pairs: Sequence[Mapping[str, Any]]
-    places: Mapping[str, np.ndarray]
+    points: Mapping[str, np.ndarray]
     explained: float
     images: int
     missing: str = ""
@@ -51,7 +56,7 @@ class _Shown:
 
 
 def render_site(inspection: Inspection, across: Mapping[str, Any]) -> str:
-    """Return the page of one site, its images within. ``across`` is of ``across_sites``."""
+    """Return the page of one site, images included; ``across`` is the result of ``across_sites``."""
     site = inspection.facts
     groups = [
         {
@@ -86,7 +91,7 @@ def render_site(inspection: Inspection, across: Mapping[str, Any]) -> str:
 
 
 def render_index(facts: Sequence[Mapping[str, Any]], across: Mapping[str, Any], distances: Distances) -> str:
-    """Return the page across sites, which holds no image."""
+    """Return the page across sites, which has no images."""
     return (
         _environment()
         .get_template("index.html")
@@ -95,7 +100,7 @@ def render_index(facts: Sequence[Mapping[str, Any]], across: Mapping[str, Any], 
             across=across,
             findings=[finding for site in facts for finding in _findings(site)],
             matrix=_matrix(distances.pairs),
-            map=site_map(distances.places) if distances.places else None,
+            map=site_map(distances.points) if distances.points else None,
             explained=distances.explained,
             embedded_images=distances.images,
             no_matrix=distances.missing,
@@ -106,7 +111,7 @@ def render_index(facts: Sequence[Mapping[str, Any]], across: Mapping[str, Any], 
 
 
 def _environment() -> Environment:
-    # File names and notes are whatever somebody typed: escaped everywhere, and a misspelt name is an error.
+    # File names and notes are untrusted, so all text is escaped. An undefined variable is an error.
     environment = Environment(
         loader=PackageLoader("fedsca_pipeline.data_report"),
         autoescape=True,
@@ -146,27 +151,27 @@ def _classes(site: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _findings(site: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What is no reason to refuse a site, and yet may spoil its results."""
+    """Return findings that do not stop a site from training, but may spoil its results."""
     leaks = sum(group["across_splits"] for group in site["near_duplicates"])
-    said = {
+    findings = {
         "duplicates": f"near duplicates in two splits ({leaks})" if leaks else "",
         "subjects": f"subjects in two splits of the stored manifest ({len(site['torn_subjects'])})"
         if site["torn_subjects"]
         else "",
-        "names": "file names look like several images a patient, and site.yml has no rule"
+        "names": "file names suggest several images per patient, and site.yml has no rule"
         if site["grouped_names"]
         else "",
         "warnings": f"warnings ({len(site['warnings'])})" if site["warnings"] else "",
     }
     return [
-        {"page": f"{site['site']}.html#{place}", "where": site["site"], "what": what}
-        for place, what in said.items()
+        {"page": f"{site['site']}.html#{section}", "where": site["site"], "what": what}
+        for section, what in findings.items()
         if what
     ]
 
 
 def _matrix(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Spread pairs to rows of cells, None on the diagonal; None without pairs."""
+    """Return the pairs as a table of rows of cells, with None on the diagonal; None without pairs."""
     if not pairs:
         return None
     sites = list(dict.fromkeys(site for pair in pairs for site in pair["sites"]))

@@ -1,4 +1,4 @@
-"""Images with the outlines of their classes, to be put on a page."""
+"""Images with the outlines of their classes, for pages and previews."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _QUALITY = 85
 
 
 def outlined(picture: Picture, smallest: int = 192) -> np.ndarray:
-    """Draw each class's outline in its colour on the image, with a dark line on both sides: uint8 [H, W, 3].
+    """Return the image with each class's outline in its colour between two dark lines, uint8 [H, W, 3].
 
-    An image whose longer side is below ``smallest`` pixels is repeated pixel by pixel first, so that lines stay thin.
+    If the longer side is below ``smallest`` pixels, pixels are repeated first, so that lines stay thin.
     """
     times = max(1, math.ceil(smallest / max(picture.classes.shape)))
     image = np.moveaxis(picture.pixels, 0, -1).repeat(times, 0).repeat(times, 1)
@@ -35,15 +35,15 @@ def outlined(picture: Picture, smallest: int = 192) -> np.ndarray:
 
 
 def data_uri(image: np.ndarray) -> str:
-    """Encode an image uint8 [H, W, 3] as a JPEG in a ``data:`` address."""
+    """Return an image uint8 [H, W, 3] as a ``data:`` address of a JPEG."""
     stream = io.BytesIO()
-    # Without subsampling of colours: outlines are a pixel wide.
+    # No colour subsampling: outlines are one pixel wide.
     Image.fromarray(image).save(stream, "JPEG", quality=_QUALITY, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def sheet(pictures: Sequence[Picture], side: int = 192) -> np.ndarray:
-    """Put outlined pictures on one sheet, uint8 [rows * side, columns * side, 3]; a grey square if there are none."""
+    """Return one sheet of outlined pictures, uint8 [rows * side, columns * side, 3]; no picture gives a grey square."""
     from skimage.util import montage
 
     if not pictures:

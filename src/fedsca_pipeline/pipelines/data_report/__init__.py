@@ -1,1 +1,1 @@
-"""What the sites' raw data are like and what is wrong with them, as pages; nothing is trained."""
+"""The data report: pages on the sites' raw data and what is wrong with them. Nothing is trained."""

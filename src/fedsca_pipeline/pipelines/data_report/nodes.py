@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def inspect_for(site: str) -> Callable[..., tuple[Any, dict[str, Any], Any]]:
-    """Return the node function that looks at one site."""
+    """Return the node function that inspects one site."""
 
     def inspect(
         raw_sites: Path,
@@ -60,7 +60,7 @@ def compare(
     data_report: DataReportConfig,
     *inspections: Any,
 ) -> tuple[Any, ...]:
-    """Compare the sites, and write the pages: across sites, its JSON, table and map, then one page a site."""
+    """Return the page across sites, its JSON, table and map, then one page per site."""
     from fedsca_pipeline.data_report.across import across_sites, overview
     from fedsca_pipeline.data_report.distance import plane, site_distances
     from fedsca_pipeline.data_report.figures import interactive_map
@@ -69,18 +69,18 @@ def compare(
     facts = [found.facts for found in inspections]
     features, missing = _features(foundations, run, foundation, data_report, inspections)
     pairs = site_distances(features, run.seed)
-    places, explained = plane(features)
+    points, explained = plane(features)
     names = {found.facts["site"]: found.embedded.names for found in inspections}
     across = {
         **across_sites(facts, data_report.near_duplicate_bits, _passed_over(raw_sites, facts)),
         "distances": pairs,
     }
-    distances = Distances(pairs, places, explained, data_report.embedded_images, missing)
+    distances = Distances(pairs, points, explained, data_report.embedded_images, missing)
     return (
         render_index(facts, across, distances),
         across,
         overview(facts),
-        interactive_map(places, names),
+        interactive_map(points, names),
         *(render_site(found, across) for found in inspections),
     )
 
@@ -88,7 +88,7 @@ def compare(
 def _features(
     foundations: Path, run: RunConfig, foundation: FoundationConfig, options: DataReportConfig, inspections: Any
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Return the foundation's features of the sites' images, or none and why: the rest of the report needs none."""
+    """Return the foundation's features of the images by site, and the reason if there are too few to compare."""
     if not options.embedding:
         return {}, "Not measured: data_report.embedding is false."
     if sum(len(found.embedded.images) > 0 for found in inspections) < 2:
@@ -100,7 +100,7 @@ def _features(
         return _embed(foundations, run, foundation, inspections), "Fewer than two sites have four usable images."
     except WeightsError as error:
         logger.warning("no distance between sites: %s", error)
-        return {}, f"Not measured, for there is no foundation: {error}"
+        return {}, f"Not measured, because the foundation is not available: {error}"
 
 
 def _embed(foundations: Path, run: RunConfig, foundation: FoundationConfig, inspections: Any) -> dict[str, np.ndarray]:
@@ -122,7 +122,7 @@ def _embed(foundations: Path, run: RunConfig, foundation: FoundationConfig, insp
 
 
 def _progress() -> Progress:
-    """Bars on a terminal, nothing elsewhere."""
+    """Return progress bars, which are disabled if the output is not a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -1,6 +1,6 @@
-"""Wiring of the data report: one node a site, in namespace ``data_report.<site>``, then one across sites.
+"""Pipeline of the data report: one node per site, in namespace ``data_report.<site>``, then one across sites.
 
-All of it is in namespace ``data_report``, so that ``dvc.yaml`` can run it without the demonstration sites.
+All nodes are in namespace ``data_report``, so that ``dvc.yaml`` can run them without the demonstration sites.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fedsca_pipeline.pipelines.data_report.nodes import compare, inspect_for
 
 
 def create_pipeline(sites: Sequence[str]) -> Pipeline:
-    """Raw site folders to facts and pages, however broken they are."""
+    """Return the pipeline from raw site folders, broken or not, to facts and pages."""
     inspections = [
         node(
             inspect_for(site),

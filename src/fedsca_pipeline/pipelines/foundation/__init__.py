@@ -1,1 +1,1 @@
-"""The frozen foundation: fetched, verified and converted once."""
+"""Fetch, verify and convert the frozen foundation, once."""

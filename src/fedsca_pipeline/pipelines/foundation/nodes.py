@@ -1,4 +1,4 @@
-"""Node of the foundation."""
+"""Node of the foundation pipeline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def fetch_foundation(foundations: Path, config: FoundationConfig) -> dict[str, Any]:
-    """Fetch and verify the foundation if it is not there yet; return its provenance."""
+    """Return the foundation's provenance; fetch the weights if they are missing or damaged."""
     from fedsca_pipeline.model.foundation import prepare_foundation
 
     return dataclasses.asdict(prepare_foundation(config, foundations, announce=logger.info))

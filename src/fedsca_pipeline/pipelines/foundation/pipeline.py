@@ -1,4 +1,4 @@
-"""Wiring of the foundation."""
+"""Pipeline of the foundation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fedsca_pipeline.pipelines.foundation.nodes import fetch_foundation
 
 
 def create_pipeline() -> Pipeline:
-    """Weights on disk and their provenance."""
+    """Return the pipeline that fetches the weights and records their provenance."""
     return pipeline(
         [
             node(
