@@ -93,7 +93,7 @@ def tabulate_volumes(settings: Settings, *scores: Any) -> tuple[Any, Any, Any]:
 def draw_curves(description: dict[str, Any], round_metrics: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """Draw learning curves, and the weights of every round as an interactive and a still heat map."""
     from fedsca_pipeline.evaluation.figures import learning_curves, weight_heatmap, weight_heatmap_image
-    from fedsca_pipeline.evaluation.history import history_table, records_of, aggregation_weights
+    from fedsca_pipeline.evaluation.history import aggregation_weights, history_table, records_of
 
     records = records_of(description, round_metrics)
     weights = aggregation_weights(records)
