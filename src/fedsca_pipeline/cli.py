@@ -1,11 +1,10 @@
-"""Kedro's ``run`` with plain errors, the final table and the next commands to type; and ``kedro audit``."""
+"""Kedro's ``run`` with plain errors, the final table and the next commands to type."""
 
 from __future__ import annotations
 
 import re
 import warnings
 from copy import copy
-from pathlib import Path
 from typing import Any
 
 import click
@@ -71,19 +70,6 @@ def _read_params(context: click.Context, option: click.Parameter, value: Any) ->
         except YAMLError as error:
             raise click.BadParameter(f"{key}: {listed} is no list; write {key}=one,two or {key}=[one,two]") from error
     return OmegaConf.to_container(merged)
-
-
-@cli.command()
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--known", multiple=True, help="Hash of a line that an earlier look has shown; fail unless it is there.")
-def audit(file: Path, known: tuple[str, ...]) -> None:
-    """Check the audit log FILE and show what came and left by run and round."""
-    from fedsca_pipeline.flower.audit.table import show_audit
-
-    try:
-        show_audit(file, known)
-    except FedscaError as error:
-        raise click.ClickException(str(error)) from error
 
 
 _PARAMS = next(option for option in kedro_run.params if option.name == "params")

@@ -1,15 +1,14 @@
-"""What the protection officer is shown of a log, and what she is told where it is broken."""
+"""``fedsca-site --audit`` checks a log and shows it as a table."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from click.testing import CliRunner
 
-from fedsca_pipeline.cli import cli
 from fedsca_pipeline.flower.audit.log import AuditLog, read_log
 from fedsca_pipeline.flower.audit.table import Traffic, told, traffic_of
 from fedsca_pipeline.flower.site.command import main
@@ -37,12 +36,19 @@ def log(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def kedro(monkeypatch):
+def audit(monkeypatch, capsys, caplog) -> Callable[..., tuple[int, str]]:
+    """Runs ``fedsca-site --audit`` and returns its status and all that it said."""
     monkeypatch.setenv("COLUMNS", "120")
-    return lambda *arguments: CliRunner().invoke(cli, ["audit", *map(str, arguments)])
+
+    def run(*arguments: str | Path) -> tuple[int, str]:
+        caplog.clear()
+        status = main(["--audit", *map(str, arguments)])
+        return status, capsys.readouterr().out + caplog.text
+
+    return run
 
 
-def test_messages_are_counted_by_run_round_and_kind_and_a_refusal_with_what_it_refused(log: Path) -> None:
+def test_messages_are_counted_by_run_round_and_kind_and_a_refusal_with_the_message_it_refuses(log: Path) -> None:
     assert traffic_of(read_log(log)) == {
         ("", 0, "prepare"): Traffic(1, 5, 1, 6, 0, ["site, train"]),
         (MANIFEST["run"], 1, "round"): Traffic(
@@ -51,60 +57,72 @@ def test_messages_are_counted_by_run_round_and_kind_and_a_refusal_with_what_it_r
     }
 
 
-def test_a_message_is_told_in_a_few_words() -> None:
+def test_a_message_is_described_in_a_few_words() -> None:
     assert told({"run": None, "unreadable": "not JSON"}) == "unreadable: not JSON"
     assert told({**UPDATE, "tensors": {}, "values": {}}) == "no tensor, samples, dice_local, loss"
 
 
-def test_the_command_shows_the_table_and_the_last_hash_and_ends_well(log: Path, kedro) -> None:
-    done = kedro(log)
+def test_the_command_shows_the_table_and_the_last_hash_and_succeeds(log: Path, audit) -> None:
+    status, output = audit(log)
 
-    assert done.exit_code == 0
-    assert "01234567" in done.output
-    assert "1 tensors (6 F16)" in done.output
-    assert "6 lines, the chain is whole" in done.output
-    assert list(read_log(log))[-1]["hash"] in done.output
-    # As written: neither markup nor what moves the cursor.
-    assert "[red]it� died" in done.output
+    assert status == 0
+    assert "01234567" in output
+    assert "1 tensors (6 F16)" in output
+    assert "6 lines, the chain is whole" in output
+    assert list(read_log(log))[-1]["hash"] in output
+    # Shown as written: no markup is interpreted, and nothing moves the cursor.
+    assert "[red]it� died" in output
 
 
-def test_the_command_names_the_first_broken_line_and_fails(log: Path, kedro) -> None:
+def test_the_command_names_the_first_broken_line_and_fails(log: Path, audit) -> None:
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(lines[:3] + lines[4:]))
 
-    done = kedro(log)
+    status, output = audit(log)
 
-    assert done.exit_code == 1
-    assert f"{log}: line 4 does not follow" in done.output
+    assert status == os.EX_CONFIG
+    assert f"{log}: line 4 does not follow" in output
 
 
-def test_a_cut_off_end_is_found_by_a_hash_that_is_known(log: Path, kedro) -> None:
+def test_a_truncated_log_is_found_by_a_known_hash(log: Path, audit) -> None:
     known = list(read_log(log))[-1]["hash"]
-    assert kedro(log, "--known", known).exit_code == 0
+    assert audit(log, "--known", known)[0] == 0
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-1]))
-    assert kedro(log).exit_code == 0
+    assert audit(log)[0] == 0
 
-    done = kedro(log, "--known", known)
+    status, output = audit(log, "--known", known)
 
-    assert done.exit_code == 1
-    assert known in done.output
-
-
-def test_a_log_that_is_not_there_is_an_error(tmp_path: Path, kedro) -> None:
-    done = kedro(tmp_path / "audit.jsonl")
-
-    assert done.exit_code == 1
-    assert "cannot be read" in done.output
+    assert status == os.EX_CONFIG
+    assert known in output
 
 
-def test_the_sites_own_command_shows_its_log(log: Path, tmp_path: Path, capsys) -> None:
+def test_a_missing_log_is_an_error(tmp_path: Path, audit) -> None:
+    status, output = audit(tmp_path / "audit.jsonl")
+
+    assert status == os.EX_CONFIG
+    assert "cannot be read" in output
+
+
+def test_with_a_sites_yaml_file_the_command_shows_the_log_of_that_site(log: Path, tmp_path: Path, audit) -> None:
     for name in ("ca.crt", "a.key"):
         (tmp_path / name).touch()
     values = {"site": "a", "data": "data", "work": "work", "coordinator": "c:1"}
     values["certificates"] = {"authority": "ca.crt", "key": "a.key"}
     (tmp_path / "site.yml").write_text(yaml.safe_dump(values))
+    known = list(read_log(log))[-1]["hash"]
 
-    assert main([str(tmp_path / "site.yml"), "--audit"]) == 0
-    assert "6 lines, the chain is whole" in capsys.readouterr().out
+    status, output = audit(tmp_path / "site.yml")
+
+    assert status == 0
+    assert "6 lines, the chain is whole" in output
+    assert audit(tmp_path / "site.yml", "--known", known)[0] == 0
     log.write_bytes(log.read_bytes().replace(b"loss", b"lass"))
-    assert main([str(tmp_path / "site.yml"), "--audit"]) == os.EX_CONFIG
+    assert audit(tmp_path / "site.yml")[0] == os.EX_CONFIG
+
+
+@pytest.mark.parametrize("arguments", [["site.yml", "--known", "0"], ["site.yml", "--check", "--audit"]])
+def test_known_needs_audit_and_audit_excludes_check(arguments: list[str], capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+
+    assert "--audit" in capsys.readouterr().err

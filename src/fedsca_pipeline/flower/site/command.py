@@ -158,17 +158,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0; 75 for what may pass without anybody's doing, so that it is worth starting again; 78 where file, data or log are
     refused; 130 if ended in the check.
     """
-    parser = argparse.ArgumentParser(prog="fedsca-site", description="Take part in a federation as one hospital.")
-    parser.add_argument("file", type=Path, help="the site's YAML file; deploy/site.yml is an example")
-    parser.add_argument("--check", action="store_true", help="check configuration and data, then stop")
-    parser.add_argument("--audit", action="store_true", help="check the audit log, show what came and left, then stop")
-    given = parser.parse_args(arguments)
+    given = _parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
-        config = read_site_config(given.file)
         if given.audit:
-            show_audit(config.audit)
+            is_log = given.file.suffix == ".jsonl"
+            show_audit(given.file if is_log else read_site_config(given.file).audit, given.known)
             return 0
+        config = read_site_config(given.file)
         check_certificates(config.certificates)
         # A check of many images takes longer than systemd waits, and holds nothing that would have to end in order.
         with _on_signals(signal.default_int_handler):
@@ -186,6 +183,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.error("Error: %s", error)
         return os.EX_CONFIG
     return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="fedsca-site", description="Take part in a federation as one hospital.")
+    parser.add_argument(
+        "file", type=Path, help="a site's YAML file (example: deploy/site.yml); with --audit also an audit log (.jsonl)"
+    )
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--check", action="store_true", help="check configuration and data, then stop")
+    only.add_argument("--audit", action="store_true", help="check the audit log, show what came and left, then stop")
+    parser.add_argument(
+        "--known",
+        metavar="HASH",
+        action="append",
+        default=[],
+        help="with --audit: hash of a line that an earlier --audit showed; fail unless the log has it",
+    )
+    given = parser.parse_args(arguments)
+    if given.known and not given.audit:
+        parser.error("--known needs --audit")
+    return given
 
 
 if __name__ == "__main__":
