@@ -45,10 +45,12 @@ test: install  ## run the quick tests, as CI does
 test-all: install  ## run all tests, including the slow ones
 	$(ONE_THREAD) $(BIN)/python -m pytest $(BY_FILE)
 
-lint: install  ## check style, formatting and import rules
+lint: install  ## check style, formatting, import rules, types and dead code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/vulture
 
 benchmark: install  ## run benchmarks/nuclei.py on the nuclei sites in DATA=folder, three seeds
 	$(BIN)/python benchmarks/nuclei.py --data $(or $(DATA),$(error name the folder of the nuclei sites with DATA=folder, see docs/nuclei.md))

@@ -65,3 +65,17 @@ def test_no_site_is_called_a_client(project: Path) -> None:
         "tracking/comparison.py",
         "model/foundation/minisam.py",
     }
+
+
+def test_test_folders_mirror_the_package(project: Path) -> None:
+    package, tests = project / "src" / "fedsca_pipeline", project / "tests"
+    folders = {path.parent.relative_to(tests) for path in tests.rglob("test_*.py")}
+    elsewhere = {Path(), Path("end_to_end")}
+
+    assert [folder.as_posix() for folder in sorted(folders - elsewhere) if not (package / folder).is_dir()] == []
+    assert [path.name for path in tests.glob("test_*.py") if not _mirrors(path, package)] == []
+
+
+def _mirrors(test: Path, package: Path) -> bool:
+    about_the_project = {"test_architecture.py", "test_docs.py", "test_docstrings.py"}
+    return test.name in about_the_project or (package / test.name.removeprefix("test_")).is_file()
