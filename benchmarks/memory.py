@@ -119,31 +119,21 @@ def _peaks(options: argparse.Namespace, run: Run, data: list[tuple[Path, pd.Data
 
 def _train(options: argparse.Namespace, run: Run, data: list[tuple[Path, pd.DataFrame]]) -> None:
     os.setpgid(0, 0)
-    from fedsca_pipeline.config import (
-        AdaptersConfig,
-        EvaluationConfig,
-        FederationConfig,
-        FoundationConfig,
-        PreprocessingConfig,
-        RunConfig,
-        TrainingConfig,
-    )
+    from fedsca_pipeline.config import FederationConfig, RunConfig, Settings
     from fedsca_pipeline.pipelines.federated_training.nodes import train
 
     with tempfile.TemporaryDirectory() as checkpoints:
+        settings = Settings(
+            run=RunConfig(device="cpu", threads=options.threads),
+            federation=FederationConfig(rounds=options.rounds, fleet=run.fleet, workers=run.workers),
+        )
         rounds = train(
+            settings,
             {"fingerprint": "benchmark", "configuration": {}},
             True,
-            RunConfig(device="cpu", threads=options.threads),
-            PreprocessingConfig(),
-            FoundationConfig(),
-            AdaptersConfig(),
-            TrainingConfig(),
-            FederationConfig(rounds=options.rounds, fleet=run.fleet, workers=run.workers),
-            {},
-            EvaluationConfig(),
             options.foundations,
             Path(checkpoints),
+            Path(checkpoints) / "private",
             *(part for path, manifest in data for part in (manifest, path)),
         )
         for _ in rounds:

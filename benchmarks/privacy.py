@@ -38,10 +38,10 @@ from rich.table import Table
 from fedsca_pipeline.comparison.cell import Place, run_cell
 from fedsca_pipeline.comparison.plan import Setting, cells, resolve_methods
 from fedsca_pipeline.comparison.results import validation_dice
-from fedsca_pipeline.config import ComparisonConfig
+from fedsca_pipeline.config import GROUPS, ComparisonConfig
 from fedsca_pipeline.data.arrays import SiteArrays
 from fedsca_pipeline.data.manifest import MANIFEST_DTYPES
-from fedsca_pipeline.federation.run import CONFIGURATION, code_version
+from fedsca_pipeline.federation.run import code_version
 from fedsca_pipeline.federation.site.privacy.optimizer import NoisyOptimizer
 
 EPSILONS, CHOSEN_AT, DELTA = (2.0, 8.0, 32.0), 8.0, 1e-5
@@ -171,8 +171,7 @@ class _Trial:
             "evaluation": {"every": 2, "after_training": False},
         }
         base = {
-            name: model.model_validate(groups.get(name, {})).model_dump(mode="json")
-            for name, model in CONFIGURATION.items()
+            name: model.model_validate(groups.get(name, {})).model_dump(mode="json") for name, model in GROUPS.items()
         }
         config = ComparisonConfig.model_validate({"methods": {"fedsca": {"set": dict(changes)}}, "seeds": [seed]})
         setting = Setting(base, {}, self._data, "mobile_sam", config)
