@@ -1,3 +1,5 @@
+"""Device, threads, determinism and random streams."""
+
 from __future__ import annotations
 
 import pytest
@@ -13,7 +15,7 @@ places = st.tuples(st.integers(0, 9), st.sampled_from(["a", "b"]), st.integers(0
 
 
 @given(places, places)
-def test_streams_differ_exactly_where_their_places_differ(first, second) -> None:
+def test_random_streams_differ_exactly_if_their_places_differ(first, second) -> None:
     assert (stream_seed(*first) == stream_seed(*second)) == (first == second)
 
 
@@ -21,13 +23,13 @@ def test_auto_finds_a_device() -> None:
     assert resolve_device("auto").type in ("cpu", "cuda", "mps")
 
 
-def test_threads_and_determinism_are_put_back() -> None:
+def test_threads_and_determinism_are_restored() -> None:
     threads, before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory
 
     with deterministic(RunConfig(device="cpu"), threads + 1) as device:
         assert device.type == "cpu"
-        assert not torch.empty(1000).isnan().all()  # fresh memory is not touched before it is used
+        assert not torch.empty(1000).isnan().all()  # new memory is not filled
         assert torch.get_num_threads() == threads + 1
         assert torch.are_deterministic_algorithms_enabled()
 
@@ -40,7 +42,7 @@ def test_threads_and_determinism_are_put_back() -> None:
     ("config", "cores", "threads", "expected"),
     [
         ({}, 8, 2, 4),
-        ({}, 8, 1, 5),  # one for each site
+        ({}, 8, 1, 5),  # one per site
         ({}, 1, 4, 1),
         ({"participation": 0.4}, 8, 1, 2),
         ({"workers": 3}, 1, 1, 3),
@@ -62,7 +64,7 @@ def test_on_the_cpu_there_are_as_many_workers_as_cores_allow(config, cores: int,
         ({"devices": [0, 2], "workers": 3}, [0, 2, 0]),
     ],
 )
-def test_workers_are_dealt_over_the_cuda_devices(config, expected: list[int], monkeypatch) -> None:
+def test_workers_are_distributed_over_the_cuda_devices(config, expected: list[int], monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
 
     found = worker_devices(torch.device("cuda"), FederationConfig(**config), threads=1, cores=1, sites=5)

@@ -1,3 +1,5 @@
+"""Files are written whole or not at all, and damaged ones are refused."""
+
 from __future__ import annotations
 
 import errno
@@ -33,7 +35,7 @@ JSON = st.recursive(
 
 
 def reordered(value: object) -> object:
-    """Return the same JSON value with the keys of every mapping the other way round."""
+    """Return the same JSON value with the keys of every mapping in reverse order."""
     if isinstance(value, dict):
         return {key: reordered(value[key]) for key in reversed(value)}
     return [reordered(item) for item in value] if isinstance(value, list) else value
@@ -67,7 +69,7 @@ def test_an_interrupted_write_leaves_the_old_content_and_no_partial_file(tmp_pat
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_interrupt_has_its_effect_after_the_block_whatever_else_ended_that() -> None:
+def test_a_deferred_interrupt_takes_effect_after_the_block_even_if_the_block_fails() -> None:
     seen = []
 
     with pytest.raises(KeyboardInterrupt), interrupts_deferred():
@@ -79,22 +81,22 @@ def test_an_interrupt_has_its_effect_after_the_block_whatever_else_ended_that() 
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_only_an_interrupt_well_after_another_ends_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_interrupt_ends_the_block_only_if_it_comes_late(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     with pytest.raises(KeyboardInterrupt), interrupts_deferred():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-        seen.append("an impatient one waits")
+        seen.append("an early one waits")
         monkeypatch.setattr("fedsca_pipeline.files._PATIENCE", 0.0)
         signal.raise_signal(signal.SIGINT)
-        seen.append("a patient one waits too")
+        seen.append("a late one does not")
 
-    assert seen == ["an impatient one waits"]
+    assert seen == ["an early one waits"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_full_disk_is_reported_with_the_file_it_was_about(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_with_the_name_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
 
     with pytest.raises(OSError, match="No space left") as caught:
@@ -112,7 +114,7 @@ def test_an_error_about_another_file_keeps_its_name(tmp_path: Path) -> None:
     assert caught.value.filename == str(tmp_path / "source.png")
 
 
-def test_nobody_sees_the_new_content_before_it_is_whole(tmp_path: Path) -> None:
+def test_new_content_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text("old")
 
@@ -132,7 +134,7 @@ def test_missing_folders_are_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_files_are_as_open_as_the_umask_lets_them_be_whatever_wrote_them(tmp_path: Path, umask: int, mode: int) -> None:
+def test_files_have_the_permissions_of_the_umask_whatever_wrote_them(tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)
     try:
         write_bytes(tmp_path / "bytes", b"")
@@ -146,7 +148,7 @@ def test_files_are_as_open_as_the_umask_lets_them_be_whatever_wrote_them(tmp_pat
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [1.0, float("-inf")]}])
-def test_json_without_numbers_in_it_is_refused(tmp_path: Path, value: object) -> None:
+def test_nan_and_infinity_are_refused_in_json(tmp_path: Path, value: object) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(tmp_path / "x.json", value)
 
@@ -187,7 +189,7 @@ def test_a_full_disk_under_tensors_is_an_error_of_the_system_with_its_file(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_no_fault_of_the_disk_keeps_its_error(tmp_path: Path, monkeypatch) -> None:
+def test_an_error_that_is_not_of_the_disk_is_raised_unchanged(tmp_path: Path, monkeypatch) -> None:
     def broken(*_, **__):
         raise SafetensorError("invalid header")
 
@@ -224,9 +226,7 @@ def test_different_values_have_different_fingerprints(one: object, other: object
     assert (fingerprint(one) == fingerprint(other)) == same
 
 
-def test_ctrl_c_while_tensors_are_read_comes_after_and_is_ctrl_c(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_during_a_read_of_tensors_is_raised_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import signal
 
     import safetensors.torch
@@ -246,7 +246,7 @@ def test_ctrl_c_while_tensors_are_read_comes_after_and_is_ctrl_c(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_kept_secret_is_drawn_once_and_for_its_owner_alone(tmp_path: Path) -> None:
+def test_a_secret_is_drawn_once_and_readable_by_its_owner_only(tmp_path: Path) -> None:
     secret = read_or_create_secret(tmp_path / "key")
 
     assert read_or_create_secret(tmp_path / "key") == secret != read_or_create_secret(tmp_path / "other")
@@ -254,7 +254,7 @@ def test_a_kept_secret_is_drawn_once_and_for_its_owner_alone(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("content", ["", "abc", "G" * 64, "a" * 63])
-def test_what_is_no_secret_is_refused_and_stays(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_a_secret_is_refused_and_stays(tmp_path: Path, content: str) -> None:
     (tmp_path / "key").write_text(content)
 
     with pytest.raises(ValueError, match="key: not the secret that was written there"):

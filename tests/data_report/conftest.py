@@ -1,4 +1,4 @@
-"""Raw sites to look at."""
+"""Raw sites to inspect."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIDE = 64
 
 
 def make_scene(seed: int, side: int = 96) -> np.ndarray:
-    """Blurred noise, uint8 [side, side]: as much detail at every scale that a hash looks at."""
+    """Return blurred noise, uint8 [side, side], with detail at every scale that a hash uses."""
     noise = gaussian_filter(np.random.default_rng(seed).normal(size=(side, side)), side / 64)
     return np.interp(noise, (noise.min(), noise.max()), (0, 255)).astype(np.uint8)
 
@@ -32,7 +32,7 @@ def scene() -> Callable[..., np.ndarray]:
 
 @pytest.fixture
 def add_image(tmp_path: Path) -> Callable[..., None]:
-    """Writes an image, of a seed or given, and its mask with a square of class 1, below ``tmp_path/raw/<site>``."""
+    """Writes an image, given or drawn from a seed, and its mask with a square of class 1 to ``tmp_path/raw/<site>``."""
 
     def add(site: str, name: str, image: int | np.ndarray, mask: np.ndarray | None = None) -> None:
         pixels = make_scene(image, SIDE) if isinstance(image, int) else image
@@ -47,7 +47,7 @@ def add_image(tmp_path: Path) -> Callable[..., None]:
 
 @pytest.fixture
 def raw(tmp_path: Path, add_image: Callable[..., None]) -> Path:
-    """Two sites, north and south, of ten images each, all different."""
+    """Two sites, north and south, with ten different images each."""
     for start, site in ((0, "north"), (100, "south")):
         for number in range(10):
             add_image(site, f"{site}{number:02d}.png", start + number)

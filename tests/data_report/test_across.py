@@ -1,4 +1,4 @@
-"""Sites compared by what they tell of themselves."""
+"""Sites are compared by their facts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def facts_of(raw: Path, *sites: str) -> list[dict[str, Any]]:
 
 
 def compare(facts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Compare after a journey as JSON, as sites apart would."""
+    """Compare facts after a round trip through JSON, as between separate sites."""
     found = across_sites(json.loads(json.dumps(facts)), OPTIONS.near_duplicate_bits, [])
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     return found
@@ -29,7 +29,7 @@ def compare(facts: list[dict[str, Any]]) -> dict[str, Any]:
 def test_an_image_that_two_sites_have_is_found_at_another_size_and_brightness(
     raw: Path, add_image: Callable[..., None], scene
 ) -> None:
-    # The fixture's image 3 of north, as another hospital has exported it.
+    # The fixture's image 3 of north, as exported by another hospital.
     add_image("south", "export.png", scene(3, 64)[::2, ::2] // 2)
 
     (group,) = compare(facts_of(raw, "north", "south"))["near_duplicates"]
@@ -50,7 +50,9 @@ def test_sites_without_a_common_image_share_nothing(raw: Path) -> None:
     assert found["refused"] == []
 
 
-def test_a_site_s_own_copies_are_not_told_as_another_s(raw: Path, add_image: Callable[..., None], scene) -> None:
+def test_copies_within_a_site_are_not_duplicates_between_sites(
+    raw: Path, add_image: Callable[..., None], scene
+) -> None:
     add_image("north", "copy.png", scene(3, 64) // 2)
 
     found = compare(facts_of(raw, "north", "south"))
@@ -59,7 +61,7 @@ def test_a_site_s_own_copies_are_not_told_as_another_s(raw: Path, add_image: Cal
     assert found["sites"]["north"]["near_duplicates"] == 1
 
 
-def test_a_patient_of_two_hospitals_is_counted_where_both_name_their_patients(raw: Path) -> None:
+def test_a_patient_of_two_hospitals_is_counted_if_both_name_their_patients(raw: Path) -> None:
     (raw / "north" / "site.yml").write_text(r"group: '^north(\d)'")
     before = compare(facts_of(raw, "north", "south"))["shared_subjects"]
     (raw / "south" / "site.yml").write_text(
@@ -72,14 +74,14 @@ def test_a_patient_of_two_hospitals_is_counted_where_both_name_their_patients(ra
     assert after == [{"sites": ["north", "south"], "shared": 1, "subjects": [1, 10]}]
 
 
-def test_what_sites_tell_holds_no_name_of_a_subject(raw: Path) -> None:
+def test_facts_contain_no_name_of_a_subject(raw: Path) -> None:
     (raw / "north" / "site.yml").write_text(
         json.dumps({"subjects": {f"north{n:02d}": f"Miller {n}" for n in range(10)}})
     )
 
-    told = json.dumps(facts_of(raw, "north"))
+    facts = json.dumps(facts_of(raw, "north"))
 
-    assert "Miller" not in told
+    assert "Miller" not in facts
 
 
 def test_refused_sites_are_named(raw: Path) -> None:
@@ -88,7 +90,7 @@ def test_refused_sites_are_named(raw: Path) -> None:
     assert compare(facts_of(raw, "north", "south"))["refused"] == ["south"]
 
 
-def test_the_overview_has_a_row_for_a_site_of_which_nothing_is_usable(raw: Path) -> None:
+def test_the_overview_has_a_row_for_a_site_without_usable_images(raw: Path) -> None:
     for path in (raw / "south" / "images").iterdir():
         path.write_bytes(b"")
 

@@ -1,4 +1,4 @@
-"""The distance between sites is what its definition says, near 0 for alike sites and large for others."""
+"""The distance between sites follows its definition: near 0 for similar sites, large for different ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def features(seed: int, count: int, shift: float = 0.0) -> np.ndarray:
 
 
 def by_definition(one: np.ndarray, other: np.ndarray) -> float:
-    """The unbiased squared MMD, pair by pair, of features scaled with both sites weighing the same."""
+    """Return the unbiased squared MMD, pair by pair, of features scaled with equal weight per site."""
     centre = (one.mean(0) + other.mean(0)) / 2
     spread = np.sqrt((((one - centre) ** 2).mean(0) + ((other - centre) ** 2).mean(0)) / 2)
     one, other = (one - centre) / spread, (other - centre) / spread
@@ -33,7 +33,7 @@ def by_definition(one: np.ndarray, other: np.ndarray) -> float:
 
 
 @given(st.integers(0, 1000), st.integers(FEWEST, 9), st.integers(FEWEST, 9), st.floats(0, 3))
-def test_it_is_the_squared_maximum_mean_discrepancy(seed: int, first: int, other: int, shift: float) -> None:
+def test_the_distance_is_the_squared_maximum_mean_discrepancy(seed: int, first: int, other: int, shift: float) -> None:
     one, two = features(seed, first).astype(float), features(seed + 5000, other, shift).astype(float)
 
     (found,) = site_distances({"a": one, "b": two}, 0)
@@ -42,7 +42,7 @@ def test_it_is_the_squared_maximum_mean_discrepancy(seed: int, first: int, other
     assert 0.005 <= found["p"] <= 1
 
 
-def test_it_is_symmetric() -> None:
+def test_the_distance_is_symmetric() -> None:
     a, b = features(0, 12), features(1, 9, 0.5)
 
     (one,), (other,) = site_distances({"a": a, "b": b}, 0), site_distances({"b": b, "a": a}, 0)
@@ -50,7 +50,7 @@ def test_it_is_symmetric() -> None:
     assert one["distance"] == pytest.approx(other["distance"], rel=1e-6)
 
 
-def test_of_alike_sites_it_is_0_on_average_and_seldom_significant() -> None:
+def test_the_distance_of_similar_sites_is_0_on_average_and_rarely_significant() -> None:
     found = [site_distances({"a": features(n, 16), "b": features(n + 100, 16)}, n)[0] for n in range(60)]
 
     values = np.array([pair["distance"] for pair in found])
@@ -58,7 +58,7 @@ def test_of_alike_sites_it_is_0_on_average_and_seldom_significant() -> None:
     assert sum(pair["p"] <= 0.05 for pair in found) <= 9
 
 
-def test_sites_apart_are_farther_than_sites_nearby_and_no_deal_is_as_far() -> None:
+def test_different_sites_are_farther_apart_than_similar_ones_and_than_any_permutation() -> None:
     found = {
         tuple(pair["sites"]): pair
         for pair in site_distances({"a": features(0, 20), "b": features(1, 20, 0.3), "c": features(2, 20, 3.0)}, 0)
@@ -69,7 +69,7 @@ def test_sites_apart_are_farther_than_sites_nearby_and_no_deal_is_as_far() -> No
     assert found["a", "c"]["p"] == pytest.approx(0.005)
 
 
-def test_of_too_few_images_nothing_is_said() -> None:
+def test_sites_with_too_few_images_are_left_out() -> None:
     sites = {"few": features(0, FEWEST - 1), "none": np.zeros((0, 6)), "enough": features(1, FEWEST)}
 
     assert site_distances(sites, 0) == []
@@ -77,7 +77,7 @@ def test_of_too_few_images_nothing_is_said() -> None:
     assert site_distances({}, 0) == []
 
 
-def test_a_feature_that_never_changes_counts_for_nothing() -> None:
+def test_a_constant_feature_does_not_count() -> None:
     a, b = features(0, 8), features(1, 8)
     constant = np.full((8, 1), 7.0)
 
@@ -87,8 +87,8 @@ def test_a_feature_that_never_changes_counts_for_nothing() -> None:
 
 
 def test_the_plane_keeps_far_sites_apart() -> None:
-    places, explained = plane({"a": features(0, 10), "b": features(1, 7, 4.0)})
+    points, explained = plane({"a": features(0, 10), "b": features(1, 7, 4.0)})
 
-    assert {site: points.shape for site, points in places.items()} == {"a": (10, 2), "b": (7, 2)}
+    assert {site: xy.shape for site, xy in points.items()} == {"a": (10, 2), "b": (7, 2)}
     assert 0 < explained <= 1
-    assert (places["a"][:, 0] < 0).all() != (places["b"][:, 0] < 0).all()
+    assert (points["a"][:, 0] < 0).all() != (points["b"][:, 0] < 0).all()

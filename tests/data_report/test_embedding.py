@@ -1,4 +1,4 @@
-"""One vector an image, of what is off the padding."""
+"""One vector per image, from its valid area."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def images(count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.random.default_rng(0).integers(0, 256, (count, 3, 64, 64), np.uint8), np.ones((count, 64, 64), bool)
 
 
-def test_it_is_the_mean_of_the_encoder_s_features_whatever_the_batch() -> None:
+def test_an_embedding_is_the_mean_of_the_encoders_features_in_any_batch() -> None:
     pixels, valid = images(11)
     done: list[int] = []
 
@@ -32,7 +32,7 @@ def test_it_is_the_mean_of_the_encoder_s_features_whatever_the_batch() -> None:
     assert sum(done) == 11
 
 
-def test_what_stands_on_the_padding_changes_nothing() -> None:
+def test_padding_does_not_change_the_embedding() -> None:
     pixels, valid = images(2)
     valid[:, 32:] = False
     other = pixels.copy()
@@ -41,5 +41,5 @@ def test_what_stands_on_the_padding_changes_nothing() -> None:
     np.testing.assert_array_equal(embed_images(MODEL, pixels, valid, CPU), embed_images(MODEL, other, valid, CPU))
 
 
-def test_no_image_gives_no_vector() -> None:
+def test_no_image_gives_no_embedding() -> None:
     assert len(embed_images(MODEL, *images(0), CPU)) == 0

@@ -1,4 +1,4 @@
-"""Near duplicates are found whatever was done to the copy, and nothing else is."""
+"""Near duplicates are found after common changes to the copy, and different images are not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ THRESHOLD = DataReportConfig().near_duplicate_bits
 
 
 def hash_of(pixels: np.ndarray, side: int = 64) -> str:
-    """The hash as the report takes it: of the normalised, resized image."""
+    """Return the hash as in the report: of the normalised, resized image."""
     found = perceptual_hash(fit_image(normalise(pixels, NormaliseConfig())[0], side))
     assert found is not None
     return found
@@ -43,13 +43,13 @@ def as_jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:
 
 class TestOneImage:
     @given(st.integers(0, 10_000), st.floats(0.5, 2.0))
-    def test_another_size_is_the_same_picture(self, scene: Callable, seed: int, factor: float) -> None:
+    def test_a_resized_image_is_a_near_duplicate(self, scene: Callable, seed: int, factor: float) -> None:
         picture = scene(seed)
 
         assert apart(hash_of(picture), hash_of(resized(picture, factor))) <= THRESHOLD
 
     @given(st.integers(0, 10_000), st.floats(0.2, 1.0), st.floats(0.0, 50.0))
-    def test_another_brightness_and_contrast_is_the_same_picture(
+    def test_an_image_of_another_brightness_and_contrast_is_a_near_duplicate(
         self, scene: Callable, seed: int, factor: float, shift: float
     ) -> None:
         picture = scene(seed)
@@ -57,7 +57,7 @@ class TestOneImage:
         assert apart(hash_of(picture), hash_of((picture * factor + shift).astype(np.uint16))) <= THRESHOLD
 
     @given(st.integers(0, 10_000), st.integers(30, 95))
-    def test_another_format_is_the_same_picture(self, scene: Callable, seed: int, quality: int) -> None:
+    def test_an_image_in_another_format_is_a_near_duplicate(self, scene: Callable, seed: int, quality: int) -> None:
         picture = scene(seed)
 
         assert apart(hash_of(picture), hash_of(as_jpeg(picture, quality))) <= THRESHOLD
@@ -65,17 +65,17 @@ class TestOneImage:
         assert apart(hash_of(picture), hash_of(np.stack([picture] * 3, axis=-1))) <= THRESHOLD
 
     @given(st.integers(0, 10_000))
-    def test_another_picture_is_far_away(self, scene: Callable, seed: int) -> None:
+    def test_a_different_image_is_far_away(self, scene: Callable, seed: int) -> None:
         assert apart(hash_of(scene(seed)), hash_of(scene(seed + 20_000))) > 2 * THRESHOLD
 
     @pytest.mark.parametrize("level", [0, 90, 255])
-    def test_one_colour_has_no_hash_that_could_be_another_s(self, level: int) -> None:
+    def test_an_image_of_a_single_colour_has_no_hash(self, level: int) -> None:
         assert perceptual_hash(np.full((3, 20, 20), level, np.uint8)) is None
 
 
 @st.composite
 def hashed_images(draw: st.DrawFn) -> tuple[list[str], list[int], int]:
-    """Images in clusters of a few bits, with owners, and a threshold about the clusters' width."""
+    """Return hashes in clusters of a few bits, their owners, and a threshold near the clusters' width."""
     centres = draw(st.lists(st.integers(0, 2**BITS - 1), min_size=1, max_size=4))
     hashes = []
     for _ in range(draw(st.integers(0, 9))):
@@ -89,9 +89,7 @@ def hashed_images(draw: st.DrawFn) -> tuple[list[str], list[int], int]:
 
 class TestGroups:
     @given(hashed_images())
-    def test_they_are_those_that_comparing_every_two_images_gives(
-        self, images: tuple[list[str], list[int], int]
-    ) -> None:
+    def test_groups_equal_those_from_comparing_every_two_images(self, images: tuple[list[str], list[int], int]) -> None:
         hashes, owners, threshold = images
         group = {place: {place} for place in range(len(hashes))}
         nearest: dict[int, int] = {}
@@ -114,7 +112,7 @@ class TestGroups:
         }
         assert found == sorted(found, key=lambda found_: (found_.distance, found_.members))
 
-    def test_what_one_owner_holds_is_alike_by_nature(self) -> None:
+    def test_images_of_one_owner_form_no_group_by_themselves(self) -> None:
         same = "0" * 64
 
         assert near_duplicates([same, same], ["p1", "p1"], THRESHOLD) == []
@@ -124,5 +122,5 @@ class TestGroups:
         assert near_duplicates(["f" * 64] * 3000, list(range(3000)), 0) == [Group(tuple(range(3000)), 0)]
 
     @pytest.mark.parametrize("count", [0, 1])
-    def test_fewer_than_two_images_are_no_group(self, count: int) -> None:
+    def test_fewer_than_two_images_form_no_group(self, count: int) -> None:
         assert near_duplicates(["0" * 64] * count, [0] * count, BITS) == []

@@ -1,4 +1,4 @@
-"""A site is looked at as preprocessing would, and what is broken is told instead of stopping."""
+"""A site is inspected as preprocessing would, but broken files are reported instead of stopping it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def contents(folder: Path) -> dict[Path, str]:
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_sound_site_s_facts_are_those_of_its_data_report(raw: Path) -> None:
+def test_the_facts_of_a_sound_site_include_its_preprocessing_report(raw: Path) -> None:
     report = prepare_site(raw, "north", CONFIG, 0).report
 
     facts = inspect(raw).facts
@@ -51,7 +51,7 @@ def test_a_sound_site_s_facts_are_those_of_its_data_report(raw: Path) -> None:
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
 
 
-def test_looking_writes_nothing(raw: Path) -> None:
+def test_an_inspection_writes_nothing(raw: Path) -> None:
     before = contents(raw.parent)
 
     inspect(raw)
@@ -59,7 +59,7 @@ def test_looking_writes_nothing(raw: Path) -> None:
     assert contents(raw.parent) == before
 
 
-def test_a_broken_file_is_listed_and_refuses_the_site_unless_it_may_be_left_out(raw: Path) -> None:
+def test_a_broken_file_is_listed_and_refuses_the_site_unless_quarantine_is_allowed(raw: Path) -> None:
     (raw / "north" / "masks" / "north03.png").unlink()
 
     strict, lenient = inspect(raw).facts, inspect(raw, config=QUARANTINE).facts
@@ -113,7 +113,7 @@ def break_every_file(site: Path) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_a_site_that_would_be_refused_is_told_why_in_one_line_and_shown_all_the_same(
+def test_a_refused_site_has_its_reason_in_one_line_and_a_full_inspection(
     raw: Path, breakage: Callable[[Path], None], why: str, used: int
 ) -> None:
     breakage(raw / "north")
@@ -133,7 +133,7 @@ def test_a_copy_in_another_split_is_found_and_comes_first(raw: Path, add_image: 
     test = next(image for image, split in splits.items() if split == "test")
     with Image.open(raw / "north" / test) as picture:
         darker = (np.asarray(picture) * 0.7).astype(np.uint8)
-    # Whatever split this name falls into: many of them, one is training.
+    # Of several copies at least one is in another split.
     for number in range(4):
         add_image("north", f"copy{number}.png", darker + np.uint8(number))
 
@@ -144,7 +144,9 @@ def test_a_copy_in_another_split_is_found_and_comes_first(raw: Path, add_image: 
     assert group["across_splits"]
 
 
-def test_alike_images_of_one_subject_are_no_near_duplicates(raw: Path, add_image: Callable[..., None], scene) -> None:
+def test_similar_images_of_one_subject_are_not_near_duplicates(
+    raw: Path, add_image: Callable[..., None], scene
+) -> None:
     for number in range(3):
         add_image("north", f"p7_{number}.png", scene(7000, 64) // 2 + np.uint8(number))
     (raw / "north" / "site.yml").write_text(r"group: '^(p7|north\d\d)'")
@@ -152,7 +154,7 @@ def test_alike_images_of_one_subject_are_no_near_duplicates(raw: Path, add_image
     assert inspect(raw).facts["near_duplicates"] == []
 
 
-def test_pictures_of_the_near_duplicates_are_there(raw: Path, add_image: Callable[..., None], scene) -> None:
+def test_near_duplicates_have_pictures(raw: Path, add_image: Callable[..., None], scene) -> None:
     add_image("north", "copy.png", scene(3, 64) // 2)
 
     found = inspect(raw)
@@ -160,7 +162,7 @@ def test_pictures_of_the_near_duplicates_are_there(raw: Path, add_image: Callabl
     assert set(found.duplicates) == {"images/north03.png", "images/copy.png"}
 
 
-def test_a_subject_whose_images_stand_in_two_splits_of_the_stored_manifest_is_named(raw: Path) -> None:
+def test_a_subject_whose_images_are_in_two_splits_of_the_stored_manifest_is_reported(raw: Path) -> None:
     images = [f"north{number:02d}" for number in range(10)]
     subjects = {stem: stem for stem in images}
     (raw / "north" / "site.yml").write_text(json.dumps({"subjects": subjects}))
@@ -199,7 +201,7 @@ def test_the_split_shown_is_the_stored_one(raw: Path) -> None:
         ([f"{number}_scan" for number in range(12)], "", False),
     ],
 )
-def test_names_that_look_like_several_images_a_patient_are_pointed_out(
+def test_names_that_suggest_several_images_per_patient_are_reported(
     tmp_path: Path, add_image: Callable[..., None], names: list[str], rule: str, found: bool
 ) -> None:
     for seed, name in enumerate(names):
@@ -209,7 +211,7 @@ def test_names_that_look_like_several_images_a_patient_are_pointed_out(
     assert (inspect(tmp_path / "raw", "clinic").facts["grouped_names"] is not None) == found
 
 
-def test_an_image_of_one_colour_has_no_hash(raw: Path, add_image: Callable[..., None]) -> None:
+def test_facts_of_an_image_of_a_single_colour_have_no_hash(raw: Path, add_image: Callable[..., None]) -> None:
     for level in (10, 200):
         add_image("north", f"flat{level}.png", np.full((64, 64), level, np.uint8))
 
@@ -251,7 +253,7 @@ def test_a_volume_is_one_image_shown_by_a_slice_with_a_class(tmp_path: Path, sce
     assert len({image["hash"] for image in found.facts["images"]}) == 6
 
 
-def test_subjects_are_compared_whatever_their_capitals() -> None:
+def test_subjects_are_compared_without_regard_to_case() -> None:
     assert subject_hash(" Pat-7") == subject_hash("pat-7 ") != subject_hash("pat-8")
 
 
@@ -280,7 +282,7 @@ def test_a_site_that_hides_names_shows_none_of_them(raw: Path, add_image: Callab
     assert "private/north/names.csv" in page
 
 
-def test_of_a_site_whose_rules_cannot_be_read_no_name_is_shown(raw: Path) -> None:
+def test_a_site_with_an_unreadable_site_file_shows_no_name(raw: Path) -> None:
     (raw / "north" / "site.yml").write_text("hide_names: true\nlable_map: {1: 1}\n")
 
     assert "north03" not in json.dumps(inspect(raw).facts)

@@ -1,4 +1,4 @@
-"""Pages show what was found, hold all they need, and let no file name become part of the page."""
+"""Pages show the findings, are self-contained, and escape every file name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NOT_MEASURED = Distances([], {}, 0.0, 4, "Not measured.")
 
 
 class Page(HTMLParser):
-    """Elements with their attributes, and the text, of a page."""
+    """The elements of a page with their attributes, and its text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def across(found: list[Inspection]) -> dict:
 
 @pytest.fixture
 def hostile(raw: Path, add_image: Callable[..., None], scene) -> list[Inspection]:
-    """Sites whose names of files, subjects and notes try to become markup, and which are broken in every way."""
+    """Sites with file names and notes that try to become markup, and with broken files."""
     stem = NAME.replace("/", "")
     add_image("north", f"{stem}.png", 50)
     add_image("north", f"{stem} copy.png", scene(50, 64) // 2)
@@ -94,7 +94,7 @@ def test_names_and_notes_are_text_and_never_markup(hostile: list[Inspection]) ->
     assert "49" not in north.text.split(NAME)[0][-5:]
 
 
-def test_a_page_asks_nobody_for_anything(hostile: list[Inspection]) -> None:
+def test_a_page_makes_no_network_requests(hostile: list[Inspection]) -> None:
     pages = [render_site(site, across(hostile)) for site in hostile]
 
     for page in pages:
@@ -104,7 +104,7 @@ def test_a_page_asks_nobody_for_anything(hostile: list[Inspection]) -> None:
         assert "@import" not in page
 
 
-def test_links_lead_to_pages_and_places_that_are_there(hostile: list[Inspection]) -> None:
+def test_links_lead_to_existing_pages_and_sections(hostile: list[Inspection]) -> None:
     together = across(hostile)
     pages = {f"{site.facts['site']}.html": Page(render_site(site, together)) for site in hostile}
     pages["index.html"] = Page(render_index([site.facts for site in hostile], together, NOT_MEASURED))
@@ -115,13 +115,13 @@ def test_links_lead_to_pages_and_places_that_are_there(hostile: list[Inspection]
             assert not place or place in pages[target].values("id")
 
 
-def test_the_page_across_sites_holds_no_image(hostile: list[Inspection]) -> None:
+def test_the_page_across_sites_has_no_image(hostile: list[Inspection]) -> None:
     page = Page(render_index([site.facts for site in hostile], across(hostile), NOT_MEASURED))
 
     assert "img" not in page.tags()
 
 
-def test_what_is_broken_stands_there_with_its_cure(hostile: list[Inspection]) -> None:
+def test_broken_files_are_listed_with_their_cure(hostile: list[Inspection]) -> None:
     north, south = (Page(render_site(site, across(hostile))).text for site in hostile)
 
     assert "This site cannot train" in north
@@ -131,7 +131,7 @@ def test_what_is_broken_stands_there_with_its_cure(hostile: list[Inspection]) ->
     assert "Images that other sites also have" in north
 
 
-def test_a_site_of_which_nothing_can_be_read_has_a_page(raw: Path) -> None:
+def test_a_site_without_readable_files_has_a_page(raw: Path) -> None:
     for path in (raw / "south" / "masks").iterdir():
         path.unlink()
     found = inspect(raw, "north", "south")
@@ -151,9 +151,9 @@ def test_distances_are_a_symmetric_table_and_a_map(raw: Path) -> None:
     rng = np.random.default_rng(0)
     features = {"north": rng.normal(size=(8, 5)), "south": rng.normal(3, 1, size=(8, 5))}
     pairs = site_distances(features, 0)
-    places, explained = plane(features)
+    points, explained = plane(features)
 
-    page = Page(render_index([s.facts for s in found], across(found), Distances(pairs, places, explained, 8)))
+    page = Page(render_index([s.facts for s in found], across(found), Distances(pairs, points, explained, 8)))
 
     assert page.text.count(f"{pairs[0]['distance']:.1f}") >= 2
     assert len(page.values("srcset")) == 1
@@ -187,13 +187,13 @@ class TestThumbnails:
         expected = {tuple(bytes.fromhex(colour[1:])) for colour in CLASS_COLOURS[:3]}
         assert colours == expected | {(100, 100, 100), (0, 0, 0)}
 
-    def test_without_a_class_nothing_is_drawn(self) -> None:
+    def test_without_a_class_no_outline_is_drawn(self) -> None:
         assert (outlined(self.picture(200, 0)) == 100).all()
 
     def test_a_small_image_is_shown_larger_pixel_by_pixel(self) -> None:
         assert outlined(self.picture(64, 0)).shape == (192, 96, 3)
 
-    def test_the_address_is_the_image(self) -> None:
+    def test_the_data_address_contains_the_image(self) -> None:
         kind, data = data_uri(outlined(self.picture(200, 0))).split(",")
 
         image = Image.open(io.BytesIO(base64.b64decode(data)))
@@ -201,11 +201,11 @@ class TestThumbnails:
         assert image.size == (100, 200)
 
     @pytest.mark.parametrize(("count", "shape"), [(0, (192, 192, 3)), (1, (192, 192, 3)), (5, (576, 576, 3))])
-    def test_a_sheet_holds_all(self, count: int, shape: tuple[int, ...]) -> None:
+    def test_a_sheet_has_every_picture(self, count: int, shape: tuple[int, ...]) -> None:
         assert sheet([self.picture(64, 1)] * count).shape == shape
 
 
-def test_classes_are_told_apart_by_name(tmp_path: Path, add_image: Callable[..., None]) -> None:
+def test_classes_are_listed_by_name(tmp_path: Path, add_image: Callable[..., None]) -> None:
     mask = np.zeros((64, 64), np.uint8)
     mask[:10], mask[20:30] = 1, 2
     for number in range(6):
@@ -229,7 +229,7 @@ def test_the_index_fits_a_window_of_900_pixels(
     write_volume_site(raw / hospital, affine=np.diag([0.8125, 0.8125, 2.5, 1.0]))
     found = inspect(raw, "north", "south", hospital)
     page = render_index([site.facts for site in found], across(found), NOT_MEASURED)
-    # Past the policy that no script runs: how far content goes beyond the window, and beyond each table's frame.
+    # Without the policy against scripts: measure how far content exceeds the window and each table's frame.
     policy = page.index("<meta http-equiv")
     asked = (
         "<script>document.title = [document.documentElement, ...document.querySelectorAll('.wide')]"

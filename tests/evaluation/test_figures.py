@@ -1,3 +1,5 @@
+"""Learning curves, weight heat maps and overlays show what they are given."""
+
 from __future__ import annotations
 
 import json

@@ -1,15 +1,18 @@
+"""Round records become learning curves and aggregation weights."""
+
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pandas as pd
 
-from fedsca_pipeline.evaluation.history import history_table, records_of
+from fedsca_pipeline.evaluation.history import aggregation_weights, history_table, records_of
 from fedsca_pipeline.federation.server.checkpoint import RoundRecord, SiteRecord
 
 
 def record(round_: int, *, final: bool = False, **dice: float | None) -> RoundRecord:
-    """A round in which each site named by a Dice took part; None: absent."""
+    """Return a round with the given Dice by site; None: the site was absent."""
     sites = {
         site: SiteRecord(absent="not drawn this round")
         if value is None
@@ -36,7 +39,7 @@ class TestHistoryTable:
         assert pd.isna(table["loss"].iloc[0])
         assert list(table["loss"].iloc[1:]) == [1.0, 0.5]
 
-    def test_a_site_that_was_absent_has_no_row_of_its_own_making(self) -> None:
+    def test_an_absent_site_has_no_loss_in_that_round(self) -> None:
         table = history_table([record(1, a=0.1, b=None), record(2, a=0.4, b=0.3), record(3, a=0.5, b=0.5, final=True)])
 
         rounds_of_b = table.loc[table["site"] == "b", "round"]
@@ -66,8 +69,19 @@ class TestRecordsOf:
 
         assert found == [stored["mine/round_00001"], stored["mine/round_00002"]]
 
-    def test_partitions_of_other_runs_are_not_even_loaded(self) -> None:
+    def test_partitions_of_other_runs_are_not_loaded(self) -> None:
         def refuse() -> None:
             raise AssertionError("loaded")
 
         assert records_of({"fingerprint": "mine"}, {"other/round_00001": refuse}) == []
+
+
+class TestAggregationWeights:
+    def test_weights_are_averaged_over_groups_and_rounds_without_weights_are_left_out(self) -> None:
+        groups = [[[1.0, 0.0], [0.5, 0.5]], [[0.5, 0.5], [0.0, 1.0]]]
+
+        weights = aggregation_weights([record(1, a=0.1, b=0.2), replace(record(2, a=0.3, b=0.4), weights=groups)])
+
+        assert list(weights) == [2]
+        expected = pd.DataFrame([[0.75, 0.25], [0.25, 0.75]], index=["a", "b"], columns=["a", "b"])
+        pd.testing.assert_frame_equal(weights[2], expected)

@@ -1,4 +1,9 @@
+"""Scores of a model on batches of images."""
+
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import numpy as np
 import torch
@@ -9,7 +14,7 @@ from fedsca_pipeline.model.batch import Batch
 from fedsca_pipeline.model.inference import image_forward
 
 
-def test_a_model_that_draws_the_truth_scores_one_and_one_that_draws_nothing_zero(make_worker, make_site) -> None:
+def test_a_perfect_prediction_has_dice_one_and_an_empty_one_zero(make_worker, make_site) -> None:
     model, site = make_worker().model, make_site("a")
 
     def truth(batch: Batch) -> torch.Tensor:
@@ -36,9 +41,9 @@ def test_scores_come_image_by_image_whatever_the_size_of_a_batch(make_worker, ma
     assert len({score["dice"] for score in one}) > 1
 
 
-def test_a_lower_threshold_draws_more(make_worker, make_site) -> None:
+def test_a_lower_threshold_predicts_more_pixels(make_worker, make_site) -> None:
     model, site = make_worker().model, make_site("a")
-    # 0.3 on the object, 0.1 elsewhere.
+    # Probability 0.3 on the object, 0.1 elsewhere.
     logits = {True: float(np.log(0.3 / 0.7)), False: float(np.log(0.1 / 0.9))}
 
     def sure(batch: Batch) -> torch.Tensor:
@@ -75,7 +80,7 @@ def test_padding_is_not_scored(make_worker, make_site) -> None:
     assert score["dice"] == 1.0
 
 
-def test_no_batch_has_no_score_and_the_model_trains_on_afterwards(make_worker, make_site) -> None:
+def test_no_batch_gives_no_score_and_the_model_returns_to_training_mode(make_worker, make_site) -> None:
     worker = make_worker()
     worker.model.train()
 
@@ -97,3 +102,12 @@ def test_only_scored_classes_have_records_under_their_own_numbers(make_worker, m
     shown = [batch.masks.max().item() for batch in plain_batches(site, "train", 1)]
     assert [score["dice"] for score in scores if score["class"] == 1] == [1.0] * 5
     assert [score["dice"] for score in scores if score["class"] == 3] == [float(label != 3) for label in shown]
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    heavy = {"torch", "monai", "pandas", "plotly", "matplotlib", "rich"}
+    program = f"import sys, fedsca_pipeline.evaluation; print(sorted({heavy!r} & set(sys.modules)))"
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "[]"

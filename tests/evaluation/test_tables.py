@@ -1,3 +1,5 @@
+"""Tables of image scores, per image, per site and for a whole run."""
+
 from __future__ import annotations
 
 import json
@@ -112,7 +114,7 @@ def test_the_worst_site_has_the_lowest_dice_and_is_named() -> None:
     }
 
 
-def test_of_equally_bad_sites_the_first_name_is_the_worst() -> None:
+def test_at_a_tie_the_worst_site_is_the_first_by_name() -> None:
     table = site_table(pd.concat([images_of("z", [0.5]), images_of("m", [0.5]), images_of("a", [0.9])]))
 
     assert row(table, WORST)["note"] == "lowest Dice: m"
@@ -143,7 +145,7 @@ def test_each_model_has_its_own_worst_site() -> None:
     assert row(table, WORST, "after")["note"] == "lowest Dice: b"
 
 
-def test_tables_of_nothing_are_empty() -> None:
+def test_tables_without_images_are_empty() -> None:
     images = image_table("a_site", [], [], "chosen")
 
     sites = site_table(images)
@@ -188,7 +190,7 @@ def test_the_final_table_joins_dice_of_the_three_models_and_traffic() -> None:
     assert table["best round"].isna().tolist() == [False, False, True]
 
 
-def test_what_was_spent_of_privacy_is_in_the_final_table_where_any_site_tells_of_it() -> None:
+def test_the_final_table_has_the_privacy_spent_if_any_site_has_it() -> None:
     spent = {"a_site": {**TRAFFIC["a_site"], "epsilon": 2.5, "privacy": "image-level"}, "b_site": TRAFFIC["b_site"]}
 
     table = final_table(two_sites(), spent)
@@ -240,7 +242,7 @@ Classes = Mapping[int, Sequence[float]]
 
 
 def several_classes(dice: Mapping[str, Classes], models: Sequence[str] = ("before", "chosen")) -> pd.DataFrame:
-    """Scores by site and class, an image each."""
+    """Return an image table from Dice by site and class, one value per image."""
     return pd.concat([image_table(*_of_site(site, dice[site]), model) for site in dice for model in models])
 
 
@@ -274,7 +276,7 @@ def test_a_class_is_averaged_over_the_sites_that_have_it_which_the_note_says() -
     assert not table.drop(columns="note").isna().any().any()
 
 
-def test_the_final_table_has_the_classes_of_the_chosen_model_missing_where_a_site_has_none() -> None:
+def test_the_final_table_has_every_class_and_no_dice_at_sites_without_it() -> None:
     final = final_table(site_table(several_classes(TWO_AND_THREE), CLASSES), {}).set_index("site")
 
     assert list(final.columns)[:6] == [
@@ -285,7 +287,7 @@ def test_the_final_table_has_the_classes_of_the_chosen_model_missing_where_a_sit
     assert final.loc[MEAN, ["Dice chosen tumour", "Dice chosen cyst"]].tolist() == pytest.approx([0.4, 0.6])
 
 
-def test_the_mean_of_a_class_is_missing_where_a_site_that_has_it_has_no_model() -> None:
+def test_the_mean_of_a_class_is_missing_if_a_site_that_has_it_has_no_model() -> None:
     images = several_classes(TWO_AND_THREE)
     images = images[(images["site"] != "a") | (images["model"] != "chosen")]
 
@@ -307,7 +309,7 @@ owned = st.dictionaries(
 
 @settings(max_examples=40)
 @given(dice=owned)
-def test_whatever_classes_sites_have_no_mean_is_missing_and_none_counts_what_is_not_there(dice) -> None:
+def test_means_cover_exactly_the_classes_that_each_site_has(dice) -> None:
     table = site_table(several_classes(dice), CLASSES)
     final = final_table(table, {}).set_index("site")
 

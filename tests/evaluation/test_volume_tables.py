@@ -1,4 +1,4 @@
-"""Tables of volumes: a row a volume and class, a row a site and model, and what the chosen models are worth."""
+"""Tables of volume scores, per volume, per site and for the chosen models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def scores(site: str, model: str, **dice: float) -> pd.DataFrame:
     return volume_table(site, model, {name: [record(1, value)] for name, value in dice.items()})
 
 
-def test_a_row_a_volume_and_class() -> None:
+def test_there_is_one_row_per_volume_and_class() -> None:
     table = volume_table("north", "chosen", {name: [record(1, 0.5), record(2, 0.7)] for name in ("a", "b")})
     assert list(table.columns) == list(VOLUME_COLUMNS)
     assert table[["volume", "class"]].to_numpy().tolist() == [["a", 1], ["a", 2], ["b", 1], ["b", 2]]
@@ -37,7 +37,7 @@ def test_sites_are_means_over_volumes_and_count_once_in_the_mean() -> None:
     assert {"hd95_mm_std", "asd_mm", "nsd_std"} <= set(table.columns)
 
 
-def test_the_final_table_is_of_the_chosen_models_and_says_what_is_missing() -> None:
+def test_the_final_table_has_the_chosen_models_and_no_scores_without_one() -> None:
     parts = [scores(site, model, a=0.5, b=0.7) for site in ("south", "north") for model in ("before", "chosen")]
     final = final_volume_table(site_volume_table(pd.concat(parts), ["class 1"]))
     assert final["site"].tolist() == ["north", "south", "mean over sites"]
@@ -50,7 +50,7 @@ def test_the_final_table_is_of_the_chosen_models_and_says_what_is_missing() -> N
     assert final["volume Dice"].isna().to_dict() == {"north": False, "south": True, "mean over sites": True}
 
 
-def test_several_classes_are_averaged_in_the_final_table_and_apart_in_that_of_sites() -> None:
+def test_classes_are_averaged_in_the_final_table_and_separate_in_the_table_of_sites() -> None:
     volumes = volume_table("north", "chosen", {"a": [record(1, 0.2), record(2, 0.6)]})
     sites = site_volume_table(volumes, ["liver", "tumour"])
     north = sites[sites["site"] == "north"].set_index("class")["dice"]

@@ -19,7 +19,7 @@ SPACING = (0.5, 1.25, 3.0)
 
 
 def ball(shape: tuple[int, int, int], radius: float, spacing: tuple[float, float, float] = SPACING) -> np.ndarray:
-    """A ball of ``radius`` mm in the middle of the grid."""
+    """Return a ball of ``radius`` mm in the middle of the grid."""
     axes = [(np.arange(side) - (side - 1) / 2) * mm for side, mm in zip(shape, spacing, strict=True)]
     x, y, z = np.meshgrid(*axes, indexing="ij")
     return (x**2 + y**2 + z**2 <= radius**2).astype(np.uint8)
@@ -43,7 +43,7 @@ def test_a_plate_moved_along_its_normal_is_as_far_away_as_it_was_moved(axis: int
     assert score(pred, truth, tolerance=mm - 0.01)["nsd"] == 0.0
 
 
-def test_boxes_moved_by_known_mm_overlap_by_the_product_of_what_is_left() -> None:
+def test_the_dice_of_shifted_boxes_is_the_product_of_their_overlaps() -> None:
     truth, pred = np.zeros((2, 30, 30, 30), np.uint8)
     truth[5:15, 5:15, 5:15] = 1
     pred[7:17, 6:16, 8:18] = 1
@@ -51,7 +51,7 @@ def test_boxes_moved_by_known_mm_overlap_by_the_product_of_what_is_left() -> Non
     assert score(pred, truth)["hd95_mm"] <= math.hypot(2 * SPACING[0], 1 * SPACING[1], 3 * SPACING[2])
 
 
-def test_balls_one_in_the_other_are_apart_by_the_difference_of_their_radii() -> None:
+def test_concentric_balls_are_apart_by_the_difference_of_their_radii() -> None:
     spacing = (0.4, 0.5, 0.8)
     small, large = (ball((72, 60, 40), radius, spacing) for radius in (8.0, 12.0))
     found = score(small, large, spacing=spacing, tolerance=4.0 + 1.0)
@@ -79,7 +79,7 @@ def test_empty_masks_score_as_documented() -> None:
         assert found["hd95_mm"] == found["asd_mm"] == pytest.approx(diagonal)
 
 
-def test_classes_are_scored_apart_and_only_those_asked_for() -> None:
+def test_only_the_given_classes_are_scored_each_by_itself() -> None:
     truth = np.zeros((6, 6, 6), np.uint8)
     truth[1:3], truth[4] = 1, 3
     pred = np.where(truth == 3, 2, truth)

@@ -1,4 +1,4 @@
-"""One network lent as the foundation and as several models gives the very bits of each loaded by itself."""
+"""One network lent as the foundation and as each saved model equals, bit for bit, each model loaded by itself."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ KINDS = {
     ),
     "lora that trains the foundation's biases": AdaptersConfig(method="lora", options={"r": 2, "bias": "lora_only"}),
 }
-# What each saved model has trained beside its adapters.
+# Prefixes of the tensors that each saved model trained besides its adapters.
 TRAINED = {"north": ("decoder.",), "adapters_only": (), "whole": ("decoder.", "encoder.")}
 MODELS = ("foundation", *TRAINED)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """Models of one kind on disk, with the logits of each loaded by itself, and a network that was trained."""
+    """Saved models of one kind of adapters, the logits of each loaded by itself, and a network that was trained."""
 
     root: Path
     logits: Mapping[str, Tensor]
@@ -102,7 +102,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Saved(root, {"foundation": logits_of(bare(root)), **found}, trained.train(), start)
 
 
-def test_the_models_are_not_alike(saved: Saved) -> None:
+def test_the_saved_models_differ(saved: Saved) -> None:
     values = [*saved.logits.values(), logits_of(copy.deepcopy(saved.trained).eval())]
 
     assert all(not torch.equal(a, b) for place, a in enumerate(values) for b in values[:place])
@@ -110,14 +110,14 @@ def test_the_models_are_not_alike(saved: Saved) -> None:
 
 @settings(max_examples=12)
 @given(order=st.lists(st.sampled_from(MODELS), min_size=1, max_size=6), trained=st.booleans())
-def test_in_any_order_each_is_what_it_is_by_itself(saved: Saved, order: list[str], trained: bool) -> None:
+def test_in_any_order_each_model_equals_the_one_loaded_by_itself(saved: Saved, order: list[str], trained: bool) -> None:
     in_turn = saved.in_turn(trained=trained)
 
     for name in order:
         assert torch.equal(saved.lent(in_turn, name), saved.logits[name])
 
 
-def test_a_network_in_training_stays_so_with_what_takes_gradients(saved: Saved) -> None:
+def test_a_network_in_training_keeps_its_mode_and_its_trainable_tensors(saved: Saved) -> None:
     network = copy.deepcopy(saved.trained)
     next(parameter for parameter in network.encoder.parameters() if parameter.requires_grad).requires_grad_(False)
     before = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
@@ -130,7 +130,7 @@ def test_a_network_in_training_stays_so_with_what_takes_gradients(saved: Saved) 
     assert {name: parameter.requires_grad for name, parameter in network.named_parameters()} == before
 
 
-def test_a_failed_read_leaves_nothing_of_that_model(saved: Saved, tmp_path: Path) -> None:
+def test_a_failed_load_leaves_no_tensor_of_that_model(saved: Saved, tmp_path: Path) -> None:
     shutil.copytree(saved.root / "whole", tmp_path / "broken")
     (tmp_path / "broken" / "decoder.safetensors").write_bytes(b"broken")
     in_turn = saved.in_turn(trained=False)

@@ -1,3 +1,5 @@
+"""A saved site model loads, segments images and volumes, and is refused if it is damaged or does not fit."""
+
 from __future__ import annotations
 
 import json
@@ -24,7 +26,7 @@ GREY, COLOUR = (40, 28), (28, 40, 3)
 
 
 def make_model(folder: Path, root: Path, classes: int = 1, head: str = "sigmoid", **card_fields: Any) -> Path:
-    """Save a tiny random model with trained-looking tensors; return its folder."""
+    """Save a tiny random model whose tensors look trained; return its folder."""
     config = FoundationConfig(name="random", head=head)
     network = load_foundation(config, root, image_size=SIZE, classes=classes)
     attach_adapters(network, AdaptersConfig(width=4))
@@ -76,7 +78,7 @@ def test_any_image_is_segmented_at_its_own_size(folder: Path, shape: tuple[int, 
     assert set(np.unique(mask)) <= {0, 1}
 
 
-def test_segmenting_does_not_change_the_image_and_repeats_itself(folder: Path) -> None:
+def test_segmenting_leaves_the_image_unchanged_and_is_repeatable(folder: Path) -> None:
     model, pixels = load_site_model(folder), image(COLOUR, np.uint8)
     before = pixels.copy()
 
@@ -111,7 +113,7 @@ def a_volume(shape: tuple[int, ...] = (20, 24, 3)) -> np.ndarray:
 
 
 @pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
-def test_a_volume_is_segmented_alike_however_it_lies(folder: Path, axes: tuple[int, ...], tmp_path: Path) -> None:
+def test_a_volume_is_segmented_the_same_in_any_orientation(folder: Path, axes: tuple[int, ...], tmp_path: Path) -> None:
     model, voxels = load_site_model(folder), a_volume()
     affine = np.diag([0.8, 0.8, 2.5, 1.0])
     ahead = model.segment_volume(Volume(voxels, affine))
@@ -131,7 +133,7 @@ def test_a_slice_of_a_volume_is_segmented_as_an_image_with_the_volumes_intensiti
     model, voxels = load_site_model(folder), a_volume()
     voxels[0, 0], voxels[0, 1] = -9.0, 9.0
     whole = model.segment_volume(Volume(voxels, np.eye(4)))
-    # A picture's rows run to the back and its columns to the left; a grid of RAS+ runs the other way.
+    # An image's rows run to the back and its columns to the left; a RAS+ grid runs the other way.
     upright = [plane[::-1, ::-1].T for plane in np.moveaxis(voxels, 2, 0)]
     for index, plane in enumerate(upright):
         assert np.array_equal(whole[..., index][::-1, ::-1].T, model.segment(plane))
@@ -143,8 +145,8 @@ def test_a_volume_of_other_modalities_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("head", ["sigmoid", "softmax"])
-def test_a_class_that_the_model_does_not_know_is_never_drawn(tmp_path: Path, head: str) -> None:
-    """One that takes most pixels of a model that knows all."""
+def test_a_class_that_the_model_does_not_know_is_never_predicted(tmp_path: Path, head: str) -> None:
+    """The class here has the most pixels in a model that knows all classes."""
     root, picture = tmp_path / "foundations", image(COLOUR, np.uint8)
     every = load_site_model(make_model(tmp_path / "every", root, 3, head, threshold=0.001)).segment(picture)
     most = int(np.bincount(every.ravel(), minlength=4)[1:].argmax()) + 1
@@ -180,7 +182,7 @@ def test_a_moved_model_works_with_the_foundation_root_given(folder: Path, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["missing", ""])
-def test_a_folder_without_a_card_is_no_model(tmp_path: Path, name: str) -> None:
+def test_a_folder_without_a_card_is_not_a_model(tmp_path: Path, name: str) -> None:
     with pytest.raises(WeightsError, match=r"no site_model\.json; give the folder of one site"):
         load_site_model(tmp_path / name)
 
@@ -223,7 +225,7 @@ def test_a_card_that_cannot_be_read_is_named(folder: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: disk full")])
 @pytest.mark.parametrize("part", ["write_tensors", "write_json", "_save_adapter"])
-def test_a_full_disk_costs_no_earlier_model(
+def test_a_full_disk_leaves_an_earlier_model_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, error: Exception
 ) -> None:
     def full(*args: object, **kwargs: object) -> None:
@@ -239,7 +241,7 @@ def test_a_full_disk_costs_no_earlier_model(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_what_a_killed_command_left_is_cleared_away(tmp_path: Path) -> None:
+def test_files_that_a_killed_command_left_are_removed(tmp_path: Path) -> None:
     left = tmp_path / "north" / ".site_model.partial" / "adapter_model.safetensors"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"half")

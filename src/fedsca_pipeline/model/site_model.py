@@ -155,7 +155,7 @@ def _segment(
     threshold: float,
     known: Sequence[int] | None,
 ) -> np.ndarray:
-    """Return label maps uint8 [B, *size] of resized images uint8 [B, 3, h, w]; logits are resized, then cut."""
+    """Return label maps uint8 [B, *size] of resized images uint8 [B, 3, h, w]; logits, not masks, are resized."""
     count, _, height, width = fitted.shape
     device = next(network.parameters()).device
     pixels = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device)

@@ -1,3 +1,5 @@
+"""The layout of a model with adapters, and adapters that are refused."""
+
 from __future__ import annotations
 
 import pytest
@@ -8,7 +10,7 @@ from fedsca_pipeline.model.adapters.attach import attach_adapters, tensor_layout
 from fedsca_pipeline.model.foundation import load_foundation
 
 
-def test_the_decoders_head_is_tokens_upscaling_and_hypernetworks_and_the_rest_its_transformer(tmp_path):
+def test_the_head_is_the_decoder_without_its_transformer(tmp_path):
     model = load_foundation(FoundationConfig(name="random"), tmp_path, image_size=32, classes=2)
 
     layout = tensor_layout(attach_adapters(model, AdaptersConfig(width=2)))
@@ -20,7 +22,7 @@ def test_the_decoders_head_is_tokens_upscaling_and_hypernetworks_and_the_rest_it
     assert {name.split(".")[2] for name in set(layout.decoder) - set(layout.head)} == {"transformer"}
 
 
-def test_adapters_that_change_the_foundation_s_own_values_are_refused(tmp_path):
+def test_adapters_that_change_pretrained_values_are_refused(tmp_path):
     model = load_foundation(FoundationConfig(name="random"), tmp_path, image_size=32, classes=1)
 
     with pytest.raises(ConfigError, match="changes the foundation's own values"):

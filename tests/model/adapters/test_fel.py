@@ -1,3 +1,5 @@
+"""FEL adapters follow their equations, start as the foundation, and survive a round trip through PEFT's files."""
+
 from __future__ import annotations
 
 import copy
@@ -40,7 +42,7 @@ def disturb(model: torch.nn.Module) -> None:
 def test_round_zero_is_the_foundation_bit_for_bit(architecture: str, method: str) -> None:
     foundation = network(architecture)
     adapted = attach_adapters(copy.deepcopy(foundation), AdaptersConfig(method=method)).eval()
-    # With several threads PyTorch picks another kernel for a weight that requires a gradient, and the last bit differs.
+    # With several threads PyTorch uses another kernel for weights that require a gradient; the last bit differs.
     foundation.decoder.requires_grad_(True)
 
     with torch.no_grad():
@@ -57,7 +59,7 @@ def test_only_adapters_and_the_decoder_train(architecture: str) -> None:
     assert all(p.requires_grad for p in model.decoder.parameters())
 
 
-def test_the_attention_adapter_is_the_equation() -> None:
+def test_the_attention_adapter_follows_its_equation() -> None:
     model = attach_adapters(network(), AdaptersConfig(width=4))
     disturb(model)
     layer = next(m for m in model.modules() if isinstance(m, fel.FelAttention))
@@ -115,10 +117,10 @@ def test_a_saved_adapter_loads_into_a_fresh_foundation(architecture: str, method
 
 
 @pytest.mark.parametrize("method", ["fel", "lora"])
-def test_a_saved_adapter_takes_the_place_of_others_of_its_kind(
+def test_saved_adapters_replace_attached_ones_of_the_same_kind(
     method: str, foundation_root: Path, tmp_path: Path
 ) -> None:
-    """In mobile_sam they are so many that PEFT abridges the list of where they are."""
+    """mobile_sam has so many adapters that PEFT shortens the list of their modules."""
     models = [
         attach_adapters(
             load_foundation(FoundationConfig(), foundation_root, image_size=32, classes=1),
@@ -147,7 +149,7 @@ def test_peft_alone_reads_a_saved_adapter_once_fel_is_registered(tmp_path: Path)
         assert torch.equal(encoder(images()), model.encoder(images()))
 
 
-def test_peft_can_switch_the_adapters_off() -> None:
+def test_peft_can_disable_the_adapters() -> None:
     foundation = network()
     model = attach_adapters(copy.deepcopy(foundation), AdaptersConfig())
     disturb(model)
@@ -179,7 +181,7 @@ def test_layout_puts_each_adapter_tensor_into_one_block_in_order() -> None:
         assert all(f".{block.block}." in name for name in names)
 
 
-def test_mobile_sam_has_the_sizes_of_the_design(foundation_root: Path) -> None:
+def test_mobile_sam_has_the_sizes_of_the_method(foundation_root: Path) -> None:
     model = load_foundation(FoundationConfig(), foundation_root, image_size=256, classes=1)
 
     layout = tensor_layout(attach_adapters(model, AdaptersConfig()))

@@ -1,3 +1,5 @@
+"""Tiny SAM models and their checkpoint."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,3 +1,5 @@
+"""The built foundation: shapes, seeds, frozen parameters, decoder and normalisation."""
+
 from __future__ import annotations
 
 import random
@@ -22,7 +24,7 @@ def _tiny(architecture: str = "tiny_vit", *, size: int = 32, classes: int = 1, *
 
 @torch.no_grad()
 def _logits(model: SegmentationModel) -> torch.Tensor:
-    # Without gradients: attention picks its kernel by what needs one, and kernels differ in the last bits.
+    # Without gradients: attention chooses its kernel by what requires one, and kernels differ in the last bits.
     return model(_pixels())
 
 
@@ -130,7 +132,7 @@ def test_lora_wraps_the_encoder_starts_as_the_foundation_learns_and_comes_back_f
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("classes", [1, 6])
-def test_every_parameter_of_the_decoder_is_used_and_its_state_is_its_parameters(architecture, classes):
+def test_every_parameter_of_the_decoder_is_used_and_its_state_dict_has_only_parameters(architecture, classes):
     model = _tiny(architecture, classes=classes)
     model.decoder.requires_grad_(True)
 

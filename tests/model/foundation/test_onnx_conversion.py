@@ -1,4 +1,4 @@
-"""The converted weights against onnxruntime on the original ONNX files, on a real image at the 1024 px they demand."""
+"""The converted weights against onnxruntime with the original ONNX files, on a real image at the required 1024 px."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedsca_pipeline.model.foundation.tiny_vit import MOBILE_SAM_SIZES, TinyViT
 
 SIZE = 1024
 TOLERANCE = 1e-4
-ALL_MASKS = "/Reshape_9_output_0"  # the decoder's four masks, before the export picks one
+ALL_MASKS = "/Reshape_9_output_0"  # the decoder's four masks, before the exported graph selects one
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_beyond_four_channels_the_tokens_repeat(foundation_root, embeddings):
     torch.testing.assert_close(logits[:, 4:], logits[:, :2], atol=1e-4, rtol=0)
 
 
-def test_the_bias_tables_give_back_the_expanded_ones_exactly(onnx_files):
+def test_the_bias_tables_expand_to_the_original_biases_exactly(onnx_files):
     graph = onnx.load_model_from_string(onnx_files[0]).graph
     encoder = TinyViT()
     tables = {name: table for name, table in onnx_conversion.convert(*onnx_files).items() if "biases" in name}
@@ -103,7 +103,7 @@ def test_the_bias_tables_give_back_the_expanded_ones_exactly(onnx_files):
         np.testing.assert_array_equal(tables[f"encoder.{path}.biases"][:, distances], wanted)
 
 
-def test_every_converted_array_is_float32_and_has_its_place(onnx_files, foundation_root):
+def test_every_converted_array_is_float32_and_is_a_tensor_of_the_model(onnx_files, foundation_root):
     arrays = onnx_conversion.convert(*onnx_files)
     model = load_foundation(FoundationConfig(), foundation_root, image_size=64, classes=4)
 

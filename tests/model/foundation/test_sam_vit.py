@@ -1,4 +1,4 @@
-"""The `sam` foundation against transformers.SamModel called without a prompt."""
+"""The ``sam`` foundation against ``transformers.SamModel`` without a prompt."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_decoder_runs_with_sams_epsilon_whatever_the_checkpoint_says(tiny_sa
 
 
 def _resized(state: dict[str, torch.Tensor], size: int) -> dict[str, torch.Tensor]:
-    """The checkpoint at another image size, tables resized as segment-anything does."""
+    """Return the checkpoint for another image size, with tables resized as in segment-anything."""
     side = size // 16
     state = dict(state)
     grid = state["vision_encoder.pos_embed"].permute(0, 3, 1, 2)

@@ -1,3 +1,5 @@
+"""TinyViT: its window attention against a plain one, its shapes and its blocks."""
+
 from __future__ import annotations
 
 import pytest
@@ -10,7 +12,7 @@ from fedsca_pipeline.model.foundation.tiny_vit import TEST_SIZES, TinyViT, Windo
 
 
 def _plain_attention(module: WindowAttention, x: torch.Tensor) -> torch.Tensor:
-    """One window at a time, padding before the norm, softmax written out."""
+    """Attend window by window, with padding before the norm and an explicit softmax."""
     _, height, width, channels = x.shape
     side = module.window
     padded = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
@@ -60,7 +62,7 @@ def test_the_mobile_sam_encoder_has_ten_transformer_blocks_after_two_convolution
     assert blocks[-1].linears[0] == "layers.3.blocks.1.attn.qkv"
 
 
-def test_images_of_a_batch_do_not_see_one_another():
+def test_images_of_a_batch_do_not_influence_one_another():
     encoder = TinyViT(TEST_SIZES).requires_grad_(False)
     images = torch.randn(3, 3, 48, 48)
 

