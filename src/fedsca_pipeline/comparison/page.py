@@ -228,8 +228,8 @@ def _behaviour(behaviour: Behaviour, reference: str, picture: str) -> str:
     lines = [
         f"How {reference} behaved (means over seeds): the cosines between sites' updates are "
         f"{sum(others) / len(others):.3f} on average ({min(others):.3f} to {max(others):.3f}), so a site keeps "
-        f"{own.iloc[0]:.2f} of its own weights in round {own.index.min()} and {own[last]:.2f} in round {last}; local models "
-        f"lie {behaviour.spread.mean():.2f} updates from their mean. Mean update norms: "
+        f"{own.iloc[0]:.2f} of its own weights in round {own.index.min()} and {own[last]:.2f} in round {last}; local "
+        f"models lie {behaviour.spread.mean():.2f} updates from their mean. Mean update norms: "
         + ", ".join(f"{site} {norm:.2f}" for site, norm in norms.items())
         + ".",
         f"![Similarity of sites]({picture}/similarity.png)",

@@ -71,11 +71,10 @@ class FakeFleet:
 
 def server(fleet, folder: Path, **config) -> Server:
     strategy = config.pop("strategy", "fedsca")
+    options = {"share_decoder": False, "shared_blocks": "low"} if strategy == "fedavg" else {}
     return Server(
         fleet,
-        build_strategy(
-            strategy, {"share_decoder": False, "shared_blocks": "low"} if strategy == "fedavg" else {}, LAYOUT
-        ),
+        build_strategy(strategy, options, LAYOUT),
         LAYOUT,
         INITIAL,
         FederationConfig(**{"rounds": 3, "wire_dtype": "fp32", **config}),

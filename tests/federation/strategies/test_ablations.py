@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flat_layout import flat_layout
+from server_steps import flat_layout
 
 from fedsca_pipeline.federation.strategies import build_strategy, kernels
 from fedsca_pipeline.federation.strategies.rules import Phase

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
-from flat_layout import flat_layout
+from server_steps import flat_layout
 
 from fedsca_pipeline.data.arrays import known_classes
 from fedsca_pipeline.federation.strategies import build_strategy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from flat_layout import flat_layout
+from server_steps import flat_layout
 
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.federation.strategies.server_step import Replies, ServerState

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flat_layout import flat_layout
 from hypothesis import given
 from hypothesis import strategies as st
+from server_steps import flat_layout
 
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.federation.strategies.rules import LocalRule, Phase

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from flat_layout import flat_layout
+from server_steps import flat_layout
 
 from fedsca_pipeline.errors import ConfigError
 from fedsca_pipeline.federation.strategies import (

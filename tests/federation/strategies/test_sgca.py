@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flat_layout import flat_layout
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
+from server_steps import flat_layout
 
 from fedsca_pipeline.errors import ConfigError
 from fedsca_pipeline.federation.strategies import build_strategy, strategy_options

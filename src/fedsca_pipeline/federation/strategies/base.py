@@ -47,7 +47,7 @@ class Strategy:
         options: the method's parameters, an instance of ``Options``.
         layout: the model's tensors by their place: ``layout.adapters``, ``layout.decoder``, ``layout.shapes``, ...
 
-    A strategy of a few lines, and what two sites receive from it. Each site keeps half of its own model:
+    A strategy in which each site keeps half of its own model, and what two sites receive from it:
 
     >>> class Half(Strategy):
     ...     name = "half"
@@ -55,7 +55,7 @@ class Strategy:
     ...         return (torch.eye(len(prior)) + super().weights(similarity, partners, prior)) / 2
     >>> half = Half(StrategyOptions(), TensorLayout(blocks=(("adapter",),), decoder=(), shapes={"adapter": (2,)}))
     >>> updates = torch.tensor([[4.0, 0.0], [0.0, 4.0]])
-    >>> replies = Replies(1, ("north", "south"), bases=torch.zeros(2, 2), updates=updates, samples=torch.ones(2).double())
+    >>> replies = Replies(1, ("north", "south"), torch.zeros(2, 2), updates, samples=torch.ones(2).double())
     >>> state, result = half.aggregate(
     ...     ServerState.initial(n_sites=2, n_values=2, n_groups=1), replies,
     ...     sites=("north", "south"), initial=torch.zeros(2), max_norm_ratio=10.0,
@@ -90,15 +90,13 @@ class Strategy:
         return "samples"
 
     # Question 1: which tensors train?
-
     def trained(self) -> tuple[str, ...]:
         """Return the names of the tensors that train. Default: all adapters and the decoder."""
         return self.layout.efficient
 
     # Question 2: which tensors cross the wire?
-
     def shared(self) -> tuple[str, ...]:
-        """Return the trained tensors that cross the wire, in the order of the flat vector [V]. Default: all adapters."""
+        """Return the trained tensors that cross the wire, in the order of the vector [V]. Default: all adapters."""
         return self.layout.adapters
 
     def extra_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -115,7 +113,6 @@ class Strategy:
         return (slice(0, size),) if size else ()
 
     # Question 3: how does local training differ?
-
     def phases(self) -> tuple[Phase, ...]:
         """Return the phases of one round of local training. Default: one phase that trains everything."""
         return (Phase(self.trained()),)
@@ -125,7 +122,6 @@ class Strategy:
         return LocalRule(received, state)
 
     # Question 4: how does the server turn replies into aggregates? ``aggregate`` calls the other methods in this order.
-
     def aggregate(
         self,
         state: ServerState,
@@ -136,7 +132,7 @@ class Strategy:
         max_norm_ratio: float,
         out: Results | None = None,
     ) -> tuple[ServerState, Aggregation]:
-        """Return the new state and what each site receives (docs/method.md); the arguments do not change, except ``out``.
+        """Return the new state and what each site receives (docs/method.md). No argument changes, except ``out``.
 
         Args:
             state: the state after the last round, rows in the order of ``sites``.
@@ -219,7 +215,7 @@ class Strategy:
         return weights
 
     def partners(self, present: Tensor, moved: Tensor, known: Tensor) -> Tensor:
-        """Return which sites each site may be mixed from, [N, N] bool, rows receive. Default: those it can compare with.
+        """Return the sites that may be mixed for each site, [N, N] bool, rows receive. Default: those it resembles.
 
         ``present`` [N]: accepted this round; ``moved`` [N]: with an update that is not zero; ``known`` [N, N]: pairs
         with a similarity.
@@ -243,7 +239,7 @@ class Strategy:
         return mixed
 
     def general_model(self, state: ServerState, prior: Prior | None = None) -> Tensor:
-        """Return ``sum_j p_j theta_j`` [V] over the latest local models of every site that ever trained (docs/method.md).
+        """Return ``sum_j p_j theta_j`` [V], the mean of the latest local models of all sites that ever trained.
 
         ``prior`` None: the strategy's own. Raises NoValidSite if no site has trained yet.
         """

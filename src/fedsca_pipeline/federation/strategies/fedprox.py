@@ -38,14 +38,14 @@ class FedProx(FedAvg):
 
 
 class ProximalRule(LocalRule):
-    """Adds ``mu / 2 |theta - received|^2`` over the tensors that are both received and trained; ``mu`` 0 adds nothing."""
+    """Adds ``mu / 2 |theta - received|^2`` over the tensors that are both received and trained."""
 
     def __init__(self, received: Mapping[str, Tensor], state: Mapping[str, Tensor], mu: float) -> None:
         super().__init__(received, state)
         self.mu = mu
 
     def penalty(self, parameters: Mapping[str, Tensor], phase: Phase) -> Tensor | None:
-        """Return the term, a scalar; None if no tensor is both received and trained."""
+        """Return the term, a scalar; None if ``mu`` is 0 or no tensor is both received and trained."""
         common = sorted(parameters.keys() & self.received.keys())
         if not self.mu or not common:
             return None

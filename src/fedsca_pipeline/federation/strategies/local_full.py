@@ -8,7 +8,7 @@ from fedsca_pipeline.federation.strategies.local import Local
 
 
 class LocalFull(Local):
-    """Every site trains alone, without adapters: they are attached as always, but stay at their start without effect."""
+    """Every site trains alone; adapters are attached as always, but stay at their start, which has no effect."""
 
     name: ClassVar[str] = "local_full"
 

@@ -1,7 +1,7 @@
 """pFedGraph: a collaboration graph, inferred each round from the directions in which the sites' models have moved.
 
 Ye et al., *Personalized Federated Learning with Inferred Collaboration Graphs*, ICML 2023: the graph's rows solve
-``min_w alpha |w - p|^2 - <w, c>`` on the simplex, where c are the cosines of ``theta - theta_0``, and a local step pulls
+``min_w alpha |w - p|^2 - <w, c>`` on the simplex, where c are the cosines of ``theta - theta_0``. A local step pulls
 towards the direction of the aggregate (the paper's equation; the published code has the opposite sign).
 """
 
@@ -60,7 +60,7 @@ class DirectionRule(LocalRule):
         self.pull = pull
 
     def penalty(self, parameters: Mapping[str, Tensor], phase: Phase) -> Tensor | None:
-        """Return the term, a scalar; None if no tensor is both received and trained."""
+        """Return the term, a scalar; None if ``pull`` is 0 or no tensor is both received and trained."""
         common = sorted(parameters.keys() & self.received.keys())
         if not self.pull or not common:
             return None

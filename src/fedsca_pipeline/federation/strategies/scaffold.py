@@ -1,8 +1,8 @@
 """SCAFFOLD: control variates correct the drift of local steps.
 
 Karimireddy et al., *SCAFFOLD: Stochastic Controlled Averaging for Federated Learning*, ICML 2020, algorithm 1. A site's
-new control is the mean of its uncorrected gradients: with plain SGD that is exactly the paper's option II, whose ``(x - y) /
-(K eta)`` has no meaning after steps of AdamW.
+new control is the mean of its uncorrected gradients. With plain SGD that is exactly the paper's option II, whose
+``(x - y) / (K eta)`` has no meaning after steps of AdamW.
 """
 
 from __future__ import annotations

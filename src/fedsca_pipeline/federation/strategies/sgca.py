@@ -118,7 +118,7 @@ def remember(memory: Tensor, similarity: Tensor, rows: Tensor) -> Tensor:
 def gate_weights(similarity: Tensor, partners: Tensor, prior: Tensor, options: FedScaOptions) -> Tensor:
     """Return the prior over the sites that are nearly as similar as the best one: gate and trust (docs/method.md).
 
-    It uses c_ij / b_i instead of c_ij, which only scales a row of g and leaves A unchanged, so that no b_i is too small.
+    It uses c_ij / b_i instead of c_ij, so that no b_i is too small; this scales a row of g and leaves A unchanged.
     """
     itself = torch.eye(len(partners), dtype=torch.bool)
     similarity = similarity.masked_fill(~partners | itself, 0.0)

@@ -1,4 +1,4 @@
-"""Strategies that share whole blocks: options for the blocks, the decoder, the prior and the merging of LoRA factors."""
+"""Strategies that share whole blocks: options for blocks, decoder, prior and the merging of LoRA factors."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SHARE_DECODER_HELP = (
 )
 PRIOR_HELP = "samples (in proportion to the number of training images) or uniform"
 LORA_MERGE_HELP = (
-    "for adapters.method lora: a_only (only A crosses the wire), svd (products B A are mixed and reduced to the rank) or "
-    "naive (A and B are mixed separately, which differs from mixing their products)"
+    "for adapters.method lora: a_only (only A crosses the wire), svd (products B A are mixed and reduced to the rank) "
+    "or naive (A and B are mixed separately, which differs from mixing their products)"
 )
 
 _NAMED_BLOCKS: Mapping[str, Callable[[int], range]] = MappingProxyType(
