@@ -1,4 +1,4 @@
-"""FedSCA's ablations that are not of its weighting: weights compared, a pull of local steps, LAT without SGCA."""
+"""FedSCA's ablations apart from its weighting: comparing weights, a pull of local steps, LAT without SGCA."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def aggregate(options, seed=0):
 
 @pytest.mark.parametrize("columns", [3, 1 << 17])
 @pytest.mark.parametrize("compare", ["updates", "weights"])
-def test_the_similarities_are_cosines_of_what_is_compared_in_each_group(compare, columns, monkeypatch):
+def test_similarities_are_cosines_of_updates_or_weights_in_each_group(compare, columns, monkeypatch):
     monkeypatch.setattr(kernels, "_COLUMNS", columns)
 
     found, bases, updates = aggregate({"compare": compare})
@@ -42,7 +42,7 @@ def test_the_similarities_are_cosines_of_what_is_compared_in_each_group(compare,
         torch.testing.assert_close(similarity, expected, atol=1e-6, rtol=1e-6)
 
 
-def test_mu_holds_local_steps_near_the_aggregate_over_what_is_shared():
+def test_mu_pulls_the_shared_tensors_to_the_aggregate():
     trained = {"low": torch.tensor([1.0, 3.0]), "private": torch.ones(2)}
 
     rule = build_strategy("fedsca", {"mu": 0.5}, flat_layout()).local_rule({"low": torch.tensor([0.0, 1.0])}, {})
@@ -52,14 +52,14 @@ def test_mu_holds_local_steps_near_the_aggregate_over_what_is_shared():
     assert plain.penalty(trained, Phase(tuple(trained))) is None
 
 
-def test_mu_changes_a_run_and_is_zero_unless_told(federate):
+def test_mu_changes_a_run_and_defaults_to_zero(federate):
     plain, zero, held = (federate("fedsca", options).bits() for options in ({}, {"mu": 0.0}, {"mu": 100.0}))
 
     assert all(torch.equal(plain[key], zero[key]) for key in plain)
     assert any(not torch.equal(plain[key], held[key]) for key in plain)
 
 
-def test_fedavg_low_sends_what_fedsca_sends_and_is_fedavg_of_it(federate, make_layout):
+def test_fedavg_low_is_fedavg_of_the_tensors_that_fedsca_sends(federate, make_layout):
     layout = make_layout()
     low, fedsca = (build_strategy(name, {}, layout) for name in ("fedavg_low", "fedsca"))
 
@@ -69,7 +69,7 @@ def test_fedavg_low_sends_what_fedsca_sends_and_is_fedavg_of_it(federate, make_l
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_server_step_lengthens_every_update_by_as_much():
+def test_step_multiplies_every_update():
     found, bases, updates = aggregate({"weighting": "uniform", "step": 2.0})
 
     torch.testing.assert_close(found.aggregates, (bases + 2 * updates).mean(dim=0).expand(3, -1))

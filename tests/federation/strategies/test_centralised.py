@@ -1,4 +1,4 @@
-"""Centralised training: who may, and on what."""
+"""Centralised training: permission, and the pooled data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_no_other_strategy_pools():
     assert {name for name in STRATEGIES if strategy_class(name).pools} == {"centralised"}
 
 
-def test_pooled_rows_are_counted_through_the_sites(sites):
+def test_pooled_rows_number_the_images_of_all_sites(sites):
     pooled = PooledData(sites)[POOLED]
 
     assert pooled.rows("train").tolist() == [0, 1, 2, 6, 7, 8, 9]
@@ -41,7 +41,7 @@ def test_pooled_rows_are_counted_through_the_sites(sites):
     assert pooled.rows("train").dtype == np.int64
 
 
-def test_pooled_names_go_with_the_rows(sites):
+def test_pooled_names_match_the_rows(sites):
     pooled = PooledData(sites)[POOLED]
 
     for split in ("train", "validation", "test"):
@@ -49,7 +49,7 @@ def test_pooled_names_go_with_the_rows(sites):
         assert len(pooled.names(split)) == len(pooled.rows(split))
 
 
-def test_pooled_batches_are_the_sites_own_in_any_order(sites):
+def test_pooled_batches_hold_the_images_of_the_sites_in_any_order(sites):
     pooled = PooledData(sites)[POOLED]
 
     found = pooled.batch([12, 0, 5, 6, 0])
@@ -61,16 +61,16 @@ def test_pooled_batches_are_the_sites_own_in_any_order(sites):
 
 
 @pytest.mark.parametrize("rows", [[], [13], [-1], [0, 99]])
-def test_rows_that_nobody_has_are_refused(rows, sites):
+def test_rows_that_no_site_has_are_refused(rows, sites):
     with pytest.raises(IndexError):
         PooledData(sites)[POOLED].batch(rows)
 
 
-def test_a_pool_of_no_site_has_no_row():
+def test_a_pool_without_sites_is_empty():
     assert PooledArrays([], []).rows("train").tolist() == []
 
 
-def test_there_is_one_pooled_site_and_no_other(sites):
+def test_the_pooled_site_is_the_only_one(sites):
     pooled = PooledData(sites)
 
     assert (list(pooled), len(pooled)) == ([POOLED], 1)
@@ -78,13 +78,13 @@ def test_there_is_one_pooled_site_and_no_other(sites):
         pooled["a"]
 
 
-def test_the_order_of_the_sites_is_that_of_their_names(sites):
+def test_sites_are_pooled_in_the_order_of_their_names(sites):
     backwards = PooledData(dict(reversed(sites.items())))[POOLED]
 
     assert backwards.rows("train").tolist() == PooledData(sites)[POOLED].rows("train").tolist()
 
 
-def test_other_splits_hold_the_named_rows_and_no_others(sites):
+def test_new_splits_hold_exactly_the_named_rows(sites):
     site = sites["a"]
 
     found = site.with_splits({"train": [4], "test": [0, 5]})
@@ -97,7 +97,7 @@ def test_other_splits_hold_the_named_rows_and_no_others(sites):
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(None, None), (5, 15)])
-def test_a_pooled_site_does_the_steps_of_all(steps, expected):
+def test_a_pooled_site_does_the_steps_of_all_sites(steps, expected):
     found = TrainingConfig(steps_per_round=steps, local_epochs=2).times(3)
 
     assert found.steps_per_round == expected
@@ -115,7 +115,7 @@ def test_a_run_trains_one_model_on_every_image_and_sends_nothing(sites, federate
     assert any(not torch.equal(t, run.worker.initial[n]) for n, t in run.last(POOLED).items())
 
 
-def test_a_pool_of_one_site_is_that_site_alone_but_for_its_name(sites, federate):
+def test_a_pool_of_one_site_trains_like_that_site_alone(sites, federate):
     def rename(worker):
         way = worker._way
         worker._way = lambda site, *rest: way("a", *rest)

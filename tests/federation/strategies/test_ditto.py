@@ -19,8 +19,8 @@ def distance(one, other):
     return sum((one[name] - other[name]).square().sum() for name in other) ** 0.5
 
 
-def behind_the_first_phase(worker):
-    """Let a worker's rounds begin with the batches that come behind those of a first phase."""
+def after_the_first_phase(worker):
+    """Start a worker's rounds with the batches that follow those of a first phase."""
     made = worker._way
 
     def later(*arguments):
@@ -32,7 +32,7 @@ def behind_the_first_phase(worker):
     worker._way = later
 
 
-def test_the_second_of_two_phases_is_personal_and_as_long(make_layout):
+def test_the_second_of_two_equally_long_phases_is_personal(make_layout):
     layout = make_layout()
 
     assert build_strategy("ditto", {}, layout).phases() == (
@@ -41,7 +41,7 @@ def test_the_second_of_two_phases_is_personal_and_as_long(make_layout):
     )
 
 
-def test_the_pull_is_half_lambda_times_the_squared_distance_in_the_personal_phase_alone():
+def test_only_in_the_personal_phase_the_pull_is_half_lambda_times_the_squared_distance():
     rule = build_strategy("ditto", {"pull": 3.0}, flat_layout()).local_rule({"x": torch.tensor([1.0, 1.0])}, {})
     parameters = {"x": torch.tensor([2.0, -1.0])}
 
@@ -60,7 +60,7 @@ def test_the_global_model_is_fedavgs_bit_for_bit(wire_dtype, federate):
     assert torch.equal(ditto.checkpoint().aggregates, fedavg.checkpoint().aggregates)
 
 
-def test_a_site_is_judged_by_its_personal_copy(federate):
+def test_validation_uses_the_personal_copy(federate):
     run = federate("ditto")
     state, last = run.store("a").state_at(8), run.last("a")
 
@@ -73,9 +73,9 @@ def test_a_site_is_judged_by_its_personal_copy(federate):
     assert run.records[-1].sites["a"].dice_validation == run.worker._validate(batches, known)
 
 
-def test_without_a_pull_the_personal_copy_is_a_model_that_trains_alone(federate):
+def test_without_a_pull_the_personal_copy_trains_like_a_local_model(federate):
     ditto = federate("ditto", {"pull": 0.0})
-    alone = federate("local", change=behind_the_first_phase)
+    alone = federate("local", change=after_the_first_phase)
 
     for site in "ab":
         personal, own = ditto.last(site), alone.last(site)
@@ -83,7 +83,7 @@ def test_without_a_pull_the_personal_copy_is_a_model_that_trains_alone(federate)
         assert all(torch.equal(tensor, own[name]) for name, tensor in personal.items())
 
 
-def test_a_strong_pull_keeps_the_personal_copy_near_what_was_received(federate):
+def test_a_strong_pull_keeps_the_personal_copy_near_the_received_model(federate):
     def gap(pull):
         run = federate("ditto", {"pull": pull}, rounds=1, local_epochs=10)
         return distance(run.store("a").state_at(1).personal, run.sent[1, "a"].tensors)
@@ -91,14 +91,14 @@ def test_a_strong_pull_keeps_the_personal_copy_near_what_was_received(federate):
     assert 0 < gap(1e4) < gap(0.0) / 3
 
 
-def test_the_steps_told_are_those_of_the_global_model(federate):
+def test_the_reported_steps_are_those_of_the_global_model(federate):
     metrics = federate("ditto", rounds=1).replies[1, "a"].manifest.metrics
 
     assert metrics["steps"] == STEPS
 
 
-def test_a_site_that_was_absent_goes_on_from_its_own_copy(federate):
+def test_an_absent_site_resumes_from_its_personal_copy(federate):
     run = federate("ditto", {"pull": 0.0}, rounds=3, absent={"b": [2]})
-    alone = federate("local", rounds=3, absent={"b": [2]}, change=behind_the_first_phase)
+    alone = federate("local", rounds=3, absent={"b": [2]}, change=after_the_first_phase)
 
     assert all(torch.equal(tensor, alone.last("b")[name]) for name, tensor in run.last("b").items())

@@ -1,4 +1,4 @@
-"""What holds for every registered strategy: its answers fit together, and a run of it ends well, twice the same."""
+"""Properties of every registered strategy: consistent answers, and runs that finish and repeat bit for bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def adapters_of(name: str) -> AdaptersConfig | None:
 
 
 @every_strategy
-def test_its_answers_fit_together(name, make_layout):
+def test_its_answers_are_consistent(name, make_layout):
     layout = make_layout(adapters_of(name))
     strategy = build_strategy(name, OPTIONS.get(name, {}), layout)
     shared, trained = strategy.shared(), strategy.trained()
@@ -40,7 +40,7 @@ def test_its_answers_fit_together(name, make_layout):
 
 
 @every_strategy
-def test_its_options_as_a_result_tells_them_make_the_same_strategy(name):
+def test_options_read_back_from_a_result_are_the_same(name):
     options = strategy_options(name, OPTIONS.get(name, {}))
 
     again = strategy_options(name, options.model_dump(mode="json", exclude_defaults=True))
@@ -48,8 +48,8 @@ def test_its_options_as_a_result_tells_them_make_the_same_strategy(name):
     assert again == options
 
 
-# What trains, what travels, of the layout's parts.
-TRAVELS = {
+# Parts of the layout that train, and parts that cross the wire.
+TRAINED_AND_SHARED = {
     "fedsca": ("adapters decoder", "low"),
     "local": ("adapters decoder", ""),
     "local_full": ("encoder decoder", ""),
@@ -73,7 +73,7 @@ TRAVELS = {
 
 
 @every_strategy
-def test_what_trains_and_what_travels_by_default(name, make_layout):
+def test_the_default_parts_train_and_cross_the_wire(name, make_layout):
     layout = make_layout(adapters_of(name))
     strategy = build_strategy(name, {}, layout)
     parts = {
@@ -89,14 +89,14 @@ def test_what_trains_and_what_travels_by_default(name, make_layout):
 
     found = strategy.trained(), strategy.shared()
 
-    for names, expected in zip(found, TRAVELS[name], strict=True):
+    for names, expected in zip(found, TRAINED_AND_SHARED[name], strict=True):
         assert set(names) == {n for part in expected.split() for n in parts[part]}
         assert len(names) == len(set(names))
 
 
 @every_strategy
 @pytest.mark.parametrize("wire_dtype", ["fp16", "int8"])
-def test_two_rounds_with_a_site_absent_in_the_second_end_well_and_twice_the_same(name, wire_dtype, federate, make_site):
+def test_two_rounds_with_an_absent_site_finish_and_repeat_bit_for_bit(name, wire_dtype, federate, make_site):
     data, absent = {site: make_site(site, seed) for seed, site in enumerate("ab")}, {"b": [2]}
     if strategy_class(name).pools:
         data, absent = PooledData(data), {}

@@ -1,4 +1,4 @@
-"""FedAMP and pFedGraph: whom a site receives from, by the weights themselves or by how far they have gone."""
+"""FedAMP and pFedGraph: similarities of the weights or of their distances from the start."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ both = pytest.mark.parametrize("name", ["fedamp", "pfedgraph"])
 
 @st.composite
 def rounds(draw, least=1, most=5):
-    """Replies of whole numbers: ties, equal and zero updates are common."""
+    """Draw replies of whole numbers, so that ties, equal and zero updates are common."""
     count, values = draw(st.integers(least, most)), draw(st.integers(1, 4))
     row = st.lists(st.integers(-3, 3).map(float), min_size=values, max_size=values)
     rows = st.lists(row, min_size=count, max_size=count)
@@ -78,7 +78,7 @@ class TestLaws:
 
     @both
     @given(drawn=rounds())
-    def test_what_a_site_receives_is_the_sum_of_the_weights_by_its_row(self, name, drawn):
+    def test_an_aggregate_is_the_sum_of_the_local_models_by_the_row_of_weights(self, name, drawn):
         replies, initial = drawn
 
         found = aggregate(name, replies, initial)
@@ -87,7 +87,7 @@ class TestLaws:
         torch.testing.assert_close(found.aggregates.double(), found.weights[0] @ theta, atol=1e-5, rtol=1e-5)
 
     @both
-    def test_a_lone_site_receives_its_own(self, name):
+    def test_a_single_site_receives_its_own_model(self, name):
         replies, initial = drawn(count=1)
 
         assert aggregate(name, replies, initial).weights.tolist() == [[[1.0]]]
@@ -137,7 +137,7 @@ class TestSimilarity:
 
 class TestFedAmp:
     @given(drawn=rounds(least=2), own=st.floats(0, 1), temperature=st.floats(0.05, 10))
-    def test_the_others_share_what_is_left_by_a_softmax_of_their_cosines(self, drawn, own, temperature):
+    def test_a_softmax_of_the_cosines_divides_the_rest_among_the_others(self, drawn, own, temperature):
         replies, initial = drawn
         assume(replies.updates.any(dim=1).all())
         options = {"self_weight": own, "temperature": temperature}
@@ -148,7 +148,7 @@ class TestFedAmp:
         expected = own * torch.eye(len(others)) + (1 - own) * others.softmax(dim=1)
         torch.testing.assert_close(found.weights[0], expected)
 
-    def test_a_local_step_is_held_near_the_mix(self):
+    def test_local_steps_are_pulled_to_the_mix(self):
         rule = build_strategy("fedamp", {"mu": 2.0}, flat_layout()).local_rule({"x": torch.zeros(2)}, {})
 
         assert rule.penalty({"x": torch.tensor([1.0, 2.0])}, Phase(("x",))).item() == 5.0
@@ -182,7 +182,7 @@ class TestPFedGraph:
         torch.testing.assert_close(found.weights[0], (replies.samples / 100).repeat(4, 1), atol=1e-5, rtol=1e-5)
 
     @given(seed=st.integers(0, 999), pull=st.floats(1e-3, 10))
-    def test_the_local_term_is_minus_lambda_times_the_cosine_with_what_was_received(self, seed, pull):
+    def test_the_local_term_is_minus_lambda_times_the_cosine_with_the_received_tensors(self, seed, pull):
         draw = torch.Generator().manual_seed(seed)
         mine = {n: torch.randn(2, 3, generator=draw).double().requires_grad_() for n in ("x", "y", "own")}
         theirs = {n: torch.randn(2, 3, generator=draw).double() for n in ("y", "x", "not trained")}
@@ -201,7 +201,7 @@ class TestPFedGraph:
         torch.testing.assert_close(torch.cat([mine[n].grad.flatten() for n in ("x", "y")]), gradient)
         assert mine["own"].grad is None
 
-    def test_there_is_no_term_where_the_pull_is_zero_or_nothing_is_common(self):
+    def test_there_is_no_term_if_the_pull_is_zero_or_no_tensor_is_common(self):
         x = {"x": torch.ones(2)}
 
         assert (
@@ -214,7 +214,7 @@ class TestPFedGraph:
             is None
         )
 
-    def test_at_the_start_of_a_round_the_term_pulls_nowhere(self):
+    def test_at_the_start_of_a_round_the_term_has_no_gradient(self):
         x = torch.tensor([3.0, -4.0], requires_grad=True)
 
         build_strategy("pfedgraph", {}, flat_layout()).local_rule({"x": x.detach()}, {}).penalty(

@@ -1,4 +1,4 @@
-"""FedAvg: one average for everybody."""
+"""FedAvg: one average for every site."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_site_receives_the_average_weighted_by_training_images():
     assert found.weights.tolist() == [[[0.75, 0.25], [0.75, 0.25]]]
 
 
-def test_absent_sites_receive_this_rounds_average_and_are_not_in_it():
+def test_absent_sites_receive_this_rounds_average_without_being_in_it():
     fedavg = build_strategy("fedavg", {"prior": "uniform"}, flat_layout(2))
     state, _ = aggregate(fedavg, ServerState.initial(3, 2, 1), SITES, [[1.0, 1.0]] * 3, [1, 1, 1])
 
@@ -37,7 +37,7 @@ def test_absent_sites_receive_this_rounds_average_and_are_not_in_it():
     torch.testing.assert_close(fedavg.general_model(state), state.local_models.mean(dim=0))
 
 
-def test_a_site_that_did_not_move_counts_as_any_other():
+def test_a_zero_update_counts_like_any_other():
     _, found = aggregate(
         build_strategy("fedavg", {}, flat_layout(2)),
         ServerState.initial(3, 2, 1),
@@ -49,7 +49,7 @@ def test_a_site_that_did_not_move_counts_as_any_other():
     assert found.aggregates.tolist() == [[2.0, 3.0]] * 3
 
 
-def test_it_shares_all_adapters_and_the_decoder_unless_told_otherwise():
+def test_it_shares_all_adapters_and_the_decoder_by_default():
     layout = TensorLayout((("x",), ("y",)), ("d",), {"x": (2,), "y": (3,), "d": (4,)})
 
     assert build_strategy("fedavg", {}, layout).shared() == ("x", "y", "d")

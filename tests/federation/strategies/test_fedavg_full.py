@@ -25,7 +25,7 @@ def save(run, folder, tensors, foundation_names):
     save_site_model(folder, run.worker.model, tensors, card, foundation_names)
 
 
-def test_the_foundation_trains_and_travels_whole(make_layout):
+def test_the_whole_foundation_trains_and_crosses_the_wire(make_layout):
     layout = make_layout()
     strategy = build_strategy("fedavg_full", {}, layout)
 
@@ -35,7 +35,7 @@ def test_the_foundation_trains_and_travels_whole(make_layout):
 
 
 @pytest.mark.parametrize("adapters", [None, LORA], ids=["fel", "lora"])
-def test_after_a_run_the_foundation_has_moved_and_adapters_still_do_nothing(adapters, federate, make_worker):
+def test_after_a_run_the_foundation_has_moved_and_adapters_have_no_effect(adapters, federate, make_worker):
     run = federate("fedavg_full", adapters=adapters)
     fresh = dict(make_worker("fedavg", adapters=adapters).model.named_parameters())
     now = dict(run.worker.model.named_parameters())
@@ -52,7 +52,7 @@ def test_after_a_run_the_foundation_has_moved_and_adapters_still_do_nothing(adap
     assert torch.equal(adapted, plain)
 
 
-def test_nothing_is_frozen_before_it_so_features_are_pixels_and_are_not_kept(federate):
+def test_without_a_frozen_prefix_features_are_pixels_and_are_not_stored(federate):
     run = federate("fedavg_full", rounds=1, cache_bytes=10**8)
     split, model = run.worker.split, run.worker.model
     images = torch.randint(0, 256, (2, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(1))
@@ -74,7 +74,7 @@ def test_gradients_reach_the_first_tensor_of_the_encoder(make_worker, make_layou
     assert worker.parameters[make_layout().encoder[0]].grad.any()
 
 
-def test_a_saved_site_model_keeps_what_was_trained_of_the_encoder(federate, tmp_path):
+def test_a_saved_site_model_holds_the_trained_encoder(federate, tmp_path):
     run = federate("fedavg_full")
     last = run.last("a")
 
@@ -87,7 +87,7 @@ def test_a_saved_site_model_keeps_what_was_trained_of_the_encoder(federate, tmp_
     assert all(torch.equal(found[name], tensor) for name, tensor in last.items())
 
 
-def test_norms_that_fedbn_trains_are_kept_too(federate, tmp_path):
+def test_a_saved_site_model_holds_the_norms_that_fedbn_trains(federate, tmp_path):
     run = federate("fedbn", rounds=1)
 
     save(run, tmp_path / "a", run.last("a"), run.layout.encoder)
@@ -96,7 +96,7 @@ def test_norms_that_fedbn_trains_are_kept_too(federate, tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in run.last("a").items())
 
 
-def test_a_model_whose_encoder_nobody_trained_has_no_file_of_it_and_none_of_the_one_before(federate, tmp_path):
+def test_without_a_trained_encoder_its_file_is_removed(federate, tmp_path):
     run = federate("fedavg_full", rounds=1)
     save(run, tmp_path / "a", run.last("a"), run.layout.encoder)
 

@@ -1,4 +1,4 @@
-"""FedBN: norms train and stay, everything else is averaged."""
+"""FedBN: norms train and stay at the site; everything else is averaged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedsca_pipeline.config import AdaptersConfig
 from fedsca_pipeline.federation.strategies import build_strategy
 
 
-def test_norms_train_and_do_not_travel(make_layout):
+def test_norms_train_and_stay_at_the_site(make_layout):
     layout = make_layout()
     fedbn = build_strategy("fedbn", {}, layout)
     in_decoder = set(layout.norms) & set(layout.decoder)
@@ -21,7 +21,7 @@ def test_norms_train_and_do_not_travel(make_layout):
     assert set(fedbn.shared()) == set(layout.efficient) - in_decoder
 
 
-def test_every_norm_of_the_model_is_one(make_worker, make_layout):
+def test_the_layout_lists_every_norm_of_the_model(make_worker, make_layout):
     norms = {
         f"{path}.{name}"
         for path, module in make_worker("fedbn").model.named_modules()
@@ -33,7 +33,7 @@ def test_every_norm_of_the_model_is_one(make_worker, make_layout):
     assert set(make_layout().norms) == norms
 
 
-def test_norms_that_the_adapters_train_too_are_trained_once_and_stay(make_layout):
+def test_norms_among_the_adapters_are_trained_once_and_stay_at_the_site(make_layout):
     layout = make_layout(AdaptersConfig(method="lora", options={"r": 2, "modules_to_save": ["norm"]}))
     fedbn = build_strategy("fedbn", {}, layout)
     trained, shared = fedbn.trained(), fedbn.shared()
@@ -43,7 +43,7 @@ def test_norms_that_the_adapters_train_too_are_trained_once_and_stay(make_layout
     assert not set(shared) & set(layout.norms)
 
 
-def test_after_a_run_norms_differ_between_sites_and_all_that_is_shared_is_equal(federate):
+def test_after_a_run_norms_differ_between_sites_and_shared_tensors_are_equal(federate):
     run = federate("fedbn")
     one, other = run.last("a"), run.last("b")
     shared, norms = run.worker.strategy.shared(), set(run.layout.norms)
@@ -56,7 +56,7 @@ def test_after_a_run_norms_differ_between_sites_and_all_that_is_shared_is_equal(
     assert all(not torch.equal(one[name], run.worker.initial[name]) for name in differ)
 
 
-def test_the_frozen_part_ends_before_the_first_norm_that_trains(make_worker):
+def test_the_frozen_prefix_ends_before_the_first_norm_that_trains(make_worker):
     adapters = AdaptersConfig(method="lora", options={"r": 2, "target_modules": ["layers.3.blocks.0.attn.qkv"]})
     plain, norms = (make_worker(name, adapters=adapters) for name in ("fedavg", "fedbn"))
 

@@ -46,7 +46,7 @@ def test_equal_steps_are_fedavg_bit_for_bit(seed, steps, samples):
     assert torch.equal(nova.aggregates, average.aggregates)
 
 
-def test_steps_that_nobody_told_are_equal_steps():
+def test_unknown_steps_count_as_equal_steps():
     nova, _ = aggregate(build_strategy("fednova", {}, LAYOUT), None, [1, 2, 3, 4])
     average, _ = aggregate(build_strategy("fedavg", {}, LAYOUT), None, [1, 2, 3, 4])
 
@@ -70,7 +70,7 @@ def test_the_closed_form_with_unequal_steps_and_samples(prior, data, seed, size)
 
 
 @given(steps=st.lists(counts, min_size=4, max_size=4), samples=st.lists(counts, min_size=4, max_size=4))
-def test_sites_that_go_the_same_way_a_step_move_all_by_the_mean_number_of_steps(steps, samples):
+def test_sites_with_the_same_step_move_by_the_mean_number_of_steps(steps, samples):
     way = torch.tensor([1.0, -2.0, 0.5, 0.0, 4.0])
     updates = torch.tensor(steps, dtype=torch.float32)[:, None] * way
 
@@ -83,7 +83,7 @@ def test_sites_that_go_the_same_way_a_step_move_all_by_the_mean_number_of_steps(
 
 
 @pytest.mark.parametrize("steps", [0.0, -1.0, 0.5, float("nan"), float("inf")])
-def test_a_site_that_tells_no_number_of_steps_is_rejected_and_harms_nobody(steps):
+def test_a_site_with_an_unusable_number_of_steps_is_rejected_alone(steps):
     found, _ = aggregate(build_strategy("fednova", {}, LAYOUT), [3.0, steps, 3.0, 3.0], [1, 1, 1, 1])
 
     assert found.accepted == ("a", "c", "d")

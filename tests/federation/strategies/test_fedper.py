@@ -1,4 +1,4 @@
-"""FedPer and FedRep: a shared body, a private head, trained together or in turn."""
+"""FedPer and FedRep: a shared body and a private head, trained together or one after the other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedsca_pipeline.federation.strategies.rules import Phase
 
 
 @pytest.mark.parametrize("name", ["fedper", "fedrep"])
-def test_the_adapters_travel_and_the_decoder_stays(name, make_layout):
+def test_adapters_are_shared_and_the_decoder_is_private(name, make_layout):
     layout = make_layout()
     strategy = build_strategy(name, {}, layout)
 
@@ -48,14 +48,14 @@ def test_fedrep_trains_the_head_then_the_body(make_layout):
     [({"shared_blocks": "none"}, "efficient"), ({"share_decoder": True}, "efficient")],
     ids=["no body", "no head"],
 )
-def test_with_nothing_private_or_nothing_shared_there_is_one_whole_phase(options, part, make_layout):
+def test_without_private_or_without_shared_tensors_one_phase_has_all_steps(options, part, make_layout):
     layout = make_layout()
 
     assert build_strategy("fedrep", options, layout).phases() == (Phase(getattr(layout, part), 1.0),)
 
 
 @pytest.mark.parametrize(("head_share", "head", "body"), [(0.5, 4, 4), (0.25, 2, 6), (0.01, 1, 8), (0.99, 8, 1)])
-def test_in_its_phase_nothing_else_moves_and_the_numbers_of_steps_are_the_shares(head_share, head, body, federate):
+def test_a_phase_moves_only_its_tensors_and_has_its_share_of_steps(head_share, head, body, federate):
     seen = []
 
     def watch(worker):
@@ -83,7 +83,7 @@ def test_in_its_phase_nothing_else_moves_and_the_numbers_of_steps_are_the_shares
     assert run.replies[1, "a"].manifest.metrics["steps"] == head + body
 
 
-def test_the_head_trains_on_the_body_as_received_and_the_body_on_the_new_head(federate):
+def test_the_head_trains_on_the_received_body_and_the_body_on_the_new_head(federate):
     run = federate("fedrep", rounds=1, steps_per_round=4)
 
     private = run.store("a").state_at(1).private

@@ -1,4 +1,4 @@
-"""FedProx: the proximal term's closed form, and what it does to a run."""
+"""FedProx: closed form of the proximal term, and its effect on a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_term_is_half_mu_times_the_squared_distance_and_its_gradient_mu_time
     assert trained["y"].grad is None
 
 
-def test_there_is_no_term_where_mu_is_zero_or_nothing_is_both_received_and_trained():
+def test_there_is_no_term_if_mu_is_zero_or_no_tensor_is_both_received_and_trained():
     trained = parameters(x=[1.0], y=[1.0])
 
     assert (
@@ -68,7 +68,7 @@ def test_a_large_mu_keeps_updates_small(federate):
     assert 0 < held < plain / 3
 
 
-def test_the_logged_loss_is_finite_and_holds_the_term(federate):
+def test_the_logged_loss_is_finite_and_includes_the_term(federate):
     def loss(mu):
         return federate("fedprox", {"mu": mu}, rounds=1).records[0].sites["a"].loss
 

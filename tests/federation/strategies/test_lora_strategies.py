@@ -1,4 +1,4 @@
-"""FedSA-LoRA, FFA-LoRA and FLAP-SAM: which factors train and travel, and what their averages are of."""
+"""FedSA-LoRA, FFA-LoRA and FLAP-SAM: which factors train, which are shared, and their averages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SITES = ("a", "b", "c")
 
 
 def aggregate(name, thetas, samples):
-    """Return what every site receives, one vector; ``thetas`` [3, V] in the order of the strategy's wire."""
+    """Return the vector that every site receives; ``thetas`` [3, V] are in the order of the strategy's wire."""
     strategy = build_strategy(name, {}, LAYOUT)
     replies = Replies(1, SITES, torch.zeros_like(thetas), thetas, torch.tensor(samples).double())
     _, found = strategy.aggregate(
@@ -44,7 +44,7 @@ def aggregate(name, thetas, samples):
         ("flap_sam", (A, B, "d"), (A, B)),
     ],
 )
-def test_which_factors_train_and_which_travel(name, trained, shared):
+def test_which_factors_train_and_which_are_shared(name, trained, shared):
     strategy, whole = build_strategy(name, {}, LAYOUT), build_strategy(name, {"share_decoder": True}, LAYOUT)
 
     assert strategy.trained() == trained
@@ -54,21 +54,21 @@ def test_which_factors_train_and_which_travel(name, trained, shared):
 
 @every
 @pytest.mark.parametrize("method", ["fel", "ia3"])
-def test_other_adapters_are_refused_with_both_keys_named(name, method):
+def test_refusing_other_adapters_names_both_keys(name, method):
     with pytest.raises(ConfigError, match=rf"federation\.strategy {name} needs adapters\.method lora.*{method!r}"):
         strategy_class(name).check_use(strategy_options(name, {}), method)
     strategy_class(name).check_use(strategy_options(name, {}), "LoRA")
 
 
 @pytest.mark.parametrize("method", ["fel", "lora"])
-def test_no_other_strategy_minds_the_adapters(method):
+def test_all_other_strategies_accept_any_adapters(method):
     for name in set(STRATEGIES) - set(FOR_LORA):
         options = strategy_options(name, {"allow_pooling": True} if name == "centralised" else {})
         strategy_class(name).check_use(options, method)
 
 
 @every
-def test_how_factors_are_merged_is_no_option_of_theirs(name):
+def test_they_have_no_option_for_merging_factors(name):
     with pytest.raises(ConfigError, match=rf"strategies\.{name}\.lora_merge is no option"):
         strategy_options(name, {"lora_merge": "svd"})
 
@@ -109,7 +109,7 @@ def test_fedsa_averages_a():
 
 
 @every
-def test_after_a_run_what_travels_is_equal_and_what_stays_is_not(name, federate):
+def test_after_a_run_shared_factors_are_equal_and_private_ones_are_not(name, federate):
     run = federate(name, adapters=LORA)
     one, other = run.last("a"), run.last("b")
     shared = run.worker.strategy.shared()
@@ -122,7 +122,7 @@ def test_after_a_run_what_travels_is_equal_and_what_stays_is_not(name, federate)
         assert any(not torch.equal(one[n], other[n]) for n in private if ".lora_B." in n)
 
 
-def test_ffas_a_never_moves_from_the_start_that_all_sites_share(federate, make_worker):
+def test_ffas_a_stays_at_the_start_that_all_sites_share(federate, make_worker):
     run = federate("ffa_lora", adapters=LORA)
     fresh = dict(make_worker("flap_sam", adapters=LORA).model.named_parameters())
 

@@ -1,4 +1,4 @@
-"""LoRA factors: which travel, and that merged products are products of the mix."""
+"""LoRA factors: which are shared, and merged products as products of the mix."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def best_fit(weights, local_models, rank=2):
     return left[:, :, :rank] * values[:, None, :rank] @ right[:, :rank]
 
 
-def test_names_are_told_apart_and_paired_by_place():
+def test_names_of_factors_are_recognised_and_paired():
     (pair,) = lora_pairs((A, OTHER, B), SHAPES)
 
     assert (pair.a, pair.b, pair.rank) == (slice(0, 10), slice(13, 21), 2)
@@ -73,7 +73,7 @@ def test_sites_with_the_same_a_average_exactly_and_keep_its_length():
     torch.testing.assert_close(found[:, :10].norm(dim=1), local_models[0, :10].norm().expand(3))
 
 
-def test_rows_that_receive_one_master_are_untouched():
+def test_rows_that_receive_one_local_model_stay_as_they_are():
     local_models = local_models_of(3)
 
     assert torch.equal(merged(torch.eye(3).double()[None], local_models)[0], local_models)
@@ -90,7 +90,7 @@ def test_products_of_zero_leave_an_a_that_can_still_learn():
     assert torch.linalg.matrix_rank(a).tolist() == [2, 2]
 
 
-def test_a_rank_above_the_layers_width_keeps_the_product():
+def test_a_rank_above_the_width_of_the_layer_keeps_the_product():
     shapes = {"lora_A": (4, 3), "lora_B": (2, 4)}
     local_models = torch.randn(2, 20, generator=torch.Generator().manual_seed(4))
     weights = torch.full((1, 2, 2), 0.5).double()

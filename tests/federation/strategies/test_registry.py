@@ -1,4 +1,4 @@
-"""The registry: names, options and what it says of wrong ones."""
+"""The registry: names, options and the errors for wrong ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_strategy_is_built_by_its_name_with_described_defaults(name):
     assert all(field.description for field in strategy.Options.model_fields.values())
 
 
-def test_the_defaults_are_the_designs():
+def test_the_defaults_of_fedsca():
     options = strategy_options("fedsca", {})
 
     assert options.model_dump() == {
@@ -50,7 +50,7 @@ def test_the_defaults_are_the_designs():
     }
 
 
-def test_an_unknown_name_gets_the_nearest_and_all_known():
+def test_the_error_for_an_unknown_name_suggests_the_nearest_and_lists_all():
     with pytest.raises(
         ConfigError, match=r"federation\.strategy is 'fedsac'.*'fedsca'\? Allowed: fedsca, local, local_full,"
     ):
@@ -79,7 +79,7 @@ def test_an_unknown_name_gets_the_nearest_and_all_known():
         ("shared_blocks", None, "block numbers from 0"),
     ],
 )
-def test_a_wrong_option_is_named_with_its_key_its_value_and_what_is_allowed(key, value, allowed):
+def test_the_error_for_a_wrong_option_names_its_key_its_value_and_what_is_allowed(key, value, allowed):
     with pytest.raises(ConfigError, match=rf"strategies\.fedsca\.{key} is .*Allowed: .*{allowed}") as caught:
         strategy_options("fedsca", {key: value})
 
@@ -87,7 +87,7 @@ def test_a_wrong_option_is_named_with_its_key_its_value_and_what_is_allowed(key,
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_option_gets_the_nearest_one():
+def test_the_error_for_an_unknown_option_suggests_the_nearest():
     with pytest.raises(
         ConfigError, match=r"strategies\.fedsca\.share_block is no option; did you mean 'shared_blocks'"
     ):
@@ -96,7 +96,7 @@ def test_an_unknown_option_gets_the_nearest_one():
         strategy_options("local", {"rho": 0.5})
 
 
-def test_all_wrong_options_are_said_at_once():
+def test_one_error_names_all_wrong_options():
     with pytest.raises(ConfigError, match=r"(?s)rho.*trust"):
         strategy_options("fedsca", {"rho": 2, "trust": 2})
 
@@ -107,7 +107,7 @@ def test_the_registry_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_mistyped_strategy_or_option_is_refused_even_where_it_is_not_chosen() -> None:
+def test_a_mistyped_strategy_or_option_is_refused_even_if_it_is_not_used() -> None:
     with pytest.raises(ConfigError, match=r"strategies\.fedsac is no strategy; did you mean 'fedsca'"):
         check_options({"fedsac": {"rho": 0.9}})
     with pytest.raises(ConfigError, match=r"strategies\.fedavg\.shared_block is no option"):

@@ -1,4 +1,4 @@
-"""SCAFFOLD: controls by hand, the server's control, and what crosses the wire."""
+"""SCAFFOLD: controls computed by hand, the server's control, and the values on the wire."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ vectors = st.lists(whole, min_size=2, max_size=2)
 
 
 def drive(rule, gradients):
-    """Feed a rule one gradient of ``x`` a step; return what it made of each."""
+    """Give a rule one gradient of ``x`` per step; return the corrected gradients."""
     x, found = torch.zeros(2, requires_grad=True), []
     for gradient in gradients:
         x.grad = torch.tensor(gradient)
@@ -34,7 +34,7 @@ def drive(rule, gradients):
 
 
 def aggregate(state, updates, bases, sites=SITES, chosen=strategy):
-    """``updates`` [S, 4]: of two weights and their two controls."""
+    """Return state and result of a step; ``updates`` [S, 4] are of two weights and their two controls."""
     replies = Replies(
         1, sites, bases, torch.as_tensor(updates), torch.tensor([10.0, 30.0, 50.0]).double()[: len(sites)]
     )
@@ -47,9 +47,9 @@ def aggregate(state, updates, bases, sites=SITES, chosen=strategy):
     )
 
 
-class TestTheRule:
+class TestRule:
     @given(gradients=st.lists(vectors, min_size=1, max_size=6), server=vectors, own=vectors)
-    def test_a_gradient_becomes_g_less_the_sites_control_and_the_servers_more(self, gradients, server, own):
+    def test_a_gradient_becomes_g_minus_the_sites_control_plus_the_servers(self, gradients, server, own):
         received = {"x": torch.zeros(2), "control:x": torch.tensor(server)}
         rule = strategy.local_rule(received, {"x": torch.tensor(own)})
 
@@ -68,12 +68,12 @@ class TestTheRule:
         torch.testing.assert_close(rule.next_state()["x"], mean)
         torch.testing.assert_close(rule.extra_tensors()["control:x"] - torch.tensor(server), mean - torch.tensor(own))
 
-    def test_a_site_that_has_never_trained_has_no_control_and_changes_nothing_while_the_server_has_none(self):
+    def test_without_any_control_gradients_stay_as_they_are(self):
         rule = strategy.local_rule({"x": torch.ones(2), "control:x": torch.zeros(2)}, {})
 
         assert drive(rule, [[1.0, -2.0]]).tolist() == [[1.0, -2.0]]
 
-    def test_tensors_that_are_private_or_got_no_gradient_are_left_alone(self):
+    def test_private_tensors_and_those_without_a_gradient_stay_as_they_are(self):
         rule = strategy.local_rule({"x": torch.zeros(2), "control:x": torch.ones(2)}, {})
         parameters = {"x": torch.zeros(2, requires_grad=True), "d": torch.zeros(1, requires_grad=True)}
         parameters["d"].grad = torch.ones(1)
@@ -85,13 +85,13 @@ class TestTheRule:
         assert rule.next_state().keys() == {"x"}
 
 
-class TestTheServer:
+class TestServer:
     @given(
         start=vectors,
         rows=st.lists(st.tuples(vectors, vectors), min_size=1, max_size=3),
         which=st.permutations(SITES),
     )
-    def test_its_control_moves_by_the_sum_of_changes_over_all_sites_absent_ones_too(self, start, rows, which):
+    def test_its_control_moves_by_the_sum_of_changes_divided_by_the_number_of_all_sites(self, start, rows, which):
         present = tuple(sorted(which[: len(rows)]))
         updates = torch.tensor([weights + controls for weights, controls in rows])
         bases = torch.tensor([1.0, 2.0, *start]).repeat(3, 1)
@@ -127,7 +127,7 @@ class TestTheServer:
     @given(
         rounds=st.lists(st.sets(st.sampled_from(SITES), min_size=1), min_size=1, max_size=5), seed=st.integers(0, 99)
     )
-    def test_it_is_the_mean_of_all_sites_controls_whoever_is_absent(self, rounds, seed):
+    def test_its_control_is_the_mean_of_all_sites_controls_with_any_sites_absent(self, rounds, seed):
         generator = torch.Generator().manual_seed(seed)
         kept, bases, state = {site: torch.zeros(2) for site in SITES}, torch.zeros(3, 4), None
         for present in map(sorted, rounds):
@@ -143,8 +143,8 @@ class TestTheServer:
         torch.testing.assert_close(bases[:, 2:], torch.stack(list(kept.values())).mean(dim=0).expand(3, 2))
 
 
-class TestARun:
-    def test_twice_fedavgs_values_cross_the_wire(self, federate, make_layout):
+class TestRun:
+    def test_twice_as_many_values_as_in_fedavg_cross_the_wire(self, federate, make_layout):
         run = federate("scaffold")
         sizes = {
             name: sum(
@@ -171,7 +171,7 @@ class TestARun:
             torch.testing.assert_close(control, (kept[0][name] + kept[1][name]) / 2, rtol=1e-5, atol=1e-6)
         assert any(tensor.any() for tensor in final.values())
 
-    def test_the_first_round_of_one_step_is_fedavgs_and_the_second_is_not(self, federate):
+    def test_the_first_round_equals_fedavg_and_the_second_does_not(self, federate):
         runs = [federate(name, {"prior": "uniform"}) for name in ("scaffold", "fedavg")]
 
         for name, update in runs[1].replies[1, "a"].tensors.items():
@@ -180,7 +180,7 @@ class TestARun:
         assert any(not torch.equal(update, one[name]) for name, update in other.items())
 
     @pytest.mark.parametrize("wire_dtype", ["fp32", "int8"])
-    def test_a_round_that_comes_twice_gets_the_same_answer(self, wire_dtype, make_worker, make_site, tmp_path):
+    def test_a_repeated_round_gets_the_same_answer(self, wire_dtype, make_worker, make_site, tmp_path):
         worker, data, store = make_worker("scaffold", wire_dtype), make_site("a"), SiteStore(tmp_path / "a")
 
         def answer(round_):

@@ -1,4 +1,4 @@
-"""SGCA: the laws of docs/method.md for every weighting, and closed forms worked out by hand."""
+"""SGCA: the laws of docs/method.md for every weighting, and closed forms computed by hand."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def double(*values):
 
 
 def make(updates, samples=None, bases=None):
-    """Replies of sites s0, s1, ... from rows of updates."""
+    """Return replies of sites s0, s1, ... from rows of updates."""
     updates = torch.as_tensor(updates, dtype=torch.float32)
     count = len(updates)
     return Replies(
@@ -67,7 +67,7 @@ def weights_of(options, replies):
 
 @st.composite
 def rounds(draw, least=1, most=5):
-    """Replies whose small whole numbers make ties, opposed, equal and zero updates common; their products are exact."""
+    """Draw small whole numbers, so that ties, opposed, equal and zero updates are common and products exact."""
     count, values = draw(st.integers(least, most)), draw(st.integers(1, 4))
     rows = st.lists(st.lists(st.integers(-3, 3), min_size=values, max_size=values), min_size=count, max_size=count)
     samples = st.lists(st.integers(1, 50), min_size=count, max_size=count)
@@ -104,7 +104,7 @@ class TestLawsOfEveryWeighting:
 
     @every_weighting
     @given(replies=rounds())
-    def test_a_zero_update_keeps_its_own_and_is_mixed_into_nobody(self, options, replies):
+    def test_a_site_with_a_zero_update_keeps_its_model_and_is_mixed_into_no_other(self, options, replies):
         zero = ~replies.updates.any(dim=1)
 
         weights = weights_of(options, replies)
@@ -114,7 +114,7 @@ class TestLawsOfEveryWeighting:
 
     @every_weighting
     @given(replies=rounds(), later=st.data())
-    def test_the_laws_hold_with_a_memory_too(self, options, replies, later):
+    def test_the_laws_hold_with_a_memory(self, options, replies, later):
         count = len(replies.sites)
         again = make(later.draw(st.permutations(replies.updates.tolist())), replies.samples, replies.bases)
         again.updates[later.draw(st.integers(0, count - 1))] = 0
@@ -131,7 +131,7 @@ class TestLawsOfEveryWeighting:
 
     @every_weighting
     @given(replies=rounds(least=2), later=st.data())
-    def test_a_zero_update_is_not_mixed_into_the_absent_either(self, options, replies, later):
+    def test_a_zero_update_is_not_mixed_into_absent_sites(self, options, replies, later):
         count = len(replies.sites)
         here = later.draw(st.lists(st.booleans(), min_size=count, max_size=count).filter(any))
         zero = torch.tensor(later.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
@@ -154,7 +154,7 @@ class TestLawsOfEveryWeighting:
         assert torch.equal(aggregates_from(replies.bases)[absent], aggregates_from(elsewhere)[absent])
 
     @every_weighting
-    def test_a_single_site_keeps_its_own(self, options):
+    def test_a_single_site_keeps_its_model(self, options):
         _, found = run(options, make([[1.0, 2.0]], bases=[[3.0, 3.0]]))
 
         assert found.weights.tolist() == [[[1.0]]]
@@ -286,7 +286,7 @@ class TestSimplexProjection:
 
 
 class TestMemory:
-    def test_the_first_value_is_taken_then_the_mean(self):
+    def test_a_pair_has_its_first_value_then_the_mean(self):
         memory = torch.full((1, 2, 2), torch.nan).double()
         rows = torch.tensor([0, 1])
 
@@ -294,7 +294,7 @@ class TestMemory:
             memory = remember(memory, double([[1, value], [value, 1]]), rows)
             assert memory[0, 0, 1] == pytest.approx(expected)
 
-    def test_a_pair_not_seen_together_stays(self):
+    def test_a_pair_that_did_not_take_part_together_keeps_its_value(self):
         memory = double([[1, 0.5, torch.nan], [0.5, 1, 0.3], [torch.nan, 0.3, 1]])
 
         found = remember(memory, double([[1, 0.9], [0.9, 1]]), torch.tensor([0, 2]))[0]
@@ -309,14 +309,14 @@ class TestMemory:
         assert found.similarity[0, 0, 1] == pytest.approx(0.5)
         assert found.weights[0].flatten().tolist() == pytest.approx([0.5] * 4)
 
-    def test_switched_off_only_this_round_counts(self):
+    def test_without_memory_only_this_round_counts(self):
         state, _ = run({"memory": False}, make([[1.0, 0.0], [1.0, 0.0]]))
         _, found = run({"memory": False}, make([[1.0, 0.0], [0.0, 1.0]]), state)
 
         assert found.similarity[0, 0, 1] == 0
         assert torch.equal(found.weights[0], torch.eye(2).double())
 
-    def test_a_zero_update_is_left_alone_whatever_the_memory(self):
+    def test_with_any_memory_a_zero_update_is_not_mixed(self):
         state, _ = run({}, make([[1.0], [1.0], [1.0]]))
         _, found = run({}, make([[1.0], [1.0], [0.0]]), state)
 
@@ -331,7 +331,7 @@ class TestGranularity:
         {"b0": (2,), "b1": (3,), "b1x": (), "b2": (5,), "d0": (2, 2), "d1": ()},
     )
 
-    def test_model_is_one_slice_and_block_one_for_each_shared_block(self):
+    def test_model_gives_one_range_and_block_one_per_shared_block(self):
         everything = {"shared_blocks": "all", "share_decoder": True}
 
         assert build_strategy("fedsca", everything, self.layout).groups() == (slice(0, 16),)
@@ -346,7 +346,7 @@ class TestGranularity:
 
     @every_weighting
     @given(replies=rounds(), split=st.integers(1, 3))
-    def test_each_block_is_weighed_as_if_it_were_the_model(self, options, replies, split):
+    def test_each_block_has_the_weights_of_a_model_of_that_block(self, options, replies, split):
         values = replies.updates.shape[1]
         groups = tuple(g for g in (slice(0, min(split, values)), slice(min(split, values), values)) if g.start < g.stop)
 
@@ -358,14 +358,14 @@ class TestGranularity:
             assert torch.equal(both.weights[index], alone.weights[0])
             torch.testing.assert_close(both.aggregates[:, group], alone.aggregates)
 
-    def test_a_block_nobody_has_met_on_is_caught_up_block_by_block(self):
+    def test_absent_sites_catch_up_block_by_block(self):
         groups, sites = (slice(0, 1), slice(1, 2)), ("s0", "s1", "s2")
         state, _ = run({}, make([[1.0, 1.0], [1.0, -1.0]]), groups=groups, sites=sites)
         later = Replies(2, ("s1",), torch.zeros(3, 2), torch.tensor([[3.0, -3.0]]), double(1))
 
         _, found = run({}, later, state, groups=groups, sites=sites)
 
-        # s0 resembled s1 in the first block and opposed it in the second; s2 has met nobody.
+        # s0 resembled s1 in the first block and opposed it in the second; s2 never took part.
         assert found.aggregates[0].tolist() == [2.0, 1.0]
         assert found.aggregates[2].tolist() == [2.0, -1.0]
 
@@ -388,20 +388,20 @@ class TestSharedBlocks:
     def test_a_name_or_a_list_chooses_blocks(self, chosen, names):
         assert build_strategy("fedsca", {"shared_blocks": chosen}, self.layout).shared() == tuple(names.split())
 
-    def test_low_is_the_default_and_the_decoder_stays_unless_asked_for(self):
+    def test_by_default_the_low_blocks_are_shared_and_the_decoder_is_private(self):
         assert build_strategy("fedsca", {}, self.layout).shared() == ("b0", "b1", "b2")
         assert build_strategy("fedsca", {"share_decoder": True}, self.layout).shared() == ("b0", "b1", "b2", "d", "h")
 
     @pytest.mark.parametrize("name", ["fedsca", "fedavg", "fedper", "fedsa_lora"])
-    def test_of_the_decoder_the_head_alone_may_be_shared(self, name):
+    def test_the_head_of_the_decoder_can_be_shared_alone(self, name):
         strategy = build_strategy(name, {"share_decoder": "head", "shared_blocks": "none"}, self.layout)
 
         assert strategy.shared() == ("h",)
 
-    def test_another_part_of_the_decoder_is_refused_with_what_is_allowed(self):
+    def test_the_error_for_another_part_of_the_decoder_says_what_is_allowed(self):
         with pytest.raises(ConfigError, match=r"strategies\.fedsca\.share_decoder is 'tail': .*true, false, or head"):
             strategy_options("fedsca", {"share_decoder": "tail"})
 
-    def test_a_block_beyond_the_model_is_named_with_its_key(self):
+    def test_the_error_for_a_missing_block_names_it_and_its_key(self):
         with pytest.raises(ConfigError, match=r"strategies\.fedsca\.shared_blocks lists 5, 9, .*Allowed: 0 to 4"):
             build_strategy("fedsca", {"shared_blocks": [9, 0, 5]}, self.layout).shared()
