@@ -23,7 +23,8 @@ from statistics import median
 import torch
 from measure import Ratio, in_turn, ratios, report, seconds
 
-from fedsca_pipeline.federation.messages.codec import Manifest, decode, encode
+from fedsca_pipeline.federation.messages.codec import decode, encode
+from fedsca_pipeline.federation.messages.manifest import Manifest
 from fedsca_pipeline.flower.audit.log import AuditLog
 from fedsca_pipeline.flower.messages.contents import answer_content, check_tensors, question_content
 

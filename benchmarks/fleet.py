@@ -31,7 +31,8 @@ from fedsca_pipeline.federation.fleets.data import SiteData
 from fedsca_pipeline.federation.fleets.fleet import Failure, Fleet
 from fedsca_pipeline.federation.fleets.in_process import InProcessFleet, LocalSites
 from fedsca_pipeline.federation.fleets.registry import available_cores, open_fleet
-from fedsca_pipeline.federation.messages.codec import Manifest, decode, encode
+from fedsca_pipeline.federation.messages.codec import decode, encode
+from fedsca_pipeline.federation.messages.manifest import Manifest
 from fedsca_pipeline.federation.site.steps import LocalSettings, ignore_step
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.model.adapters.attach import attach_adapters, tensor_layout

@@ -36,7 +36,8 @@ from measure import RESULTS, Ratio, report
 
 from fedsca_pipeline.config import DemoSitesConfig
 from fedsca_pipeline.data.demo.sites import write_demo_sites
-from fedsca_pipeline.federation.messages.codec import Manifest, encode
+from fedsca_pipeline.federation.messages.codec import encode
+from fedsca_pipeline.federation.messages.manifest import Manifest
 from fedsca_pipeline.files import read_json
 from fedsca_pipeline.flower.audit.log import AuditLog
 from fedsca_pipeline.flower.config import FlowerConfig, read_site_config

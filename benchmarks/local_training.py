@@ -32,7 +32,8 @@ from torch import Tensor
 from fedsca_pipeline.compute import deterministic
 from fedsca_pipeline.config import AdaptersConfig, FoundationConfig, RunConfig, TrainingConfig
 from fedsca_pipeline.data.arrays import SiteArrays
-from fedsca_pipeline.federation.messages.codec import Manifest, decode, encode
+from fedsca_pipeline.federation.messages.codec import decode, encode
+from fedsca_pipeline.federation.messages.manifest import Manifest
 from fedsca_pipeline.federation.run import resolve_threads
 from fedsca_pipeline.federation.site.batches import SiteBatches, build_augmentation
 from fedsca_pipeline.federation.site.losses import build_loss

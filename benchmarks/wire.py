@@ -34,7 +34,8 @@ from fedsca_pipeline.data.arrays import SiteArrays
 from fedsca_pipeline.data.manifest import MANIFEST_DTYPES
 from fedsca_pipeline.federation.fleets.fleet import Failure
 from fedsca_pipeline.federation.fleets.in_process import InProcessFleet
-from fedsca_pipeline.federation.messages.codec import Compression, Message, WireDtype, decode, encode
+from fedsca_pipeline.federation.messages.codec import Message, decode, encode
+from fedsca_pipeline.federation.messages.manifest import Compression, WireDtype
 from fedsca_pipeline.federation.run import resolve_threads
 from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
 from fedsca_pipeline.federation.server.rounds import Server

@@ -19,7 +19,8 @@ from fedsca_pipeline.federation.fleets.data import SiteData
 from fedsca_pipeline.federation.fleets.fleet import Failure, Fleet
 from fedsca_pipeline.federation.fleets.in_process import LocalSites
 from fedsca_pipeline.federation.fleets.registry import FLEETS, open_fleet
-from fedsca_pipeline.federation.messages.codec import Manifest, decode, encode
+from fedsca_pipeline.federation.messages.codec import decode, encode
+from fedsca_pipeline.federation.messages.manifest import Manifest
 from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
 from fedsca_pipeline.federation.server.rounds import Server
 from fedsca_pipeline.federation.site.steps import ignore_step

@@ -19,8 +19,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from safetensors.torch import save
 
 from fedsca_pipeline.errors import MessageError
-from fedsca_pipeline.federation.messages.codec import Manifest, Message, as_decoded, check, decode, encode, most_bytes
-from fedsca_pipeline.federation.messages.manifest import Spent, outline
+from fedsca_pipeline.federation.messages.codec import Message, as_decoded, check, decode, encode, most_bytes
+from fedsca_pipeline.federation.messages.manifest import Manifest, PrivacySpent, outline
 from fedsca_pipeline.model.layout import TensorLayout, flatten, hash_tensors, unflatten
 
 MANIFEST = Manifest("update", "run", 3, "north", "0123456789abcdef", 20, "fp32", False, {"loss": 0.25, "seconds": 2})
@@ -237,7 +237,7 @@ class TestMalformed:
     def test_text_beside_the_manifest_is_refused(self):
         metadata = {"manifest": json.dumps(vars(MANIFEST)), "patient": "a name"}
 
-        with pytest.raises(MessageError, match="1 entries beside its manifest"):
+        with pytest.raises(MessageError, match="1 key beside its manifest"):
             decode(save({"x": torch.ones(1)}, metadata=metadata))
 
     @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100_000, '{"kind": "update"}'])
@@ -427,7 +427,7 @@ class TestTensorLayout:
 
 
 def test_what_a_site_says_of_its_privacy_travels() -> None:
-    said = Spent("patient-level", epsilon=2.5, delta=1e-5, noise_multiplier=1.25)
+    said = PrivacySpent("patient-level", epsilon=2.5, delta=1e-5, noise_multiplier=1.25)
     manifest = replace(MANIFEST, privacy=said)
 
     assert decode(encode(manifest, {})).manifest.privacy == said

@@ -10,7 +10,8 @@ import zstandard
 from fedsca_pipeline.config import AdaptersConfig
 from fedsca_pipeline.data.arrays import SiteArrays
 from fedsca_pipeline.errors import MessageError, SiteError
-from fedsca_pipeline.federation.messages.codec import TRAVELLING, Manifest, decode, encode
+from fedsca_pipeline.federation.messages.codec import TRAVELLING, decode, encode
+from fedsca_pipeline.federation.messages.manifest import Manifest
 from fedsca_pipeline.federation.site.batches import SiteBatches, build_augmentation, plain_batches
 from fedsca_pipeline.federation.site.prefix import FeatureCache
 from fedsca_pipeline.federation.site.steps import ignore_step, warm_up

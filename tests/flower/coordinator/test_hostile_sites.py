@@ -15,6 +15,7 @@ import torch
 from fedsca_pipeline.config import FederationConfig
 from fedsca_pipeline.errors import NoValidSite
 from fedsca_pipeline.federation.messages.codec import Message, decode, encode
+from fedsca_pipeline.federation.server import replies
 from fedsca_pipeline.federation.server.checkpoint import Checkpoint, CheckpointFolder, RoundRecord
 from fedsca_pipeline.federation.server.rounds import Server
 from fedsca_pipeline.federation.strategies import build_strategy
@@ -89,6 +90,16 @@ def run(
     )
     records = list(server.rounds())
     return CheckpointFolder(folder).latest(), records
+
+
+def test_a_reply_is_decoded_once(link, config, clock, scripted, reply, tmp_path: Path, monkeypatch) -> None:
+    decoded: list[bytes] = []
+    monkeypatch.setattr(replies, "decode", lambda data, **limits: decoded.append(data) or decode(data, **limits))
+
+    _, records = run(link, config, clock, scripted, reply, tmp_path)
+
+    assert len(records) == 4
+    assert len(decoded) == len(records) * len(DIRECTIONS)
 
 
 @pytest.mark.parametrize("name", FAULTS)

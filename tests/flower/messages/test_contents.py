@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fedsca_pipeline.errors import MessageError
-from fedsca_pipeline.federation.messages.codec import Manifest, encode
+from fedsca_pipeline.federation.messages.codec import encode
+from fedsca_pipeline.federation.messages.manifest import Manifest
 from fedsca_pipeline.flower.messages import documents
 from fedsca_pipeline.flower.messages.contents import answer_content, check_tensors, question_content
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from fedsca_pipeline.errors import AuditError, ConfigError, UnavailableError
-from fedsca_pipeline.federation.messages.codec import Manifest, MessageKind, encode
+from fedsca_pipeline.federation.messages.codec import encode
+from fedsca_pipeline.federation.messages.manifest import Manifest, MessageKind
 from fedsca_pipeline.files import write_bytes
 from fedsca_pipeline.flower.audit.log import AuditLog, read_log
 from fedsca_pipeline.flower.config import SiteConfig, read_site_config

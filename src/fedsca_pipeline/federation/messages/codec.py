@@ -1,8 +1,8 @@
-"""What crosses the wire: one safetensors blob, its manifest, and the names and places of the tensors in it.
+"""Messages between server and sites: tensors and a manifest to bytes and back (docs/method.md).
 
-docs/method.md. The manifest is JSON in the safetensors header's metadata; tensor names and shapes are the header's
-own (``envelope``). The blob travels as it is or as one zstd frame. Nothing here is pickled, and nothing that arrives is
-trusted: :func:`decode` checks the form, :func:`check` the content.
+A message is one safetensors blob, sent as it is or as one zstd frame. Its manifest is JSON in the header's metadata
+(``manifest.py``). Messages are never pickled, and received ones are untrusted: :func:`decode` checks the form,
+:func:`check` the content.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 import zstandard
@@ -34,15 +34,15 @@ from fedsca_pipeline.model.layout import fp32_on_cpu
 TRAVELLING: Mapping[WireDtype, tuple[WireDtype, ...]] = MappingProxyType(
     {"fp32": ("fp32",), "fp16": ("fp16",), "int8": ("int8", "fp16")}
 )
-"""``federation.wire_dtype`` to the dtypes that its messages may have: a site without a base gets no difference."""
+"""``federation.wire_dtype`` to the dtypes its messages may have: with int8, a site without a base receives fp16."""
 
 _SCALE = "::scale"  # no module path holds a colon, so a scale never hides a tensor
 _FP16_MAX = 65504.0
 _MOST_SAMPLES = 2**31 - 1
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8}
-# The library's own default: on real updates no level from 1 to 19 saves 3 % more, and high ones take 50 times as long.
+# zstd's default. On real updates no level from 1 to 19 saves 3 % more, and the high levels take 50 times as long.
 _ZSTD_LEVEL = 3
-# In a header: the manifest, and one tensor's entry with that of its scale.
+# Header bytes of the manifest, and of one tensor with its scale.
 _MANIFEST_BYTES, _ENTRY_BYTES = 65_536, 1_024
 
 
@@ -56,19 +56,28 @@ class Message:
 
 @dataclass(frozen=True)
 class _Codec:
-    """A wire dtype: from one named tensor to the blob's entries, and from all entries back to fp32 tensors."""
+    """One wire dtype: ``pack`` makes blob entries of a named tensor, ``unpack`` makes fp32 tensors of all entries."""
 
     pack: Callable[[str, Tensor], dict[str, Tensor]]
     unpack: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 def encode(manifest: Manifest, tensors: Mapping[str, Tensor], compression: Compression = "none") -> bytes:
-    """Return ``tensors`` (any shapes and float dtypes; none at all is fine) and ``manifest`` as one safetensors blob.
+    """Return ``tensors`` and ``manifest`` as one safetensors blob; with ``zstd`` as one frame that states its size.
 
-    With ``zstd`` the blob comes as one frame that says its size. The bytes depend on nothing but the arguments (and
-    zstd's version). ``int8`` is symmetric with one scale max|x|/127 per tensor, carried as an fp32 entry (0 for a
-    tensor of zeros). Raises MessageError, naming the tensor, where a value does not fit the manifest's dtype: beyond
-    65504 in fp16, NaN or infinity in int8.
+    Tensors have any shape and float dtype; an empty mapping is a valid message. The bytes depend only on the arguments
+    and on zstd's version. ``int8`` is symmetric, with one scale ``max|x| / 127`` per tensor, stored as an fp32 entry (0
+    for a tensor of zeros).
+
+    >>> import torch
+    >>> manifest = Manifest("update", "run", 1, "north", "0" * 16, samples=20, dtype="fp16", relative=False)
+    >>> data = encode(manifest, {"block.0.up": torch.tensor([0.5, -2.0])}, "zstd")
+    >>> decode(data).tensors["block.0.up"].tolist()
+    [0.5, -2.0]
+
+    Raises:
+        MessageError: a value does not fit the manifest's dtype (beyond 65504 in fp16, NaN or infinity in int8); names
+            the tensor.
     """
     entries = {name: entry.numpy() for name, entry in _pack(tensors, manifest.dtype).items()}
     blob = save(entries, metadata={MANIFEST: json.dumps(manifest.as_json(), sort_keys=True)})
@@ -76,10 +85,16 @@ def encode(manifest: Manifest, tensors: Mapping[str, Tensor], compression: Compr
 
 
 def decode(data: bytes, *, max_bytes: int = 2**30) -> Message:
-    """Return the message in ``data``, compressed or not.
+    """Return the message in ``data``, compressed or not; its tensors are fp32 on the CPU.
 
-    Raises MessageError on anything malformed, and on what is larger than ``max_bytes`` as a blob (1 GiB unless told),
-    before that much is allocated.
+    >>> manifest = Manifest("report", "run", 9, "north", "0" * 16, samples=20, dtype="fp32", relative=False)
+    >>> message = decode(encode(manifest, {}))
+    >>> message.manifest == manifest, message.tensors
+    (True, {})
+
+    Raises:
+        MessageError: the message is malformed, or its blob is larger than ``max_bytes``; checked before the memory is
+            allocated.
     """
     manifest, flat = opened(data, max_bytes)
     entries = {name: _read_entry(name, view) for name, view in flat}
@@ -87,7 +102,7 @@ def decode(data: bytes, *, max_bytes: int = 2**30) -> Message:
 
 
 def most_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Return a bound on the bytes of any honest message with tensors of ``shapes``, decompressed."""
+    """Return an upper bound on the decompressed bytes of a valid message with tensors of ``shapes``."""
     values = sum(math.prod(shape) for shape in shapes.values())
     return _MANIFEST_BYTES + _ENTRY_BYTES * len(shapes) + 4 * values
 
@@ -105,10 +120,13 @@ def check(
     answered: int | None = None,
     samples: int | None = None,
 ) -> None:
-    """Raise a MessageError that names all that differs from what was expected.
+    """Check that a message is the expected one.
 
-    ``base_hash`` None accepts any base, ``answered`` None any earlier round. An update's sample count is ``samples``,
-    or where that is not known from 1 to below 2**31. Metrics are those of ``METRICS`` alone, and finite.
+    ``base_hash`` None accepts any base, ``answered`` None any earlier round. An update's sample count must be
+    ``samples``, or between 1 and 2**31 - 1 if ``samples`` is None. Metrics must be in ``METRICS``, and finite.
+
+    Raises:
+        MessageError: lists every difference.
     """
     manifest = message.manifest
     expected = {"kind": kind, "run": run, "round": round, "site": site}
@@ -123,15 +141,15 @@ def check(
     if manifest.dtype not in dtypes:
         faults.append(f"wire dtype is {manifest.dtype}, expected {' or '.join(dtypes)}")
     if unknown := sorted(manifest.metrics.keys() - METRICS):
-        faults.append(f"unexpected metrics: {_some(unknown)}")
+        faults.append(f"unexpected metrics: {_first(unknown)}")
     if infinite := sorted(name for name, value in manifest.metrics.items() if not math.isfinite(value)):
-        faults.append(f"metrics that are not finite: {_some(infinite)}")
+        faults.append(f"metrics that are not finite: {_first(infinite)}")
     if manifest.kind == "update":
         faults += _count_faults(manifest.samples, samples)
     if missing := sorted(shapes.keys() - message.tensors.keys()):
-        faults.append(f"missing tensors: {_some(missing)}")
+        faults.append(f"missing tensors: {_first(missing)}")
     if unexpected := sorted(message.tensors.keys() - shapes.keys()):
-        faults.append(f"unexpected tensors: {_some(unexpected)}")
+        faults.append(f"unexpected tensors: {_first(unexpected)}")
     faults += [
         f"shape of {name} is {tuple(message.tensors[name].shape)}, expected {tuple(shapes[name])}"
         for name in sorted(shapes.keys() & message.tensors.keys())
@@ -142,7 +160,7 @@ def check(
 
 
 def _count_faults(count: int, known: int | None) -> list[str]:
-    # A count is its sender's weight in everybody's mix. A huge one has more digits than Python prints.
+    # The count is the sender's weight in every site's aggregate. Python refuses to print very large integers.
     if count < 1:
         return ["sample count is below 1"]
     if count > _MOST_SAMPLES:
@@ -151,7 +169,7 @@ def _count_faults(count: int, known: int | None) -> list[str]:
 
 
 def as_decoded(tensors: Mapping[str, Tensor], dtype: WireDtype) -> dict[str, Tensor]:
-    """Return what the other end holds after :func:`encode` and :func:`decode`, bit for bit; raises like ``encode``."""
+    """Return the tensors that the receiver decodes, bit for bit, without a message; raises like :func:`encode`."""
     return _CODECS[dtype].unpack(_pack(tensors, dtype))
 
 
@@ -177,7 +195,7 @@ def _pack_int8(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if not math.isfinite(largest):
         raise MessageError(f"{name}: NaN or infinity does not fit int8")
     scale = torch.tensor(largest) / 127
-    # Below the smallest normal number the scale itself is too coarse to divide by.
+    # A subnormal scale is too coarse to divide by.
     if scale < torch.finfo(torch.float32).tiny:
         scale = torch.zeros(())
         return {name: torch.zeros_like(values, dtype=torch.int8), name + _SCALE: scale}
@@ -200,7 +218,7 @@ def _unpack_float(dtype: torch.dtype) -> Callable[[Mapping[str, Tensor]], dict[s
 def _unpack_int8(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
     values = {name: entry for name, entry in entries.items() if not name.endswith(_SCALE)}
     if orphans := sorted(entries.keys() - values.keys() - {name + _SCALE for name in values}):
-        raise MessageError(f"scales without a tensor: {_some(orphans)}")
+        raise MessageError(f"scales without a tensor: {_first(orphans)}")
     return {name: _dequantise(name, entry, entries.get(name + _SCALE)) for name, entry in values.items()}
 
 
@@ -210,7 +228,7 @@ def _dequantise(name: str, values: Tensor, scale: Tensor | None) -> Tensor:
         raise MessageError(f"{name}: its int8 scale is missing")
     _expect(name + _SCALE, scale, torch.float32)
     if scale.shape != () or not 0 <= scale.item() < math.inf:
-        raise MessageError(f"{name}: its int8 scale is not one finite number from 0 on")
+        raise MessageError(f"{name}: its int8 scale is not one finite number of 0 or more")
     return values.float() * scale
 
 
@@ -226,10 +244,10 @@ _COMPRESS: Mapping[Compression, Callable[[bytes], bytes]] = {
 }
 
 
-def _read_entry(name: str, view: Mapping) -> Tensor:
+def _read_entry(name: str, view: Mapping[str, Any]) -> Tensor:
     dtype = _DTYPES.get(view["dtype"])
     if dtype is None:
-        raise MessageError(f"{name}: dtype {view['dtype']} never travels; only {', '.join(_DTYPES)} do")
+        raise MessageError(f"{name}: dtype {view['dtype']} is not allowed in a message, only {', '.join(_DTYPES)}")
     if not view["data"]:
         return torch.empty(view["shape"], dtype=dtype)
     return torch.frombuffer(view["data"], dtype=dtype).reshape(view["shape"])
@@ -237,9 +255,9 @@ def _read_entry(name: str, view: Mapping) -> Tensor:
 
 def _expect(name: str, entry: Tensor, dtype: torch.dtype) -> None:
     if entry.dtype != dtype:
-        raise MessageError(f"{name}: dtype is {entry.dtype}, the manifest's wire dtype means {dtype}")
+        raise MessageError(f"{name}: dtype is {entry.dtype}, the manifest's wire dtype needs {dtype}")
 
 
-def _some(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _first(names: Sequence[str], count: int = 5) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more

@@ -1,11 +1,11 @@
-"""The round loop: distribute, train locally, collect, aggregate; written once, against the fleet protocol."""
+"""The round loop: distribute, train at the sites, collect, aggregate. It knows the sites by the fleet protocol only."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
@@ -14,34 +14,18 @@ from torch import Tensor
 
 from fedsca_pipeline.compute import stream_seed
 from fedsca_pipeline.config import FederationConfig
-from fedsca_pipeline.errors import MessageError, NoValidSite
-from fedsca_pipeline.federation.fleets.fleet import Failure, Fleet
-from fedsca_pipeline.federation.messages.codec import (
-    TRAVELLING,
-    Manifest,
-    Message,
-    as_decoded,
-    check,
-    decode,
-    encode,
-    most_bytes,
-)
+from fedsca_pipeline.errors import NoValidSite
+from fedsca_pipeline.federation.fleets.fleet import Fleet
+from fedsca_pipeline.federation.messages.codec import as_decoded, encode
+from fedsca_pipeline.federation.messages.manifest import Manifest, MessageKind
 from fedsca_pipeline.federation.server.arrays import RoundMemory
 from fedsca_pipeline.federation.server.checkpoint import Checkpoint, CheckpointFolder, RoundRecord, SiteRecord
+from fedsca_pipeline.federation.server.replies import RoundReplies, Sent
 from fedsca_pipeline.federation.strategies.base import Strategy
-from fedsca_pipeline.federation.strategies.server_step import Aggregation, Replies, ServerState
+from fedsca_pipeline.federation.strategies.server_step import Aggregation, ServerState
 from fedsca_pipeline.model.layout import TensorLayout, flatten, hash_tensors, unflatten
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Sent:
-    """A message on its way to a site, the hash of the base [V] it will hold once decoded, and whence it goes on."""
-
-    payload: bytes
-    base_hash: str
-    answered: int
 
 
 class Server:
@@ -49,14 +33,14 @@ class Server:
 
     Args:
         fleet: reaches the sites.
-        strategy: answers the four questions of docs/architecture.md.
+        strategy: the federated method.
         layout: the model's trainable tensors.
         initial: their start values, by name, fp32.
         config: the ``federation`` parameters.
         run: the run's fingerprint, part of every message.
         seed: of the participation draw.
-        folder: where checkpoints go.
-        samples: training images of each site, where they are known before it sends an update.
+        folder: of the run's checkpoints.
+        samples: training images per site; a site that is missing here states its own number.
     """
 
     def __init__(
@@ -83,14 +67,14 @@ class Server:
         self.memory = RoundMemory.within(config.server_memory, folder.folder, len(self.sites), self.initial.numel())
 
     def rounds(self) -> Iterator[RoundRecord]:
-        """Run what is left of the run, yielding every round's record, those of an earlier attempt first.
+        """Run the rounds that are left and yield every round's record, first those of an earlier attempt.
 
-        A checkpoint is on disk before its record is yielded. After the last round the sites validate once more: the
-        record of round ``rounds + 1`` is ``final`` and holds the Dice of the last round's models.
+        A round's checkpoint is on disk before its record is yielded. After the last round the sites validate once more:
+        the record of round ``rounds + 1`` is ``final`` and holds the Dice of the last round's models.
 
         Raises:
-            NoValidSite: a round got fewer valid replies than ``federation.quorum``; the checkpoint of the round before
-                stands, and the same command goes on from it.
+            NoValidSite: a round got fewer valid replies than ``federation.quorum``; the previous round's checkpoint is
+                unchanged, and the same command resumes from it.
         """
         checkpoint = self.folder.latest() or self._start()
         yield from self.folder.records(checkpoint.round)
@@ -104,7 +88,7 @@ class Server:
             yield record
 
     def participants(self, round_: int) -> tuple[str, ...]:
-        """Draw the sites of a round, sorted: as many as ``federation.participation`` says."""
+        """Return the sites drawn for a round, sorted; ``federation.participation`` sets their number."""
         count = self.config.drawn(len(self.sites))
         draw = np.random.default_rng(stream_seed(self.seed, "participation", round_))
         return tuple(sorted(draw.choice(self.sites, size=count, replace=False).tolist()))
@@ -123,15 +107,15 @@ class Server:
     def _train_round(self, checkpoint: Checkpoint) -> tuple[Checkpoint, RoundRecord]:
         round_ = checkpoint.round + 1
         sent = self._distribute(checkpoint, round_, self.participants(round_), kind="aggregate")
-        replies, records = self._collect(round_, sent, kind="update")
+        replies, records = self._exchange(round_, sent, kind="update")
         for index, site in enumerate(self.sites):
             if site not in sent:
                 self.memory.bases[index] = checkpoint.bases[index]
-        if len(replies) < self.config.quorum:
-            raise NoValidSite(_too_few(round_, len(replies), self.config.quorum, records))
+        if len(replies.accepted) < self.config.quorum:
+            raise NoValidSite(_too_few(round_, len(replies.accepted), self.config.quorum, records))
         state, aggregation = self.strategy.aggregate(
             checkpoint.state,
-            self._stack(round_, replies),
+            replies.stack(self.memory.bases),
             sites=self.sites,
             initial=self.initial,
             max_norm_ratio=self.config.max_norm_ratio,
@@ -150,32 +134,38 @@ class Server:
             similarity=aggregation.similarity.tolist(),
             weights=aggregation.weights.tolist(),
         )
-        # Of a site whose update does not count nothing is known any more, and it goes on from its last one that does.
+        # A site whose update was not accepted resumes from its last accepted one; the base it holds is unknown.
         asked = torch.tensor([site in sent for site in self.sites])
-        counts = torch.tensor([site in aggregation.accepted for site in self.sites])
+        accepted = torch.tensor([site in aggregation.accepted for site in self.sites])
         after = Checkpoint(
             round=round_,
             state=state,
             aggregates=aggregation.aggregates,
             bases=self.memory.bases,
-            has_base=torch.where(asked, counts, checkpoint.has_base),
-            answered=checkpoint.answered.where(~counts, round_),
+            has_base=torch.where(asked, accepted, checkpoint.has_base),
+            answered=checkpoint.answered.where(~accepted, round_),
         )
         return after, record
 
     def _final_round(self, checkpoint: Checkpoint) -> tuple[Checkpoint, RoundRecord]:
         round_ = checkpoint.round + 1
         sent = self._distribute(checkpoint, round_, self.sites, kind="final")
-        replies, records = self._collect(round_, sent, kind="report")
-        if not replies:
+        replies, records = self._exchange(round_, sent, kind="report")
+        if not replies.accepted:
             raise NoValidSite(_too_few(round_, 0, 1, records))
         return replace(checkpoint, round=round_), RoundRecord(round=round_, final=True, sites=records)
 
-    def _distribute(self, checkpoint: Checkpoint, round_: int, sites: Sequence[str], kind: str) -> dict[str, Sent]:
+    def _distribute(
+        self, checkpoint: Checkpoint, round_: int, sites: Sequence[str], kind: MessageKind
+    ) -> dict[str, Sent]:
         return {site: self._message(checkpoint, round_, site, kind) for site in sites}
 
-    def _message(self, checkpoint: Checkpoint, round_: int, site: str, kind: str) -> Sent:
-        """With int8 a known base makes the aggregate a difference from it; its rounding error is in the next one."""
+    def _message(self, checkpoint: Checkpoint, round_: int, site: str, kind: MessageKind) -> Sent:
+        """Return a site's message, and store the base that the site will hold once it has decoded it.
+
+        With int8 a site with a known base gets the difference from it. The next difference includes this one's rounding
+        error.
+        """
         index = self.sites.index(site)
         aggregate, known, base = (
             array[index] for array in (checkpoint.aggregates, checkpoint.bases, self.memory.bases)
@@ -183,8 +173,8 @@ class Server:
         relative = self.config.wire_dtype == "int8" and bool(checkpoint.has_base[index]) and bool(self.names)
         dtype = self.config.wire_dtype if relative or self.config.wire_dtype != "int8" else "fp16"
         tensors = unflatten(aggregate - known if relative else aggregate, self.names, self.shapes)
-        heard = flatten(as_decoded(tensors, dtype), self.names)
-        base.copy_(known + heard if relative else heard)
+        decoded = flatten(as_decoded(tensors, dtype), self.names)
+        base.copy_(known + decoded if relative else decoded)
         manifest = Manifest(
             kind=kind,
             run=self.run,
@@ -198,115 +188,58 @@ class Server:
         )
         return Sent(encode(manifest, tensors, self.config.compression), self._hash(base), manifest.answered)
 
-    def _collect(
-        self, round_: int, sent: Mapping[str, Sent], kind: str
-    ) -> tuple[dict[str, Manifest], dict[str, SiteRecord]]:
-        """Return what the usable replies say, sorted by site, and every site's record.
-
-        Their updates are in the first rows of the round's memory, in the same order.
-        """
-
-        def fault(site: str, answer: bytes) -> str | None:
-            try:
-                self._checked(answer, round_, site, sent[site], kind)
-            except MessageError as error:
-                return f"rejected: {error}"
-            return None
-
-        payloads = {site: message.payload for site, message in sent.items()}
-        answers = dict(
-            self.fleet.exchange(
-                round_,
-                payloads,
-                deadline=self.config.deadline,
-                quorum=self.config.quorum,
-                grace=math.inf if self.config.grace is None else self.config.grace,
-                fault=fault,
-            )
-        )
-        replies: dict[str, Manifest] = {}
-        records = {site: SiteRecord(absent="not drawn this round") for site in self.sites if site not in sent}
-        for site, message in sent.items():
-            down = len(message.payload)
-            answer = answers.pop(site, Failure("no answer"))
-            if isinstance(answer, Failure):
-                records[site] = SiteRecord(bytes_down=down, bytes_up=answer.bytes_up, absent=answer.reason)
-                continue
-            try:
-                reply = self._checked(answer, round_, site, message, kind)
-            except MessageError as error:
-                logger.warning("round %d: the reply of %s was rejected: %s", round_, site, error)
-                records[site] = SiteRecord(bytes_down=down, bytes_up=len(answer), absent=f"rejected: {error}")
-                continue
-            if kind == "update":
-                self.memory.updates[len(replies)] = flatten(reply.tensors, self.names)
-            replies[site] = reply.manifest
-            metrics, privacy = reply.manifest.metrics, reply.manifest.privacy
-            records[site] = SiteRecord(
-                bytes_down=down,
-                bytes_up=len(answer),
-                samples=reply.manifest.samples,
-                loss=metrics.get("loss"),
-                dice_validation=metrics.get("dice_validation"),
-                dice_local=metrics.get("dice_local"),
-                seconds=metrics.get("seconds"),
-                epsilon=privacy and privacy.epsilon,
-                noise_multiplier=privacy and privacy.noise_multiplier,
-                privacy_level=privacy and privacy.level,
-            )
-        return replies, {site: records[site] for site in self.sites}
-
-    def _checked(self, answer: bytes, round_: int, site: str, sent: Sent, kind: str) -> Message:
-        shapes = self.shapes if kind == "update" else {}
-        reply = decode(answer, max_bytes=most_bytes(shapes))
-        check(
-            reply,
+    def _exchange(
+        self, round_: int, sent: Mapping[str, Sent], kind: MessageKind
+    ) -> tuple[RoundReplies, dict[str, SiteRecord]]:
+        """Send the messages, and return the replies and every site's record."""
+        replies = RoundReplies(
+            round=round_,
             kind=kind,
             run=self.run,
-            round=round_,
-            site=site,
-            base_hash=sent.base_hash,
-            answered=sent.answered,
-            shapes=shapes,
-            dtypes=TRAVELLING[self.config.wire_dtype],
-            samples=self.samples.get(site),
+            wire_dtype=self.config.wire_dtype,
+            shapes=self.shapes if kind == "update" else {},
+            samples=self.samples,
+            sent=sent,
+            updates=self.memory.updates,
         )
-        return reply
-
-    def _stack(self, round_: int, replies: Mapping[str, Manifest]) -> Replies:
-        return Replies(
-            round=round_,
-            sites=tuple(replies),
-            bases=self.memory.bases,
-            updates=self.memory.updates[: len(replies)],
-            samples=torch.tensor([manifest.samples for manifest in replies.values()], dtype=torch.float64),
-            steps=torch.tensor([manifest.metrics.get("steps", math.nan) for manifest in replies.values()]).double(),
+        returned = self.fleet.exchange(
+            round_,
+            {site: message.payload for site, message in sent.items()},
+            deadline=self.config.deadline,
+            quorum=self.config.quorum,
+            grace=math.inf if self.config.grace is None else self.config.grace,
+            fault=replies.fault,
         )
+        asked = replies.collect(dict(returned))
+        return replies, {site: asked.get(site, SiteRecord(absent="not drawn this round")) for site in self.sites}
 
     def _hash(self, vector: Tensor) -> str:
         return hash_tensors(unflatten(vector, self.names, self.shapes))
 
 
 def _with_aggregation(records: Mapping[str, SiteRecord], aggregation: Aggregation) -> dict[str, SiteRecord]:
-    """Add each accepted site's update norm, mean self weight over groups and spread; say why others were rejected."""
+    """Return the records with each accepted site's update norm, mean self weight over groups and spread.
+
+    A rejected site's record says why.
+    """
     self_weights = aggregation.weights.diagonal(dim1=1, dim2=2).mean(dim=0) if len(aggregation.weights) else None
-    found = dict(records)
+    completed = dict(records)
     for index, site in enumerate(aggregation.accepted):
-        found[site] = replace(
-            found[site],
+        completed[site] = replace(
+            completed[site],
             update_norm=float(aggregation.norms[index]),
             self_weight=1.0 if self_weights is None else float(self_weights[index]),
             spread=float(aggregation.spread[index]),
         )
     for site, reason in aggregation.rejected.items():
-        found[site] = replace(found[site], absent=f"rejected: {reason}")
-    return found
+        completed[site] = replace(completed[site], absent=f"rejected: {reason}")
+    return completed
 
 
 def _too_few(round_: int, valid: int, quorum: int, records: Mapping[str, SiteRecord]) -> str:
     reasons = "; ".join(f"{site}: {record.absent}" for site, record in records.items() if record.absent)
     return (
         f"round {round_}: {valid} valid replies, federation.quorum asks for {quorum} ({reasons}). "
-        "Nothing was overwritten; mend the sites, or lower federation.quorum, and run the command again to go on from "
-        "the round before."
+        "Nothing was overwritten; fix the sites, or lower federation.quorum, and run the command again to resume from "
+        "the previous round."
     )

@@ -13,10 +13,7 @@ from torch import Tensor
 
 from fedsca_pipeline.compute import autocast, stream_seed
 from fedsca_pipeline.config import TrainingConfig
-from fedsca_pipeline.federation.messages.codec import (
-    Compression,
-    WireDtype,
-)
+from fedsca_pipeline.federation.messages.manifest import Compression, WireDtype
 from fedsca_pipeline.federation.site.batches import SiteBatches
 from fedsca_pipeline.federation.site.losses import SegmentationLoss
 from fedsca_pipeline.model.batch import Batch

@@ -18,16 +18,8 @@ from torch.backends.cpu import get_cpu_capability
 
 from fedsca_pipeline.data.arrays import Arrays, known_classes
 from fedsca_pipeline.errors import SiteError
-from fedsca_pipeline.federation.messages.codec import (
-    TRAVELLING,
-    Manifest,
-    Message,
-    as_decoded,
-    check,
-    decode,
-    encode,
-    most_bytes,
-)
+from fedsca_pipeline.federation.messages.codec import TRAVELLING, Message, as_decoded, check, decode, encode, most_bytes
+from fedsca_pipeline.federation.messages.manifest import Manifest
 from fedsca_pipeline.federation.site.batches import AS_IT_STANDS, VIEWS, SiteBatches, build_augmentation
 from fedsca_pipeline.federation.site.losses import SegmentationLoss, among, build_loss
 from fedsca_pipeline.federation.site.prefix import FeatureCache, SplitModel

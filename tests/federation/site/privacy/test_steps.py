@@ -20,7 +20,8 @@ from fedsca_pipeline.config import PrivacyBound, PrivacyConfig
 from fedsca_pipeline.data.arrays import PooledArrays, SiteArrays
 from fedsca_pipeline.data.manifest import manifest_digest
 from fedsca_pipeline.errors import SiteError
-from fedsca_pipeline.federation.messages.codec import Manifest, Message, decode, encode
+from fedsca_pipeline.federation.messages.codec import Message, decode, encode
+from fedsca_pipeline.federation.messages.manifest import Manifest
 from fedsca_pipeline.federation.site import worker as local
 from fedsca_pipeline.federation.site.batches import plain_batches
 from fedsca_pipeline.federation.site.losses import build_loss

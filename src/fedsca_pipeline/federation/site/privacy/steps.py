@@ -25,7 +25,7 @@ from fedsca_pipeline.compute import autocast
 from fedsca_pipeline.config import PrivacyConfig
 from fedsca_pipeline.data.arrays import Arrays
 from fedsca_pipeline.errors import SiteError
-from fedsca_pipeline.federation.messages.manifest import PrivacyLevel, Spent
+from fedsca_pipeline.federation.messages.manifest import PrivacyLevel, PrivacySpent
 from fedsca_pipeline.federation.site.batches import SiteBatches
 from fedsca_pipeline.federation.site.losses import SegmentationLoss
 from fedsca_pipeline.federation.site.privacy.ledger import Entry, Vault, with_entry
@@ -217,14 +217,14 @@ class PrivateSteps:
 
         return step
 
-    def settle(self) -> Spent:
+    def settle(self) -> PrivacySpent:
         """Enter the round in the site's ledger, and return what to tell of it."""
         self._vault.record(self.entry)
         logger.info(
             "%s: %s epsilon %.2f at delta %g with round %d (noise multiplier %.3f)",
             self._site, self.units.level, self.epsilon, self._config.delta, self.entry.round, self.entry.noise,
         )  # fmt: skip
-        return Spent(self.units.level, self.epsilon, self._config.delta, self.entry.noise)
+        return PrivacySpent(self.units.level, self.epsilon, self._config.delta, self.entry.noise)
 
 
 def unit_gradient(
