@@ -74,7 +74,7 @@ def cells_of(markdown: str, row: int) -> list[str]:
     return [cell.strip() for cell in lines[row + 2].strip("|").split(" | ")]
 
 
-def test_the_table_has_the_best_method_first_with_its_scores_and_costs() -> None:
+def test_the_best_method_is_first_with_its_scores_and_costs() -> None:
     table = two_methods()
 
     assert table.columns.tolist() == list(TABLE_COLUMNS)
@@ -99,7 +99,7 @@ def test_unknown_costs_stay_unknown_and_methods_without_scores_are_left_out() ->
     assert table.loc["c", [f"{name}{end}" for name in COSTS for end in ("", "_low", "_high")]].isna().all()
 
 
-def test_a_goal_that_one_seed_missed_has_no_mean() -> None:
+def test_if_one_seed_misses_the_goal_there_is_no_mean() -> None:
     costs = costs_of(("a", 0, 1.0, 1.0, 10.0, 1.0, 1.0), ("a", 1, 1.0, 1.0, np.nan, 1.0, 1.0))
 
     table = method_table(scores_of({"a": [0.5]}, seeds=2), costs, {}, draws=DRAWS)
@@ -110,7 +110,7 @@ def test_a_goal_that_one_seed_missed_has_no_mean() -> None:
 
 @settings(deadline=None, max_examples=15)
 @given(st.permutations(["a", "b", "c", "d"]), st.integers(0, 100))
-def test_the_order_of_rows_changes_nothing_and_ties_go_by_name(order: list[str], seed: int) -> None:
+def test_the_order_of_rows_does_not_matter_and_ties_are_sorted_by_name(order: list[str], seed: int) -> None:
     dice = {"a": [0.5, 0.7], "b": [0.5, 0.7], "c": [0.9, 0.8], "d": [0.1, 0.2]}
     scores = scores_of({method: dice[method] for method in order}).sample(frac=1, random_state=seed)
 
@@ -143,13 +143,13 @@ def test_markdown_shows_values_intervals_and_units() -> None:
     ("value", "shown"),
     [(0, "0 B"), (999, "999 B"), (1500, "1.50 kB"), (12_345, "12.3 kB"), (7.96e6, "7.96 MB"), (1.6e9, "1.60 GB")],
 )
-def test_bytes_have_a_unit_that_fits(value: float, shown: str) -> None:
+def test_bytes_have_a_suitable_unit(value: float, shown: str) -> None:
     table = two_methods().assign(bytes=value, bytes_low=value, bytes_high=value)
 
     assert cells_of(render_markdown(table), 0)[5].replace("*", "") == shown
 
 
-def test_values_that_look_alike_are_best_together() -> None:
+def test_all_values_that_print_like_the_best_are_bold() -> None:
     table = two_methods().assign(dice=[0.81234, 0.81228], hd95=[3.0, 2.0])
 
     text = render_markdown(table)
@@ -159,7 +159,7 @@ def test_values_that_look_alike_are_best_together() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
-def test_every_column_with_a_value_has_a_best_one(values: list[float]) -> None:
+def test_every_column_with_a_value_has_a_bold_one(values: list[float]) -> None:
     ends = {f"{name}{end}": 1.0 for name in (*STATISTICS, *COSTS) for end in ("", "_low", "_high")}
     table = pd.DataFrame({"label": "m", **ends, "dice": values, "sites": 1, "images": 1, "seeds": 1})
 
@@ -185,7 +185,7 @@ def test_labels_are_escaped_in_markdown_and_in_the_page() -> None:
     assert "<script" not in page
 
 
-def test_the_page_needs_nothing_else_and_knows_dark_screens() -> None:
+def test_the_page_is_self_contained_and_supports_dark_screens() -> None:
     page = render_html({"All": two_methods()})
     parsed = Page(page)
 
@@ -196,7 +196,7 @@ def test_the_page_needs_nothing_else_and_knows_dark_screens() -> None:
     assert ("lang", "en") in parsed.attributes
 
 
-def test_the_page_says_what_the_markdown_says() -> None:
+def test_the_page_shows_the_same_values_as_the_markdown() -> None:
     table = two_methods()
 
     markdown, page = render_markdown(table), Page(render_html({"All": table}))
@@ -208,7 +208,7 @@ def test_the_page_says_what_the_markdown_says() -> None:
     assert "[384, 386] kB" in page.texts["small"]
 
 
-def test_nothing_scored_is_said() -> None:
+def test_without_scores_markdown_and_page_say_so() -> None:
     table = method_table(scores_of({}), COSTS_OF_TWO, {}, draws=DRAWS)
 
     assert table.columns.tolist() == list(TABLE_COLUMNS)

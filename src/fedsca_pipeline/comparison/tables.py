@@ -1,16 +1,17 @@
-"""From the scores and costs of several methods to one table, as a frame, as Markdown and as a page."""
+"""The table of methods, one row per method: as a data frame, as Markdown and as an HTML page."""
 
 from __future__ import annotations
 
-import html
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedsca_pipeline.comparison.statistics import STATISTICS, bootstrap, mean_interval
+from fedsca_pipeline.errors import counted
 
 COSTS = ("bytes", "bytes_to_95", "seconds", "peak_memory")
 TABLE_COLUMNS = (
@@ -24,30 +25,30 @@ TABLE_COLUMNS = (
 NOTHING = "No method was scored."
 _UNKNOWN = "–"
 _CAPTION = (
-    "Mean with 95 % bootstrap interval: Dice and HD95 over images and seeds, costs over seeds; no interval where there "
-    "is one seed or no spread. Bold: best value as shown, which says nothing of significance."
+    "Mean with 95 % bootstrap interval: Dice and HD95 over images and seeds, costs over seeds; no interval for a "
+    "single seed or without spread. Bold: the best value as printed, which says nothing about significance."
 )
 
 
 def method_table(
     scores: pd.DataFrame, costs: pd.DataFrame, labels: Mapping[str, str], draws: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
-    """One row per method that was scored, best mean Dice first (at a tie by name).
+    """Return one row per method with scores, the highest mean Dice first (ties: by name).
 
     Args:
         scores: one row per method, seed, site and image, as for ``statistics.bootstrap``.
         costs: one row per method and seed: ``bytes_up`` and ``bytes_down`` (serialised, mean over sites and rounds),
-            ``bytes_to_95`` (all sites, both ways, until 95 % of the method's best validation Dice), ``seconds`` (CPU),
-            ``peak_memory`` (bytes). A method without a row, or with a missing value at some seed, has that cost
-            missing; methods that were not scored are left out.
-        labels: names to show, by method; a method that is not named shows its own.
-        draws: of the bootstrap.
-        seed: of the bootstrap.
+            ``bytes_to_95`` (all sites, both directions, until 95 % of the method's best validation Dice), ``seconds``
+            (CPU), ``peak_memory`` (bytes). If a method has no row, or a seed's value is missing, that cost is missing.
+            Methods without scores are left out.
+        labels: names to show, by method. Default: the method's name.
+        draws: number of bootstrap draws.
+        seed: seed of the bootstrap.
 
     Returns:
         Columns ``TABLE_COLUMNS``: ``method``, ``label``; value, ``_low`` and ``_high`` of each of ``STATISTICS`` and of
-        ``COSTS``, where ``bytes`` is up and down together; counts of ``sites``, ``images`` (over all sites) and
-        ``seeds``, which tell whether two rows may be compared at all. No score: no row.
+        ``COSTS``, where ``bytes`` is the sum of up and down; the numbers of ``sites``, ``images`` (over all sites) and
+        ``seeds``: two rows are comparable only if these agree. Without scores the table has no row.
 
     Raises:
         ValueError: as for ``statistics.bootstrap``.
@@ -67,51 +68,53 @@ def method_table(
 
 
 def render_markdown(table: pd.DataFrame) -> str:
-    """The table as GitHub's Markdown, with a line below that says what the numbers are.
+    """Return the table as GitHub's Markdown, with a line below that explains the numbers.
 
     Args:
-        table: of ``method_table``.
+        table: from ``method_table``.
 
     Returns:
-        Text that ends with a newline; labels are escaped. No row: ``NOTHING``.
+        Text that ends with a newline; labels are escaped. For a table without rows: ``NOTHING``.
     """
     if table.empty:
         return f"{NOTHING}\n"
-    lines = [
-        ["Method", *(column.title for column in _COLUMNS), "Scored on"],
-        ["---", *("---:" for _ in _COLUMNS), "---"],
-    ]
-    for label, cells, basis in _rows(table):
-        shown = [f"**{cell.value}**{cell.rest}" if cell.best else cell.value + cell.rest for cell in cells]
-        lines.append([_escape_markdown(label), *shown, basis])
+    lines = [_TITLES, ["---", *("---:" for _ in _COLUMNS), "---"]]
+    for row in _rows(table):
+        shown = [f"**{cell.value}**{cell.rest}" if cell.best else cell.value + cell.rest for cell in row.cells]
+        lines.append([_escape_markdown(row.label), *shown, row.basis])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{text}\n\n{_CAPTION}\n"
 
 
 def render_html(tables: Mapping[str, pd.DataFrame], title: str = "Methods compared", note: str = "") -> str:
-    """The tables as a page that needs no other file, for light and dark screens.
+    """Return the tables as one self-contained HTML page for light and dark screens.
 
     Args:
-        tables: heading to a table of ``method_table``, in order.
-        title: of the page, plain text.
+        tables: tables from ``method_table`` by heading, in order.
+        title: the page's title, plain text.
         note: a last paragraph, plain text.
 
     Returns:
-        The page; everything that comes from the arguments is escaped. No row anywhere: a page that says ``NOTHING``.
+        The page; the template escapes all arguments. If no table has a row, the page says ``NOTHING``.
     """
-    filled = {heading: table for heading, table in tables.items() if not table.empty}
-    parts = [
-        f"<h1>{html.escape(title)}</h1>",
-        f"<p>{_CAPTION if filled else NOTHING}</p>",
-        *(f"<h2>{html.escape(heading)}</h2>\n<div>{_html_table(table)}</div>" for heading, table in filled.items()),
-    ]
-    if note:
-        parts.append(f"<p>{html.escape(note)}</p>")
-    return _PAGE.format(head=f"<title>{html.escape(title)}</title>", style=_STYLE, body="\n".join(parts))
+    filled = {heading: _rows(table) for heading, table in tables.items() if not table.empty}
+    environment = Environment(
+        loader=PackageLoader("fedsca_pipeline.comparison"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("tables.html").render(
+        title=title, caption=_CAPTION if filled else NOTHING, columns=_TITLES, tables=filled, note=note
+    )
+
+
+# How each kind of quantity is shown: divisor, unit and number of decimals for a value.
 
 
 def _fixed(value: float) -> tuple[float, str, int]:
-    """Divisor, unit and decimals of a number that is shown as it is."""
     return 1.0, "", 3
 
 
@@ -135,13 +138,13 @@ def _memory(value: float) -> tuple[float, str, int]:
 
 
 def _decimals(value: float) -> int:
-    """So many that three digits or more are shown."""
+    """Return the number of decimals that shows at least three digits."""
     return 2 if value < 10 else 1 if value < 100 else 0
 
 
 @dataclass(frozen=True)
 class _Column:
-    """How one quantity is shown: its title, which end is best, and divisor, unit and decimals for a value."""
+    """How one quantity is shown: its title, ``best`` (max or min), and ``scale``: divisor, unit and decimals."""
 
     name: str
     title: str
@@ -151,11 +154,20 @@ class _Column:
 
 @dataclass(frozen=True)
 class _Cell:
-    """What is shown: the value, the rest (interval, unit), and whether the value is the column's best."""
+    """One cell as text: the value, the rest (interval and unit), and whether the value is the column's best."""
 
     value: str
     rest: str
     best: bool
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One method as text: its label, a cell per column, and the sites, images and seeds it was scored on."""
+
+    label: str
+    cells: tuple[_Cell, ...]
+    basis: str
 
 
 _COLUMNS = (
@@ -168,23 +180,23 @@ _COLUMNS = (
     _Column("seconds", "CPU time ↓", min, _seconds),
     _Column("peak_memory", "Peak memory ↓", min, _memory),
 )
+_TITLES = ["Method", *(column.title for column in _COLUMNS), "Scored on"]
 
 
-def _rows(table: pd.DataFrame) -> list[tuple[str, list[_Cell], str]]:
-    """Label, cells and what it was scored on, of each method."""
+def _rows(table: pd.DataFrame) -> list[_Row]:
     columns = [_cells(table, column) for column in _COLUMNS]
     return [
-        (
+        _Row(
             str(row["label"]),
-            list(cells),
-            ", ".join(_count(row[name], name) for name in ("sites", "images", "seeds")),
+            tuple(shown),
+            ", ".join(counted(row[f"{noun}s"], noun) for noun in ("site", "image", "seed")),
         )
-        for row, *cells in zip(table.to_dict("records"), *columns, strict=True)
+        for row, *shown in zip(table.to_dict("records"), *columns, strict=True)
     ]
 
 
 def _cells(table: pd.DataFrame, column: _Column) -> list[_Cell]:
-    """One column's cells. All that look like the best one are best: a reader could not see the difference."""
+    """Return one column's cells. Every value that prints like the best one is marked as best."""
     texts = [_texts(*row, column) for row in table[[column.name, f"{column.name}_low", f"{column.name}_high"]].values]
     known = table[column.name].dropna()
     best = _shown(column.best(known), column) if len(known) else None
@@ -197,67 +209,15 @@ def _shown(value: float, column: _Column) -> tuple[str, str]:
 
 
 def _texts(value: float, low: float, high: float, column: _Column) -> tuple[str, str, str]:
-    """Value, unit, and what follows the value: the interval in the same unit, if there is one, and the unit."""
+    """Return the value, its unit, and the text after the value: the interval in the same unit, if any, and the unit."""
     if math.isnan(value):
         return _UNKNOWN, "", ""
     shown, unit = _shown(value, column)
     divisor, _, decimals = column.scale(value)
-    # A single seed's value is not known exactly, as an interval of no width would claim.
+    # An interval of zero width would claim that a single seed's value is exact.
     interval = "" if low == high else f" [{low / divisor:.{decimals}f}, {high / divisor:.{decimals}f}]"
     return shown, unit, f"{interval} {unit}" if unit else interval
 
 
-def _count(number: int, names: str) -> str:
-    return f"{number} {names.removesuffix('s') if number == 1 else names}"
-
-
 def _escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_|<>\[\]~])", r"\\\1", " ".join(text.split()))
-
-
-def _html_table(table: pd.DataFrame) -> str:
-    titles = ["Method", *(column.title for column in _COLUMNS), "Scored on"]
-    header = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in titles)
-    lines = []
-    for label, cells, basis in _rows(table):
-        data = "".join(f"<td>{_html_cell(cell)}</td>" for cell in cells)
-        lines.append(f'<tr><th scope="row">{html.escape(label)}</th>{data}<td class="basis">{basis}</td></tr>')
-    rows = "\n".join(lines)
-    return f"<table>\n<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
-
-
-def _html_cell(cell: _Cell) -> str:
-    value = f"<strong>{cell.value}</strong>" if cell.best else cell.value
-    return f"{value}<small>{cell.rest}</small>"
-
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #222222; --paper: #ffffff; --line: #dddddd; --quiet: #595959; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e8e8; --paper: #17191c; --line: #3a3d42; --quiet: #a8abb0; }
-}
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem; }
-h1 { font-size: 1.4rem; }
-h2 { font-size: 1.1rem; margin-top: 2rem; }
-p { max-width: 48rem; color: var(--quiet); }
-div { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.35rem 0.8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-thead th { white-space: normal; vertical-align: bottom; min-width: 6rem; }
-tr > th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
-.basis, thead th:last-child { text-align: left; }
-small, .basis { color: var(--quiet); }
-"""
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-{head}
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
