@@ -1,4 +1,4 @@
-"""Grids of tiny cells: settings, results made by hand, and sites on disk."""
+"""Fixtures for grids of tiny cells: settings, hand-made results, and sites on disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedsca_pipeline.data.manifest import manifest_digest
 
 SIDE = 32
 SITES = ("a", "b", "c")
-# Everything as small as it goes.
+# The smallest values that work.
 TINY: Mapping[str, Mapping[str, Any]] = {
     "run": {"threads": 1},
     "preprocessing": {"image_size": SIDE},
@@ -30,7 +30,7 @@ TINY: Mapping[str, Mapping[str, Any]] = {
 
 @pytest.fixture
 def make_setting() -> Callable[..., Setting]:
-    """Make a setting of sites a, b and c; groups are changes to ``TINY``, other keywords those of ``comparison``."""
+    """Make a setting of sites a, b and c; ``base`` changes ``TINY``, other keywords are keys of ``comparison``."""
 
     def make(
         methods: Mapping[str, Any] | None = None,
@@ -70,18 +70,18 @@ def _result_of(
         return {"images": [f"{site}{number}" for number in range(images)], "dice": values, "hd95": [4.0] * images}
 
     def record(round_: int, *, final: bool) -> dict[str, Any]:
-        told = {"dice_validation": 0.1 * round_}
+        reported = {"dice_validation": 0.1 * round_}
         if not final:
-            told |= {"loss": 1.0 / round_, "self_weight": 0.5, "update_norm": 2.0, "spread": 0.25}
+            reported |= {"loss": 1.0 / round_, "self_weight": 0.5, "update_norm": 2.0, "spread": 0.25}
         count = len(cell.sites)
-        seen = {"similarity": np.full((count, count), 0.25).tolist(), "weights": np.eye(count).tolist()}
+        matrices = {"similarity": np.full((count, count), 0.25).tolist(), "weights": np.eye(count).tolist()}
         return {
             "round": round_,
             "final": final,
             "bytes": 100,
             "accepted": [] if final else list(cell.sites),
-            "sites": {site: dict(told) for site in cell.sites},
-            **({} if final else seen),
+            "sites": {site: dict(reported) for site in cell.sites},
+            **({} if final else matrices),
         }
 
     return {
@@ -101,21 +101,21 @@ def _result_of(
 
 @pytest.fixture
 def grid() -> Callable[..., list[Cell]]:
-    """Return the cells of a setting; each method has the first of its learning rates unless told."""
+    """Return the cells of a setting; each method uses its first learning rate unless ``rates`` names another."""
     return _grid
 
 
 @pytest.fixture
 def result_of() -> Callable[..., dict[str, Any]]:
-    """Return what a cell might have given: ``dice`` of every image, or by site; image i has 0.01 i more."""
+    """Return a possible result of a cell: ``dice`` for every image, or by site; image i has 0.01 i more."""
     return _result_of
 
 
 @pytest.fixture
 def make_site(tmp_path: Path) -> Callable[..., tuple[Path, pd.DataFrame]]:
-    """Write one site of bright squares on noise: ``training`` images, 2 to validate, 2 to test; file and manifest.
+    """Write one site of bright squares on noise: ``training`` images, 2 validation images, 2 test images.
 
-    The squares are of the classes ``labels``, in turn.
+    Returns file and manifest. The squares have the classes ``labels``, in turn.
     """
 
     def write(

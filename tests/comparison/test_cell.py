@@ -1,4 +1,4 @@
-"""One cell: what it trains on, what it is judged by, and what it leaves."""
+"""One cell: its training images, its scores, and its files."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from fedsca_pipeline.federation.site.worker import LocalWorker
 
 
 class TestTrainingRows:
-    def test_more_images_contain_the_fewer_and_all_are_training_images(self, arrays) -> None:
+    def test_a_larger_draw_contains_a_smaller_one_and_has_training_images_only(self, arrays) -> None:
         drawn = {count: training_rows(arrays["a"], "a", 0, count) for count in (1, 2, 4, 6, 99, None)}
 
         assert [len(rows) for rows in drawn.values()] == [1, 2, 4, 6, 6, 6]
         assert set(drawn[1]) < set(drawn[2]) < set(drawn[4]) < set(drawn[6])
         assert drawn[6] == drawn[99] == drawn[None] == arrays["a"].rows("train").tolist()
 
-    def test_a_seed_and_a_site_draw_their_own(self, arrays) -> None:
+    def test_seeds_and_sites_draw_different_images(self, arrays) -> None:
         of_seeds = {tuple(training_rows(arrays["a"], "a", seed, 3)) for seed in range(8)}
         of_sites = {tuple(training_rows(arrays["a"], site, 0, 3)) for site in "abcdefgh"}
 
         assert len(of_seeds) > 1
         assert len(of_sites) > 1
 
-    def test_all_methods_of_a_seed_train_on_the_same(self, make_setting, grid, place, trained_on) -> None:
+    def test_all_methods_of_a_seed_train_on_the_same_images(self, make_setting, grid, place, trained_on) -> None:
         methods = {"fedsca": {}, "local": {}, "ditto": {}, "centralised": {}}
         setting = make_setting(methods, strategies={"centralised": {"allow_pooling": True}}, train_images=[3])
 
         for cell in grid(setting):
-            run_cell(cell, place, no_news)
+            run_cell(cell, place, ignore_round)
 
         apart = [found for found in trained_on if POOLED not in found]
         assert len(apart) == 3
@@ -54,7 +54,7 @@ class TestTrainingRows:
 
 
 class TestUnseenHalves:
-    def test_the_tested_half_is_fixed_and_nothing_of_it_is_drawn(self, arrays) -> None:
+    def test_the_test_half_does_not_depend_on_the_seed_and_is_never_drawn_from(self, arrays) -> None:
         halves = [unseen_halves(arrays["a"], "a", seed) for seed in range(4)]
 
         assert {tuple(test) for test, _ in halves} == {tuple(halves[0][0])}
@@ -63,7 +63,7 @@ class TestUnseenHalves:
             assert sorted([*test, *drawn]) == list(range(10))
         assert len({tuple(drawn) for _, drawn in halves}) > 1
 
-    def test_an_odd_image_is_for_drawing(self, make_site) -> None:
+    def test_with_an_odd_number_of_images_the_drawing_half_is_larger(self, make_site) -> None:
         test, drawn = unseen_halves(SiteArrays(*make_site("odd", training=3)), "odd", 0)
 
         assert (len(test), len(drawn)) == (3, 4)
@@ -87,7 +87,7 @@ def record(round_: int, dice: Mapping[str, float | None], *, final: bool = False
 
 
 class TestTraffic:
-    def test_means_are_of_a_site_and_training_round(self) -> None:
+    def test_means_are_per_site_and_training_round(self) -> None:
         records = [
             record(1, {"a": 0.0, "b": 0.0}, up=10, down=1),
             record(2, {"a": 0.1, "b": 0.1}, up=20, down=3),
@@ -109,7 +109,7 @@ class TestTraffic:
     def test_all_bytes_count_until_the_first_round_that_reaches_95_percent(
         self, after: list[float], rounds: int
     ) -> None:
-        # The foundation's own Dice, before any byte, reaches nothing.
+        # The foundation's Dice comes before any byte and does not count.
         known = [1.0, *after]
         records = [
             record(number, {"a": dice - 0.1, "b": dice + 0.1}, final=number == 5, up=10 * number, down=number)
@@ -126,8 +126,8 @@ class TestTraffic:
         assert traffic([record(1, {"a": None}), record(2, {"a": None}, final=True)], 1)["bytes_to_95"] is None
 
 
-def no_news(done: int, rounds: int) -> None:
-    """Hear of a round."""
+def ignore_round(done: int, rounds: int) -> None:
+    """Do nothing after a round."""
 
 
 @pytest.fixture
@@ -150,8 +150,8 @@ def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, list[int]]]:
 
 
 @pytest.fixture
-def kept(monkeypatch: pytest.MonkeyPatch) -> dict[str, Snapshot]:
-    """The chosen models that a cell is judged by, by folder: they are gone when it is done."""
+def chosen_models(monkeypatch: pytest.MonkeyPatch) -> dict[str, Snapshot]:
+    """The chosen models that a cell scores, by folder: a finished cell removes their files."""
     seen: dict[str, Snapshot] = {}
     read = SiteStore.snapshot
 
@@ -167,31 +167,31 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> dict[str, Snapshot]:
 
 
 @pytest.fixture
-def tell(make_setting, grid, place) -> Callable[..., dict[str, Any]]:
-    """Run the one cell of one method, keywords are the comparison's; return its result."""
+def run_method(make_setting, grid, place) -> Callable[..., dict[str, Any]]:
+    """Run the only cell of one method and return its result; keywords are keys of ``comparison``."""
 
     def run(method: str, own: Mapping[str, Any] | None = None, **comparison: Any) -> dict[str, Any]:
         setting = make_setting(
             {method: own or {}}, reference=method, strategies={"centralised": {"allow_pooling": True}}, **comparison
         )
-        return run_cell(grid(setting)[0], place, no_news)
+        return run_cell(grid(setting)[0], place, ignore_round)
 
     return run
 
 
 def numbers(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all that must be the same bit for bit; a message tells the seconds it took, and may be longer by some."""
+    """Return the numbers that must be equal bit for bit. Messages hold their seconds, so that their sizes vary."""
     rounds = [{key: value for key, value in record.items() if key != "bytes"} for record in result["rounds"]]
     rest = {key: value for key, value in result.items() if key not in ("seconds", "peak_memory", "traffic")}
     return {**rest, "rounds": rounds}
 
 
 class TestRunCell:
-    def test_its_result_is_of_every_site_s_test_images_and_leaves_no_scratch(self, make_setting, grid, place) -> None:
+    def test_a_cell_scores_every_site_s_test_images_and_leaves_no_scratch_file(self, make_setting, grid, place) -> None:
         (cell,) = grid(make_setting({"fedsca": {}}))
-        heard: list[tuple[int, int]] = []
+        reported: list[tuple[int, int]] = []
 
-        result = run_cell(cell, place, lambda done, rounds: heard.append((done, rounds)))
+        result = run_cell(cell, place, lambda done, rounds: reported.append((done, rounds)))
 
         assert result["description"] == cell.description
         assert (result["fingerprint"], result["code"], result["method"]) == (cell.fingerprint, "now", "fedsca")
@@ -199,18 +199,18 @@ class TestRunCell:
             (site, ["008", "009"]) for site in "abc"
         ]
         assert [record["round"] for record in result["rounds"]] == [1, 2, 3]
-        assert heard == [(1, 2), (2, 2), (2, 2)]
+        assert reported == [(1, 2), (2, 2), (2, 2)]
         assert np.shape(result["rounds"][0]["weights"]) == (3, 3)
         assert list(place.scratch.iterdir()) == []
 
-    def test_the_same_cell_gives_the_same_numbers(self, tell) -> None:
-        assert numbers(tell("fedsca", unseen_sites=["c"], shots=[1])) == numbers(
-            tell("fedsca", unseen_sites=["c"], shots=[1])
+    def test_the_same_cell_gives_the_same_numbers(self, run_method) -> None:
+        assert numbers(run_method("fedsca", unseen_sites=["c"], shots=[1])) == numbers(
+            run_method("fedsca", unseen_sites=["c"], shots=[1])
         )
 
-    def test_one_that_was_stopped_goes_on_and_ends_in_the_same_numbers(self, make_setting, grid, place) -> None:
+    def test_a_stopped_cell_resumes_and_ends_with_the_same_numbers(self, make_setting, grid, place) -> None:
         (cell,) = grid(make_setting({"fedsca": {}}, base={"federation": {"rounds": 3}}, unseen_sites=["c"], shots=[1]))
-        unbroken = run_cell(cell, place, no_news)
+        unbroken = run_cell(cell, place, ignore_round)
         trained: list[int] = []
 
         def stop(done: int, rounds: int) -> None:
@@ -228,13 +228,13 @@ class TestRunCell:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(LocalWorker, "work", count)
-            resumed = run_cell(cell, place, no_news)
+            resumed = run_cell(cell, place, ignore_round)
 
         assert sorted(set(trained)) == [3, 4]
         assert numbers(resumed) == numbers(unbroken)
         assert resumed["traffic"] == pytest.approx(unbroken["traffic"], rel=0.02)
 
-    def test_what_another_code_has_begun_is_not_gone_on_from(self, make_setting, grid, place) -> None:
+    def test_a_cell_does_not_resume_from_another_code_version(self, make_setting, grid, place) -> None:
         (cell,) = grid(make_setting({"local": {}}, reference="local"))
 
         def stop(done: int, rounds: int) -> None:
@@ -242,13 +242,13 @@ class TestRunCell:
 
         with pytest.raises(KeyboardInterrupt):
             run_cell(cell, place, stop)
-        heard: list[int] = []
+        reported: list[int] = []
         new = Place(place.arrays, place.foundations, place.scratch, "new")
         trained = []
         worked = LocalWorker.work
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(LocalWorker, "work", lambda w, p, r, *rest: trained.append(r) or worked(w, p, r, *rest))
-            result = run_cell(cell, new, lambda done, rounds: heard.append(done))
+            result = run_cell(cell, new, lambda done, rounds: reported.append(done))
 
         assert sorted(set(trained)) == [1, 2, 3]
         assert result["code"] == "new"
@@ -261,32 +261,32 @@ class TestRunCell:
         (cell,) = grid(make_setting({"fedsca": {}}))
 
         with pytest.raises(DataError, match=r"^b: no test image; raise preprocessing\.split\.test"):
-            run_cell(cell, Place({**place.arrays, "b": empty}, place.foundations, place.scratch, "now"), no_news)
+            run_cell(cell, Place({**place.arrays, "b": empty}, place.foundations, place.scratch, "now"), ignore_round)
         assert not place.scratch.exists()
 
-    def test_one_whose_sites_all_fail_says_why(self, tell) -> None:
+    def test_a_cell_whose_sites_all_fail_raises_with_the_reason(self, run_method) -> None:
         failing = {"set": {"federation.inject_failures": {site: [2] for site in "abc"}}}
 
         with pytest.raises(FedscaError, match=r"round 2: 0 valid replies.*injected"):
-            tell("fedsca", failing)
+            run_method("fedsca", failing)
 
-    def test_a_site_that_misses_one_round_is_scored_all_the_same(self, tell) -> None:
-        result = tell("fedsca", {"set": {"federation.inject_failures": {"b": [1]}}})
+    def test_a_site_that_misses_one_round_is_still_scored(self, run_method) -> None:
+        result = run_method("fedsca", {"set": {"federation.inject_failures": {"b": [1]}}})
 
         assert sorted(result["sites"]) == ["a", "b", "c"]
         assert result["rounds"][0]["accepted"] == ["a", "c"]
         assert np.shape(result["rounds"][0]["weights"]) == (2, 2)
 
-    def test_a_seed_and_a_number_of_images_change_the_numbers(self, tell) -> None:
-        rounds = [tell("local", **change)["rounds"] for change in ({}, {"seeds": [1]}, {"train_images": [2]})]
+    def test_a_seed_and_a_number_of_images_change_the_numbers(self, run_method) -> None:
+        rounds = [run_method("local", **change)["rounds"] for change in ({}, {"seeds": [1]}, {"train_images": [2]})]
 
         assert rounds[0] != rounds[1]
         assert rounds[0] != rounds[2]
 
 
 class TestCentralised:
-    def test_it_trains_as_many_steps_on_all_images_as_all_sites_together(
-        self, tell, trained_on, monkeypatch: pytest.MonkeyPatch
+    def test_pooled_training_takes_as_many_steps_as_all_sites_together(
+        self, run_method, trained_on, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         steps: list[int] = []
         run_phase = LocalWorker._run_phase
@@ -300,9 +300,9 @@ class TestCentralised:
             run_phase(worker, phase, counted(), *rest)
 
         monkeypatch.setattr(LocalWorker, "_run_phase", count)
-        tell("fedavg")
+        run_method("fedavg")
         apart, steps[:] = list(steps), []
-        result = tell("centralised")
+        result = run_method("centralised")
 
         assert len(apart) == len(steps) == 2 * 2 * 3
         assert [list(found) for found in trained_on] == [["a", "b", "c"], [POOLED]]
@@ -311,19 +311,19 @@ class TestCentralised:
         assert {len(found["images"]) for found in result["sites"].values()} == {2}
         assert len({found["dice_validation"] for found in result["sites"].values()}) == 1
 
-    def test_a_quorum_of_sites_is_made_by_the_one_place_that_has_them_all(self, tell) -> None:
-        result = tell("centralised", base={"federation": {"quorum": 3}})
+    def test_pooled_training_meets_any_quorum_of_sites(self, run_method) -> None:
+        result = run_method("centralised", base={"federation": {"quorum": 3}})
 
         assert [record["round"] for record in result["rounds"]] == [1, 2, 3]
 
-    def test_a_site_left_out_gets_its_model_as_it_is(self, tell) -> None:
-        result = tell("centralised", unseen_sites=["c"], shots=[1])
+    def test_an_unseen_site_is_tested_with_the_pooled_model_as_it_is(self, run_method) -> None:
+        result = run_method("centralised", unseen_sites=["c"], shots=[1])
 
         assert list(result["unseen"]["c"]) == ["as it is", "1 image"]
 
 
 class TestDitto:
-    def test_it_is_judged_by_the_personal_model(self, make_setting, grid, place, kept, monkeypatch) -> None:
+    def test_ditto_is_scored_by_the_personal_model(self, make_setting, grid, place, chosen_models, monkeypatch) -> None:
         (cell,) = grid(make_setting({"ditto": {}}, reference="ditto"))
         personal: dict[tuple[str, int], Mapping[str, torch.Tensor]] = {}
         save = SiteStore.save_state
@@ -335,36 +335,39 @@ class TestDitto:
             ),
         )
 
-        result = run_cell(cell, place, no_news)
+        result = run_cell(cell, place, ignore_round)
 
         for site, found in result["sites"].items():
-            model = kept[site].tensors
+            model = chosen_models[site].tensors
             own = personal[site, found["round"]]
             assert own.keys() == model.keys()
             assert all(own[name].equal(model[name]) for name in model)
-        assert any(not kept["a"].tensors[name].equal(kept["b"].tensors[name]) for name in kept["a"].tensors)
+        assert any(
+            not chosen_models["a"].tensors[name].equal(chosen_models["b"].tensors[name])
+            for name in chosen_models["a"].tensors
+        )
 
 
 class TestUnseen:
-    def test_shots_beyond_two_fifths_of_the_images_are_left_out(self, tell) -> None:
-        result = tell("fedsca", unseen_sites=["c"], shots=[1, 4, 5, 16])
+    def test_more_shots_than_two_fifths_of_the_images_are_left_out(self, run_method) -> None:
+        result = run_method("fedsca", unseen_sites=["c"], shots=[1, 4, 5, 16])
 
         assert list(result["unseen"]["c"]) == ["1 image", "4 images"]
 
-    def test_only_what_shares_a_decoder_has_a_model_as_it_is(self, tell) -> None:
-        assert "as it is" in tell("fedavg", unseen_sites=["c"], shots=[1])["unseen"]["c"]
-        assert "as it is" not in tell("local", unseen_sites=["c"], shots=[1])["unseen"]["c"]
+    def test_only_strategies_that_share_the_decoder_have_a_model_as_it_is(self, run_method) -> None:
+        assert "as it is" in run_method("fedavg", unseen_sites=["c"], shots=[1])["unseen"]["c"]
+        assert "as it is" not in run_method("local", unseen_sites=["c"], shots=[1])["unseen"]["c"]
 
-    def test_every_column_is_of_the_same_half(self, tell, arrays) -> None:
-        result = tell("fedavg", unseen_sites=["c"], shots=[1, 2], release_private=True)["unseen"]["c"]
+    def test_every_column_has_the_same_test_images(self, run_method, arrays) -> None:
+        result = run_method("fedavg", unseen_sites=["c"], shots=[1, 2], release_private=True)["unseen"]["c"]
 
         test, _ = unseen_halves(arrays["c"], "c", 0)
         assert list(result) == ["as it is", "ensemble", "1 image", "2 images"]
         assert {tuple(found["images"]) for found in result.values()} == {tuple(f"{row:03d}" for row in test)}
 
     @pytest.mark.parametrize(("method", "everything"), [("fedsca", False), ("fedavg", True), ("local", True)])
-    def test_what_sites_keep_private_is_tuned_on_the_first_images_drawn(
-        self, tell, arrays, monkeypatch: pytest.MonkeyPatch, method: str, everything: bool
+    def test_tuning_trains_the_private_tensors_on_the_first_images_drawn(
+        self, run_method, arrays, monkeypatch: pytest.MonkeyPatch, method: str, everything: bool
     ) -> None:
         tuned: list[tuple[list[int], set[str], int]] = []
         general: list[Mapping[str, torch.Tensor]] = []
@@ -380,17 +383,17 @@ class TestUnseen:
             return found
 
         monkeypatch.setattr(LocalWorker, "tune", spy)
-        tell(method, unseen_sites=["c"], shots=[1, 2, 4], shot_steps=3)
+        run_method(method, unseen_sites=["c"], shots=[1, 2, 4], shot_steps=3)
 
         _, drawn = unseen_halves(arrays["c"], "c", 0)
         assert [(rows, steps) for rows, _, steps in tuned] == [(sorted(drawn[:count]), 3) for count in (1, 2, 4)]
         assert all(general[0][name].equal(other[name]) for other in general for name in other)
 
-    def test_sites_that_are_left_out_are_tested_and_do_not_train(self, make_setting, grid, place, trained_on) -> None:
+    def test_a_left_out_site_is_tested_and_does_not_train(self, make_setting, grid, place, trained_on) -> None:
         setting = make_setting({"local": {}}, reference="local", leave_one_out=True, shots=[1])
         (cell,) = (cell for cell in grid(setting) if cell.left_out == "b")
 
-        result = run_cell(cell, place, no_news)
+        result = run_cell(cell, place, ignore_round)
 
         assert result["left_out"] == "b"
         assert sorted(result["sites"]) == ["a", "c"]
@@ -422,7 +425,7 @@ class TestUnseen:
 
         monkeypatch.setattr(cell_module._Training, "_ensemble", beside)
 
-        found = run_cell(cell, place, no_news)["unseen"]["c"]["ensemble"]
+        found = run_cell(cell, place, ignore_round)["unseen"]["c"]["ensemble"]
 
         assert [found] == singles
         assert any(found["dice"])
@@ -447,14 +450,14 @@ class TestUnseen:
 
         monkeypatch.setattr(cell_module._Training, "_ensemble", by_hand)
 
-        assert run_cell(cell, place, no_news)["unseen"]["c"]["ensemble"]["dice"] == expected
+        assert run_cell(cell, place, ignore_round)["unseen"]["c"]["ensemble"]["dice"] == expected
 
 
-# Rates at which a few steps of a random foundation are seen in its masks.
+# With this rate a few steps of a random foundation change its masks.
 FAST = {"training": {"steps_per_round": 20, "learning_rate": 0.03}, "federation": {"rounds": 2}}
 
 
-def test_sites_are_scored_by_their_own_chosen_model(make_setting, grid, place, kept) -> None:
+def test_each_site_is_scored_by_its_chosen_model(make_setting, grid, place, chosen_models) -> None:
     (cell,) = grid(make_setting({"local": {}}, reference="local", base=FAST))
     training: list[Any] = []
     at_site = cell_module._Training.at_site
@@ -465,15 +468,15 @@ def test_sites_are_scored_by_their_own_chosen_model(make_setting, grid, place, k
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cell_module._Training, "at_site", hold)
-        result = run_cell(cell, place, no_news)
+        result = run_cell(cell, place, ignore_round)
 
     for site, found in result["sites"].items():
         worker = training[0].worker
-        worker.install(kept[site].tensors)
+        worker.install(chosen_models[site].tensors)
         batches = plain_batches(place.arrays[site], "test", 8)
         scores = score_batches(worker.model, training[0].forward, batches, 1, 0.5)
         assert found["dice"] == [round(score["dice"], 5) for score in scores]
-        assert found["dice_validation"] == kept[site].dice
+        assert found["dice_validation"] == chosen_models[site].dice
 
 
 class TestSeveralClasses:
@@ -485,29 +488,31 @@ class TestSeveralClasses:
 
     @pytest.mark.parametrize("head", ["sigmoid", "softmax"])
     @pytest.mark.parametrize("method", ["local", "fedavg"])
-    def test_every_score_is_the_mean_over_the_classes_that_the_site_has(
+    def test_every_score_is_the_mean_over_the_site_s_classes(
         self, make_setting, grid, place, head: str, method: str
     ) -> None:
         base = {**FAST, "preprocessing": {"classes": 3}, "foundation": {"head": head}}
         (cell,) = grid(make_setting({method: {}}, reference=method, base=base, unseen_sites=["c"], shots=[1],
                                     release_private=True))  # fmt: skip
 
-        result = run_cell(cell, place, no_news)
+        result = run_cell(cell, place, ignore_round)
 
-        told = {"a": result["sites"]["a"], "b": result["sites"]["b"]}
+        scores = {"a": result["sites"]["a"], "b": result["sites"]["b"]}
         expected = {"a": {"1", "2", "3"}, "b": {"1", "3"}}
         for received, found in result["unseen"]["c"].items():
-            told[received], expected[received] = found, {"2", "3"}
-        assert ("as it is" in told) == (method == "fedavg")
-        assert {"ensemble", "1 image"} < set(told)
-        for name, found in told.items():
+            scores[received], expected[received] = found, {"2", "3"}
+        assert ("as it is" in scores) == (method == "fedavg")
+        assert {"ensemble", "1 image"} < set(scores)
+        for name, found in scores.items():
             assert set(found["dice_by_class"]) == expected[name]
             means = np.mean(list(found["dice_by_class"].values()), axis=0)
             assert found["dice"] == pytest.approx(means.tolist(), abs=2e-5)
             assert np.isfinite([*found["dice"], *found["hd95"]]).all()
 
-    def test_an_ensemble_asks_for_a_class_only_the_models_that_know_it(self, make_setting, grid, place, monkeypatch):
-        """Every model is surest of class 2, which b's has never seen."""
+    def test_an_ensemble_averages_each_class_over_the_models_that_predict_it(
+        self, make_setting, grid, place, monkeypatch
+    ):
+        """Every model is most certain of class 2, which site b does not have."""
         base = {"preprocessing": {"classes": 3}}
         (cell,) = grid(make_setting({"local": {}}, reference="local", base=base, unseen_sites=["c"], shots=[1],
                                     release_private=True))  # fmt: skip
@@ -520,6 +525,6 @@ class TestSeveralClasses:
 
         monkeypatch.setattr(cell_module, "predict_logits", sure_of_class_2)
 
-        found = run_cell(cell, place, no_news)["unseen"]["c"]["ensemble"]
+        found = run_cell(cell, place, ignore_round)["unseen"]["c"]["ensemble"]
 
         assert found["dice_by_class"]["2"] == [1.0] * len(found["images"])

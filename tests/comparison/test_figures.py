@@ -23,7 +23,7 @@ from fedsca_pipeline.evaluation.figures import ABSENT, COLOURS
 
 
 def scores_of(methods: int, sites: int = 2, images: int = 6, seeds: int = 2) -> pd.DataFrame:
-    """Method m0 is the best, m1 the next, on every image."""
+    """Scores in which m0 is best and m1 second best on every image."""
     generator = np.random.default_rng(0)
     base = generator.uniform(0.6, 0.9, size=(sites, images))
     rows = [
@@ -91,11 +91,11 @@ def note_of(figure: Figure) -> str:
         (lambda: similarity_matrix(pd.DataFrame()), "No similarity"),
     ],
 )
-def test_where_there_is_nothing_to_draw_the_figure_says_so(figure, said: str, tmp_path) -> None:
+def test_a_figure_without_data_says_so(figure, said: str, tmp_path) -> None:
     assert said in note_of(rendered(figure(), tmp_path))
 
 
-def test_the_front_is_drawn_in_steps_from_fewest_bytes_to_the_right_edge(tmp_path) -> None:
+def test_the_pareto_front_is_drawn_in_steps_from_the_fewest_bytes_to_the_right_edge(tmp_path) -> None:
     table = table_of([1e5, 1e6, 1e6, 1e7], [0.6, 0.8, 0.7, 0.75])
 
     figure = rendered(dice_against_bytes(table), tmp_path)
@@ -110,7 +110,7 @@ def test_the_front_is_drawn_in_steps_from_fewest_bytes_to_the_right_edge(tmp_pat
     assert texts(figure) == set(table["label"])
 
 
-def test_methods_that_send_nothing_stand_in_a_band_left_of_all_others(tmp_path) -> None:
+def test_methods_that_send_nothing_are_in_a_band_left_of_all_others(tmp_path) -> None:
     figure = rendered(dice_against_bytes(table_of([0, 0, 1e5, 1e6], [0.5, 0.6, 0.7, 0.8])), tmp_path)
 
     (axes,) = figure.axes
@@ -123,13 +123,13 @@ def test_methods_that_send_nothing_stand_in_a_band_left_of_all_others(tmp_path) 
     assert "sends nothing" in texts(figure)
 
 
-def test_only_silent_methods_are_drawn_without_a_warning(tmp_path) -> None:
+def test_methods_that_all_send_nothing_are_drawn_without_a_warning(tmp_path) -> None:
     figure = rendered(dice_against_bytes(table_of([0, 0], [0.5, 0.6])), tmp_path)
 
     assert {"method 0", "method 1", "sends nothing"} == texts(figure)
 
 
-def test_an_interval_that_does_not_hold_its_value_is_drawn(tmp_path) -> None:
+def test_an_interval_that_does_not_contain_its_value_is_drawn(tmp_path) -> None:
     rendered(dice_against_bytes(table_of([1e5], [0.5]).assign(dice_low=0.6, dice_high=0.7)), tmp_path)
 
 
@@ -159,7 +159,7 @@ def test_every_site_has_a_panel_with_the_methods_in_the_same_order(sites: int, p
     assert all(len(axes.patches) == 3 for axes in shown)
 
 
-def test_boxes_are_of_the_images_averaged_over_seeds(tmp_path) -> None:
+def test_boxes_show_the_images_averaged_over_seeds(tmp_path) -> None:
     scores = scores_of(1, sites=1, images=5, seeds=3)
 
     figure = rendered(site_boxes(scores), tmp_path)
@@ -169,7 +169,7 @@ def test_boxes_are_of_the_images_averaged_over_seeds(tmp_path) -> None:
     assert (box.min(), box.max()) == pytest.approx(np.percentile(images, [25, 75]))
 
 
-def test_a_method_without_images_at_a_site_keeps_its_line_there(tmp_path) -> None:
+def test_a_method_without_images_at_a_site_has_an_empty_row_there(tmp_path) -> None:
     scores = scores_of(3)
 
     figure = rendered(site_boxes(scores[(scores["method"] != "m1") | (scores["site"] != "s0")]), tmp_path)
@@ -181,7 +181,7 @@ def test_a_method_without_images_at_a_site_keeps_its_line_there(tmp_path) -> Non
         assert [name for name, box in zip(names, boxes, strict=True) if np.isnan(box[:, 0]).any()] == empty
 
 
-def test_the_climb_from_the_foundation_does_not_take_the_height_of_the_learning_curves(tmp_path) -> None:
+def test_learning_curves_leave_the_step_from_the_foundation_out_of_the_axis(tmp_path) -> None:
     curves = curves_of(2)
     curves.loc[curves["round"] == 0, "dice_validation"] = 0.01
 
@@ -193,7 +193,7 @@ def test_the_climb_from_the_foundation_does_not_take_the_height_of_the_learning_
     assert trained.max() < highest
 
 
-def test_curves_are_the_mean_and_the_range_of_the_seeds(tmp_path) -> None:
+def test_curves_show_the_mean_and_the_range_of_the_seeds(tmp_path) -> None:
     figure = rendered(learning_curves(curves_of(2), labels={"m0": "best"}), tmp_path)
 
     (axes,) = figure.axes
@@ -205,7 +205,7 @@ def test_curves_are_the_mean_and_the_range_of_the_seeds(tmp_path) -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["best", "m1"]
 
 
-def test_rounds_that_a_seed_lacks_are_not_drawn() -> None:
+def test_rounds_that_some_seed_lacks_are_not_drawn() -> None:
     curves = curves_of(1)
 
     figure = learning_curves(curves[(curves["seed"] == 0) | (curves["round"] < 3)])
@@ -213,7 +213,7 @@ def test_rounds_that_a_seed_lacks_are_not_drawn() -> None:
     assert list(figure.axes[0].lines[0].get_xdata()) == [0, 1, 2]
 
 
-def test_seeds_without_a_common_round_give_an_empty_line(tmp_path) -> None:
+def test_seeds_without_a_common_round_have_an_empty_line(tmp_path) -> None:
     curves = curves_of(2)
     apart = (curves["method"] == "m0") & ((curves["seed"] == 0) == (curves["round"] < 3))
 
@@ -241,7 +241,7 @@ def test_twenty_methods_in_colour_all_look_different(tmp_path) -> None:
     assert len(axes.collections) == 0
 
 
-def test_ranks_of_methods_that_always_come_in_the_same_order(tmp_path) -> None:
+def test_methods_in_the_same_order_on_every_image_have_whole_ranks(tmp_path) -> None:
     figure = rendered(critical_difference(scores_of(4), labels={"m0": "best"}), tmp_path)
 
     shown = {text.strip() for text in texts(figure)}
@@ -278,7 +278,7 @@ def test_only_images_that_all_methods_have_are_ranked() -> None:
     assert "over 10 images" in figure.get_suptitle()
 
 
-def test_the_matrix_is_annotated_and_its_scale_fixed(tmp_path) -> None:
+def test_the_similarity_matrix_is_annotated_and_has_a_fixed_scale(tmp_path) -> None:
     table = pd.DataFrame([[1, -0.25], [np.nan, 1]], index=["a", "b"], columns=["a", "b"])
 
     figure = rendered(similarity_matrix(table), tmp_path)
@@ -290,7 +290,7 @@ def test_the_matrix_is_annotated_and_its_scale_fixed(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", ["$a$", "{rank}", "a_b^c", "100 % $\\bad$"])
-def test_names_are_not_taken_for_formulas(name: str, tmp_path) -> None:
+def test_names_are_not_read_as_formulas(name: str, tmp_path) -> None:
     scores, labels = scores_of(3).replace({"site": {"s0": name}}), {"m0": name}
 
     rendered(site_boxes(scores, labels), tmp_path)
@@ -300,12 +300,12 @@ def test_names_are_not_taken_for_formulas(name: str, tmp_path) -> None:
     rendered(similarity_matrix(pd.DataFrame([[1.0]], index=[name], columns=[name]), title=name), tmp_path)
 
 
-def test_two_methods_with_one_label_are_refused() -> None:
-    with pytest.raises(ValueError, match="two methods have one label"):
+def test_two_methods_with_the_same_label_are_refused() -> None:
+    with pytest.raises(ValueError, match="two methods have the same label"):
         site_boxes(scores_of(2), labels={"m0": "same", "m1": "same"})
 
 
-def test_pyplot_holds_no_figure_of_ours() -> None:
+def test_pyplot_holds_no_figure() -> None:
     dice_against_bytes(table_of([1e5, 0], [0.5, 0.4]))
     critical_difference(scores_of(3))
 

@@ -1,4 +1,4 @@
-"""Cells at work in processes of their own."""
+"""Cells that run in worker processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.federation.fleets.worker_pool import Died, Raised
 
 
-def test_a_cell_that_died_or_raised_has_failed_and_says_why(make_setting, grid) -> None:
+def test_a_cell_that_died_or_raised_has_failed_with_its_reason(make_setting, grid) -> None:
     cells = grid(make_setting(seeds=[0, 1]))
     bug = ZeroDivisionError("division by zero")
     bug.add_note("In a cell:\nTraceback of the worker")
@@ -33,7 +33,7 @@ def test_a_cell_that_died_or_raised_has_failed_and_says_why(make_setting, grid) 
     ]
 
 
-def test_cells_run_side_by_side_and_tell_of_their_rounds(make_setting, make_site, grid, tmp_path: Path) -> None:
+def test_cells_run_in_parallel_and_report_their_rounds(make_setting, make_site, grid, tmp_path: Path) -> None:
     cells = grid(make_setting({"local": {}}, reference="local", seeds=[0, 1]))
     (broken,) = grid(
         make_setting(
@@ -41,20 +41,20 @@ def test_cells_run_side_by_side_and_tell_of_their_rounds(make_setting, make_site
         )
     )
     sources = {site: make_site(site, seed) for seed, site in enumerate("abc")}
-    heard: list[RoundDone] = []
+    reports: list[RoundDone] = []
 
-    with open_grid(Source(sources, Path("unused"), tmp_path / "scratch", "code"), 2, heard.append) as pool:
+    with open_grid(Source(sources, Path("unused"), tmp_path / "scratch", "code"), 2, reports.append) as pool:
         found = {cell.fingerprint: outcome for cell, outcome in run_grid(pool, [broken, *cells])}
 
     assert isinstance(found[broken.fingerprint], Failed)
     assert found[broken.fingerprint].reason.startswith("round 1: 0 valid replies")
     for cell in cells:
         assert found[cell.fingerprint]["code"] == "code"
-        assert [report.done for report in heard if report.cell == cell] == [1, 2, 2]
+        assert [report.done for report in reports if report.cell == cell] == [1, 2, 2]
         assert not (tmp_path / "scratch" / cell.fingerprint).exists()
 
 
-# In an interpreter of its own, and of memory mapped for the block: a heap may hold on to what another test has freed.
+# A new interpreter with mapped memory: the heap of this one may keep memory that other tests have freed.
 TWO_BLOCKS = """
 import json, mmap
 from fedsca_pipeline.comparison.peak_memory import PeakMemory
@@ -68,7 +68,7 @@ print(json.dumps([first.bytes, second.bytes]))
 """
 
 
-def test_a_block_s_peak_is_its_own() -> None:
+def test_each_block_has_its_own_peak_memory() -> None:
     done = subprocess.run([sys.executable, "-c", TWO_BLOCKS], capture_output=True, text=True, check=True)
 
     first, second = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""Which cells a comparison has, what identifies each, and what is refused."""
+"""The plan of a comparison: its cells, their fingerprints, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fedsca_pipeline.comparison.plan import choose_rates, resolve_methods, tuning_cells, unique
+from fedsca_pipeline.comparison.plan import cells, choose_rates, resolve_methods, tuning_cells, unique
 from fedsca_pipeline.config import ComparisonConfig
 from fedsca_pipeline.errors import ConfigError
 from fedsca_pipeline.federation.strategies import STRATEGIES
@@ -16,30 +16,28 @@ from fedsca_pipeline.federation.strategies import STRATEGIES
 
 @pytest.fixture
 def prints(grid) -> Callable[..., dict[tuple[Any, ...], str]]:
-    """Return fingerprints by what a cell is called."""
+    """Return the cells' fingerprints by method, seed, number of images and left-out site."""
     return lambda setting: {
         (cell.method, cell.seed, cell.train_images, cell.left_out): cell.fingerprint for cell in grid(setting)
     }
 
 
 LORA = {"adapters.method": "lora"}
-OF_LORA = ("fedsa_lora", "ffa_lora", "flap_sam")
+LORA_STRATEGIES = ("fedsa_lora", "ffa_lora", "flap_sam")
 
 
 class TestMethods:
     @pytest.mark.parametrize("strategy", STRATEGIES)
-    def test_any_strategy_is_one_entry(self, make_setting, grid, strategy: str) -> None:
+    def test_each_strategy_needs_one_entry_only(self, make_setting, grid, strategy: str) -> None:
         setting = make_setting(
-            {strategy: {"set": LORA} if strategy in OF_LORA else None},
+            {strategy: {"set": LORA} if strategy in LORA_STRATEGIES else None},
             reference=strategy,
             strategies={"centralised": {"allow_pooling": True}},
         )
 
         assert [cell.strategy for cell in grid(setting)] == [strategy]
 
-    def test_what_the_sites_have_not_permitted_is_left_out_and_refused_where_it_is_asked_for(
-        self, make_setting
-    ) -> None:
+    def test_a_method_without_permission_is_left_out_and_refused_if_only_names_it(self, make_setting) -> None:
         both = {"fedsca": {}, "centralised": {}}
 
         assert list(resolve_methods(make_setting(both))) == ["fedsca"]
@@ -60,11 +58,11 @@ class TestMethods:
             (1, {"methods": {"fedsca": {"set": {"federation.quorum": 4}}}}, r"federation\.quorum: 4, but only 3 of 3"),
         ],
     )
-    def test_a_quorum_that_some_cell_s_sites_cannot_make_is_refused(self, make_setting, quorum, comparison, said):
+    def test_a_quorum_that_some_cell_cannot_reach_is_refused(self, make_setting, quorum, comparison, said):
         with pytest.raises(ConfigError, match=said):
             resolve_methods(make_setting(base={"federation": {"quorum": quorum}}, **comparison))
 
-    def test_a_quorum_that_every_cell_s_sites_can_make_is_not_refused(self, make_setting) -> None:
+    def test_a_quorum_that_every_cell_can_reach_is_accepted(self, make_setting) -> None:
         methods = {"fedsca": {"set": {"federation.quorum": 2}}, "centralised": {}}
         methods["hard"] = {"strategy": "fedsca", "options": {"gate": "hard"}, "ablation": "gate"}
         setting = make_setting(
@@ -76,7 +74,7 @@ class TestMethods:
 
         assert list(resolve_methods(setting)) == list(methods)
 
-    def test_a_variant_is_one_entry_with_options_over_those_of_its_strategy(self, make_setting) -> None:
+    def test_the_options_of_an_entry_override_those_of_its_strategy(self, make_setting) -> None:
         setting = make_setting(
             {
                 "fedprox": {},
@@ -94,7 +92,7 @@ class TestMethods:
         assert methods["fedprox"].groups["training"]["augment"]["flip"] == 0.5
         assert setting.base["training"]["augment"]["flip"] == 0.5
 
-    def test_an_ablation_takes_the_reference_s_rate_and_the_first_number_of_images(self, make_setting, grid) -> None:
+    def test_an_ablation_uses_the_reference_s_rate_and_the_first_number_of_images(self, make_setting, grid) -> None:
         setting = make_setting(
             {"fedsca": {}, "wide": {"strategy": "fedsca", "set": {"adapters.width": 8}, "ablation": "adapter"}},
             train_images=[2, 4],
@@ -108,14 +106,14 @@ class TestMethods:
 
     @pytest.mark.parametrize("own", [{"learning_rates": [0.3]}, {"set": {"training.learning_rate": 0.3}}])
     @pytest.mark.parametrize("ablation", [None, "rate"])
-    def test_a_learning_rate_of_its_own_goes_before_the_comparison_s(self, make_setting, grid, own, ablation) -> None:
+    def test_a_method_s_learning_rate_overrides_the_comparison_s(self, make_setting, grid, own, ablation) -> None:
         setting = make_setting(
             {"fedsca": {}, "fast": {"strategy": "fedsca", "ablation": ablation, **own}}, learning_rates=[0.01, 0.02]
         )
 
         assert {cell.learning_rate for cell in grid(setting) if cell.method == "fast"} == {0.3}
 
-    def test_what_is_named_twice_is_one_cell(self, make_setting, grid) -> None:
+    def test_a_value_that_is_listed_twice_makes_one_cell(self, make_setting, grid) -> None:
         setting = make_setting(seeds=[1, 1], train_images=[2, 2], learning_rates=[0.1, 0.1])
 
         assert len(grid(setting)) == 3
@@ -126,8 +124,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("method", "said"),
         [
-            ({"strategy": "fedprx"}, r"comparison\.methods\.odd\.strategy: 'fedprx' is no strategy, did you mean 'fe"),
-            ({"strategy": "zzz"}, r"comparison\.methods\.odd\.strategy: 'zzz' is no strategy, there are fedsca, local"),
+            (
+                {"strategy": "fedprx"},
+                r"comparison\.methods\.odd\.strategy: 'fedprx' is no strategy; did you mean 'fedprox'\?",
+            ),
+            ({"strategy": "zzz"}, r"comparison\.methods\.odd\.strategy: 'zzz' is no strategy\. Allowed: fedsca, local"),
             ({}, r"comparison\.methods\.odd\.strategy: 'odd' is no strategy"),
             (
                 {"strategy": "fedsca", "options": {"rhoo": 0.4}},
@@ -149,25 +150,28 @@ class TestRefusals:
             ),
             (
                 {"strategy": "fedsca", "set": {"foundation.name": "sam"}},
-                r"comparison\.methods\.odd\.set: foundation\.name cannot be set there; only keys of adapters, training",
+                r"comparison\.methods\.odd\.set: foundation\.name cannot be set here; only keys of adapters, training",
             ),
             ({"strategy": "fedsca", "set": {"training": 1}}, r"comparison\.methods\.odd\.set: training cannot be set"),
             (
                 {"strategy": "fedsca", "set": {"federation.strategy": "local"}},
-                r"comparison\.methods\.odd\.set: federation\.strategy .*comparison\.methods\.odd\.strategy is for that",
+                r"comparison\.methods\.odd\.set: federation\.strategy .*use comparison\.methods\.odd\.strategy",
             ),
             (
                 {"strategy": "fedsca", "set": {"adapters.seed": 3}},
-                r"comparison\.methods\.odd\.set: adapters\.seed .*comparison\.methods\.odd\.seeds is for that",
+                r"comparison\.methods\.odd\.set: adapters\.seed .*use comparison\.methods\.odd\.seeds",
             ),
-            ({"strategy": "fedsca", "train_images": [0]}, r"comparison\.methods\.odd\.train_images: \[0\]; .*at least"),
+            (
+                {"strategy": "fedsca", "train_images": [0]},
+                r"comparison\.methods\.odd\.train_images: \[0\]; each number must be at least 1",
+            ),
         ],
     )
-    def test_a_wrong_method_is_refused_by_its_key(self, make_setting, method: dict[str, Any], said: str) -> None:
+    def test_an_invalid_method_is_refused_with_its_key(self, make_setting, method: dict[str, Any], said: str) -> None:
         with pytest.raises(ConfigError, match=said):
             resolve_methods(make_setting({"fedsca": {}, "odd": method}))
 
-    def test_a_pair_that_does_not_go_together_does_where_the_method_sets_it(self, make_setting) -> None:
+    def test_a_method_may_set_the_adapter_that_its_strategy_needs(self, make_setting) -> None:
         setting = make_setting({"fedsca": {}, "fedsa_lora": {"set": LORA}})
 
         assert resolve_methods(setting)["fedsa_lora"].groups["adapters"]["method"] == "lora"
@@ -180,11 +184,13 @@ class TestRefusals:
             ({"unseen_sites": ["a", "b"], "leave_one_out": True}, r"comparison\.unseen_sites: no site is left"),
         ],
     )
-    def test_sites_that_cannot_be_are_refused(self, make_setting, comparison: dict[str, Any], said: str) -> None:
+    def test_unknown_sites_and_too_few_sites_are_refused(
+        self, make_setting, comparison: dict[str, Any], said: str
+    ) -> None:
         with pytest.raises(ConfigError, match=said):
             resolve_methods(make_setting(**comparison))
 
-    def test_one_site_may_train_alone(self, make_setting, grid) -> None:
+    def test_one_training_site_is_enough(self, make_setting, grid) -> None:
         assert {cell.sites for cell in grid(make_setting(unseen_sites=["a", "b"]))} == {("c",)}
 
     @pytest.mark.parametrize(
@@ -208,13 +214,15 @@ class TestRefusals:
             ({"jobs": 0}, "jobs"),
         ],
     )
-    def test_a_wrong_comparison_is_refused_by_its_key(self, comparison: dict[str, Any], said: str) -> None:
+    def test_an_invalid_comparison_is_refused_with_its_key(self, comparison: dict[str, Any], said: str) -> None:
         with pytest.raises(ValidationError, match=said):
             ComparisonConfig.model_validate({"methods": {"fedsca": {}, "local": {}}, **comparison})
 
 
 class TestCells:
-    def test_there_is_one_for_each_method_seed_and_number_of_images_first_seeds_first(self, make_setting, grid) -> None:
+    def test_each_method_seed_and_number_of_images_has_one_cell_and_first_seeds_come_first(
+        self, make_setting, grid
+    ) -> None:
         setting = make_setting({"fedsca": {}, "local": {"seeds": [5]}}, seeds=[3, 4], train_images=[2, None])
 
         found = [(cell.method, cell.seed, cell.train_images) for cell in grid(setting)]
@@ -224,13 +232,13 @@ class TestCells:
             ("fedsca", 4, None),
         ]  # fmt: skip
 
-    def test_unseen_sites_never_train_and_are_asked_with_the_first_number_of_images(self, make_setting, grid) -> None:
+    def test_unseen_sites_never_train_and_are_tested_with_the_first_number_of_images(self, make_setting, grid) -> None:
         setting = make_setting({"fedsca": {}}, unseen_sites=["b"], train_images=[2, 4])
 
         assert [(cell.sites, cell.unseen) for cell in grid(setting)] == [(("a", "c"), ("b",)), (("a", "c"), ())]
         assert all("b" not in cell.description["data"] for cell in grid(setting) if not cell.unseen)
 
-    def test_each_site_is_left_out_once_and_is_unseen_then(self, make_setting, grid) -> None:
+    def test_each_site_is_left_out_once_and_then_unseen(self, make_setting, grid) -> None:
         setting = make_setting({"fedsca": {}}, leave_one_out=True)
 
         found = {cell.left_out: (cell.sites, cell.unseen) for cell in grid(setting)}
@@ -242,7 +250,7 @@ class TestCells:
             "c": (("a", "b"), ("c",)),
         }
 
-    def test_no_site_is_left_out_of_an_ablation(self, make_setting, grid) -> None:
+    def test_an_ablation_leaves_no_site_out(self, make_setting, grid) -> None:
         setting = make_setting(
             {"fedsca": {}, "wide": {"strategy": "fedsca", "set": {"adapters.width": 8}, "ablation": "adapter"}},
             leave_one_out=True,
@@ -250,14 +258,15 @@ class TestCells:
 
         assert [cell.left_out for cell in grid(setting) if cell.method == "wide"] == [None]
 
-    def test_a_method_without_a_learning_rate_has_no_cell(self, make_setting, grid) -> None:
+    def test_a_method_without_a_learning_rate_has_no_cell(self, make_setting) -> None:
         setting = make_setting()
-
-        assert {cell.method for cell in grid(setting)} == {"fedsca", "local", "fedavg"}
         methods = resolve_methods(setting)
-        assert choose_rates(methods, []) == {}
 
-    def test_it_is_told_in_words(self, make_setting, grid) -> None:
+        assert choose_rates(methods, []) == {}
+        assert {cell.method for cell in cells(methods, setting, {"fedsca": 0.1, "local": 0.1})} == {"fedsca", "local"}
+        assert cells(methods, setting, {}) == []
+
+    def test_a_cell_s_name_says_method_seed_images_rate_and_left_out_site(self, make_setting, grid) -> None:
         named = [str(cell) for cell in grid(make_setting({"fedsca": {}}, train_images=[4, None], leave_one_out=True))]
 
         assert named[0] == "fedsca, seed 0, 4 images, rate 0.01"
@@ -265,7 +274,7 @@ class TestCells:
 
 
 class TestRates:
-    def test_each_method_chooses_the_best_on_its_first_seed_and_number_of_images(self, make_setting) -> None:
+    def test_each_method_chooses_its_best_rate_on_its_first_seed_and_number_of_images(self, make_setting) -> None:
         setting = make_setting(
             {"fedsca": {}, "local": {"learning_rates": [0.5]}},
             seeds=[7, 8],
@@ -274,29 +283,29 @@ class TestRates:
         )
         methods = resolve_methods(setting)
 
-        asked = tuning_cells(methods, setting)
+        tuning = tuning_cells(methods, setting)
         dice = {("fedsca", 0.1): 0.3, ("fedsca", 0.2): 0.4, ("local", 0.5): 0.1}
 
-        assert {(cell.seed, cell.train_images) for cell in asked} == {(7, 4)}
-        assert choose_rates(methods, [(cell, dice[cell.method, cell.learning_rate]) for cell in asked]) == {
+        assert {(cell.seed, cell.train_images) for cell in tuning} == {(7, 4)}
+        assert choose_rates(methods, [(cell, dice[cell.method, cell.learning_rate]) for cell in tuning]) == {
             "fedsca": 0.2,
             "local": 0.5,
         }
 
-    def test_at_a_tie_the_lower_one_is_taken(self, make_setting) -> None:
+    def test_at_a_tie_the_lower_rate_wins(self, make_setting) -> None:
         setting = make_setting({"fedsca": {}}, learning_rates=[0.2, 0.1])
         methods = resolve_methods(setting)
 
         assert choose_rates(methods, [(cell, 0.5) for cell in tuning_cells(methods, setting)]) == {"fedsca": 0.1}
 
-    def test_a_method_with_a_rate_that_failed_chooses_none(self, make_setting) -> None:
+    def test_a_method_with_a_failed_rate_chooses_none(self, make_setting) -> None:
         setting = make_setting({"fedsca": {}, "local": {}}, learning_rates=[0.2, 0.1])
         methods = resolve_methods(setting)
         tuned = [(cell, 0.5) for cell in tuning_cells(methods, setting)]
 
         assert choose_rates(methods, tuned[1:]) == {"local": 0.1}
 
-    def test_a_tuning_cell_is_the_grid_s(self, make_setting, grid) -> None:
+    def test_a_tuning_cell_with_the_chosen_rate_is_a_cell_of_the_grid(self, make_setting, grid) -> None:
         setting = make_setting({"fedsca": {}}, seeds=[0, 1], unseen_sites=["a"])
         methods = resolve_methods(setting)
 
@@ -304,7 +313,7 @@ class TestRates:
 
 
 class TestFingerprints:
-    def test_another_method_or_seed_changes_no_cell(self, make_setting, prints) -> None:
+    def test_a_new_method_or_seed_changes_no_cell(self, make_setting, prints) -> None:
         before = prints(make_setting(unseen_sites=["c"]))
         after = prints(
             make_setting(
@@ -316,7 +325,7 @@ class TestFingerprints:
         assert len(after) == 8
         assert len(set(after.values())) == 8
 
-    def test_a_default_that_is_given_is_one_that_is_not(self, make_setting, prints) -> None:
+    def test_a_default_in_the_yaml_does_not_change_the_fingerprint(self, make_setting, prints) -> None:
         given = make_setting(
             {"fedsca": {"options": {"rho": 0.5}, "set": {"training.weight_decay": 1e-4, "adapters.scale": 0.5}}},
             base={"federation": {"wire_dtype": "fp16"}, "evaluation": {"every": 1}},
@@ -325,15 +334,15 @@ class TestFingerprints:
 
         assert prints(given) == prints(make_setting({"fedsca": {}}))
 
-    def test_a_description_holds_no_default_of_the_groups(self, make_setting, grid) -> None:
+    def test_a_description_has_no_default_values(self, make_setting, grid) -> None:
         (cell,) = grid(make_setting({"fedsca": {}}))
 
-        told = cell.description["configuration"]
-        assert told["training"] == {"steps_per_round": 2, "learning_rate": 0.01}
-        assert told["strategies"] == {"fedsca": {}}
-        assert told["evaluation"] == {}
+        configuration = cell.description["configuration"]
+        assert configuration["training"] == {"steps_per_round": 2, "learning_rate": 0.01}
+        assert configuration["strategies"] == {"fedsca": {}}
+        assert configuration["evaluation"] == {}
 
-    def test_rows_that_mean_the_same_share_a_cell(self, make_setting, grid) -> None:
+    def test_rows_with_the_same_parameters_share_a_cell(self, make_setting, grid) -> None:
         setting = make_setting(
             {"fedsca": {}, "local": {}, "blocks_none": {"strategy": "local", "ablation": "blocks"}, "again": {
                 "strategy": "fedsca", "options": {"rho": 0.5}}},
@@ -362,7 +371,9 @@ class TestFingerprints:
             {"unseen_sites": ["c"]},
         ],
     )
-    def test_what_decides_the_numbers_changes_it(self, make_setting, grid, change: dict[str, Any]) -> None:
+    def test_everything_that_decides_the_numbers_changes_the_fingerprint(
+        self, make_setting, grid, change: dict[str, Any]
+    ) -> None:
         before = grid(make_setting({"fedsca": {}}))
         after = grid(make_setting(**{"methods": {"fedsca": {}}, **change}))
 
@@ -370,7 +381,7 @@ class TestFingerprints:
         assert before[0].fingerprint != after[0].fingerprint
 
     @pytest.mark.parametrize("key", [{"shots": [3]}, {"shot_steps": 3}, {"release_private": True}])
-    def test_what_unseen_sites_receive_changes_the_cells_that_ask(
+    def test_what_unseen_sites_receive_changes_the_cells_that_test_them_only(
         self, make_setting, grid, key: dict[str, Any]
     ) -> None:
         settings = [make_setting({"fedsca": {}}, unseen_sites=["c"], train_images=[2, 4], **more) for more in ({}, key)]
@@ -391,5 +402,7 @@ class TestFingerprints:
             {"same_code": False},
         ],
     )
-    def test_how_the_work_is_spread_does_not(self, make_setting, prints, change: dict[str, Any]) -> None:
+    def test_how_the_work_is_distributed_does_not_change_the_fingerprint(
+        self, make_setting, prints, change: dict[str, Any]
+    ) -> None:
         assert prints(make_setting({"fedsca": {}})) == prints(make_setting(**{"methods": {"fedsca": {}}, **change}))

@@ -1,4 +1,4 @@
-"""From finished cells to tables and the page, whose words follow from the numbers."""
+"""From finished cells to tables and the page; the page's words follow from the numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FIGURES = ("dice_against_bytes", "site_boxes", "learning_curves", "critical_diff
 
 @pytest.fixture
 def compare(make_setting, grid, result_of) -> Callable[..., Comparison]:
-    """A comparison with a result of each cell that ``dice`` gives one for, by cell; keywords are ``make_setting``'s."""
+    """Make a comparison with a result for each cell that ``dice`` maps to a number; keywords are ``make_setting``'s."""
 
     def make(
         methods: Mapping[str, Any],
@@ -58,7 +58,7 @@ def built(comparison: Comparison) -> Report:
 METHODS = {"fedsca": {}, "local": {}, "fedavg": {}}
 
 
-def test_there_is_a_row_a_method_the_best_one_first_and_five_figures(compare) -> None:
+def test_there_is_one_row_per_method_with_the_best_first_and_five_figures(compare) -> None:
     report = built(compare(METHODS, by_method(fedsca=0.6, local=0.5, fedavg=0.7)))
 
     assert list(report.table["method"]) == ["fedavg", "fedsca", "local"]
@@ -73,7 +73,7 @@ def test_there_is_a_row_a_method_the_best_one_first_and_five_figures(compare) ->
     assert "Code version now." in report.page
 
 
-def test_each_number_of_images_is_a_section_and_what_one_method_adds_is_one_too(compare) -> None:
+def test_each_number_of_images_has_a_section_also_if_only_one_method_uses_it(compare) -> None:
     report = built(
         compare(
             {"fedsca": {}, "local": {"train_images": [2, 3]}}, by_method(fedsca=0.6, local=0.5), train_images=[2, 4]
@@ -91,14 +91,14 @@ def test_each_number_of_images_is_a_section_and_what_one_method_adds_is_one_too(
 
 
 class TestVerdict:
-    def test_it_says_so_when_the_reference_wins(self, compare) -> None:
+    def test_the_verdict_says_when_the_reference_wins(self, compare) -> None:
         page = built(compare(METHODS, by_method(fedsca=0.7, local=0.5, fedavg=0.6))).page
 
         assert "By mean Dice **fedsca** is first of 2 federated methods (0.710)." in page
         assert "By Dice of the worst site **fedsca** is first of 2 federated methods (0.710)." in page
         assert "Against training alone: +0.200 (image by image +0.200, Holm's p" in page
 
-    def test_it_says_so_when_the_reference_loses(self, compare) -> None:
+    def test_the_verdict_says_when_the_reference_loses(self, compare) -> None:
         page = built(compare(METHODS, by_method(fedsca=0.4, local=0.5, fedavg=0.6))).page
 
         assert "By mean Dice **fedsca** is second of 2 federated methods (0.410; fedavg has 0.610)." in page
@@ -106,7 +106,7 @@ class TestVerdict:
         assert page.index("| fedavg | +0.2000 |") < page.index("| local | +0.1000 |")
         assert "Ahead of it: fedavg (+0.200, 1.00 times its bytes)." in page
 
-    def test_where_bytes_are_unknown_nothing_is_said_of_them(self, compare) -> None:
+    def test_unknown_bytes_are_not_compared(self, compare) -> None:
         comparison = compare(METHODS, by_method(fedsca=0.4, local=0.5, fedavg=0.6))
         for result in comparison.results.values():
             if result["method"] == "fedsca":
@@ -114,7 +114,7 @@ class TestVerdict:
 
         assert "Ahead of it: fedavg (+0.200)." in built(comparison).page
 
-    def test_what_is_no_federation_is_no_rival_whatever_its_row_is_called(self, compare) -> None:
+    def test_local_and_pooled_training_are_no_rivals_under_any_name(self, compare) -> None:
         page = built(
             compare(
                 {
@@ -131,7 +131,7 @@ class TestVerdict:
         assert "By mean Dice **fedsca** is first of 2 federated methods (0.410)." in page
         assert "With all images in one place, pooled reaches 0.910." in page
         (row,) = (line for line in page.splitlines() if line.startswith("| pooled | **0.910**"))
-        assert row.count(" – ") == 2, "it sends images, which nobody counts"
+        assert row.count(" – ") == 2, "it sends images, which are not counted"
         assert "Ahead of it" not in page
 
     @pytest.mark.parametrize("reference", ["local", "fedavg"])
@@ -143,7 +143,7 @@ class TestVerdict:
         assert ("Against training alone" in page) == (reference != "local")
         assert ("of the bytes of fedavg" in page) == (reference != "fedavg")
 
-    def test_bytes_are_told_as_a_share_of_fedavg_s(self, compare) -> None:
+    def test_bytes_are_shown_as_a_share_of_fedavg_s(self, compare) -> None:
         comparison = compare(METHODS, by_method(fedsca=0.7, local=0.5, fedavg=0.6))
         for result in comparison.results.values():
             if result["method"] == "fedsca":
@@ -151,7 +151,7 @@ class TestVerdict:
 
         assert "It sends 1/10 of the bytes of fedavg in the same type." in build_report(comparison).page
 
-    def test_fedavg_in_fp32_is_the_second_yardstick_where_it_was_run(self, compare) -> None:
+    def test_fedavg_in_fp32_is_a_second_yardstick_if_it_ran(self, compare) -> None:
         plain = {"strategy": "fedavg", "set": {"federation.wire_dtype": "fp32"}, "ablation": "wire"}
         comparison = compare({**METHODS, "plain": plain}, by_method(fedsca=0.7, local=0.5, fedavg=0.6, plain=0.6))
         for result in comparison.results.values():
@@ -162,7 +162,7 @@ class TestVerdict:
 
 
 class TestMissing:
-    def test_a_page_with_no_result_at_all_says_what_is_missing(self, compare) -> None:
+    def test_without_any_result_the_page_lists_what_is_missing(self, compare) -> None:
         report = built(compare(METHODS, lambda cell: None, unseen_sites=["c"], leave_one_out=True))
 
         assert report.page.count("\n- ") == 9
@@ -174,7 +174,7 @@ class TestMissing:
         assert "received" in read_again(report.unseen)
         assert "No method was scored" in report.html
 
-    def test_methods_whose_rate_is_not_chosen_are_named(self, compare) -> None:
+    def test_methods_without_a_chosen_rate_are_listed_as_missing(self, compare) -> None:
         report = built(compare(METHODS, by_method(fedsca=0.5), rates={}))
 
         assert [line for line in report.page.splitlines() if line.startswith("- ")] == [
@@ -182,7 +182,7 @@ class TestMissing:
         ]
         assert "label" in read_again(report.table)
 
-    def test_one_method_alone_has_a_table_and_no_test(self, compare) -> None:
+    def test_a_single_method_has_a_table_and_no_test(self, compare) -> None:
         report = built(compare({"fedsca": {}}, by_method(fedsca=0.5)))
 
         assert list(report.table["method"]) == ["fedsca"]
@@ -190,14 +190,14 @@ class TestMissing:
         assert "Image by image" not in report.page
         assert "first of" not in report.page
 
-    def test_without_the_reference_the_others_are_shown_all_the_same(self, compare) -> None:
+    def test_without_the_reference_the_other_methods_are_still_shown(self, compare) -> None:
         report = built(compare(METHODS, by_method(local=0.5, fedavg=0.4)))
 
         assert list(report.table["method"]) == ["local", "fedavg"]
         assert "**fedsca** has no result here." in report.page
         assert "- fedsca, seed 0" in report.page
 
-    def test_a_missing_seed_is_named_and_the_row_has_one_less(self, compare) -> None:
+    def test_a_missing_seed_is_listed_and_the_row_has_one_seed_less(self, compare) -> None:
         report = built(
             compare(METHODS, lambda cell: None if (cell.method, cell.seed) == ("local", 1) else 0.5, seeds=[0, 1])
         )
@@ -207,15 +207,15 @@ class TestMissing:
             "- local, seed 1, all images, rate 0.01"
         ]
 
-    def test_one_training_site_has_nothing_to_be_similar_to(self, compare) -> None:
+    def test_with_one_training_site_there_is_no_similarity(self, compare) -> None:
         page = built(compare(METHODS, by_method(fedsca=0.5, local=0.4, fedavg=0.3), unseen_sites=["a", "b"])).page
 
-        assert "1 site train" in page
+        assert "Training sites: 1 (c)" in page
         assert "How fedsca behaved" not in page
 
 
 class TestVersions:
-    def test_a_method_with_a_result_of_another_code_is_marked(self, compare) -> None:
+    def test_a_method_with_a_result_of_another_code_version_is_marked(self, compare) -> None:
         report = built(
             compare(
                 METHODS,
@@ -231,17 +231,17 @@ class TestVersions:
             "local": "local",
         }
         assert "| fedavg † |" in report.page
-        assert "than the present one, now. Versions: now (5 results), old (1 result)." in report.page
+        assert "than the current one, now. Versions: now (5 results), old (1 result)." in report.page
 
-    def test_so_are_all_where_none_is_of_the_present_code(self, compare) -> None:
+    def test_all_methods_are_marked_if_no_result_is_of_the_current_code(self, compare) -> None:
         page = built(compare({"fedsca": {}}, by_method(fedsca=0.7), code=lambda cell: "old")).page
 
         assert "| fedsca † |" in page
-        assert "† marks methods with results of another version of the code than the present one, now." in page
+        assert "† marks methods with results from another code version than the current one, now." in page
 
 
 class TestAblations:
-    def test_a_variant_is_held_against_the_reference_and_is_in_no_other_table(self, compare) -> None:
+    def test_a_variant_is_compared_with_the_reference_and_is_in_no_other_table(self, compare) -> None:
         report = built(compare({**METHODS, "wide": ABLATION}, by_method(fedsca=0.6, local=0.5, fedavg=0.4, wide=0.7)))
 
         assert "wide" not in set(report.table["method"])
@@ -251,7 +251,7 @@ class TestAblations:
         assert "local" not in ablations
         assert report.html.index("<h2>Ablation: adapter</h2>") < report.html.index(">wide</th>")
 
-    def test_ablations_may_vary_another_method_than_the_reference(self, compare) -> None:
+    def test_ablations_may_vary_a_method_other_than_the_reference(self, compare) -> None:
         wide = {"strategy": "fedavg", "set": {"adapters.width": 8}, "ablation": "adapter"}
         comparison = compare(
             {**METHODS, "wide": wide}, by_method(fedsca=0.6, local=0.5, fedavg=0.4, wide=0.7), ablated="fedavg"
@@ -277,7 +277,7 @@ class TestAblations:
         assert reference.startswith("| fedsca | 0.210")
         assert "3 sites, 9 images, 1 seed |" in reference
 
-    def test_a_variant_without_a_result_is_missing_and_its_table_is_not_there(self, compare) -> None:
+    def test_a_variant_without_a_result_is_missing_and_has_no_table(self, compare) -> None:
         page = built(compare({"fedsca": {}, "wide": ABLATION}, by_method(fedsca=0.6))).page
 
         assert "## Ablations" not in page
@@ -285,7 +285,7 @@ class TestAblations:
 
 
 class TestUnseen:
-    def test_what_an_unseen_site_received_is_a_column_words_first(self, compare) -> None:
+    def test_each_received_model_is_a_column_with_words_before_numbers(self, compare) -> None:
         report = built(compare(METHODS, by_method(fedsca=0.6, local=0.5, fedavg=0.4), seeds=[0, 1], unseen_sites=["c"]))
 
         assert "### c (3 test images)" in report.page
@@ -299,7 +299,7 @@ class TestUnseen:
             for received in ("ensemble", "2 images")
         }
 
-    def test_every_site_that_was_left_out_is_told_of_beside_the_unseen_ones(self, compare) -> None:
+    def test_left_out_sites_are_reported_beside_unseen_sites(self, compare) -> None:
         report = built(
             compare({"fedsca": {}}, lambda cell: 0.6, unseen_sites=["c"], leave_one_out=True, train_images=[2, 4])
         )
@@ -314,17 +314,17 @@ class TestUnseen:
         ]
 
 
-def test_what_was_chosen_by_hand_and_what_is_not_the_default_is_told(compare) -> None:
+def test_the_page_lists_manual_choices_and_options_that_differ_from_the_defaults(compare) -> None:
     methods = {"fedsca": {"options": {"rho": 0.25}, "tuned": "rho, in three trials"}, "local": {}}
 
     page = built(compare(methods, by_method(fedsca=0.6, local=0.5))).page
 
     assert "- fedsca: rho, in three trials" in page[page.index("## What was tuned") :]
-    assert "| fedsca | rho: 0.25 |" in page[page.index("## Options that are not the defaults") :]
-    assert "The grid chooses" not in page
+    assert "| fedsca | rho: 0.25 |" in page[page.index("## Options that differ from the defaults") :]
+    assert "The grid tunes" not in page
 
 
-def test_what_was_tuned_is_what_had_a_choice(compare) -> None:
+def test_only_methods_with_several_rates_are_listed_as_tuned(compare) -> None:
     page = built(
         compare(
             {"fedsca": {"learning_rates": [0.1, 0.2]}, "local": {}},
@@ -336,7 +336,7 @@ def test_what_was_tuned_is_what_had_a_choice(compare) -> None:
     assert "| local | " not in page[page.index("## What was tuned") :]
 
 
-def test_several_classes_have_a_table_each_over_the_sites_that_have_it(compare) -> None:
+def test_several_classes_have_a_table_of_means_over_the_sites_that_have_them(compare) -> None:
     classes = {"a": {"1": [0.2, 0.4], "2": [0.5, 0.7]}, "b": {"1": [0.9, 0.9]}, "c": {"1": [0.6, 0.6]}}
     comparison = compare(
         METHODS,
@@ -356,5 +356,5 @@ def test_several_classes_have_a_table_each_over_the_sites_that_have_it(compare) 
     assert "vessel" not in page
 
 
-def test_one_class_has_no_table_of_classes(compare) -> None:
+def test_with_one_class_there_is_no_table_of_classes(compare) -> None:
     assert "by class" not in built(compare(METHODS, by_method(fedsca=0.5, local=0.4, fedavg=0.3))).page

@@ -1,4 +1,4 @@
-"""Finished cells on disk, and the tables they make."""
+"""Finished cells on disk, and their tables."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def cell(make_setting, grid):
 
 
 @pytest.fixture
-def keep(tmp_path: Path, cell) -> Callable[[Any], Path]:
-    """Write something where the cell's result would be."""
+def store(tmp_path: Path, cell) -> Callable[[Any], Path]:
+    """Write a content to the path of the cell's result."""
 
     def write(content: Any) -> Path:
         path = tmp_path / f"{cell.fingerprint}.json"
@@ -30,13 +30,13 @@ def keep(tmp_path: Path, cell) -> Callable[[Any], Path]:
 
 
 class TestReadResult:
-    def test_a_sound_one_is_read_without_a_word(self, tmp_path, cell, keep, result_of, caplog) -> None:
-        keep(result_of(cell))
+    def test_a_valid_result_is_read_without_a_warning(self, tmp_path, cell, store, result_of, caplog) -> None:
+        store(result_of(cell))
 
         assert read_result(tmp_path, cell) == result_of(cell)
         assert caplog.text == ""
 
-    def test_none_is_none_without_a_word(self, tmp_path, cell, caplog) -> None:
+    def test_a_missing_result_is_none_without_a_warning(self, tmp_path, cell, caplog) -> None:
         assert read_result(tmp_path, cell) is None
         assert caplog.text == ""
 
@@ -51,33 +51,36 @@ class TestReadResult:
             lambda text: b"{}",
         ],
     )
-    def test_a_damaged_file_is_named_and_not_taken(self, tmp_path, cell, keep, result_of, caplog, damage) -> None:
-        path = keep(damage(json.dumps(result_of(cell)).encode()))
+    def test_a_damaged_file_is_named_and_not_used(self, tmp_path, cell, store, result_of, caplog, damage) -> None:
+        path = store(damage(json.dumps(result_of(cell)).encode()))
 
         assert read_result(tmp_path, cell) is None
-        assert f"{path}: the result of fedsca, seed 0, all images, rate 0.01 is damaged; the cell is" in caplog.text
+        assert (
+            f"{path}: the result of fedsca, seed 0, all images, rate 0.01 is damaged; the cell runs again"
+            in caplog.text
+        )
 
-    def test_a_changed_description_is_not_taken(self, tmp_path, cell, keep, result_of, caplog) -> None:
+    def test_a_result_with_a_changed_description_is_not_used(self, tmp_path, cell, store, result_of, caplog) -> None:
         changed = result_of(cell)
         changed["description"] = {**changed["description"], "seed": 1}
-        keep(changed)
+        store(changed)
 
         assert read_result(tmp_path, cell) is None
         assert "damaged" in caplog.text
 
-    def test_another_cell_s_content_is_not_taken(
-        self, tmp_path, make_setting, grid, cell, keep, result_of, caplog
+    def test_another_cell_s_content_is_not_used(
+        self, tmp_path, make_setting, grid, cell, store, result_of, caplog
     ) -> None:
         (other,) = grid(make_setting({"fedsca": {}}, seeds=[1]))
-        keep({**result_of(other), "fingerprint": cell.fingerprint})
+        store({**result_of(other), "fingerprint": cell.fingerprint})
 
         assert read_result(tmp_path, cell) is None
         assert "damaged" in caplog.text
 
-    def test_a_result_of_other_data_is_not_looked_at(
-        self, tmp_path, make_setting, grid, cell, keep, result_of, caplog
+    def test_a_result_of_other_data_is_not_read(
+        self, tmp_path, make_setting, grid, cell, store, result_of, caplog
     ) -> None:
-        keep(result_of(cell))
+        store(result_of(cell))
         (now,) = grid(make_setting({"fedsca": {}}, data={"a": "new", "b": "data of b", "c": "data of c"}))
 
         assert read_result(tmp_path, now) is None
@@ -87,10 +90,10 @@ class TestReadResult:
         "part",
         ["fingerprint", "code", "description", "method", "left_out", "sites", "rounds", "traffic", "unseen", "seconds"],
     )
-    def test_one_that_lacks_a_part_is_not_taken(self, tmp_path, cell, keep, result_of, part: str) -> None:
+    def test_a_result_that_lacks_a_part_is_not_used(self, tmp_path, cell, store, result_of, part: str) -> None:
         result = result_of(cell)
         del result[part]
-        keep(result)
+        store(result)
 
         assert read_result(tmp_path, cell) is None
 
@@ -104,7 +107,7 @@ def test_validation_dice_is_the_mean_over_sites(cell, result_of) -> None:
 
 
 class TestFrames:
-    def test_every_image_is_a_row_and_every_cell_has_its_costs(self, cell, result_of) -> None:
+    def test_every_image_has_a_row_and_every_cell_has_its_costs(self, cell, result_of) -> None:
         found = frames([(cell, result_of(cell, {"a": 0.1, "b": 0.2, "c": 0.3}, images=2))])
 
         assert found.scores.to_dict("list") == {
@@ -121,14 +124,14 @@ class TestFrames:
         ]  # fmt: skip
         assert found.unseen.empty
 
-    def test_a_curve_s_dice_is_of_the_round_before_and_of_the_bytes_until_then(self, cell, result_of) -> None:
+    def test_a_curve_s_dice_belongs_to_the_previous_round_and_the_bytes_until_then(self, cell, result_of) -> None:
         curve = frames([(cell, result_of(cell))]).curves
 
         assert list(curve["round"]) == [0, 1, 2]
         assert list(curve["dice_validation"]) == pytest.approx([0.1, 0.2, 0.3])
         assert list(curve["bytes"]) == [0, 100, 200]
 
-    def test_a_round_without_validation_is_no_point_but_its_bytes_count(self, cell, result_of) -> None:
+    def test_a_round_without_validation_has_no_point_but_its_bytes_count(self, cell, result_of) -> None:
         result = result_of(cell)
         for site in result["rounds"][1]["sites"].values():
             del site["dice_validation"]
@@ -138,7 +141,7 @@ class TestFrames:
         assert list(curve["round"]) == [0, 2]
         assert list(curve["bytes"]) == [0, 200]
 
-    def test_a_site_left_out_is_told_of_by_its_own_cell_and_no_other(self, make_setting, grid, result_of) -> None:
+    def test_a_left_out_site_has_rows_of_its_own_cell_only(self, make_setting, grid, result_of) -> None:
         cells = grid(make_setting({"fedsca": {}}, unseen_sites=["c"], leave_one_out=True))
 
         found = frames([(cell, result_of(cell)) for cell in cells])
@@ -149,7 +152,7 @@ class TestFrames:
         assert not found.unseen.duplicated(["method", "seed", "site", "received", "image"]).any()
         assert set(found.unseen["site"]) == {"a", "b", "c"}
 
-    def test_no_result_makes_tables_with_columns_and_no_row(self) -> None:
+    def test_without_results_the_tables_have_columns_and_no_rows(self) -> None:
         found = frames([])
 
         assert {len(table) for table in (found.scores, found.costs, found.curves, found.unseen)} == {0}

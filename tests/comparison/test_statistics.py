@@ -37,14 +37,14 @@ def scores_of(method: str, sites: dict[str, np.ndarray]) -> pd.DataFrame:
 
 @st.composite
 def drawn_scores(draw: st.DrawFn, methods: int = 2, least: int = 1) -> pd.DataFrame:
-    """Several methods, with the same sites and images and seeds of their own."""
+    """Scores of several methods with the same sites and images, and different numbers of seeds."""
     sizes = draw(st.lists(st.integers(least, 8), min_size=1, max_size=3))
     frames = []
     for number in range(methods):
         seeds = draw(st.integers(1, 3))
         generator = np.random.default_rng(draw(st.integers(0, 10_000)))
-        # Few different values, so that ties and zero differences occur.
-        sites = {f"s{place}": generator.integers(0, 8, size=(seeds, size)) / 8 for place, size in enumerate(sizes)}
+        # Few different values make ties and zero differences likely.
+        sites = {f"s{index}": generator.integers(0, 8, size=(seeds, size)) / 8 for index, size in enumerate(sizes)}
         frames.append(scores_of(f"m{number}", sites))
     return pd.concat(frames, ignore_index=True)
 
@@ -53,7 +53,7 @@ def shuffled(frame: pd.DataFrame, seed: int) -> pd.DataFrame:
     return frame.sample(frac=1, random_state=seed, ignore_index=True)
 
 
-def test_the_statistics_of_a_case_by_hand() -> None:
+def test_the_statistics_match_a_case_by_hand() -> None:
     scores = scores_of("a", {"x": [[0.2, 0.4], [0.6, 0.8]], "y": [[0.9], [0.7]]})
 
     (row,) = bootstrap(scores, draws=DRAWS).to_dict("records")
@@ -65,7 +65,7 @@ def test_the_statistics_of_a_case_by_hand() -> None:
     assert row["hd95"] == pytest.approx(35)
 
 
-def test_the_interval_of_one_seed_and_two_images_is_that_of_a_fair_coin_thrown_twice() -> None:
+def test_the_interval_of_one_seed_and_two_images_is_that_of_two_coin_tosses() -> None:
     (row,) = bootstrap(scores_of("a", {"x": [[0.0, 1.0]]}), ["dice"], draws=4000).to_dict("records")
 
     # A mean of 0, 0.5 and 1 in a quarter, half and quarter of the draws.
@@ -73,7 +73,7 @@ def test_the_interval_of_one_seed_and_two_images_is_that_of_a_fair_coin_thrown_t
     assert list(row) == ["method", "dice", "dice_low", "dice_high"]
 
 
-def test_the_interval_is_that_of_a_plain_loop_of_draws() -> None:
+def test_the_interval_matches_a_plain_loop_of_draws() -> None:
     values = {"x": np.array([[0.1, 0.5, 0.9], [0.3, 0.6, 0.7]]), "y": np.array([[0.2, 0.8], [0.4, 0.9]])}
     generator = np.random.default_rng(5)
     means = []
@@ -112,7 +112,7 @@ def test_seeds_that_differ_widen_the_interval() -> None:
     assert wide["dice_high"] == pytest.approx(0.7, abs=0.05)
 
 
-def test_one_seed_and_one_image_have_an_interval_without_width() -> None:
+def test_one_seed_and_one_image_have_an_interval_of_zero_width() -> None:
     row = bootstrap(scores_of("a", {"x": [[0.4]]}), draws=DRAWS).iloc[0]
 
     for name in STATISTICS:
@@ -121,7 +121,7 @@ def test_one_seed_and_one_image_have_an_interval_without_width() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(drawn_scores())
-def test_intervals_hold_the_means_and_stay_in_the_range(scores: pd.DataFrame) -> None:
+def test_intervals_contain_the_means_and_stay_in_range(scores: pd.DataFrame) -> None:
     table = bootstrap(scores, draws=DRAWS)
 
     for name in ("dice", "hd95"):
@@ -134,7 +134,7 @@ def test_intervals_hold_the_means_and_stay_in_the_range(scores: pd.DataFrame) ->
 
 @settings(deadline=None, max_examples=20)
 @given(drawn_scores(), st.integers(0, 1000))
-def test_neither_the_order_of_rows_nor_other_methods_change_an_interval(scores: pd.DataFrame, order: int) -> None:
+def test_the_order_of_rows_and_other_methods_do_not_change_an_interval(scores: pd.DataFrame, order: int) -> None:
     table = bootstrap(scores, draws=DRAWS)
 
     pd.testing.assert_frame_equal(bootstrap(shuffled(scores, order), draws=DRAWS), table)
@@ -154,7 +154,7 @@ def test_scaling_the_scores_scales_values_and_intervals(scores: pd.DataFrame, fa
     np.testing.assert_allclose(other, table * factor, atol=1e-9)
 
 
-def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
+def test_the_same_seed_repeats_the_draws_and_another_does_not() -> None:
     scores = scores_of("a", {"x": np.random.default_rng(0).uniform(size=(2, 9))})
 
     first = bootstrap(scores, draws=DRAWS)
@@ -165,7 +165,7 @@ def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
 
 @pytest.mark.parametrize("call", [bootstrap, image_means, lambda scores: paired_tests(scores, "b")])
 @pytest.mark.parametrize("broken", ["missing image", "twice", "missing site", "no dice"])
-def test_seeds_without_the_same_images_are_refused_by_name(call, broken: str) -> None:
+def test_seeds_with_different_images_are_refused_with_method_and_site(call, broken: str) -> None:
     good = scores_of("b", {"x": [[0.1, 0.2], [0.3, 0.4]]})
     bad = scores_of("a", {"x": [[0.1, 0.2], [0.3, 0.4]], "y": [[0.5], [0.6]]})
     last = bad["site"].eq("y") & bad["seed"].eq(1)
@@ -181,7 +181,7 @@ def test_seeds_without_the_same_images_are_refused_by_name(call, broken: str) ->
         call(pd.concat([good, bad]))
 
 
-def test_unknown_statistics_and_no_draws_are_refused() -> None:
+def test_unknown_statistics_and_zero_draws_are_refused() -> None:
     scores = scores_of("a", {"x": [[0.1]]})
 
     with pytest.raises(ValueError, match="unknown statistics: median"):
@@ -190,7 +190,7 @@ def test_unknown_statistics_and_no_draws_are_refused() -> None:
         bootstrap(scores, draws=0)
 
 
-def test_a_missing_distance_makes_its_statistic_missing_and_no_other() -> None:
+def test_a_missing_hd95_makes_only_the_hd95_statistic_missing() -> None:
     scores = scores_of("a", {"x": [[0.1, 0.2]]})
 
     row = bootstrap(scores.assign(hd95=[1.0, np.nan]), draws=DRAWS).iloc[0]
@@ -199,7 +199,7 @@ def test_a_missing_distance_makes_its_statistic_missing_and_no_other() -> None:
     assert not row[["dice", "dice_low", "dice_high"]].isna().any()
 
 
-def test_nothing_gives_nothing() -> None:
+def test_empty_scores_give_empty_tables() -> None:
     empty = scores_of("a", {})
 
     assert bootstrap(empty).columns.tolist()[:2] == ["method", "dice"]
@@ -211,7 +211,7 @@ def test_nothing_gives_nothing() -> None:
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=6))
-def test_the_interval_of_a_mean_holds_it_and_lies_within_the_values(values: list[float]) -> None:
+def test_the_interval_of_a_mean_contains_it_and_lies_within_the_values(values: list[float]) -> None:
     value, low, high = mean_interval(values, draws=DRAWS)
 
     slack = 1e-9 * max(1, *map(abs, values))
@@ -220,7 +220,7 @@ def test_the_interval_of_a_mean_holds_it_and_lies_within_the_values(values: list
     assert value - slack <= high <= max(values) + slack
 
 
-def test_the_interval_of_one_seed_is_its_value_and_of_an_unknown_one_unknown() -> None:
+def test_one_seed_has_a_point_interval_and_a_missing_value_has_none() -> None:
     assert mean_interval([7.5]) == (7.5, 7.5, 7.5)
     assert mean_interval([0.1, 0.1, 0.1]) == (0.1, 0.1, 0.1)
     assert np.isnan(mean_interval([1.0, np.nan])).all()
@@ -228,7 +228,7 @@ def test_the_interval_of_one_seed_is_its_value_and_of_an_unknown_one_unknown() -
     assert mean_interval([0.0, 1.0]) == (0.5, 0.0, 1.0)
 
 
-def test_a_test_by_hand() -> None:
+def test_the_signed_rank_test_matches_a_case_by_hand() -> None:
     # Differences 1, 2, 3, -4, 5, 6 (hundredths): ranks against sum to 4; 7 of the 64 sign patterns reach that far
     # ({}, 1, 2, 3, 4, 1+2, 1+3), on either side.
     reference = np.full(6, 0.5)
@@ -258,7 +258,7 @@ def test_p_is_exact_with_zeros_and_ties(steps: list[int]) -> None:
 
 
 @pytest.mark.parametrize("images", [50, 51, 200])
-def test_p_of_many_images_is_close_to_scipys(images: int) -> None:
+def test_p_of_many_images_is_close_to_scipy_s(images: int) -> None:
     generator = np.random.default_rng(images)
     base = generator.uniform(0.2, 0.8, size=images)
     other = base + generator.normal(0.004, 0.02, size=images)
@@ -273,7 +273,7 @@ def test_p_of_many_images_is_close_to_scipys(images: int) -> None:
 
 @settings(deadline=None, max_examples=3)
 @given(drawn_scores(methods=4), st.integers(0, 1000))
-def test_laws_of_the_tests(scores: pd.DataFrame, order: int) -> None:
+def test_the_tests_obey_their_laws(scores: pd.DataFrame, order: int) -> None:
     copy = scores[scores["method"] == "m0"].assign(method="copy")
     scores = pd.concat([scores, copy], ignore_index=True)
 
@@ -323,7 +323,7 @@ def test_seeds_are_averaged_first_and_do_not_count_as_more_images() -> None:
     assert paired_tests(one, "ref")["images"].tolist() == [3, 3]
 
 
-def test_roundings_of_the_mean_over_seeds_are_no_difference() -> None:
+def test_rounding_errors_of_the_mean_over_seeds_are_no_difference() -> None:
     seeds = np.repeat([[0.1], [0.2], [0.3]], 8, axis=1)
     scores = pd.concat([scores_of("ref", {"x": seeds}), scores_of("m", {"x": seeds[1:2]})])
     assert (image_means(scores)["m"] != image_means(scores)["ref"]).all()
@@ -333,7 +333,7 @@ def test_roundings_of_the_mean_over_seeds_are_no_difference() -> None:
     assert table["p"].tolist() == [1, 1]
 
 
-def test_methods_are_compared_on_the_images_that_both_have() -> None:
+def test_methods_are_compared_on_their_common_images() -> None:
     reference = scores_of("ref", {"x": [[0.5, 0.5, 0.5]], "y": [[0.5]]})
     fewer = scores_of("m", {"x": [[0.6, 0.7]], "z": [[0.9]]})
 
@@ -344,16 +344,16 @@ def test_methods_are_compared_on_the_images_that_both_have() -> None:
     assert table["difference"].tolist() == pytest.approx([0.15, 0.15])
 
 
-def test_a_reference_alone_has_no_test_and_an_unknown_one_is_refused() -> None:
+def test_a_reference_without_rivals_has_no_test_and_an_unknown_reference_is_refused() -> None:
     scores = scores_of("ref", {"x": [[0.5]]})
 
     assert paired_tests(scores, "ref").columns.tolist() == list(TEST_COLUMNS)
     assert paired_tests(scores, "ref").empty
-    with pytest.raises(ValueError, match="reference nobody is not among the methods ref"):
-        paired_tests(scores, "nobody")
+    with pytest.raises(ValueError, match="reference unknown is not among the methods ref"):
+        paired_tests(scores, "unknown")
 
 
-def test_the_front_of_a_case_by_hand() -> None:
+def test_the_pareto_front_matches_a_case_by_hand() -> None:
     sent = [0, 10, 10, 10, 20, 30, np.nan]
     dice = [0.5, 0.7, 0.7, 0.6, 0.7, 0.8, 0.9]
 
@@ -361,7 +361,7 @@ def test_the_front_of_a_case_by_hand() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=15))
-def test_the_front_is_what_a_search_through_all_pairs_finds(points: list[tuple[int, int]]) -> None:
+def test_the_pareto_front_matches_a_search_over_all_pairs(points: list[tuple[int, int]]) -> None:
     def dominates(one: tuple[int, int], other: tuple[int, int]) -> bool:
         return one != other and one[0] <= other[0] and one[1] >= other[1]
 

@@ -1,1 +1,1 @@
-"""Many methods on the same sites: which cells a grid has, what one does, and how its results become tables."""
+"""Comparison of many methods on the same sites: plan a grid of cells, run them, and report tables and figures."""

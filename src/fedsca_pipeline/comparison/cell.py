@@ -1,4 +1,4 @@
-"""One cell of the grid: train, test at every site, test at unseen ones, and leave nothing but a small result."""
+"""Run one cell of the grid: train, test at every site and at unseen ones, and return a small result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedsca_pipeline.comparison.plan import THREADS, Cell
 from fedsca_pipeline.compute import deterministic, stream_seed
 from fedsca_pipeline.config import RunConfig, Settings
 from fedsca_pipeline.data.arrays import Arrays, PooledArrays, SiteArrays, known_classes, scored_classes
-from fedsca_pipeline.errors import DataError
+from fedsca_pipeline.errors import DataError, counted
 from fedsca_pipeline.evaluation.scoring import score_batches
 from fedsca_pipeline.federation.fleets.data import POOLED
 from fedsca_pipeline.federation.fleets.in_process import InProcessFleet
@@ -36,19 +36,18 @@ from fedsca_pipeline.model.inference import Forward, image_forward, predict_logi
 from fedsca_pipeline.model.layout import unflatten
 
 Result = dict[str, Any]
-Told = Callable[[int, int], None]
-"""Is told of rounds done, and of how many there are."""
+OnRound = Callable[[int, int], None]
+"""Callback after each round: number of finished rounds, number of all rounds."""
 
-_LARGEST_SHOT = 0.4  # of an unseen site's images (docs/comparison.md)
+# Largest share of an unseen site's images that tuning may use (docs/comparison.md).
+_LARGEST_SHOT = 0.4
+# Decimals of the numbers in a result.
 _DIGITS = 5
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where cells find what they need: sites' arrays and manifests, foundations, and room for checkpoints.
-
-    ``code`` is the version of the code that is at work, which results tell.
-    """
+    """Inputs of every cell: the sites' arrays, the folders of foundations and of checkpoints, and the code version."""
 
     arrays: Mapping[str, SiteArrays]
     foundations: Path
@@ -56,26 +55,26 @@ class Place:
     code: str
 
 
-def run_cell(cell: Cell, place: Place, told: Told) -> Result:
-    """Train a cell, or what is left of it, and return its result: JSON values, some kB.
+def run_cell(cell: Cell, place: Place, on_round: OnRound) -> Result:
+    """Train a cell and return its result: JSON values of some kB.
 
-    What a killed attempt of the same code has left under ``place.scratch`` is gone on from; when the cell is done,
-    nothing is left.
+    A run resumes from the checkpoint that a killed attempt with the same code left under ``place.scratch``. A finished
+    cell leaves no file there.
 
     Raises:
         DataError: a site has no test image.
-        FedscaError: whatever training raises.
+        FedscaError: training fails.
     """
     for site in cell.sites:
         if not len(place.arrays[site].rows("test")):
             raise DataError(f"{site}: no test image; raise preprocessing.split.test, or leave the site out")
     started = time.process_time()
-    # A cell that one version of the code began and another one ended would be of neither.
+    # A cell never resumes from another code version's checkpoint: its numbers would belong to neither version.
     folder = place.scratch / cell.fingerprint / place.code
     run = RunConfig(device=cell.description["device"])
     with _tidy(folder), PeakMemory() as peak, deterministic(run, THREADS) as device:
         trained = _Training(cell, place, folder, device)
-        records = trained.run(told)
+        records = trained.run(on_round)
         result = {
             "fingerprint": cell.fingerprint,
             "code": place.code,
@@ -94,7 +93,7 @@ def run_cell(cell: Cell, place: Place, told: Told) -> Result:
 
 @contextmanager
 def _tidy(folder: Path) -> Iterator[None]:
-    """Remove, before the block and however it ends, what sites keep for its duration only."""
+    """Remove partial files in the folder, before the block and after it."""
     remove_partial_files(folder)
     try:
         yield
@@ -105,7 +104,8 @@ def _tidy(folder: Path) -> Iterator[None]:
 def training_rows(arrays: Arrays, site: str, seed: int, count: int | None) -> list[int]:
     """Return the rows a cell trains on: ``count`` of the site's training images, the same for all methods of a seed.
 
-    More images of the same seed contain the fewer. None, or a count the site does not reach: all.
+    With the same seed, a larger count contains the images of a smaller one. None, or a count above the site's number
+    of training images, returns all.
     """
     rows = arrays.rows("train")
     order = np.random.default_rng(stream_seed(seed, site, "training images")).permutation(rows)
@@ -115,8 +115,8 @@ def training_rows(arrays: Arrays, site: str, seed: int, count: int | None) -> li
 def unseen_halves(arrays: SiteArrays, site: str, seed: int) -> tuple[list[int], list[int]]:
     """Return the rows of an unseen site to test on, and those to draw labelled images from, in the order of drawing.
 
-    The halves are fixed, and a volume is in one of them; the seed decides the draw alone, of which k images are always
-    the first k.
+    The halves do not depend on the seed, and all slices of a volume are in one half. The seed decides the order of
+    drawing only; k images are the first k.
     """
     files = arrays.files()
     order = np.random.default_rng(stream_seed(site, "unseen half")).permutation(len(files))
@@ -127,16 +127,17 @@ def unseen_halves(arrays: SiteArrays, site: str, seed: int) -> tuple[list[int], 
 
 
 def traffic(records: Sequence[RoundRecord], sites: int) -> dict[str, float | None]:
-    """Return mean bytes a site and training round each way, and all bytes until 95 % of the best validation Dice.
+    """Return the mean bytes per site and training round, up and down, and all bytes until 95 % of the best Dice.
 
-    The round whose model reaches it is counted whole; None where there is no validation Dice.
+    The Dice is the mean validation Dice. ``bytes_to_95`` includes the whole round whose models reach it; it is None
+    without validation Dice.
     """
     training = [record for record in records if not record.final]
     up, down = (
         [sum(getattr(entry, key) for entry in record.sites.values()) for record in training]
         for key in ("bytes_up", "bytes_down")
     )
-    # A record's Dice is of the models before its training.
+    # A round's record has the Dice of the models before that round's training.
     reached = {
         record.round - 1: dice for record in records if (dice := _mean_dice(record)) is not None and record.round > 1
     }
@@ -150,7 +151,7 @@ def traffic(records: Sequence[RoundRecord], sites: int) -> dict[str, float | Non
 
 
 class _Training:
-    """A cell's federation on this machine, and its models."""
+    """The federation of one cell in this process, and its models."""
 
     def __init__(self, cell: Cell, place: Place, folder: Path, device: torch.device) -> None:
         settings = Settings(**cell.description["configuration"], run=RunConfig(seed=cell.seed))
@@ -170,8 +171,8 @@ class _Training:
         self.worker = setup.worker(device)
         self.forward = image_forward(self.worker.model)
 
-    def run(self, told: Told) -> list[RoundRecord]:
-        """Run the rounds; return their records."""
+    def run(self, on_round: OnRound) -> list[RoundRecord]:
+        """Run all rounds and return their records."""
         server = Server(
             InProcessFleet(
                 self.worker,
@@ -191,14 +192,14 @@ class _Training:
         records = []
         for record in server.rounds():
             records.append(record)
-            told(min(record.round, self.federation.rounds), self.federation.rounds)
+            on_round(min(record.round, self.federation.rounds), self.federation.rounds)
         return records
 
     def at_site(self, site: str) -> Result:
         """Return the chosen model's scores on the site's test images, with its round and validation Dice."""
         snapshot = self._store(site).snapshot("best")
         if snapshot is None:
-            raise DataError(f"{site}: it missed the rounds that would have made it a model")
+            raise DataError(f"{site}: no chosen model, because the site missed every round with validation")
         self.worker.install(snapshot.tensors)
         arrays = self.place.arrays[site]
         batches = plain_batches(arrays, "test", self.evaluation.batch_size)
@@ -206,7 +207,7 @@ class _Training:
         return {"round": snapshot.round, "dice_validation": snapshot.dice, **found}
 
     def at_unseen(self, site: str) -> dict[str, Result]:
-        """Return scores at a site that did not train, by what it received (docs/comparison.md)."""
+        """Return the scores at a site that did not train, by what it received (docs/comparison.md)."""
         test, drawn = unseen_halves(self.place.arrays[site], site, self.cell.seed)
         arrays = self.place.arrays[site].with_splits({"test": test})
         general = self._general()
@@ -224,7 +225,7 @@ class _Training:
             tuned = self.worker.tune(labelled, general, self._private(), self.unseen["steps"], site=site)
             self.worker.install(tuned)
             known = known_classes(labelled, self.preprocessing.classes)
-            found["1 image" if count == 1 else f"{count} images"] = self._scores(arrays, "test", batches, known)
+            found[counted(count, "image")] = self._scores(arrays, "test", batches, known)
         return found
 
     def _arrays(self, site: str) -> Arrays:
@@ -236,7 +237,7 @@ class _Training:
         return SiteStore(self.folder / "sites" / (POOLED if self.strategy.pools else site))
 
     def _general(self) -> dict[str, Tensor]:
-        """The mean of the latest local models over the start values; a pooled site's chosen model."""
+        """Return the start values with the mean of the latest local models; for pooled data, the chosen model."""
         if self.strategy.pools:
             return dict(self._store(POOLED).snapshot("best").tensors)
         shapes = self.strategy.wire_shapes()
@@ -247,12 +248,12 @@ class _Training:
         return {name: mixed.get(name, start) for name, start in self.worker.initial.items()}
 
     def _private(self) -> tuple[str, ...]:
-        """What an unseen site tunes: what sites keep to themselves; all that is trained where that is nothing."""
+        """Return the tensors that an unseen site tunes: the private ones, or all trained ones if none is private."""
         trained, shared = self.strategy.trained(), set(self.strategy.shared())
         return tuple(name for name in trained if name not in shared) or trained
 
     def _ensemble(self, arrays: Arrays, batches: Sequence[Batch]) -> Result:
-        """Average the probabilities of the sites' chosen models, of a class those of the models that know it."""
+        """Return the scores of averaged probabilities; each class is averaged over the models that predict it."""
         model, head = self.worker.model, self.worker.model.head
         probability = torch.sigmoid if head == "sigmoid" else (lambda logits: logits.softmax(dim=1))
         known = dict.fromkeys(self.cell.sites, self.known_anywhere) if self.strategy.pools else self.known
@@ -261,22 +262,22 @@ class _Training:
             self.worker.install(self._store(site).snapshot("best").tensors)
             given = [
                 probability(known_logits(logits, head, known[site])).cpu()
-                for _, logits in predict_logits(model, self.forward, self._here(batches))
+                for _, logits in predict_logits(
+                    model, self.forward, [batch.to(self.worker.device) for batch in batches]
+                )
             ]
             total = [old + new for old, new in zip(total, given, strict=True)] if total else given
-        knowing = [
+        models_by_class = [
             sum(label in labels for labels in known.values()) for label in range(1, self.preprocessing.classes + 1)
         ]
-        models = torch.tensor([*([len(known)] if head == "softmax" else []), *knowing]).clamp(min=1).view(1, -1, 1, 1)
+        background = [len(known)] if head == "softmax" else []
+        models = torch.tensor([*background, *models_by_class]).clamp(min=1).view(1, -1, 1, 1)
         means = iter([part / models for part in total])
-        # The inverse of the head, so that masks are cut at the same threshold.
-        back = torch.logit if head == "sigmoid" else torch.log
+        # The inverse of the head, so that the usual threshold applies.
+        to_logits = torch.logit if head == "sigmoid" else torch.log
         return self._scores(
-            arrays, "test", batches, self.known_anywhere, lambda _: back(next(means)).to(self.worker.device)
+            arrays, "test", batches, self.known_anywhere, lambda _: to_logits(next(means)).to(self.worker.device)
         )
-
-    def _here(self, batches: Sequence[Batch]) -> list[Batch]:
-        return [batch.to(self.worker.device) for batch in batches]
 
     def _scores(
         self, arrays: Arrays, split: str, batches: Any, known: Sequence[int], forward: Forward | None = None
@@ -295,7 +296,7 @@ class _Training:
 
 
 def _columns(names: Sequence[str], scores: Sequence[Mapping[str, Any]], *, several: bool) -> Result:
-    """Return images, dice and hd95, each averaged over the classes that the site has, of several the Dice of each."""
+    """Return images, and Dice and HD95 as means over the site's classes; with ``several``, also the Dice by class."""
     classes = len(scores) // max(len(names), 1)
     by_class: dict[str, list[float]] = {}
     for score in scores if several else ():
@@ -312,13 +313,12 @@ def _columns(names: Sequence[str], scores: Sequence[Mapping[str, Any]], *, sever
 
 
 def _round(record: RoundRecord) -> Result:
-    """Return what is kept of a round: means and what each site reports, the weights and similarities of all."""
+    """Return a round's entry in the result: what each site reports, and the matrices of similarity and weights."""
     keys = ("dice_validation", "dice_local", "loss", "self_weight", "update_norm", "spread")
     sites = {
         site: {key: round(value, _DIGITS) for key in keys if (value := getattr(entry, key)) is not None}
         for site, entry in record.sites.items()
     }
-    everyone = record.sites.values()
     matrices = {
         name: np.round(np.mean(getattr(record, name), axis=0), 4).tolist()
         for name in ("similarity", "weights")
@@ -327,7 +327,7 @@ def _round(record: RoundRecord) -> Result:
     return {
         "round": record.round,
         "final": record.final,
-        "bytes": sum(entry.bytes_up + entry.bytes_down for entry in everyone),
+        "bytes": sum(entry.bytes_up + entry.bytes_down for entry in record.sites.values()),
         "accepted": list(record.accepted),
         "sites": sites,
         **matrices,

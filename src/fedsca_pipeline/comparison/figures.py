@@ -1,7 +1,8 @@
-"""Figures that compare methods, to print: matplotlib, without pyplot's state, up to about 20 methods.
+"""Still figures that compare up to about 20 methods: traffic, sites, learning curves, ranks and similarity.
 
-``scores``, ``curves`` and ``table`` are frames as ``statistics`` and ``comparison_tables`` describe them. ``labels``
-names methods; one that it does not name shows its own name. Nothing to draw gives a figure that says so.
+Made with matplotlib, without pyplot's global state. ``statistics``, ``results`` and ``tables`` describe the frames
+``scores``, ``curves`` and ``table``. ``labels`` maps methods to the names to show; default: the method's name. Without
+data a figure shows a note instead.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from fedsca_pipeline.comparison.statistics import image_means, pareto_front
+from fedsca_pipeline.errors import counted
 from fedsca_pipeline.evaluation.figures import ABSENT, COLOURS, GRID, INK, note
 
 _FRONT, _OTHER = COLOURS[0], "#8A8A8A"
@@ -32,18 +34,18 @@ _SIMILARITY_SCALE = ((0.0, "#D55E00"), (0.5, "#FFFFFF"), (1.0, "#0072B2"))
 _LEVEL = 0.05
 _LEAST = 3
 _PANELS_A_ROW = 4
-# Offsets of a label from its point in label heights: beside it first, then ever farther up and down.
+# Offsets of a label from its point, in label heights: beside it first, then farther and farther up and down.
 _RISES = (0, 1, -1, 2, -2, 3, -3, 4, -4, 5, -5, 6, -6, 7, -7, 8, -8, 10, -10, 12, -12)
 
 
 def dice_against_bytes(table: pd.DataFrame) -> Figure:
-    """Mean Dice against bytes per site and round, up and down, with the Pareto front as a line of steps.
+    """Draw mean Dice against bytes per site and round (up + down), with the Pareto front as a step line.
 
-    Methods that send nothing stand in a grey band at the left, for which a logarithmic axis has no place. Bars are the
-    intervals of Dice. A method whose bytes are unknown is left out.
+    A logarithmic axis has no zero: methods that send nothing are in a grey band at the left. Bars are the 95 %
+    intervals of Dice. Methods with unknown bytes are left out.
 
     Args:
-        table: of ``comparison_tables.method_table``; used are ``label``, ``bytes`` (>= 0) and ``dice`` with its ends.
+        table: from ``tables.method_table``; uses ``label``, ``bytes`` (>= 0), ``dice``, ``dice_low``, ``dice_high``.
     """
     table = table.dropna(subset=["bytes", "dice"]).sort_values("dice", ascending=False)
     if table.empty:
@@ -51,30 +53,31 @@ def dice_against_bytes(table: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(10, 6.4))
     axes = figure.add_axes((0.085, 0.105, 0.895, 0.81))
     sent, dice = table["bytes"].to_numpy(dtype=float), table["dice"].to_numpy(dtype=float)
-    places = _log_places(sent)
+    positions = _log_positions(sent)
     front = pareto_front(sent, dice)
-    # An interval that does not hold its value has no arm on that side.
+    # If a value lies outside its interval, the bar has no arm on that side.
     bars = np.clip([dice - table["dice_low"], table["dice_high"] - dice], 0, None)
-    colours = [_FRONT if kept else _OTHER for kept in front]
-    axes.errorbar(places, dice, yerr=bars, fmt="none", ecolor=_OTHER, elinewidth=1, alpha=0.45, zorder=1)
-    axes.scatter(places, dice, c=colours, s=34, zorder=3)
-    _style_bytes(axes, sent, places)
-    steps = _draw_front(axes, places[front], dice[front])
+    colours = [_FRONT if on_front else _OTHER for on_front in front]
+    axes.errorbar(positions, dice, yerr=bars, fmt="none", ecolor=_OTHER, elinewidth=1, alpha=0.45, zorder=1)
+    axes.scatter(positions, dice, c=colours, s=34, zorder=3)
+    _style_bytes(axes, sent, positions)
+    steps = _draw_front(axes, positions[front], dice[front])
     axes.set_title(
         "Dice against traffic · line: Pareto front · bars: 95 % interval", fontsize=11, color=INK, loc="left"
     )
-    _label_points(axes, np.column_stack([places, dice]), [_plain(label) for label in table["label"]], steps)
+    _label_points(axes, np.column_stack([positions, dice]), [_plain(label) for label in table["label"]], steps)
     return figure
 
 
 def site_boxes(scores: pd.DataFrame, labels: Mapping[str, str] | None = None) -> Figure:
-    """One panel a site with a box per method of the images' Dice, averaged over seeds; best mean over sites on top.
+    """Draw one panel per site with a box per method: the images' Dice, averaged over seeds.
 
-    Boxes span the quartiles with the median as line and the mean as dot; whiskers reach to the last image within 1.5
-    spans, images beyond are drawn. A method without images at a site has an empty line there.
+    Methods are sorted by their mean over sites, the highest on top. Boxes span the quartiles, with the median as a line
+    and the mean as a dot; whiskers reach to the last image within 1.5 interquartile ranges, images beyond are dots. A
+    method without images at a site has an empty row there.
 
     Raises:
-        ValueError: as for ``statistics.bootstrap``, or two methods have one label.
+        ValueError: as in ``statistics.bootstrap``, or two methods have the same label.
     """
     if scores.empty:
         return note("No score")
@@ -91,8 +94,8 @@ def site_boxes(scores: pd.DataFrame, labels: Mapping[str, str] | None = None) ->
     for axes, site in zip(grid.flat, sites, strict=False):
         at_site = dice.xs(site, level="site")
         _draw_boxes(axes, [at_site[method].dropna().to_numpy() for method in order])
-        axes.set_title(f"{_plain(site)} · {_images(len(at_site))}", fontsize=10, color=INK)
-        # Below a panel of the last row but one there may be none.
+        axes.set_title(f"{_plain(site)} · {counted(len(at_site), 'image')}", fontsize=10, color=INK)
+        # The panel below may be empty, so each panel has its own tick labels.
         axes.tick_params(labelbottom=True)
     grid[0, 0].set_yticks(range(len(order)), names, fontsize=9)
     figure.supxlabel(
@@ -104,20 +107,20 @@ def site_boxes(scores: pd.DataFrame, labels: Mapping[str, str] | None = None) ->
 def learning_curves(
     curves: pd.DataFrame, highlight: Sequence[str] = (), labels: Mapping[str, str] | None = None
 ) -> Figure:
-    """Validation Dice by round: the mean over seeds as a line, lowest to highest seed as a band.
+    """Draw validation Dice by round: the mean over seeds as a line, the lowest to the highest seed as a band.
 
-    The axis starts at the lowest value of a trained round: the climb from an untrained foundation would take most of
-    the height, and methods differ above it. Only rounds that all seeds of a method have are drawn: elsewhere the mean
-    would jump with who is there.
+    The axis starts at the lowest value of a trained round: the step from the untrained foundation would take most of
+    the height, and methods differ above it. A line has only the rounds that all seeds of its method have: with other
+    rounds the mean would jump when a seed joins or leaves.
 
     Args:
         curves: one row per ``method``, ``seed`` and ``round`` (0 = the foundation) with ``dice_validation``.
-        highlight: methods in colour, named in the legend; the others are thin and grey. Names that are not there are
-            ignored. Empty: all are highlighted. Bands of more than six would hide the lines, and are not drawn.
+        highlight: methods in colour, named in the legend; the others are thin and grey. Unknown names are ignored.
+            Empty: highlight all. With more than six highlighted methods there are no bands: they would hide the lines.
         labels: see above.
 
     Raises:
-        ValueError: two methods have one label.
+        ValueError: two methods have the same label.
     """
     curves = curves.dropna(subset=["dice_validation"])
     if curves.empty:
@@ -150,17 +153,18 @@ def learning_curves(
 
 
 def critical_difference(scores: pd.DataFrame, labels: Mapping[str, str] | None = None) -> Figure:
-    """Demšar's critical-difference diagram: methods by mean rank, a bar under those that Nemenyi's test cannot part.
+    """Draw Demšar's critical-difference diagram (JMLR 2006): mean ranks, and bars that join similar methods.
 
-    Blocks are the images that all methods have, Dice averaged over seeds; rank 1 is the highest Dice, ties share their
-    mean rank. The title gives the p of Friedman's test, without which the bars mean little. As with
-    ``statistics.paired_tests``, large sites weigh more, and nothing is said of another training.
+    A bar joins methods that Nemenyi's test does not separate. Blocks are the images that all methods have, Dice
+    averaged over seeds; rank 1 is the highest Dice, ties share their mean rank. The title has the p of Friedman's test,
+    without which the bars mean little. As in ``statistics.paired_tests``, large sites weigh more, and the diagram says
+    nothing about another training.
 
     Returns:
-        The diagram; a note where there are fewer than three methods or three such images.
+        The diagram; a note if there are fewer than three methods or three such images.
 
     Raises:
-        ValueError: as for ``statistics.bootstrap``, or two methods have one label.
+        ValueError: as in ``statistics.bootstrap``, or two methods have the same label.
     """
     if scores.empty:
         return note("No score")
@@ -168,7 +172,7 @@ def critical_difference(scores: pd.DataFrame, labels: Mapping[str, str] | None =
     methods, images = blocks.shape[1], len(blocks)
     if methods < _LEAST or images < _LEAST:
         return note(f"Ranks need {_LEAST} methods and {_LEAST} images in common: there are {methods} and {images}")
-    # Roundings of the means over seeds must not break ties.
+    # Rounding errors of the means over seeds must not break ties.
     blocks = blocks.round(12).set_axis(_names(blocks.columns, labels), axis=1)
     ranks = blocks.rank(axis=1, ascending=False).mean()
     unequal = (blocks.max(axis=1) > blocks.min(axis=1)).any()
@@ -181,17 +185,17 @@ def critical_difference(scores: pd.DataFrame, labels: Mapping[str, str] | None =
     _draw_ranks(axes, ranks, blocks)
     verdict = f"Friedman's test finds {'a' if p < _LEVEL else 'no'} difference ({_p(p)})"
     bars = f"bars join methods that Nemenyi's test does not part at {_LEVEL} (critical difference {critical:.2f})"
-    title = f"Mean rank by Dice over {_images(images)}, 1 is best · {verdict}\n{bars}"
+    title = f"Mean rank by Dice over {counted(images, 'image')}, 1 is best · {verdict}\n{bars}"
     figure.suptitle(title, fontsize=11, color=INK)
     return figure
 
 
 def similarity_matrix(table: pd.DataFrame, title: str = "Similarity of the sites' updates") -> Figure:
-    """An annotated heat map of how alike sites are.
+    """Draw the similarity of sites as an annotated heat map.
 
     Args:
         table: sites x sites, in -1..1, in the order to draw; missing values are grey and not annotated.
-        title: above it, plain text.
+        title: plain text above the map.
     """
     if table.empty:
         return note("No similarity between sites")
@@ -216,19 +220,15 @@ def similarity_matrix(table: pd.DataFrame, title: str = "Similarity of the sites
 
 
 def _plain(text: object) -> str:
-    """Text that matplotlib does not take for a formula."""
+    """Return the text with dollar signs escaped: matplotlib reads them as formulas."""
     return str(text).replace("$", r"\$")
 
 
 def _names(methods: Sequence[str] | pd.Index, labels: Mapping[str, str] | None) -> list[str]:
     names = [_plain((labels or {}).get(method, method)) for method in methods]
     if len(set(names)) < len(names):
-        raise ValueError(f"two methods have one label: {', '.join(sorted(names))}")
+        raise ValueError(f"two methods have the same label: {', '.join(sorted(names))}")
     return names
-
-
-def _images(number: int) -> str:
-    return "1 image" if number == 1 else f"{number} images"
 
 
 def _p(p: float) -> str:
@@ -242,74 +242,74 @@ def _style(axes: Axes) -> None:
     axes.tick_params(colors=INK)
 
 
-def _log_places(sent: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Bytes as they are, and for none a place to the left of all others."""
+def _log_positions(sent: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return x positions: the bytes, and for zero bytes a position to the left of all others."""
     least = sent[sent > 0].min(initial=np.inf)
     return np.where(sent > 0, sent, least / 6 if np.isfinite(least) else 1.0)
 
 
-def _style_bytes(axes: Axes, sent: NDArray[np.float64], places: NDArray[np.float64]) -> None:
-    """Logarithmic axis in bytes with, where some send nothing, a band of their own."""
+def _style_bytes(axes: Axes, sent: NDArray[np.float64], positions: NDArray[np.float64]) -> None:
+    """Style the logarithmic axis in bytes, with a grey band for methods that send nothing, if any."""
     _style(axes)
     axes.set_xscale("log")
     axes.margins(y=0.09)
     axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    limits = (places.min() / 3, places.max() * 5)
+    limits = (positions.min() / 3, positions.max() * 5)
     axes.set_xlim(limits)
     axes.set(xlabel="bytes per site and round, up + down (logarithmic)", ylabel="test Dice, mean over sites")
     if (sent == 0).any():
-        place = places.min()
-        edge = place * 2.4
+        position = positions.min()
+        edge = position * 2.4
         axes.axvspan(limits[0], edge, color=ABSENT, alpha=0.55, linewidth=0, zorder=0)
         name = {"ha": "center", "fontsize": 8.5, "color": INK, "transform": axes.get_xaxis_transform()}
-        axes.text(place, 0.012, "sends nothing", **name)
-        # In the band the axis means nothing.
+        axes.text(position, 0.012, "sends nothing", **name)
+        # The axis has no meaning inside the band.
         axes.set_xticks([tick for tick in axes.get_xticks() if tick > edge])
         axes.set_xticks([tick for tick in axes.get_xticks(minor=True) if tick > edge], minor=True)
         axes.set_xlim(limits)
 
 
-def _draw_front(axes: Axes, places: NDArray[np.float64], dice: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Draw the front's steps; return their corners [corners, 2]."""
-    order = np.argsort(places, kind="stable")
-    # What so many bytes buy stays bought to the right.
-    x, y = np.append(places[order], axes.get_xlim()[1]), dice[order]
+def _draw_front(axes: Axes, positions: NDArray[np.float64], dice: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Draw the Pareto front as steps; return their corners [corners, 2]."""
+    order = np.argsort(positions, kind="stable")
+    # More bytes never lower the reachable Dice: each step stays level up to the next method.
+    x, y = np.append(positions[order], axes.get_xlim()[1]), dice[order]
     corners = np.column_stack([np.repeat(x, 2)[1:-1], np.repeat(y, 2)])
     axes.plot(*corners.T, color=_FRONT, linewidth=1.2, alpha=0.75, zorder=2)
     return corners
 
 
 def _label_points(axes: Axes, points: NDArray[np.float64], names: Sequence[str], steps: NDArray[np.float64]) -> None:
-    """Name each point [points, 2] where the name covers no other name, no point and no step of the front.
+    """Write each point's name [points, 2] where it covers no other name, no point and no step of the front.
 
-    A name that is not beside its point is tied to it by a line. Where there is no free place, names overlap.
+    A line ties a name to its point if they are not side by side. If no position is free, names overlap.
     """
     renderer = FigureCanvasAgg(axes.figure).get_renderer()
     pixel = axes.figure.dpi / 72
-    places, corners = axes.transData.transform(points), axes.transData.transform(steps)
+    positions, corners = axes.transData.transform(points), axes.transData.transform(steps)
     frame = axes.get_window_extent(renderer)
-    taken = [Bbox.from_extents(*(place - 4 * pixel), *(place + 4 * pixel)) for place in places]
+    taken = [Bbox.from_extents(*(position - 4 * pixel), *(position + 4 * pixel)) for position in positions]
     taken += [Bbox([np.minimum(*ends) - pixel, np.maximum(*ends) + pixel]) for ends in pairwise(corners)]
-    for name, place, point in zip(names, places, points, strict=True):
+    for name, position, point in zip(names, positions, points, strict=True):
         label = axes.annotate(
             name, tuple(point), (0, 0), textcoords="offset points", va="bottom", fontsize=8.5, color=INK, zorder=4
         )
         size = label.get_window_extent(renderer)
-        boxes = _candidates(place, size.width, size.height, pixel)
+        boxes = _candidates(position, size.width, size.height, pixel)
         free = [box for box in boxes if _inside(box, frame) and not box.count_overlaps(taken)]
         box = (free or boxes)[0]
         taken.append(box)
-        _move(label, place, box, pixel)
+        _move(label, position, box, pixel)
 
 
-def _candidates(place: NDArray[np.float64], width: float, height: float, pixel: float) -> list[Bbox]:
-    """Boxes for a name of this size in pixels around a point, the nearest first."""
+def _candidates(position: NDArray[np.float64], width: float, height: float, pixel: float) -> list[Bbox]:
+    """Return possible boxes for a name of this size, in pixels, around a point; the nearest first."""
     gap = 7 * pixel
-    starts = {"right": place[0] + gap, "left": place[0] - gap - width, "centre": place[0] - width / 2}
+    starts = {"right": position[0] + gap, "left": position[0] - gap - width, "centre": position[0] - width / 2}
     boxes = []
     for rise in _RISES:
-        bottom = place[1] - height / 2 + rise * 1.12 * height
+        bottom = position[1] - height / 2 + rise * 1.12 * height
         boxes += [Bbox.from_bounds(start, bottom, width, height) for start in starts.values()]
     return boxes
 
@@ -318,12 +318,12 @@ def _inside(box: Bbox, frame: Bbox) -> bool:
     return frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
 
 
-def _move(label: Annotation, place: NDArray[np.float64], box: Bbox, pixel: float) -> None:
-    """Put a name into its box and, where that is not beside its point, draw a line between them."""
-    label.set_position(((box.x0 - place[0]) / pixel, (box.y0 - place[1]) / pixel))
-    nearest = np.clip(place, (box.x0, box.y0), (box.x1, box.y1))
-    if np.hypot(*(nearest - place)) > 9 * pixel:
-        end = ((nearest[0] - place[0]) / pixel, (nearest[1] - place[1]) / pixel)
+def _move(label: Annotation, position: NDArray[np.float64], box: Bbox, pixel: float) -> None:
+    """Move a name into its box; draw a line to its point if the box is not beside it."""
+    label.set_position(((box.x0 - position[0]) / pixel, (box.y0 - position[1]) / pixel))
+    nearest = np.clip(position, (box.x0, box.y0), (box.x1, box.y1))
+    if np.hypot(*(nearest - position)) > 9 * pixel:
+        end = ((nearest[0] - position[0]) / pixel, (nearest[1] - position[1]) / pixel)
         label.axes.annotate(
             "", label.xy, end, textcoords="offset points", arrowprops={"arrowstyle": "-", "color": _OTHER, "lw": 0.6}
         )
@@ -353,7 +353,7 @@ def _draw_boxes(axes: Axes, values: Sequence[NDArray[np.float64]]) -> None:
 
 
 def _seed_range(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean, lowest and highest of the seeds by round, for the rounds that all of them have."""
+    """Return mean, lowest and highest of the seeds by round, for the rounds that all seeds have."""
     table = rows.groupby("round")["dice_validation"].agg(["mean", "min", "max", "size"])
     return table[table["size"] == rows["seed"].nunique()]
 
@@ -372,7 +372,7 @@ def _last(line: pd.DataFrame) -> float:
 
 
 def _draw_ranks(axes: Axes, ranks: pd.Series, blocks: pd.DataFrame) -> None:
-    # Most of a second with what it brings along, which nothing else here needs.
+    # This import takes most of a second, and no other figure needs it.
     import scikit_posthocs
 
     drawn = scikit_posthocs.critical_difference_diagram(

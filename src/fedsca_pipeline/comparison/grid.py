@@ -1,4 +1,4 @@
-"""Cells at work: several processes, each finished cell handed on at once, a failed one reported and passed over."""
+"""Run cells in parallel worker processes: yield each result at once, report failed cells and continue."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a worker finds what cells need; picklable. ``sites`` is file and manifest of each; see ``Place``."""
+    """What a worker needs to run cells; picklable. ``sites`` is each site's array file and manifest; see ``Place``."""
 
     sites: Mapping[str, tuple[Path, pd.DataFrame]]
     foundations: Path
@@ -30,7 +30,7 @@ class Source:
 
 @dataclass(frozen=True)
 class RoundDone:
-    """A cell's report: rounds done, of how many."""
+    """A cell's progress report: ``done`` of ``rounds`` rounds are finished."""
 
     cell: Cell
     done: int
@@ -39,18 +39,18 @@ class RoundDone:
 
 @dataclass(frozen=True)
 class Failed:
-    """Why a cell has no result."""
+    """A cell that failed, with the reason."""
 
     reason: str
 
 
 def open_grid(source: Source, jobs: int, on_round: Callable[[RoundDone], None]) -> WorkerPool[Cell, Result]:
-    """Return the workers of a grid, ``jobs`` of them, to be entered."""
+    """Return a pool of ``jobs`` workers, a context manager. ``on_round`` receives the cells' progress reports."""
     return WorkerPool(_start, source, places=range(jobs), on_report=on_round)
 
 
 def run_grid(pool: WorkerPool[Cell, Result], cells: Iterable[Cell]) -> Iterator[tuple[Cell, Result | Failed]]:
-    """Yield every cell with its result, or with why it has none, in the order in which they end.
+    """Yield each cell with its result or failure, in order of completion.
 
     Raises:
         Exception: a worker could not start.

@@ -1,4 +1,4 @@
-"""The page of a comparison, as Markdown: tables, what they allow to be said, and how the reference behaved."""
+"""The Markdown page of a comparison: tables, the verdict in words, tests, and how the reference method behaved."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ import pandas as pd
 from fedsca_pipeline.comparison.statistics import ALL_SITES
 from fedsca_pipeline.comparison.tables import render_markdown
 from fedsca_pipeline.config import ComparisonConfig
+from fedsca_pipeline.errors import counted
 
 if TYPE_CHECKING:
     from fedsca_pipeline.comparison.behaviour import Behaviour
     from fedsca_pipeline.comparison.plan import Method, Setting
 
 FIGURES = "results_figures"
-"""Folder beside the page that its pictures are in."""
+"""Folder of the page's pictures, beside the page."""
 
-# Strategies that are no federation: nothing is learned from others, or everything is given away.
+# Strategies without federation: sites train alone, or give all their images away.
 _NOT_FEDERATED = frozenset({"local", "local_full", "centralised"})
 _LEVEL = 0.05
 
 
 @dataclass(frozen=True)
 class Section:
-    """The comparison with one number of training images a site, None for all: tables, and the figures' folder.
+    """The results with one number of training images per site (None: all), and the folder of their figures.
 
-    ``fedavg_fp32``: bytes a site and round, both ways, of fedavg without rounding; None where it was not run.
-    ``by_class``: Dice by method and class, as ``report.class_means`` has it; nothing to show of one class.
+    ``fedavg_fp32``: bytes per site and round, up and down, of fedavg in fp32; None if it did not run.
+    ``by_class``: Dice by method and class, from ``report.class_means``; empty if there is one class only.
     """
 
     train_images: int | None
@@ -45,7 +46,7 @@ class Section:
     def title(self) -> str:
         """The section's heading."""
         count = self.train_images
-        return "All training images" if count is None else f"{_number(count, 'training image')} a site"
+        return "All training images" if count is None else f"{counted(count, 'training image')} a site"
 
 
 def render_page(
@@ -59,15 +60,23 @@ def render_page(
     missing: Sequence[str],
     versions: str,
 ) -> str:
-    """Return the page. Every number on it comes from the arguments; what is empty is left out.
+    """Return the page. Every number on it comes from the arguments; empty parts are left out.
 
-    ``versions``: of ``describe_versions``.
+    Args:
+        setting: the setting of all cells.
+        methods: the compared methods by name.
+        rates: the chosen learning rates by method.
+        sections: one per number of training images.
+        ablations: tables of variants, by what they vary.
+        unseen: from ``report``: Dice at sites that did not train.
+        missing: one line per missing result.
+        versions: from ``describe_versions``.
     """
     config = setting.config
     parts = [
         "# Methods compared",
-        "Written by `kedro run --pipeline=comparison`; edits are lost. What the columns mean, and what the tests can "
-        "say, is in docs/comparison.md.",
+        "Written by `kedro run --pipeline=comparison`; the next run overwrites edits. docs/comparison.md explains the "
+        "columns and the tests.",
         _setting(setting, methods),
         *(_section(section, config.reference, methods) for section in sections),
         _ablations(ablations, config),
@@ -86,14 +95,14 @@ def _setting(setting: Setting, methods: Mapping[str, Method]) -> str:
     steps = training["steps_per_round"]
     work = f"{steps} steps" if steps else f"{training['local_epochs']} epochs"
     seeds = sorted({seed for method in methods.values() for seed in method.seeds})
-    sites = len(setting.sites)
+    sites = setting.sites
     return (
-        f"{_number(sites, 'site')} train ({', '.join(setting.sites)}), {federation['rounds']} rounds of {work} of "
+        f"Training sites: {len(sites)} ({', '.join(sites)}). {federation['rounds']} rounds of {work} of "
         f"{training['batch_size']} images, foundation {base['foundation']['name']} at "
-        f"{base['preprocessing']['image_size']} px, {_number(len(seeds), 'seed')}, which decide the order of images, "
-        f"the adapters' start and which images train. Each site's model is the one its validation images chose; test "
-        f"images choose nothing. **{_number(sites, 'site')} allow no claim about a new hospital**: intervals and tests "
-        f"are about these images at these sites."
+        f"{base['preprocessing']['image_size']} px, {counted(len(seeds), 'seed')}. A seed decides the order of images, "
+        f"the adapters' start values and which images train. Each site's validation images choose its model; test "
+        f"images choose nothing. **Results at {counted(len(sites), 'site')} allow no claim about a new hospital**: "
+        f"intervals and tests are about these images at these sites."
     )
 
 
@@ -121,11 +130,11 @@ def _by_class(table: pd.DataFrame) -> str:
     if table.empty:
         return ""
     rows = ([str(method), *(f"{value:.3f}" for value in values)] for method, *values in table.itertuples())
-    return "Dice by class, mean over the sites that have it:\n\n" + _table(["Method", *table.columns], rows)
+    return "Dice by class, mean over the sites that have the class:\n\n" + _table(["Method", *table.columns], rows)
 
 
 def _verdict(section: Section, reference: str, methods: Mapping[str, Method]) -> str:
-    """Say where the reference stands, in words that follow from the numbers."""
+    """Return sentences about the reference's rank, its distance to other methods, and its bytes."""
     table = section.table.set_index("method")
     if reference not in table.index:
         return f"**{reference}** has no result here."
@@ -150,7 +159,7 @@ def _verdict(section: Section, reference: str, methods: Mapping[str, Method]) ->
     if pooled and reference not in pooled:
         lines.append(f"With all images in one place, {pooled[0]} reaches {table.loc[pooled[0], 'dice']:.3f}.")
     sent = table["bytes"]
-    # Not even a comparison holds of bytes that are unknown.
+    # Unknown bytes are NaN, for which both comparisons are false.
     if "fedavg" in table.index and reference != "fedavg" and sent["fedavg"] > 0 and sent[reference] >= 0:
         text = f"It sends {_share(sent[reference] / sent['fedavg'])} of the bytes of fedavg in the same type"
         if section.fedavg_fp32:
@@ -160,7 +169,7 @@ def _verdict(section: Section, reference: str, methods: Mapping[str, Method]) ->
 
 
 def _ahead(federated: pd.DataFrame, reference: str) -> list[str]:
-    """Say which federated methods have the higher mean Dice, and at what cost in bytes. Nothing where none has."""
+    """Return a sentence on the federated methods with a higher mean Dice and their bytes; empty if there is none."""
     if reference not in federated.index:
         return []
     own = federated.loc[reference]
@@ -173,7 +182,7 @@ def _ahead(federated: pd.DataFrame, reference: str) -> list[str]:
 
 
 def _times(sent: float, own: float) -> str:
-    """Say how many times its own bytes another sends; nothing where either is unknown, or its own are none."""
+    """Return the ratio of another method's bytes to the reference's, in words; empty if it is not defined."""
     ratio = sent / own if own > 0 else math.nan
     if math.isnan(ratio):
         return ""
@@ -217,7 +226,7 @@ def _tests(tests: pd.DataFrame, reference: str) -> str:
 
 
 def _behaviour(behaviour: Behaviour, reference: str, picture: str) -> str:
-    # One site has nothing to be similar to.
+    # Similarity needs two sites.
     if len(behaviour.similarity) < 2 or behaviour.self_weight.empty:
         return ""
     matrix = behaviour.similarity.to_numpy(copy=True)
@@ -226,10 +235,10 @@ def _behaviour(behaviour: Behaviour, reference: str, picture: str) -> str:
     norms = behaviour.update_norm.mean(axis=1)
     last = own.index.max()
     lines = [
-        f"How {reference} behaved (means over seeds): the cosines between sites' updates are "
-        f"{sum(others) / len(others):.3f} on average ({min(others):.3f} to {max(others):.3f}), so a site keeps "
-        f"{own.iloc[0]:.2f} of its own weights in round {own.index.min()} and {own[last]:.2f} in round {last}; local "
-        f"models lie {behaviour.spread.mean():.2f} updates from their mean. Mean update norms: "
+        f"How {reference} behaved (means over seeds): the cosine between two sites' updates is "
+        f"{sum(others) / len(others):.3f} on average ({min(others):.3f} to {max(others):.3f}); a site's weight on its "
+        f"own model is {own.iloc[0]:.2f} in round {own.index.min()} and {own[last]:.2f} in round {last}; local models "
+        f"lie {behaviour.spread.mean():.2f} of their update norm from their mean. Mean update norms: "
         + ", ".join(f"{site} {norm:.2f}" for site, norm in norms.items())
         + ".",
         f"![Similarity of sites]({picture}/similarity.png)",
@@ -241,7 +250,7 @@ def _ablations(tables: Mapping[str, pd.DataFrame], config: ComparisonConfig) -> 
     if not tables:
         return ""
     count = config.train_images[0]
-    size = "all training images" if count is None else f"{_number(count, 'training image')} a site"
+    size = "all training images" if count is None else f"{counted(count, 'training image')} a site"
     return "\n\n".join(
         [
             f"## Ablations of {config.varied}, {size}",
@@ -255,12 +264,13 @@ def _unseen(unseen: pd.DataFrame, setting: Setting) -> str:
         return ""
     parts = [
         "## Sites that did not train",
-        "Dice on a fixed half of the site, the same images in every column. *As it is*: the federation's own model, "
-        "where it has a decoder. *Ensemble*: mean probability of all sites' models, which they would have to give "
-        f"away. *k images*: {setting.config.shot_steps} local steps on k labelled images of the other half, from the "
-        "federation's mean, of what a strategy keeps private (of all it trains, where that is nothing).",
+        "Dice on a fixed half of the site, the same images in every column. *As it is*: the mean of the shared "
+        "tensors, if the strategy shares the decoder. *Ensemble*: mean probability of all sites' models, which the "
+        f"sites would have to release. *k images*: the mean, then {setting.config.shot_steps} local steps on k "
+        "labelled images of the other half, for the tensors that the strategy keeps private (for all trained tensors "
+        "if it keeps none).",
     ]
-    # Not every method has the same first number of images, and with leave_one_out there are several.
+    # Methods differ in their first number of images, and with leave_one_out a site has several.
     sizes = unseen.groupby("site")["train_images"].nunique(dropna=False)
     for (site, count), rows in unseen.groupby(["site", "train_images"], dropna=False):
         order = sorted(set(rows["received"]), key=_received_order)
@@ -270,15 +280,15 @@ def _unseen(unseen: pd.DataFrame, setting: Setting) -> str:
             lines.append([method, *(_interval(cells.loc[name]) if name in cells.index else "–" for name in order)])
         lines.sort(key=lambda line: (line[-1] != "–", line[-1]), reverse=True)
         images = int(rows["images"].max())
-        title = f"### {site} ({_number(images, 'test image')})"
+        title = f"### {site} ({counted(images, 'test image')})"
         if sizes[site] > 1:
-            title += ", trained on " + ("all images" if pd.isna(count) else f"{_number(int(count), 'image')} a site")
+            title += ", trained on " + ("all images" if pd.isna(count) else f"{counted(int(count), 'image')} a site")
         parts.append(title + "\n\n" + _table(["Method", *order], lines))
     return "\n\n".join(parts)
 
 
 def _received_order(received: str) -> tuple[int, str]:
-    """Words first, then numbers of images."""
+    """Sort key of what a site received: words first, then numbers of images."""
     count, _, _ = received.partition(" ")
     return (int(count), "") if count.isdigit() else (0, received)
 
@@ -296,16 +306,16 @@ def _tuned(methods: Mapping[str, Method], rates: Mapping[str, float]) -> str:
             (name, ", ".join(f"{rate:g}" for rate in methods[name].rates), f"{rate:g}") for name, rate in chosen.items()
         ]
         parts.append(
-            "The grid chooses the learning rate, and nothing else: on the first seed, by validation Dice. Ablations "
-            "have that of the method that they vary.\n\n" + _table(["Method", "Offered", "Chosen"], rows)
+            "The grid tunes the learning rate only: on the first seed, by validation Dice. Ablations use the rate of "
+            "the method that they vary.\n\n" + _table(["Method", "Offered", "Chosen"], rows)
         )
     if beforehand:
-        parts.append("Chosen before, by hand:\n\n" + "\n".join(beforehand))
+        parts.append("Chosen by hand before the grid ran:\n\n" + "\n".join(beforehand))
     return "\n\n".join(["## What was tuned", *parts]) if parts else ""
 
 
 def _options(methods: Mapping[str, Method]) -> str:
-    """List what methods of the main table have that is not their strategy's default."""
+    """Return a table of the main methods' options that differ from their strategy's defaults."""
     rows = [
         (name, ", ".join(f"{key}: {value}" for key, value in options.items()))
         for name, method in methods.items()
@@ -313,35 +323,36 @@ def _options(methods: Mapping[str, Method]) -> str:
     ]
     if not rows:
         return ""
-    return "## Options that are not the defaults\n\n" + _table(["Method", "Options"], rows)
+    return "## Options that differ from the defaults\n\n" + _table(["Method", "Options"], rows)
 
 
 def _missing(missing: Sequence[str]) -> str:
     if not missing:
         return ""
-    return "## Missing\n\nThese have no result, and the tables are without them:\n\n" + "\n".join(
+    return "## Missing\n\nThese have no result and are not in the tables:\n\n" + "\n".join(
         f"- {name}" for name in missing
     )
 
 
 def describe_versions(versions: Mapping[str, int], marked: str, code: str) -> str:
-    """Say which ``versions`` of the code have made how many results, ``code`` being the present one."""
+    """Return a sentence on how many results each code version made.
+
+    Args:
+        versions: number of results by code version.
+        marked: the mark of results of other versions.
+        code: the current version.
+    """
     if versions.keys() <= {code}:
         return f"Code version {code}."
-    made = ", ".join(f"{version} ({_number(count, 'result')})" for version, count in versions.items())
+    made = ", ".join(f"{version} ({counted(count, 'result')})" for version, count in versions.items())
     return (
-        f"{marked} marks methods with results of another version of the code than the present one, {code}. "
-        f"Versions: {made}."
+        f"{marked} marks methods with results from another code version than the current one, {code}. Versions: {made}."
     )
 
 
 def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [heading, ["---"] * len(heading), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _ordinal(place: int) -> str:

@@ -1,17 +1,17 @@
-"""The most memory that this process held within a block."""
+"""Peak memory of this process within a block of code."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-# Linux: writing 5 sets the high-water mark back to what is resident now.
+# Linux: writing 5 resets the high-water mark to the current resident memory.
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 class PeakMemory:
-    """A context manager; ``bytes`` is the highest resident memory within it, None where the system does not tell.
+    """A context manager; ``bytes`` is the highest resident memory within the block, None if the system is not Linux.
 
-    Only Linux can set its mark back, so that many blocks in one process each have their own.
+    Only Linux can reset its high-water mark, so that each block in a process has its own peak.
     """
 
     bytes: int | None = None
@@ -19,12 +19,12 @@ class PeakMemory:
     def __enter__(self) -> PeakMemory:
         try:
             _RESET.write_text("5")
-            self._known = True
+            self._reset = True
         except OSError:
-            self._known = False
+            self._reset = False
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._known:
+        if self._reset:
             marks = [line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM")]
             self.bytes = int(marks[0].split()[1]) * 1024 if marks else None

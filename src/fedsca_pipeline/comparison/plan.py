@@ -1,13 +1,12 @@
-"""The grid: which cells a comparison has, and what identifies each.
+"""The plan of a comparison: its methods, its cells, and each cell's fingerprint.
 
-A cell is one method, trained once. Everything that decides its numbers is in its description, and the description's
-fingerprint names its result, so that a new method or seed costs new cells only and two rows that mean the same are
-computed once.
+A cell is one training of one method. A cell's description holds everything that decides its numbers; the description's
+fingerprint names its result. A new method or seed therefore adds new cells only, and two rows with the same description
+are computed once.
 """
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from fedsca_pipeline.config import GROUPS, ComparisonConfig, FederationConfig, MethodConfig, Settings
-from fedsca_pipeline.errors import ConfigError
+from fedsca_pipeline.errors import ConfigError, counted, faults_by_key, suggestion
 from fedsca_pipeline.federation.run import CHANGES_NO_NUMBER
 from fedsca_pipeline.federation.strategies import STRATEGIES, strategy_class, strategy_options
 from fedsca_pipeline.federation.strategies.base import Strategy, StrategyOptions
@@ -24,25 +23,26 @@ from fedsca_pipeline.files import fingerprint
 
 logger = logging.getLogger(__name__)
 
-
 Values = Mapping[str, Any]
 
-# What a method may set; the data and the foundation are the same for all.
+# The parameter groups that a method may set. Data and foundation are the same for all methods.
 _GROUPS: Mapping[str, type[BaseModel]] = {
     name: GROUPS[name] for name in ("adapters", "training", "federation", "evaluation")
 }
-# What a method has a key of its own for; set all the same, it would change nothing.
+# Parameters that have their own key in a method's entry; a value under `set` would have no effect.
 _OWN_KEYS: Mapping[str, str] = {"federation.strategy": "strategy", "adapters.seed": "seeds"}
 _RATE = "training.learning_rate"
+THREADS = 1
+"""Torch threads per cell: many single-threaded cells use the cores better than one cell with many threads."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the comparison, its parameters resolved.
+    """A row of the comparison with resolved parameters.
 
-    ``groups`` are JSON values of adapters, training, federation and evaluation; ``rates`` the learning rates to choose
-    from; ``rates_of`` names the method whose choice it follows, itself where it chooses. ``tuned`` says what was chosen
-    before the grid, and how.
+    ``groups`` are JSON values of adapters, training, federation and evaluation. ``rates`` are the learning rates to
+    choose from; ``rates_of`` names the method that chooses (an ablation follows the method it varies). ``tuned`` is a
+    note on what was chosen before the grid, and how.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training: ``sites`` train, ``unseen`` are tested without. ``train_images`` a site, None for all it has."""
+    """One training: ``sites`` train, ``unseen`` are only tested. ``train_images`` is per site; None: all."""
 
     method: str
     strategy: str
@@ -73,18 +73,18 @@ class Cell:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over the description, which holds neither the method's name nor the code's version."""
+        """16 hex digits of the description's hash; neither the method's name nor the code version is part of it."""
         return fingerprint(self.description)
 
     def __str__(self) -> str:
-        images = "all images" if self.train_images is None else f"{self.train_images} images"
+        images = "all images" if self.train_images is None else counted(self.train_images, "image")
         without = f", without {self.left_out}" if self.left_out else ""
         return f"{self.method}, seed {self.seed}, {images}, rate {self.learning_rate:g}{without}"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all cells have in common: base parameter groups as JSON values, data versions by site, and the rest."""
+    """What all cells share: parameter groups and strategy options as JSON values, versions of data and foundation."""
 
     base: Mapping[str, Values]
     strategies: Mapping[str, Values | None]
@@ -94,18 +94,18 @@ class Setting:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The sites that train, unless they are left out."""
+        """The sites that train, sorted: all but ``unseen_sites``."""
         return tuple(site for site in sorted(self.data) if site not in self.config.unseen_sites)
 
 
 def resolve_methods(setting: Setting) -> dict[str, Method]:
     """Return the methods to compare, by name.
 
-    One that the sites have not permitted (``centralised``) is left out, unless ``comparison.only`` names it.
+    A method that the sites have not permitted (``centralised``) is left out, unless ``comparison.only`` is set.
 
     Raises:
-        ConfigError: naming the YAML key of an unknown strategy or option, of a value out of range, of a pair that does
-            not go together, of a site that is not there, of too few sites, or of a quorum that they cannot make.
+        ConfigError: with the YAML key: an unknown strategy, option or site; a value out of range; a strategy and an
+            adapter that do not go together; too few sites; a quorum that some cell cannot reach.
     """
     config = setting.config
     if unknown := sorted(set(config.unseen_sites) - set(setting.data)):
@@ -119,7 +119,7 @@ def resolve_methods(setting: Setting) -> dict[str, Method]:
 
 
 def tuning_cells(methods: Mapping[str, Method], setting: Setting) -> list[Cell]:
-    """Return the cells among which methods choose their learning rate: first seed, first number of images."""
+    """Return the cells that choose the learning rates: one per method and rate, first seed, first number of images."""
     return [
         _cell(method, setting, method.seeds[0], method.train_images[0], rate, left_out=None)
         for method in methods.values()
@@ -129,24 +129,24 @@ def tuning_cells(methods: Mapping[str, Method], setting: Setting) -> list[Cell]:
 
 
 def cells(methods: Mapping[str, Method], setting: Setting, rates: Mapping[str, float]) -> list[Cell]:
-    """Return the grid, given each method's learning rate; methods without one are left out. First seeds come first."""
+    """Return the grid's cells, first seeds first. A method without a learning rate in ``rates`` has no cell."""
     left_out = setting.sites if setting.config.leave_one_out else ()
     found = [
-        (order, _cell(method, setting, seed, count, rates[method.rates_of], left))
+        (order, _cell(method, setting, seed, count, rates[method.rates_of], site))
         for method in methods.values()
         if method.rates_of in rates
         for order, seed in enumerate(method.seeds)
         for count in method.train_images
-        # Of an ablation nobody asks what a site receives that did not train.
-        for left in (None, *(left_out if method.ablation is None else ()))
+        # Ablations are not tested at sites that were left out.
+        for site in (None, *(left_out if method.ablation is None else ()))
     ]
     return [cell for _, cell in sorted(found, key=lambda pair: pair[0])]
 
 
 def choose_rates(methods: Mapping[str, Method], tuned: Iterable[tuple[Cell, float]]) -> dict[str, float]:
-    """Return the learning rate of each method, the best of its ``tuned`` cells by mean validation Dice.
+    """Return each method's learning rate: that of its ``tuned`` cell with the highest mean validation Dice.
 
-    A method one of whose cells has no result is left out: its budget would not be that of the others.
+    At a tie the lower rate wins. A method with a missing cell is left out: it would have had fewer tries than others.
     """
     scores: dict[str, dict[float, float]] = {}
     for cell, dice in tuned:
@@ -159,7 +159,7 @@ def choose_rates(methods: Mapping[str, Method], tuned: Iterable[tuple[Cell, floa
 
 
 def unique(cells_: Iterable[Cell]) -> Iterator[Cell]:
-    """Yield each fingerprint's first cell."""
+    """Yield the first cell of each fingerprint."""
     seen: set[str] = set()
     for cell in cells_:
         if cell.fingerprint not in seen:
@@ -171,11 +171,7 @@ def _method(name: str, config: MethodConfig, setting: Setting) -> Method | None:
     where = f"comparison.methods.{name}"
     strategy_name = config.strategy or name
     if strategy_name not in STRATEGIES:
-        near = difflib.get_close_matches(strategy_name, STRATEGIES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(
-            f"{where}.strategy: {strategy_name!r} is no strategy, {hint}there are {', '.join(STRATEGIES)}"
-        )
+        raise ConfigError(f"{where}.strategy: {strategy_name!r} is no strategy{suggestion(strategy_name, STRATEGIES)}")
     groups = _with_set(where, setting.base, config.set)
     try:
         strategy = strategy_class(strategy_name)
@@ -188,36 +184,37 @@ def _method(name: str, config: MethodConfig, setting: Setting) -> Method | None:
         raise ConfigError(f"{where}: {error}") from error
     if not strategy.pools:
         _check_quorum(where, FederationConfig.model_validate(groups["federation"]), config, setting)
-    own = setting.config
-    counts = config.train_images or (own.train_images if config.ablation is None else own.train_images[:1])
+    grid = setting.config
+    counts = config.train_images or (grid.train_images if config.ablation is None else grid.train_images[:1])
     if any(count is not None and count < 1 for count in counts):
-        raise ConfigError(f"{where}.train_images: {list(counts)}; a site trains on 1 image at least, null: on all")
+        raise ConfigError(
+            f"{where}.train_images: {list(counts)}; each number must be at least 1, or null for all images"
+        )
     own_rates = config.learning_rates or ([groups["training"]["learning_rate"]] if _RATE in config.set else [])
-    chooser = name if config.ablation is None or own_rates else own.varied
     return Method(
         name=name,
         strategy=strategy,
         options=options,
         groups=groups,
-        # What is named twice is one cell all the same.
-        seeds=tuple(dict.fromkeys(config.seeds or own.seeds)),
+        # A value that is listed twice makes one cell.
+        seeds=tuple(dict.fromkeys(config.seeds or grid.seeds)),
         train_images=tuple(dict.fromkeys(counts)),
-        rates=tuple(dict.fromkeys(own_rates or own.learning_rates or [groups["training"]["learning_rate"]])),
-        rates_of=chooser,
+        rates=tuple(dict.fromkeys(own_rates or grid.learning_rates or [groups["training"]["learning_rate"]])),
+        rates_of=name if config.ablation is None or own_rates else grid.varied,
         ablation=config.ablation,
         tuned=config.tuned,
     )
 
 
 def _check_quorum(where: str, federation: FederationConfig, config: MethodConfig, setting: Setting) -> None:
-    """Refuse a quorum above what is drawn of the sites that train in the method's smallest cell."""
+    """Check that the quorum is at most the number of sites drawn per round in the method's smallest cell."""
     left_out = setting.config.leave_one_out and config.ablation is None
     sites = len(setting.sites) - left_out
     if federation.quorum > (drawn := federation.drawn(sites)):
-        why = " where comparison.leave_one_out leaves one out" if left_out else ""
+        why = " when comparison.leave_one_out leaves one out" if left_out else ""
         raise ConfigError(
-            f"{where}: federation.quorum: {federation.quorum}, but only {drawn} of {sites} sites are drawn in a "
-            f"round{why}; lower it, or raise federation.participation"
+            f"{where}: federation.quorum: {federation.quorum}, but only {drawn} of {counted(sites, 'site')} are drawn "
+            f"per round{why}; lower the quorum or raise federation.participation"
         )
 
 
@@ -226,18 +223,18 @@ def _with_set(where: str, base: Mapping[str, Values], changes: Values) -> dict[s
     for key, value in changes.items():
         group, _, rest = key.partition(".")
         if group not in groups or not rest:
-            raise ConfigError(f"{where}.set: {key} cannot be set there; only keys of {', '.join(groups)} can")
+            raise ConfigError(f"{where}.set: {key} cannot be set here; only keys of {', '.join(groups)} can")
         if key in _OWN_KEYS:
-            raise ConfigError(f"{where}.set: {key} cannot be set there; {where}.{_OWN_KEYS[key]} is for that")
-        place = groups[group]
+            raise ConfigError(f"{where}.set: {key} cannot be set here; use {where}.{_OWN_KEYS[key]}")
+        parent = groups[group]
         *path, last = rest.split(".")
         for part in path:
-            inner = place.get(part) or {}
+            inner = parent.get(part) or {}
             if not isinstance(inner, Mapping):
-                raise ConfigError(f"{where}.set: {key} cannot be set there; {group}.{part} has no keys")
-            place[part] = dict(inner)
-            place = place[part]
-        place[last] = value
+                raise ConfigError(f"{where}.set: {key} cannot be set here; {group}.{part} has no keys")
+            parent[part] = dict(inner)
+            parent = parent[part]
+        parent[last] = value
     return {group: _validated(where, group, values) for group, values in groups.items()}
 
 
@@ -245,16 +242,15 @@ def _validated(where: str, group: str, values: Values) -> Values:
     try:
         return _GROUPS[group].model_validate(values).model_dump(mode="json")
     except ValidationError as error:
-        faults = [(".".join(map(str, (group, *fault["loc"]))), fault["msg"]) for fault in error.errors()]
-        raise ConfigError(f"{where}.set: " + "; ".join(f"{key}: {said}" for key, said in faults)) from error
+        raise ConfigError(f"{where}.set: {'; '.join(faults_by_key(error, group))}") from error
 
 
 def _cell(method: Method, setting: Setting, seed: int, count: int | None, rate: float, left_out: str | None) -> Cell:
     config = setting.config
     sites = tuple(site for site in setting.sites if site != left_out)
-    # What an unseen site receives is asked once, of each method, and of no ablation.
-    asked = method.ablation is None and count == method.train_images[0]
-    unseen = (*config.unseen_sites, *([left_out] if left_out else [])) if asked or left_out else ()
+    # Each method is tested at unseen sites with one number of images; ablations are not.
+    tested = method.ablation is None and count == method.train_images[0]
+    unseen = (*config.unseen_sites, *([left_out] if left_out else [])) if tested or left_out else ()
     groups = {name: dict(values) for name, values in method.groups.items()}
     groups["training"]["learning_rate"] = rate
     groups["adapters"]["seed"] = seed
@@ -262,14 +258,14 @@ def _cell(method: Method, setting: Setting, seed: int, count: int | None, rate: 
         key: value for key, value in groups["federation"].items() if key not in CHANGES_NO_NUMBER
     } | {"strategy": method.strategy.name}
     options = method.options.model_dump(mode="json", exclude_defaults=True)
-    # What classes are called changes no number.
+    # Class names change no number.
     fixed = {
         "preprocessing": {**setting.base["preprocessing"], "class_names": None},
         "foundation": setting.base["foundation"],
     }
     description = {
         "configuration": {
-            **{name: _told(name, values) for name, values in {**fixed, **groups}.items()},
+            **{name: _without_defaults(name, values) for name, values in {**fixed, **groups}.items()},
             "strategies": {method.strategy.name: options},
         },
         "seed": seed,
@@ -290,20 +286,16 @@ def _cell(method: Method, setting: Setting, seed: int, count: int | None, rate: 
     return Cell(method.name, method.strategy.name, seed, count, rate, left_out, sites, tuple(unseen), description)
 
 
-def _told(group: str, values: Values) -> Values:
-    """Return a group without its defaults, so that a parameter which comes with a later version costs no result."""
+def _without_defaults(group: str, values: Values) -> Values:
+    """Return a group without default values: a parameter that a later version adds then changes no fingerprint."""
     return GROUPS[group].model_validate(values).model_dump(mode="json", exclude_defaults=True)
 
 
-THREADS = 1
-"""Torch threads of a cell: many cells side by side use the cores better than one with all of them."""
-
-
 def check_comparison(settings: Settings, comparison: ComparisonConfig, sites: Sequence[str]) -> None:
-    """Check what ``make_plan`` would refuse, before there are data or a foundation.
+    """Check the comparison's parameters as ``make_plan`` does, without data or a foundation.
 
     Raises:
-        ConfigError: naming the YAML key.
+        ConfigError: with the YAML key.
     """
     make_plan(settings, comparison, dict.fromkeys(sites, ""), "")
 
@@ -311,12 +303,16 @@ def check_comparison(settings: Settings, comparison: ComparisonConfig, sites: Se
 def make_plan(
     settings: Settings, comparison: ComparisonConfig, data: Mapping[str, str], foundation: str
 ) -> dict[str, Any]:
-    """Return the setting of all cells as JSON values, checked: every method resolves, and has sites to train on.
+    """Return the checked setting of all cells as JSON values: every method resolves and has sites to train on.
 
-    ``data``: site to the version of its data. ``foundation``: SHA-256 of its weights.
+    Args:
+        settings: all parameter groups.
+        comparison: the grid.
+        data: version of each site's data.
+        foundation: SHA-256 of the foundation's weights.
 
     Raises:
-        ConfigError: naming the YAML key.
+        ConfigError: with the YAML key.
     """
     plan = {
         "base": {name: getattr(settings, name).model_dump(mode="json") for name in GROUPS},
@@ -329,11 +325,11 @@ def make_plan(
     methods = resolve_methods(setting)
     for name in setting.config.chosen:
         if name not in methods:
-            logger.warning("comparison.methods.%s is left out: the sites have not permitted what it does", name)
+            logger.warning("comparison.methods.%s is left out: the sites have not permitted it", name)
     return plan
 
 
 def setting_of(plan: Mapping[str, Any]) -> Setting:
-    """Return the setting that ``make_plan`` wrote as JSON values."""
+    """Return the setting that ``make_plan`` stored as JSON values."""
     config = ComparisonConfig.model_validate(plan["comparison"])
     return Setting(plan["base"], plan["strategies"], plan["data"], plan["foundation"], config)

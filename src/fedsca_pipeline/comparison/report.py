@@ -1,17 +1,15 @@
-"""From finished cells to tables, figures and the page that a comparison ends with."""
+"""The report of a comparison: from finished cells to tables, figures, the Markdown page and the HTML page."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from fedsca_pipeline.comparison.behaviour import Behaviour
+from fedsca_pipeline.comparison.behaviour import Behaviour, behaviour_of
 from fedsca_pipeline.comparison.figures import (
     critical_difference,
     dice_against_bytes,
@@ -25,6 +23,7 @@ from fedsca_pipeline.comparison.results import Frames, Result, frames
 from fedsca_pipeline.comparison.statistics import bootstrap, paired_tests
 from fedsca_pipeline.comparison.tables import method_table, render_html
 from fedsca_pipeline.config import PreprocessingConfig
+from fedsca_pipeline.errors import counted
 
 _BYTES = ("bytes_up", "bytes_down", "bytes_to_95")
 _OTHER_CODE = " \N{DAGGER}"
@@ -32,7 +31,7 @@ _OTHER_CODE = " \N{DAGGER}"
 
 @dataclass(frozen=True)
 class Report:
-    """What a comparison ends with: tables, the page as Markdown, the table of methods as HTML, figures by path."""
+    """The tables, the Markdown page, the table of methods as an HTML page, and the figures by path."""
 
     table: pd.DataFrame
     tests: pd.DataFrame
@@ -44,9 +43,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A grid and what is known of it.
+    """A grid and its finished cells.
 
-    ``results`` by fingerprint, ``rates`` by method. ``code`` is the present version: results of another are marked.
+    ``results`` are keyed by fingerprint, ``rates`` by method. ``code`` is the current code version; the report marks
+    results of other versions.
     """
 
     setting: Setting
@@ -54,40 +54,41 @@ class Comparison:
     results: Mapping[str, Result]
     rates: Mapping[str, float]
     code: str
-    figures: dict[str, Figure] = field(default_factory=dict)
 
     @cached_property
     def wanted(self) -> list[Cell]:
-        """All cells of the grid whose learning rate is known."""
+        """All cells of the grid whose learning rate is chosen."""
         return cells(self.methods, self.setting, self.rates)
 
     @cached_property
     def sizes(self) -> list[int | None]:
-        """Numbers of training images a site, those of the comparison first, then what single methods add."""
+        """Numbers of training images per site: those of the comparison first, then those that single methods add."""
         of_methods = (count for method in self.methods.values() for count in method.train_images)
         return list(dict.fromkeys([*self.setting.config.train_images, *of_methods]))
 
     @cached_property
     def missing(self) -> list[str]:
-        """What has no result: cells, and methods whose learning rate is not chosen."""
+        """What has no result, one line each: methods not permitted, methods without a learning rate, cells."""
         undecided = [
-            f"{name}: no learning rate chosen" for name, m in self.methods.items() if m.rates_of not in self.rates
+            f"{name}: no learning rate chosen"
+            for name, method in self.methods.items()
+            if method.rates_of not in self.rates
         ]
-        withheld = [
+        not_permitted = [
             f"{name}: the sites have not permitted it (docs/comparison.md)"
             for name in self.setting.config.chosen
             if name not in self.methods
         ]
         return [
-            *withheld,
+            *not_permitted,
             *undecided,
             *(str(cell) for cell in unique(self.wanted) if cell.fingerprint not in self.results),
         ]
 
     def of_size(self, count: int | None) -> Frames:
-        """Return the tables of all methods with so many training images a site.
+        """Return the tables of all methods with ``count`` training images per site.
 
-        A method that pools the sites' images has no bytes: what travels there is the images, which nobody counts.
+        Methods that pool the sites' images have missing bytes: they send images, which are not counted.
         """
         found = [cell for cell in self.wanted if cell.train_images == count and cell.fingerprint in self.results]
         tables = frames([(cell, self.results[cell.fingerprint]) for cell in found])
@@ -98,7 +99,7 @@ class Comparison:
 
     @cached_property
     def labels(self) -> dict[str, str]:
-        """What to call each method: its name, marked where one of its results is of another version of the code."""
+        """Each method's label: its name, marked if another code version made any of its results."""
         marked = {
             cell.method
             for cell in self.wanted
@@ -108,12 +109,12 @@ class Comparison:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """What the classes are called, class 1 first."""
+        """Names of the classes, class 1 first."""
         return PreprocessingConfig(**self.setting.base["preprocessing"]).names
 
     @cached_property
     def ablations(self) -> dict[str, list[str]]:
-        """The variants of the ablated method by what they vary."""
+        """Names of the ablations, grouped by what they vary."""
         found: dict[str, list[str]] = {}
         for name, method in self.methods.items():
             if method.ablation is not None:
@@ -122,10 +123,12 @@ class Comparison:
 
 
 def build_report(comparison: Comparison) -> Report:
-    """Return all that is shown of a comparison. Methods without any result are named as missing, and nothing else."""
+    """Return the report of a comparison. A method without any result appears in the list of missing ones only."""
     config = comparison.setting.config
     main = [name for name, method in comparison.methods.items() if method.ablation is None]
-    sections, tables, tests, figures = [], [], [], {}
+    sections: list[Section] = []
+    tables, tests = [], []
+    figures: dict[str, Figure] = {}
     for count in comparison.sizes:
         found = comparison.of_size(count)
         scores = _only(found.scores, main)
@@ -134,10 +137,10 @@ def build_report(comparison: Comparison) -> Report:
         table = method_table(scores, _only(found.costs, main), comparison.labels)
         paired = _tests(scores, config.reference)
         name = "all_images" if count is None else f"{count}_images"
-        figures |= {f"{name}/{key}": figure for key, figure in _figures(found, main, comparison, count).items()}
+        behaviour = _behaviour(comparison, count)
+        figures |= {f"{name}/{key}": figure for key, figure in _figures(found, main, comparison, behaviour).items()}
         tables.append(table.assign(train_images=count))
         tests.append(paired.assign(train_images=count))
-        behaviour = _behaviour(comparison, count)
         by_class = class_means(_only(found.classes, main), comparison.labels, comparison.class_names)
         fp32 = _fedavg_fp32(comparison.methods, found)
         sections.append(Section(count, name, table, paired, behaviour, fp32, by_class))
@@ -158,7 +161,7 @@ def build_report(comparison: Comparison) -> Report:
         versions=versions,
     )
     if not sections:
-        # Tables without a row have their columns all the same, so that they can be read again.
+        # Tables without rows still have their columns, so that a saved file can be read again.
         empty = frames([])
         tables = [method_table(empty.scores, empty.costs, {}).assign(train_images=None)]
         tests = [_tests(empty.scores, config.reference).assign(train_images=None)]
@@ -169,7 +172,7 @@ def build_report(comparison: Comparison) -> Report:
 
 
 def _fedavg_fp32(methods: Mapping[str, Method], found: Frames) -> float | None:
-    """Return the bytes a site and round of the rows that are fedavg in fp32, the usual yardstick; None without one."""
+    """Return fedavg's bytes per site and round in fp32, the usual yardstick; None if no row has them."""
     names = [
         name
         for name, method in methods.items()
@@ -180,23 +183,23 @@ def _fedavg_fp32(methods: Mapping[str, Method], found: Frames) -> float | None:
 
 
 def class_means(classes: pd.DataFrame, labels: Mapping[str, str], names: Sequence[str]) -> pd.DataFrame:
-    """Mean Dice of each class: over seeds, then over the sites that have it, each counting once.
+    """Return the mean Dice of each class: over seeds, then over the sites that have the class, each counting once.
 
     Args:
         classes: as in ``Frames``.
-        labels: what to call each method.
-        names: of the classes, class 1 first.
+        labels: the methods' labels.
+        names: names of the classes, class 1 first.
 
     Returns:
-        Methods by label, sorted by their mean over classes, best first; a column for each class that a site has, which
-        says how many have it. No row in, no row out.
+        One row per method, by label, the highest mean over classes first; one column per class that some site has,
+        with the number of these sites in its heading. Empty in, empty out.
     """
     sites = classes.groupby(["method", "class", "site"], as_index=False)["dice"].mean()
     means = sites.pivot_table(index="method", columns="class", values="dice")
     order = means.mean(axis=1).sort_values(ascending=False, kind="stable").index
     counts = classes.groupby("class")["site"].nunique()
-    said = {label: f"{names[label - 1]} ({count} site{'s' * (count > 1)})" for label, count in counts.items()}
-    return means.loc[order].rename(index=labels, columns=said)
+    headings = {label: f"{names[label - 1]} ({counted(count, 'site')})" for label, count in counts.items()}
+    return means.loc[order].rename(index=labels, columns=headings)
 
 
 def _only(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
@@ -213,12 +216,11 @@ def _tests(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
     return paired_tests(scores, reference)
 
 
-def _figures(found: Frames, main: Sequence[str], comparison: Comparison, count: int | None) -> dict[str, Figure]:
+def _figures(found: Frames, main: Sequence[str], comparison: Comparison, behaviour: Behaviour) -> dict[str, Figure]:
     scores, labels = _only(found.scores, main), comparison.labels
     table = method_table(scores, _only(found.costs, main), labels)
     reference = comparison.setting.config.reference
     best = [name for name in table["method"] if name != reference][:3]
-    behaviour = _behaviour(comparison, count)
     return {
         "dice_against_bytes": dice_against_bytes(table),
         "site_boxes": site_boxes(scores, labels),
@@ -233,7 +235,7 @@ def _figures(found: Frames, main: Sequence[str], comparison: Comparison, count: 
 
 
 def _ablations(comparison: Comparison) -> dict[str, pd.DataFrame]:
-    """Return a table for each thing that is varied, the ablated method among its variants."""
+    """Return one table per group of ablations: the variants and the method they vary."""
     first = comparison.setting.config.train_images[0]
     found = comparison.of_size(first)
     varied = comparison.setting.config.varied
@@ -250,14 +252,14 @@ def _ablations(comparison: Comparison) -> dict[str, pd.DataFrame]:
 
 
 def _same_seeds(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """Keep the seeds that all of these methods have: variants that ran once are held against the same seed."""
+    """Return the rows of these methods, of the seeds that all of them have."""
     table = _only(table, names)
     seeds = [set(rows["seed"]) for _, rows in table.groupby("method")]
     return table[table["seed"].isin(set.intersection(*seeds))] if seeds else table
 
 
 def _unseen_table(unseen: pd.DataFrame) -> pd.DataFrame:
-    """One row a method, site and what it received: Dice with its interval over images and seeds, and their numbers."""
+    """Return one row per method, site and received model: Dice with its interval, numbers of images and seeds."""
     columns = ["method", "site", "received", "dice", "dice_low", "dice_high", "images", "seeds"]
     rows = []
     for (site, received), part in unseen.groupby(["site", "received"], sort=False):
@@ -270,34 +272,16 @@ def _unseen_table(unseen: pd.DataFrame) -> pd.DataFrame:
 
 def _behaviour(comparison: Comparison, count: int | None) -> Behaviour:
     reference = comparison.setting.config.reference
-    wanted = [
+    results = [
         comparison.results[cell.fingerprint]
         for cell in comparison.wanted
         if (cell.method, cell.train_images, cell.left_out) == (reference, count, None)
         and cell.fingerprint in comparison.results
     ]
-    rounds = [record for result in wanted for record in result["rounds"] if not record["final"]]
-    complete = [r for r in rounds if "weights" in r and r["accepted"] == sorted(comparison.setting.sites)]
-    sites = pd.DataFrame(
-        [{"round": r["round"], "site": site, **entry} for r in rounds for site, entry in r["sites"].items()],
-        columns=["round", "site", "self_weight", "update_norm", "spread"],
-    )
-    return Behaviour(
-        similarity=_mean_matrix(complete, "similarity", comparison.setting.sites),
-        weights=_mean_matrix(complete, "weights", comparison.setting.sites),
-        self_weight=sites.groupby("round")["self_weight"].mean(),
-        update_norm=sites.pivot_table(index="site", columns="round", values="update_norm"),
-        spread=sites.groupby("round")["spread"].mean(),
-    )
-
-
-def _mean_matrix(rounds: Sequence[Mapping[str, Any]], name: str, sites: Sequence[str]) -> pd.DataFrame:
-    if not rounds:
-        return pd.DataFrame()
-    return pd.DataFrame(np.mean([r[name] for r in rounds], axis=0), index=list(sites), columns=list(sites))
+    return behaviour_of(results, comparison.setting.sites)
 
 
 def _versions(comparison: Comparison) -> dict[str, int]:
-    """Return how many results each version of the code has made."""
+    """Return the number of results by code version."""
     made = [result["code"] for result in comparison.results.values()]
     return {code: made.count(code) for code in sorted(set(made))}

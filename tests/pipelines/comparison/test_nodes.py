@@ -1,4 +1,4 @@
-"""What the comparison's nodes do around the cells: which count, which are computed, and what is refused."""
+"""The comparison's nodes: which results they use, which cells they run, and what they refuse."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def result(cell: Cell, code: str = "now", dice: float = 0.5) -> dict[str, Any]:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Names of the cells that workers were given; they answer by a Dice of their learning rate, or by ``failing``."""
-    asked: list[str] = []
+    """Names of the cells that ran. A cell's Dice is its learning rate; it fails if the file ``failing`` names it."""
+    ran: list[str] = []
 
     class Pool:
         def __enter__(self) -> Pool:
@@ -73,13 +73,13 @@ def computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     def answer(pool: Pool, todo: Iterable[Cell]) -> Iterator[tuple[Cell, Any]]:
         for cell in todo:
-            asked.append(str(cell))
+            ran.append(str(cell))
             failed = (tmp_path / "failing").is_file() and (tmp_path / "failing").read_text() in str(cell)
             yield cell, grids.Failed("no luck") if failed else result(cell, dice=cell.learning_rate)
 
     monkeypatch.setattr(grids, "open_grid", lambda *_: Pool())
     monkeypatch.setattr(grids, "run_grid", answer)
-    return asked
+    return ran
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def finished(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def compute(finished: Path, tmp_path: Path, computed: list[str]) -> Callable[..., list[str]]:
-    """Run the cells of a plan, keep what they give, and name those that were computed."""
+    """Run the cells of a plan, store their results, and return the names of the cells that ran."""
 
     def run(plan: Mapping[str, Any], *, force: bool = False) -> list[str]:
         del computed[:]
@@ -108,7 +108,7 @@ ALL = [f"{method}, seed {seed}, all images, rate 0.001" for seed in (0, 1) for m
 
 
 class TestPlan:
-    def test_a_setting_is_what_it_was_made_from(self) -> None:
+    def test_a_setting_survives_json(self) -> None:
         plan = json.loads(json.dumps(planned()))
 
         setting = setting_of(plan)
@@ -126,22 +126,22 @@ class TestPlan:
             ({"methods": {"fedsca": {}, "fedsa_lora": {}}}, r"comparison\.methods\.fedsa_lora: .*adapters\.method"),
         ],
     )
-    def test_what_the_plan_would_refuse_is_refused_before_there_are_data(self, comparison, said: str) -> None:
+    def test_the_early_check_refuses_what_the_plan_refuses(self, comparison, said: str) -> None:
         with pytest.raises(ConfigError, match=said):
             check_comparison(SETTINGS, config(**comparison), SITES)
         with pytest.raises(ConfigError, match=said):
             planned(**comparison)
 
-    def test_a_sound_comparison_is_not_refused(self) -> None:
+    def test_a_valid_comparison_is_accepted(self) -> None:
         check_comparison(SETTINGS, config(unseen_sites=["b"]), SITES)
 
 
 class TestRunCells:
-    def test_a_second_call_computes_nothing(self, compute) -> None:
+    def test_a_second_call_runs_no_cell(self, compute) -> None:
         assert sorted(compute(planned())) == sorted(ALL)
         assert compute(planned()) == []
 
-    def test_a_cell_is_handed_on_before_the_next_is_computed(self, compute, computed, finished, tmp_path) -> None:
+    def test_a_result_is_yielded_before_the_next_cell_runs(self, compute, computed, finished, tmp_path) -> None:
         inputs = [part for site in SITES for part in (pd.DataFrame({"site": [site]}), Path(site))]
         chunks = run_cells(planned(), False, Path("foundations"), tmp_path / "scratch", finished, *inputs)
 
@@ -149,19 +149,19 @@ class TestRunCells:
         assert len(computed) == 1
         chunks.close()
 
-    def test_the_best_rate_alone_goes_into_the_grid(self, compute) -> None:
+    def test_only_the_best_rate_enters_the_grid(self, compute) -> None:
         found = compute(planned(learning_rates=[0.1, 0.3, 0.2], methods={"fedsca": {}}))
 
         assert found == [f"fedsca, seed 0, all images, rate {rate}" for rate in (0.1, 0.3, 0.2)] + [
             "fedsca, seed 1, all images, rate 0.3"
         ]
 
-    def test_rows_that_mean_the_same_are_computed_once(self, compute) -> None:
+    def test_rows_with_the_same_parameters_run_once(self, compute) -> None:
         plan = planned(methods={"fedsca": {}, "again": {"strategy": "fedsca", "ablation": "nothing"}})
 
         assert len(compute(plan)) == 2
 
-    def test_force_computes_all_anew_and_drops_what_was_begun(self, compute, tmp_path) -> None:
+    def test_force_runs_all_cells_again_and_removes_their_checkpoints(self, compute, tmp_path) -> None:
         compute(planned())
         setting = setting_of(planned())
         cell = cells(resolve_methods(setting), setting, {"fedsca": 0.001, "local": 0.001})[0]
@@ -171,14 +171,14 @@ class TestRunCells:
         assert sorted(compute(planned(), force=True)) == sorted(ALL)
         assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["another"]
 
-    def test_a_failed_cell_is_named_passed_over_and_tried_again_by_the_next_command(
+    def test_a_failed_cell_is_named_skipped_and_tried_again_by_the_next_command(
         self, compute, tmp_path, caplog
     ) -> None:
         (tmp_path / "failing").write_text("local, seed 1")
 
         assert len(compute(planned())) == 4
-        assert "local, seed 1, all images, rate 0.001: failed, and is left out: no luck" in caplog.text
-        assert "1 cells failed; the same command tries them again" in caplog.text
+        assert "local, seed 1, all images, rate 0.001: failed and is left out: no luck" in caplog.text
+        assert "1 cell failed; the same command tries again" in caplog.text
         (tmp_path / "failing").unlink()
         assert compute(planned()) == ["local, seed 1, all images, rate 0.001"]
 
@@ -192,13 +192,13 @@ class TestRunCells:
             "local, seed 0, all images, rate 0.2",
         ]
 
-    def test_where_nothing_has_a_result_it_says_so(self, compute, tmp_path) -> None:
+    def test_without_any_result_an_error_says_so(self, compute, tmp_path) -> None:
         (tmp_path / "failing").write_text("seed")
 
         with pytest.raises(ConfigError, match="no cell of the comparison has a result; see the errors above"):
             compute(planned())
 
-    def test_a_damaged_result_is_computed_anew(self, compute, finished, caplog) -> None:
+    def test_a_cell_with_a_damaged_result_runs_again(self, compute, finished, caplog) -> None:
         compute(planned())
         torn = sorted(finished.iterdir())[0]
         torn.write_text(torn.read_text()[:-9])
@@ -217,7 +217,7 @@ class TestRunCells:
 class TestOtherCode:
     @pytest.fixture
     def old(self, compute, finished: Path) -> Path:
-        """A finished grid, one result of which another version of the code has made."""
+        """The result that another code version made, in a finished grid."""
         compute(planned())
         path = next(
             path for path in finished.iterdir()
@@ -226,12 +226,12 @@ class TestOtherCode:
         path.write_text(json.dumps({**json.loads(path.read_text()), "code": "old"}))
         return path
 
-    def test_it_is_computed_anew_with_a_warning(self, old, compute, caplog) -> None:
+    def test_the_cell_runs_again_with_a_warning(self, old, compute, caplog) -> None:
         assert compute(planned()) == ["local, seed 1, all images, rate 0.001"]
-        assert "1 results are of another version of the code, and computed anew" in caplog.text
+        assert "another version of the code made 1 result; the cells run again" in caplog.text
         assert json.loads(old.read_text())["code"] == "now"
 
-    def test_it_counts_and_is_marked_where_same_code_is_false(self, old, compute, finished) -> None:
+    def test_the_result_is_used_and_marked_if_same_code_is_false(self, old, compute, finished) -> None:
         plan = planned(same_code=False)
 
         assert compute(plan) == []
@@ -239,7 +239,7 @@ class TestOtherCode:
         assert "| local † |" in page
         assert "| fedsca |" in page
 
-    def test_where_computing_it_anew_failed_it_is_missing_and_not_used(self, old, compute, finished, tmp_path) -> None:
+    def test_if_the_cell_then_fails_its_result_is_missing(self, old, compute, finished, tmp_path) -> None:
         (tmp_path / "failing").write_text("local, seed 1")
         compute(planned())
 
@@ -251,7 +251,7 @@ class TestOtherCode:
 
 
 class TestReport:
-    def test_a_damaged_result_that_could_not_be_made_anew_is_missing(self, compute, finished, tmp_path) -> None:
+    def test_a_damaged_result_is_missing_from_the_report(self, compute, finished, tmp_path) -> None:
         compute(planned())
         (torn,) = (
             path for path in finished.iterdir() if '"local"' in path.read_text() and '"seed": 1' in path.read_text()
@@ -265,7 +265,7 @@ class TestReport:
         assert "## Missing" in page
         assert len(table) >= 1
 
-    def test_results_of_other_comparisons_are_left_alone(self, compute, finished, caplog) -> None:
+    def test_results_of_other_comparisons_are_ignored(self, compute, finished, caplog) -> None:
         compute(planned(methods={"fedsca": {}, "local": {}, "fedavg": {}}))
         (finished / "0123456789abcdef.json").write_text("no result at all")
 
@@ -276,7 +276,7 @@ class TestReport:
         assert caplog.records == [] or all(record.levelno < logging.WARNING for record in caplog.records)
 
 
-def test_rates_are_chosen_by_what_is_known() -> None:
+def test_rates_are_chosen_from_the_known_results() -> None:
     plan = planned(learning_rates=[0.1, 0.2])
     setting = setting_of(plan)
     methods = resolve_methods(setting)
@@ -287,7 +287,7 @@ def test_rates_are_chosen_by_what_is_known() -> None:
     assert rates_of(plan, known) == {"local": 0.1}
 
 
-def test_results_that_are_read_are_those_of_the_cells_that_count(finished) -> None:
+def test_only_usable_results_are_read(finished) -> None:
     setting = setting_of(planned())
     found = cells(resolve_methods(setting), setting, {"fedsca": 0.1, "local": 0.1})
     for cell, code in zip(found, ("now", "old", "now", "now"), strict=True):

@@ -1,4 +1,4 @@
-"""Nodes of the comparison."""
+"""Nodes of the comparison: plan the grid, run its cells, write the report."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsca_pipeline.config import ComparisonConfig, Settings
-from fedsca_pipeline.errors import ConfigError
+from fedsca_pipeline.errors import ConfigError, counted
 from fedsca_pipeline.federation.fleets.registry import available_cores
 from fedsca_pipeline.federation.run import data_version
-
-logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from fedsca_pipeline.comparison.grid import Source
     from fedsca_pipeline.comparison.plan import Cell
     from fedsca_pipeline.federation.fleets.worker_pool import WorkerPool
     from fedsca_pipeline.pipelines.progress.grid import GridProgress
+
+logger = logging.getLogger(__name__)
 
 
 def plan_comparison(
@@ -36,10 +36,10 @@ def plan_comparison(
 def run_cells(
     plan: dict[str, Any], force: bool, foundations: Path, scratch: Path, finished: Path, *site_inputs: Any
 ) -> Iterator[dict[str, Any]]:
-    """Run the cells that have no result yet, yielding each result by its fingerprint as soon as it is there.
+    """Run the cells that have no result, and yield each result by its fingerprint when its cell ends.
 
-    First those among which learning rates are chosen, then the grid. ``force`` computes all anew, from the first round
-    on. ``site_inputs`` alternate manifest and arrays, a pair a site.
+    The cells that choose learning rates run first, then the rest of the grid. ``force`` runs all cells again, from
+    their first round. ``site_inputs`` alternate manifest and arrays, one pair per site.
 
     Raises:
         ConfigError: no cell has a result.
@@ -62,13 +62,13 @@ def run_cells(
     if not grid.known:
         raise ConfigError("no cell of the comparison has a result; see the errors above")
     if grid.failed:
-        logger.error("%d cells failed; the same command tries them again", len(grid.failed))
+        logger.error("%s failed; the same command tries again", counted(len(grid.failed), "cell"))
 
 
 class _Grid:
-    """The cells of one command: what is known of them, what failed, and the workers, started when there is work.
+    """The cells of one command: ``known`` results, ``failed`` cells, and workers that start when a cell has to run.
 
-    Results in ``finished`` count; where it is None, nothing of an earlier command does.
+    The grid reads results of earlier commands from ``finished``; with None it ignores them.
     """
 
     def __init__(self, source: Source, jobs: int, finished: Path | None, *, same_code: bool) -> None:
@@ -85,15 +85,15 @@ class _Grid:
     def __exit__(self, *error: Any) -> None:
         self._opened.__exit__(*error)
 
-    def run(self, cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
-        """Run those of the cells, all of which have another fingerprint, that nothing is known of; yield results."""
+    def run(self, grid: Sequence[Cell]) -> Iterator[dict[str, Any]]:
+        """Run the cells that have neither a result nor failed, and yield their results. Fingerprints are unique."""
         from fedsca_pipeline.comparison.grid import Failed, run_grid
         from fedsca_pipeline.comparison.results import validation_dice
 
-        wanted = {cell.fingerprint: cell for cell in cells}
+        wanted = {cell.fingerprint: cell for cell in grid}
         self._look_up([cell for name, cell in wanted.items() if name not in self.known | self.failed])
         todo = [cell for name, cell in wanted.items() if name not in self.known | self.failed]
-        logger.info("%d of %d cells have a result", len(wanted.keys() & self.known), len(wanted))
+        logger.info("%d of %s have a result", len(wanted.keys() & self.known), counted(len(wanted), "cell"))
         if not todo:
             return
         pool, progress = self._open()
@@ -101,27 +101,27 @@ class _Grid:
         for cell, outcome in run_grid(pool, todo):
             if isinstance(outcome, Failed):
                 self.failed[cell.fingerprint] = outcome.reason
-                logger.error("%s: failed, and is left out: %s", cell, outcome.reason)
+                logger.error("%s: failed and is left out: %s", cell, outcome.reason)
                 progress.cell_done(cell, "failed")
                 continue
             self.known[cell.fingerprint] = outcome
             progress.cell_done(cell, f"validation Dice {validation_dice(outcome):.3f}, {outcome['seconds']:.0f} CPU s")
             yield {cell.fingerprint: outcome}
 
-    def _look_up(self, cells: Sequence[Cell]) -> None:
+    def _look_up(self, unknown: Sequence[Cell]) -> None:
         if self._finished is None:
-            for cell in cells:
+            for cell in unknown:
                 shutil.rmtree(self._source.scratch / cell.fingerprint, ignore_errors=True)
             return
         from fedsca_pipeline.comparison.results import read_known
 
-        known, others = read_known(cells, self._finished, same_code=self._same_code)
+        known, refused = read_known(unknown, self._finished, same_code=self._same_code)
         self.known |= known
-        if others:
+        if refused:
             logger.warning(
-                "%d results are of another version of the code, and computed anew; comparison.same_code: false takes "
-                "them",
-                others,
+                "another version of the code made %s; the cells run again (comparison.same_code: false uses the "
+                "results)",
+                counted(refused, "result"),
             )
 
     def _open(self) -> tuple[WorkerPool, GridProgress]:
@@ -137,9 +137,9 @@ class _Grid:
 def report_comparison(
     plan: dict[str, Any], finished: Path, _: Any
 ) -> tuple[dict[str, str], Any, Any, Any, str, str, dict[str, Any]]:
-    """Return what each cell is, by fingerprint; table, tests, unseen sites, the page, the table as HTML, and figures.
+    """Return the cells' names by fingerprint, then table, tests, unseen sites, the page, the HTML page and figures.
 
-    Of the results in ``finished`` those count that ``run_cells``, which has run before, would not compute anew.
+    The report uses the results in ``finished`` that ``run_cells`` would not compute again; ``run_cells`` runs before.
     """
     from fedsca_pipeline.comparison import plan as plans
     from fedsca_pipeline.comparison.report import Comparison, build_report

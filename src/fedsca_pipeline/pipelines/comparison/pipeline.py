@@ -1,4 +1,4 @@
-"""Wiring of the comparison."""
+"""Pipeline of the comparison."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedsca_pipeline.pipelines.comparison.nodes import plan_comparison, report_c
 
 
 def create_pipeline(sites: Sequence[str]) -> Pipeline:
-    """Cached arrays to a table of methods, through a grid of trainings."""
+    """Return the pipeline from cached arrays through a grid of trainings to a report."""
     return pipeline(
         [
             node(
