@@ -38,7 +38,7 @@ def printed(table: FinalTable) -> str:
     return console.file.getvalue()
 
 
-def test_it_shows_human_sizes_and_sets_the_mean_apart() -> None:
+def test_the_final_table_shows_readable_sizes_and_separates_the_mean() -> None:
     lines = printed(TWO_SITES).splitlines()
 
     a_site = next(number for number, line in enumerate(lines) if "a_site" in line)
@@ -54,7 +54,7 @@ def test_it_shows_human_sizes_and_sets_the_mean_apart() -> None:
     assert any("Lowest chosen Dice: a_site (0.750)" in line for line in lines)
 
 
-def test_what_was_spent_of_privacy_stands_by_site_with_its_level_and_only_where_there_is_some() -> None:
+def test_the_caption_shows_epsilon_by_level_and_site_if_any_was_spent() -> None:
     spent = {"a_site": ("patient-level", 2.4567), "b_site": ("image-level", 8.0), MEAN: (None, None)}
     private = {site: {**TWO_SITES[site], "privacy": level, "epsilon": e} for site, (level, e) in spent.items()}
 
@@ -65,15 +65,15 @@ def test_what_was_spent_of_privacy_stands_by_site_with_its_level_and_only_where_
     assert "Epsilon" not in printed(TWO_SITES)
 
 
-def test_several_classes_have_a_table_of_their_own_over_the_sites_that_have_them() -> None:
+def test_several_classes_have_their_own_table_over_the_sites_that_have_them() -> None:
     classes = {
         "Dice chosen tumour": (0.6, 0.8, 0.7),
         "Dice chosen cyst": (0.5, None, 0.5),
         "Dice chosen x": (None,) * 3,
     }
     table = {
-        site: {**values, **{column: dice[place] for column, dice in classes.items()}}
-        for place, (site, values) in enumerate(TWO_SITES.items())
+        site: {**values, **{column: dice[index] for column, dice in classes.items()}}
+        for index, (site, values) in enumerate(TWO_SITES.items())
     }
     console = Console(width=80, file=io.StringIO())
 
@@ -88,7 +88,7 @@ def test_several_classes_have_a_table_of_their_own_over_the_sites_that_have_them
     assert "tumour" not in printed(table)
 
 
-def test_what_is_missing_is_a_dash_and_no_lowest_dice() -> None:
+def test_a_missing_value_is_a_dash_and_never_the_lowest_dice() -> None:
     shown = printed({"a_site": row(None), "b_site": row(0.9), MEAN: row(None)})
 
     assert "–" in shown
@@ -96,12 +96,12 @@ def test_what_is_missing_is_a_dash_and_no_lowest_dice() -> None:
     assert "Lowest" not in printed({"a_site": row(None), "b_site": row(None), MEAN: row(None)})
 
 
-def test_one_site_is_not_called_the_lowest_and_none_leaves_the_headings() -> None:
+def test_a_single_site_is_not_called_the_lowest_and_without_sites_only_headings_remain() -> None:
     assert "Lowest" not in printed({"a_site": row(0.9), MEAN: row(0.9)})
     assert "site" in printed({})
 
 
-def test_a_compared_method_whose_bytes_nobody_counts_has_a_dash(capsys) -> None:
+def test_a_compared_method_with_unknown_bytes_has_a_dash(capsys) -> None:
     methods = [
         {"label": name, "train_images": 8.0, "dice": 0.8, "worst_dice": 0.7, "hd95": 9.0, "bytes": sent}
         for name, sent in (("fedsca", 523_000.0), ("centralised", math.nan))
@@ -114,14 +114,14 @@ def test_a_compared_method_whose_bytes_nobody_counts_has_a_dash(capsys) -> None:
     assert shown["centralised"].rstrip().endswith("–")
 
 
-def test_printing_it_needs_no_pandas() -> None:
+def test_printing_the_result_does_not_import_pandas() -> None:
     code = f"import sys; from fedsca_pipeline.terminal import show_result; show_result({TWO_SITES!r}, "
     code += "{'run_id': '1', 'uri': 'sqlite:///x'}); sys.exit('pandas' in sys.modules)"
 
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_data_report_s_table_fits_80_columns_and_says_why_a_site_is_refused(capsys, monkeypatch) -> None:
+def test_the_data_report_s_table_fits_80_columns_and_shows_the_refusals(capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     counts = {"used": 1234, "broken": 12, "subjects": 400, "train": 800, "validation": 134, "test": 300}
     site = {"counts": counts, "refusals": [], "near_duplicates": 3, "warnings": 7}

@@ -1,6 +1,6 @@
-"""What a run leaves on the terminal: the final table, and what to type next.
+"""Print results on the terminal: final table, comparison and data report, with the next commands.
 
-Without pandas: a command that finds everything up to date needs nothing else of it.
+This module does not import pandas: a command that finds everything up to date does not need it otherwise.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from rich.table import Table
 from fedsca_pipeline.evaluation import CLASS_DICE, MEAN
 
 FinalTable = Mapping[str, Mapping[str, Any]]
-"""``{site: {column: value}}``, the mean over sites last; None where a value is missing."""
+"""``{site: {column: value}}``, the mean over sites last; a missing value is None."""
 
 
 def show_result(table: FinalTable, mlflow: Mapping[str, str], volumes: FinalTable | None = None) -> None:
-    """Print the final table, that of volumes where there are any, the MLflow run and the next commands."""
+    """Print the final table, the table of volumes if there are any, the MLflow run and the next commands."""
     console = Console()
     console.print(render_final_table(table))
     if by_class := render_class_table(table):
@@ -35,16 +35,16 @@ def show_result(table: FinalTable, mlflow: Mapping[str, str], volumes: FinalTabl
 
 
 def render_final_table(table: FinalTable) -> Table:
-    """Draw the table of ``evaluation.tables.final_table`` for a terminal of 80 columns.
+    """Return ``evaluation.tables.final_table`` for a terminal of 80 columns.
 
-    Three decimals, human byte sizes, the mean set apart, a dash for what is missing; the lowest chosen Dice is named in
-    the caption, and what was spent of privacy. No site: the headings alone.
+    Three decimals, readable byte sizes, a separate row for the mean, a dash for missing values. The caption names the
+    site with the lowest chosen Dice, and the privacy spent. Without sites only the headings remain.
     """
     return _by_site("Test results per site", table, _COLUMNS, _caption(table))
 
 
 def render_class_table(table: FinalTable) -> Table | None:
-    """Draw each class's Dice of the chosen models over the sites that have it; None where there is one class only."""
+    """Return a table of the chosen models' Dice per class, over the sites that have it; None if there is one class."""
     prefix = CLASS_DICE.format("")
     columns = [column for column in next(iter(table.values()), {}) if column.startswith(prefix)]
     if not columns:
@@ -68,8 +68,8 @@ def render_class_table(table: FinalTable) -> Table | None:
 
 
 def render_volume_table(table: FinalTable) -> Table:
-    """Draw the table of ``evaluation.volume_tables.final_volume_table``; a dash for what is missing."""
-    caption = "Among slices, one rightly left empty has Dice 1."
+    """Return ``evaluation.volume_tables.final_volume_table`` for the terminal; a dash for missing values."""
+    caption = "Slices: an empty prediction for an empty mask has Dice 1."
     return _by_site("Chosen models by volume, on the volumes' own grids", table, _VOLUME_COLUMNS, caption)
 
 
@@ -93,7 +93,7 @@ _COLUMNS = {
 
 
 def _view(title: str, caption: str | None = None) -> Table:
-    # Without vertical rules it fits.
+    # Without vertical rules the table fits 80 columns.
     return Table(
         title=title,
         caption=caption,
@@ -126,15 +126,15 @@ def _by_site(
 def _caption(table: FinalTable) -> str | None:
     chosen = {site: row["Dice chosen"] for site, row in table.items() if site != MEAN}
     known = {site: dice for site, dice in chosen.items() if dice is not None}
-    said = _levels(table)
+    lines = _epsilon_by_level(table)
     if len(chosen) > 1 and known:
         worst = min(known, key=known.__getitem__)
-        said.insert(0, f"Lowest chosen Dice: {worst} ({known[worst]:.3f}). Sizes are serialised bytes, all rounds.")
-    return "\n".join(said) or None
+        lines.insert(0, f"Lowest chosen Dice: {worst} ({known[worst]:.3f}). Sizes are serialised bytes, all rounds.")
+    return "\n".join(lines) or None
 
 
-def _levels(table: FinalTable) -> list[str]:
-    """Return a line for each level of differential privacy: what its sites have spent."""
+def _epsilon_by_level(table: FinalTable) -> list[str]:
+    """Return one line per level of differential privacy: the epsilon that its sites have spent."""
     spent: dict[str, list[str]] = {}
     for site, row in table.items():
         if row.get("privacy"):
@@ -143,11 +143,11 @@ def _levels(table: FinalTable) -> list[str]:
 
 
 def show_comparison(table: Sequence[Mapping[str, Any]], page: str, mlflow: Mapping[str, str]) -> None:
-    """Print the methods, best mean Dice first, where the page is, and the next command."""
+    """Print the methods in the table's order, the page's path, the MLflow run and the next command."""
     console = Console()
     view = Table(title="Methods compared", title_justify="left", box=box.SIMPLE, pad_edge=False)
     view.add_column("method", no_wrap=True)
-    for heading in ("training\nimages", "mean\nDice", "worst\nsite", "HD95\n(px)", "sent a site\nand round"):
+    for heading in ("training\nimages", "mean\nDice", "worst\nsite", "HD95\n(px)", "sent per site\nand round"):
         view.add_column(heading, justify="right", no_wrap=True)
     for row in table:
         count = row["train_images"]
@@ -166,7 +166,7 @@ def show_comparison(table: Sequence[Mapping[str, Any]], page: str, mlflow: Mappi
 
 
 def show_data_report(sites: Mapping[str, Mapping[str, Any]], page: str) -> None:
-    """Print a row a site (``data_report.across.across_sites``), why some are refused, and where the page is."""
+    """Print one row per site (``data_report.across.across_sites``), the refusals and the page's path."""
     console = Console()
     view = Table(
         title="Sites", title_justify="left", box=box.SIMPLE, pad_edge=False, show_edge=False, collapse_padding=True

@@ -20,7 +20,7 @@ def files_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_failed_save_leaves_the_earlier_file_and_nothing_beside_it(tmp_path: Path) -> None:
+def test_a_failed_save_leaves_the_earlier_file_and_no_other(tmp_path: Path) -> None:
     dataset = AtomicJSONDataset(filepath=str(tmp_path / "a.json"))
     dataset.save({"value": 1})
 
@@ -31,7 +31,7 @@ def test_a_failed_save_leaves_the_earlier_file_and_nothing_beside_it(tmp_path: P
     assert files_in(tmp_path) == ["a.json"]
 
 
-def test_each_kind_saves_and_keeps_its_preview(tmp_path: Path) -> None:
+def test_each_kind_saves_and_has_a_preview(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
     from plotly import graph_objects as go
 
@@ -49,7 +49,7 @@ def test_each_kind_saves_and_keeps_its_preview(tmp_path: Path) -> None:
     assert picture.preview()
 
 
-def test_a_table_that_is_not_there_yet_was_none_before(tmp_path: Path) -> None:
+def test_a_missing_previous_table_loads_as_none(tmp_path: Path) -> None:
     dataset = PreviousCSVDataset(filepath=str(tmp_path / "t.csv"))
 
     assert dataset.load() is None
@@ -58,7 +58,7 @@ def test_a_table_that_is_not_there_yet_was_none_before(tmp_path: Path) -> None:
     assert dataset.load()["a"].tolist() == [1]
 
 
-def test_a_folder_loads_as_its_path_and_takes_no_data(tmp_path: Path) -> None:
+def test_a_folder_loads_as_its_path_and_cannot_be_saved(tmp_path: Path) -> None:
     dataset = FolderDataset(str(tmp_path / "deep" / "folder"))
 
     assert dataset.load() == tmp_path / "deep" / "folder"
@@ -67,7 +67,7 @@ def test_a_folder_loads_as_its_path_and_takes_no_data(tmp_path: Path) -> None:
         dataset.save({})
 
 
-def test_arrays_load_as_the_path_of_one_file(tmp_path: Path) -> None:
+def test_arrays_load_as_the_path_of_their_file(tmp_path: Path) -> None:
     dataset = SiteArraysDataset(str(tmp_path / "site.safetensors"))
     with pytest.raises(DatasetError, match="--pipeline=preprocessing"):
         dataset.load()
@@ -80,9 +80,7 @@ def test_arrays_load_as_the_path_of_one_file(tmp_path: Path) -> None:
     assert files_in(tmp_path) == ["site.safetensors"]
 
 
-def test_what_a_killed_command_has_left_half_written_is_no_partition_and_goes_when_it_is_saved_again(
-    tmp_path: Path,
-) -> None:
+def test_a_partial_file_is_no_partition_and_the_next_save_removes_it(tmp_path: Path) -> None:
     left = {name: tmp_path / "run" / f".{name}.json.ab12cd34.partial" for name in ("two", "twofold")}
     for name, folder in left.items():
         folder.mkdir(parents=True)

@@ -26,7 +26,7 @@ PLAN = {
 def result(fingerprint: str = "c0ffee", **changes: Any) -> dict[str, Any]:
     site = {"round": 2, "dice_validation": 0.75, "images": ["x", "y"], "dice": [0.2, 0.4], "hd95": [3.0, 5.0]}
     sites = {"a": site, "b": {**site, "dice": [0.6, 0.8]}}
-    told = {"dice_validation": 0.5, "loss": 1.0}
+    reported = {"dice_validation": 0.5, "loss": 1.0}
     return {
         "fingerprint": fingerprint,
         "code": "c0de",
@@ -44,7 +44,13 @@ def result(fingerprint: str = "c0ffee", **changes: Any) -> dict[str, Any]:
         },
         "sites": sites,
         "rounds": [
-            {"round": 1, "final": False, "bytes": 9, "accepted": ["a", "b"], "sites": {"a": told, "b": {"loss": 3.0}}},
+            {
+                "round": 1,
+                "final": False,
+                "bytes": 9,
+                "accepted": ["a", "b"],
+                "sites": {"a": reported, "b": {"loss": 3.0}},
+            },
             {"round": 2, "final": True, "bytes": 9, "accepted": [], "sites": {"a": {"dice_validation": 0.25}}},
         ],
         "traffic": {"bytes_up": 10.0, "bytes_down": 20.0, "bytes_to_95": None},
@@ -62,7 +68,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(database: Path, request: pytest.FixtureRequest) -> TrackingConfig:
-    """An experiment a test."""
+    """One experiment per test."""
     return TrackingConfig(tracking_uri=f"sqlite:///{database}", experiment=request.node.name)
 
 
@@ -86,7 +92,7 @@ def client(config: TrackingConfig) -> MlflowClient:
 
 @pytest.fixture
 def below(client: MlflowClient, config: TrackingConfig) -> Callable[[str | None], list[Run]]:
-    """The runs below one; of None those below none."""
+    """Return the child runs of a run; of None: the parent runs."""
 
     def find(parent: str | None) -> list[Run]:
         experiment = client.get_experiment_by_name(f"{config.experiment}-comparison").experiment_id
@@ -95,7 +101,7 @@ def below(client: MlflowClient, config: TrackingConfig) -> Callable[[str | None]
     return find
 
 
-def test_a_cell_is_a_run_with_one_below_for_each_site(opened, below, client) -> None:
+def test_a_cell_is_a_run_with_a_nested_run_per_site(opened, below, client) -> None:
     tracker = opened()
     tracker.cell(result())
 
@@ -108,12 +114,12 @@ def test_a_cell_is_a_run_with_one_below_for_each_site(opened, below, client) -> 
         "fedsca.code": "c0de", "fedsca.cell": "c0ffee",
     }  # fmt: skip
     assert expected.items() <= child.data.tags.items()
-    # Defaults are told, too, or two runs could not be compared in what one of them has by default.
-    told = {
+    # MLflow compares only parameters that both runs have, so defaults are logged, too.
+    logged = {
         "method": "strong", "train_images": "all", "strategies.fedprox.mu": "0.5", "federation.wire_dtype": "fp16",
         "adapters.method": "fel",
     }  # fmt: skip
-    assert told.items() <= child.data.params.items()
+    assert logged.items() <= child.data.params.items()
     assert child.data.metrics == pytest.approx(
         {
             "test dice mean": 0.5, "test dice worst": 0.3, "test dice sd": 0.2, "test hd95 mean": 4.0,
@@ -128,7 +134,7 @@ def test_a_cell_is_a_run_with_one_below_for_each_site(opened, below, client) -> 
     assert [(point.step, point.value) for point in history] == [(1, 0.5), (2, 0.25)]
 
 
-def test_several_classes_are_logged_at_each_site_that_has_them(opened, below) -> None:
+def test_classes_are_logged_at_each_site_that_has_them(opened, below) -> None:
     tracker, found = opened(), result()
     found["sites"]["a"]["dice_by_class"] = {"1": [0.2, 0.4], "3": [1.0, 0.0]}
 
@@ -149,7 +155,7 @@ def test_a_cell_logged_twice_makes_one_child(opened, below) -> None:
     assert len(below(tracker.run_id)) == 1
 
 
-def test_the_same_plan_goes_on_with_the_run_and_logs_no_cell_again(opened, below) -> None:
+def test_the_same_plan_resumes_the_run_and_logs_no_cell_again(opened, below) -> None:
     first = opened()
     run_id = first.run_id
     first.cell(result())
@@ -178,7 +184,7 @@ def test_another_plan_is_another_run(opened, below) -> None:
     assert len(below(None)) == 2
 
 
-def test_a_cell_that_was_left_half_written_is_written_anew(opened, below, monkeypatch) -> None:
+def test_a_partially_logged_cell_is_logged_again(opened, below, monkeypatch) -> None:
     tracker = opened()
     with monkeypatch.context() as patch:
         patch.setattr(ComparisonTracker, "_log_metrics", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -194,7 +200,7 @@ def test_a_cell_that_was_left_half_written_is_written_anew(opened, below, monkey
 
 
 @pytest.mark.parametrize("batches", [0, 1])
-def test_parameters_that_a_killed_command_did_not_log_are_logged_by_the_next(
+def test_the_next_command_logs_parameters_that_a_killed_command_did_not(
     opened, below, monkeypatch, batches: int
 ) -> None:
     logged, count = SqlAlchemyStore.log_batch, itertools.count()
@@ -217,7 +223,7 @@ def test_parameters_that_a_killed_command_did_not_log_are_logged_by_the_next(
     assert len(parent.data.params) == 161
 
 
-def test_files_of_the_comparison_and_figures_are_artifacts_and_others_are_not(opened, client, tmp_path) -> None:
+def test_only_files_and_figures_of_the_comparison_are_artifacts(opened, client, tmp_path) -> None:
     tracker = opened()
     for name in ("results.md", "plan.json", "other.json"):
         (tmp_path / name).write_text("text")
@@ -261,7 +267,7 @@ def test_a_failure_of_mlflow_is_a_tracking_error_that_says_what_to_do(opened, mo
         act(tracker)
 
 
-def test_a_database_that_cannot_be_opened_is_named_with_the_cure(tmp_path, monkeypatch) -> None:
+def test_an_unreadable_database_is_named_with_the_cure(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "mlflow.db").write_bytes(b"no database at all, but long enough to be looked at" * 100)
 
@@ -269,7 +275,7 @@ def test_a_database_that_cannot_be_opened_is_named_with_the_cure(tmp_path, monke
         ComparisonTracker(TrackingConfig(), tmp_path, "").open(PLAN)
 
 
-def test_switched_off_it_does_nothing(tmp_path) -> None:
+def test_disabled_tracking_does_nothing(tmp_path) -> None:
     config = TrackingConfig(enabled=False, tracking_uri=f"sqlite:///{tmp_path}/m.db")
     tracker = ComparisonTracker(config, tmp_path, "")
 

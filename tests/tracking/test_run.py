@@ -33,7 +33,7 @@ class TestFlat:
     def test_keys_are_dotted_and_values_are_text(self) -> None:
         assert flat({"a": {"b": {"c": 1}, "d": [1, 2]}, "e": None}) == {"a.b.c": "1", "a.d": "[1, 2]", "e": "None"}
 
-    def test_an_empty_mapping_is_kept(self) -> None:
+    def test_an_empty_mapping_is_a_value(self) -> None:
         assert flat({"a": {}}) == {"a": "{}"}
         assert flat({}) == {}
 
@@ -59,7 +59,7 @@ def die(*_):
 
 Tracker(TrackingConfig(), Path(sys.argv[1]), "").open({})
 """
-"""A command that is killed in the midst of making the database."""
+"""A command that is killed while it creates the database."""
 
 DESCRIPTION = {
     "fingerprint": "0123456789abcdef",
@@ -85,7 +85,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(database: Path, request: pytest.FixtureRequest) -> TrackingConfig:
-    """An experiment a test."""
+    """One experiment per test."""
     return TrackingConfig(tracking_uri=f"sqlite:///{database}", experiment=request.node.name)
 
 
@@ -96,7 +96,7 @@ def tracker(config: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def parameters_after(resumed: Tracker, description: dict[str, Any]) -> dict[str, str]:
-    """The parameters of the run that a resumed command goes on with."""
+    """Return the run's parameters after a second command has resumed it."""
     resumed.open(description)
     assert resumed.run_id is not None
     return MlflowClient(tracking_uri=resumed.uri).get_run(resumed.run_id).data.params
@@ -108,7 +108,7 @@ def all_steps(client: MlflowClient, run_id: str) -> dict[str, list[int]]:
 
 
 class TestTracker:
-    def test_a_command_that_is_repeated_goes_on_with_the_run_and_logs_no_step_twice(
+    def test_a_repeated_command_resumes_the_run_and_logs_no_step_twice(
         self, tracker: Tracker, config: TrackingConfig, tmp_path: Path
     ) -> None:
         tracker.open(DESCRIPTION)
@@ -131,7 +131,7 @@ class TestTracker:
             assert steps["loss" if run.info.run_id != first else "loss_mean"] == [1, 2]
             assert steps["dice_validation" if run.info.run_id != first else "dice_validation_mean"] == [0, 1, 2]
 
-    def test_a_command_killed_between_two_sites_is_completed(
+    def test_a_command_killed_between_two_sites_is_completed_by_the_next(
         self, tracker: Tracker, config: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         tracker.open(DESCRIPTION)
@@ -156,7 +156,7 @@ class TestTracker:
             assert run.data.metrics
             assert all(len(steps) == 1 for steps in all_steps(client, run.info.run_id).values())
 
-    def test_an_interrupt_within_a_transaction_leaves_a_database_in_which_the_run_can_end(
+    def test_after_an_interrupt_within_a_transaction_the_run_can_still_end(
         self, tracker: Tracker, config: TrackingConfig
     ) -> None:
         pressed = []
@@ -180,7 +180,7 @@ class TestTracker:
         assert {run.info.status for run in found} == {"KILLED"}
         assert all(run.data.metrics for run in found)
 
-    def test_parameters_that_a_killed_command_did_not_log_are_logged_by_the_next(
+    def test_the_next_command_logs_parameters_that_a_killed_command_did_not(
         self, tracker: Tracker, config: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def killed(client: MlflowClient, *args: Any, **kwargs: Any) -> None:
@@ -192,7 +192,7 @@ class TestTracker:
 
         assert parameters_after(Tracker(config, tmp_path, ""), DESCRIPTION)["federation.strategy"] == "fedsca"
 
-    def test_parameters_that_a_killed_command_logged_a_part_of_are_completed_by_the_next(
+    def test_the_next_command_completes_parameters_that_a_killed_command_logged_in_part(
         self, tracker: Tracker, config: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         options = {f"option_{number:03d}": number for number in range(150)}
@@ -217,7 +217,7 @@ class TestTracker:
 
         assert None is not other.run_id != tracker.run_id
 
-    def test_switched_off_it_does_nothing(self, tmp_path: Path) -> None:
+    def test_disabled_tracking_does_nothing(self, tmp_path: Path) -> None:
         tracker = Tracker(TrackingConfig(enabled=False, tracking_uri=f"sqlite:///{tmp_path}/m.db"), tmp_path, "")
 
         tracker.open(DESCRIPTION)
@@ -227,7 +227,7 @@ class TestTracker:
         assert tracker.run_id is None
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_database_that_cannot_be_opened_is_named_with_the_cure(
+    def test_an_unreadable_database_is_named_with_the_cure(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -236,7 +236,7 @@ class TestTracker:
         with pytest.raises(TrackingError, match=r"MLflow at sqlite:///.*mlflow\.db: (.|\n)*enabled: false"):
             Tracker(TrackingConfig(), tmp_path, "").open(DESCRIPTION)
 
-    def test_a_command_killed_while_the_database_is_made_leaves_none_and_the_next_makes_it(
+    def test_a_command_killed_while_it_creates_the_database_leaves_none(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -249,24 +249,26 @@ class TestTracker:
 
         assert MlflowClient(tracking_uri=tracker.uri).get_run(tracker.run_id).info.status == "RUNNING"
 
-    def test_a_database_that_another_command_has_made_meanwhile_is_not_replaced(
+    def test_a_database_that_another_command_created_meanwhile_is_not_replaced(
         self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
         monkeypatch.setattr(MlflowClient, "search_experiments", lambda *_, **__: shutil.copy(database, path))
         path, tracker = tmp_path / "mlflow.db", Tracker(TrackingConfig(), tmp_path, "kedro run")
-        MlflowClient(tracking_uri=f"sqlite:///{database}").create_experiment("made meanwhile")
+        MlflowClient(tracking_uri=f"sqlite:///{database}").create_experiment("created meanwhile")
 
         tracker.open(DESCRIPTION)
 
-        assert MlflowClient(tracking_uri=tracker.uri).get_experiment_by_name("made meanwhile")
+        assert MlflowClient(tracking_uri=tracker.uri).get_experiment_by_name("created meanwhile")
 
-    def test_a_relative_database_is_the_project_s(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_relative_database_path_starts_at_the_project(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
         assert Tracker(TrackingConfig(), tmp_path, "").uri == f"sqlite:///{tmp_path / 'mlflow.db'}"
 
-    def test_the_environment_s_uri_wins(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_environment_s_uri_takes_precedence(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example")
 
         assert Tracker(TrackingConfig(), tmp_path, "").uri == "http://mlflow.example"

@@ -1,4 +1,4 @@
-"""Kedro datasets that kedro-datasets does not have: atomic saving, folders, and a site's cached arrays.
+"""Kedro datasets that kedro-datasets does not have: atomic files, folders, and a site's cached arrays.
 
-One module each, so that a catalog entry imports only the library it needs.
+Each kind has its own module, so that a catalog entry imports only the library it needs.
 """

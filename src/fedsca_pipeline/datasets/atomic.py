@@ -9,12 +9,12 @@ from fedsca_pipeline.files import atomic_path
 
 
 class AtomicSave:
-    """Mixin before a kedro-datasets class: a save that fails (full disk, Ctrl-C) leaves the earlier file as it was."""
+    """Mixin before a kedro-datasets class: a failed save (full disk, Ctrl-C) leaves the earlier file unchanged."""
 
     _filepath: PurePosixPath
 
     def save(self, data: Any) -> None:
-        """Save to a temporary file and rename it over the old one."""
+        """Save to a temporary file and rename it to the target."""
         target = self._filepath
         with atomic_path(Path(target)) as temporary:
             self._filepath = PurePosixPath(temporary)

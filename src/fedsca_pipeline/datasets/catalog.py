@@ -10,9 +10,9 @@ from kedro.io.core import is_parameter
 
 
 class ProjectCatalog(DataCatalog, CatalogCommandsMixin):
-    """Kedro's catalog, which here knows that parameters are copied deeply.
+    """Kedro's catalog with deep copies of parameters.
 
-    Left to find out whether a parameter is a table, Kedro imports pandas, before anything of the run is decided.
+    Kedro would import pandas to find out whether a parameter is a table, and so slow down every command.
     """
 
     def __setitem__(self, key: str, value: Any) -> None:

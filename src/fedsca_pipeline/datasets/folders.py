@@ -1,4 +1,4 @@
-"""Folders that nodes read or fill themselves, and a site's cached arrays."""
+"""Folders that nodes read or write themselves, and a site's cached arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class FolderDataset(AbstractDataset[Any, Path]):
-    """A folder: loads as its path, made if it is missing. Cannot be saved to; nodes write atomically inside it."""
+    """A folder: loads as its path and is created if missing. It cannot be saved; nodes write files inside it."""
 
     def __init__(self, path: str, metadata: dict[str, Any] | None = None) -> None:
         self._path = Path(path)
@@ -24,7 +24,7 @@ class FolderDataset(AbstractDataset[Any, Path]):
         return self._path
 
     def save(self, data: Any) -> None:
-        """Refuse: a folder is filled by nodes."""
+        """Raise an error: nodes write into the folder themselves."""
         raise DatasetError(f"{self._path} is a folder; nodes write into it themselves")
 
     def _exists(self) -> bool:
@@ -37,7 +37,7 @@ class FolderDataset(AbstractDataset[Any, Path]):
 class SiteArraysDataset(AbstractDataset["ArraysFile", Path]):
     """A site's cached arrays: one safetensors file, loaded as its path for memory-mapping.
 
-    Saving moves a finished file here; it has to lie on the same disk.
+    Saving moves a finished file to the dataset's path; both must be on the same disk.
     """
 
     def __init__(self, filepath: str, metadata: dict[str, Any] | None = None) -> None:
@@ -51,7 +51,7 @@ class SiteArraysDataset(AbstractDataset["ArraysFile", Path]):
         return self._filepath
 
     def save(self, data: ArraysFile) -> None:
-        """Move the file here, atomically."""
+        """Move the file to the dataset's path, atomically."""
         data.move_to(self._filepath)
 
     def _exists(self) -> bool:

@@ -1,4 +1,4 @@
-"""Folders of which every file is a partition."""
+"""Folders in which each file is a partition."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fedsca_pipeline.files import remove_partial_files
 
 
 class WholePartitionsDataset(PartitionedDataset):
-    """``partitions.PartitionedDataset`` that takes no half-written file, of a command that was killed, for a partition.
+    """``partitions.PartitionedDataset`` that ignores partial files of killed commands.
 
-    It lies in a hidden folder beside its partition, and goes when that is saved again.
+    A partial file is in a hidden folder beside its partition; saving the partition again removes it.
     """
 
     def save(self, data: dict[str, Any]) -> None:
-        """Save each partition, and remove what killed commands have left of it; nobody else may be saving it."""
+        """Save each partition and remove its partial files. No other command may save the same partition meanwhile."""
         for name in data:
             target = Path(self._partition_to_path(name))
             remove_partial_files(target.parent, f"{target.name}.*")

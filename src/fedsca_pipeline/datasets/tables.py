@@ -13,8 +13,8 @@ class AtomicCSVDataset(AtomicSave, CSVDataset):
 
 
 class PreviousCSVDataset(CSVDataset):
-    """The table an earlier run left, or None: lets a node build on its own last output."""
+    """The table of an earlier run: lets a node read its own last output."""
 
     def load(self) -> pd.DataFrame | None:  # type: ignore[override]  # wider: None too
-        """Return the table, or None where there is none yet."""
+        """Return the table, or None if there is no file yet."""
         return super().load() if self._exists() else None

@@ -1,1 +1,1 @@
-"""MLflow runs of training and of comparisons."""
+"""Write training runs and comparisons to MLflow."""

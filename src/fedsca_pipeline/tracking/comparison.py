@@ -1,14 +1,14 @@
-"""A comparison in MLflow: one parent run, one child a cell, one grandchild a site of a cell.
+"""A comparison in MLflow: one parent run, one child run per cell, one grandchild run per site of a cell.
 
-The parent is found again by the fingerprint of the comparison's plan, a child by its cell's: a grid that was stopped
-and goes on writes into the same runs. mlflow is imported when the first thing is logged, not before.
+The fingerprint of the comparison's plan identifies the parent, a cell's fingerprint its child: a resumed grid writes
+into the same runs. MLflow is imported with the first logging call.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 COMPARISON_TAG, CELL_TAG = "fedsca.comparison", "fedsca.cell"
 _EXPERIMENT = "{}-comparison"
-# Data sets whose files are artifacts of the parent.
+# Datasets whose files are artifacts of the parent run.
 _FILES = frozenset(
     {
         "comparison_plan",
@@ -35,7 +35,7 @@ _FILES = frozenset(
 
 
 class ComparisonTracker(MlflowWriter):
-    """Writes a comparison to MLflow as its cells end."""
+    """Writes a comparison to MLflow, each cell when it ends."""
 
     def __init__(self, config: TrackingConfig, project: Path, command: str) -> None:
         super().__init__(config, project, command)
@@ -44,17 +44,17 @@ class ComparisonTracker(MlflowWriter):
         self._children: set[str] = set()
 
     def open(self, plan: Mapping[str, Any]) -> None:
-        """Go on with the newest run of this plan, or start one.
+        """Resume the newest run of this plan, or start a run.
 
         Raises:
-            TrackingError: MLflow cannot be reached or written to (so do the other methods).
+            TrackingError: MLflow cannot be reached or written to. The other methods raise it, too.
         """
         if not self._config.enabled or self.run_id:
             return
         with self._reported():
             client = self._connect()
             self._experiment_id = self._experiment(client, _EXPERIMENT.format(self._config.experiment))
-            # How many cells run at once is no part of what is compared.
+            # The number of parallel cells changes no result.
             name = fingerprint({**plan, "comparison": {**plan["comparison"], "jobs": None}})
             found = client.search_runs(
                 [self._experiment_id],
@@ -72,23 +72,13 @@ class ComparisonTracker(MlflowWriter):
             self._children = self._logged_cells()
 
     def cell(self, result: Mapping[str, Any]) -> None:
-        """Log a finished cell, unless it has been logged: a child run, and one of its own for each site."""
+        """Log a finished cell, unless it is logged already: a child run, and a run below it for each site."""
         if self._client is None or result["fingerprint"] in self._children:
             return
         with self._reported():
-            description = result["description"]
-            count = description["train_images"]
-            tags = {
-                "fedsca.method": result["method"],
-                "fedsca.strategy": next(iter(description["configuration"]["strategies"])),
-                "fedsca.seed": str(description["seed"]),
-                "fedsca.train_images": "all" if count is None else str(count),
-                "fedsca.left_out": result["left_out"] or "",
-                "fedsca.code": result["code"],
-            }
-            parameters = _parameters(result)
-            rate = parameters["training"]["learning_rate"]
-            name = f"{result['method']}-seed{description['seed']}-{tags['fedsca.train_images']}-rate{rate:g}"
+            tags, parameters = _tags(result), _parameters(result)
+            name = f"{result['method']}-seed{tags['fedsca.seed']}-{tags['fedsca.train_images']}"
+            name += f"-rate{parameters['training']['learning_rate']:g}"
             if result["left_out"]:
                 name += f"-without-{result['left_out']}"
             run = self._start(name, self.run_id, tags)
@@ -96,39 +86,24 @@ class ComparisonTracker(MlflowWriter):
             self._log_parameters(run, parameters)
             self._log_metrics(child, _summary(result))
             for record in result["rounds"]:
-                self._log_metrics(child, _round(record.get("sites", {}).values()), step=record["round"])
-            for site, scores in result["sites"].items():
-                grandchild = self._start(f"{name}-{site}", child, {**tags, SITE_TAG: site}).info.run_id
-                self._log_metrics(
-                    grandchild,
-                    {
-                        "test dice": statistics.fmean(scores["dice"]),
-                        "test hd95": statistics.fmean(scores["hd95"]),
-                        **{
-                            f"test dice class {label}": statistics.fmean(dice)
-                            for label, dice in scores.get("dice_by_class", {}).items()
-                        },
-                        "dice_validation_best": scores["dice_validation"],
-                        "best_round": scores["round"],
-                    },
-                )
-                for record in result["rounds"]:
-                    self._log_metrics(grandchild, _moved(record["sites"].get(site, {})), step=record["round"])
-                self._require().set_terminated(grandchild, "FINISHED")
-            # Last: a child without it was left half-written, and is written anew.
+                self._log_metrics(child, _means(record.get("sites", {}).values()), step=record["round"])
+            for site in result["sites"]:
+                grandchild = self._start(f"{name}-{site}", child, {**tags, SITE_TAG: site})
+                self._log_site(grandchild.info.run_id, result, site)
+            # The tag comes last: a child without it is incomplete, and the next command writes the cell again.
             self._require().set_tag(child, CELL_TAG, result["fingerprint"])
             self._require().set_terminated(child, "FINISHED")
             self._children.add(result["fingerprint"])
 
     def saved(self, dataset: str, filepath: Path | None) -> None:
-        """Log a file that a node has just saved, if it belongs to the comparison."""
+        """Log a file that a node has saved, if it belongs to the comparison."""
         if self._client is None or filepath is None or dataset not in _FILES:
             return
         with self._reported():
             self._client.log_artifact(self.run_id, str(filepath), "comparison")
 
     def figures(self, figures: Mapping[str, Figure]) -> None:
-        """Log figures by path."""
+        """Log figures; the keys are their paths without suffix."""
         if self._client is None:
             return
         with self._reported():
@@ -136,15 +111,38 @@ class ComparisonTracker(MlflowWriter):
                 self._client.log_figure(self.run_id, figure, f"comparison/results_figures/{path}.png")
 
     def close(self, status: str) -> None:
-        """End the parent with ``FINISHED``, ``FAILED`` or ``KILLED``."""
+        """End the parent run with ``FINISHED``, ``FAILED`` or ``KILLED``."""
         if self._client is None:
             return
         with self._reported():
             self._client.set_terminated(self.run_id, status)
         self._client, self.run_id, self._children = None, None, set()
 
+    def _log_site(self, run_id: str, result: Mapping[str, Any], site: str) -> None:
+        """Log a site's test scores, its chosen round and its rounds, and end its run."""
+        scores = result["sites"][site]
+        by_class = {
+            f"test dice class {label}": statistics.fmean(dice)
+            for label, dice in scores.get("dice_by_class", {}).items()
+        }
+        self._log_metrics(
+            run_id,
+            {
+                "test dice": statistics.fmean(scores["dice"]),
+                "test hd95": statistics.fmean(scores["hd95"]),
+                **by_class,
+                "dice_validation_best": scores["dice_validation"],
+                "best_round": scores["round"],
+            },
+        )
+        for record in result["rounds"]:
+            self._log_metrics(run_id, _before_round(record["sites"].get(site, {})), step=record["round"])
+        self._require().set_terminated(run_id, "FINISHED")
+
     def _logged_cells(self) -> set[str]:
-        client, found, token = self._require(), set(), None
+        """Return the fingerprints of the cells whose child runs are complete."""
+        client, token = self._require(), None
+        found: set[str] = set()
         while True:
             page = client.search_runs(
                 [self._experiment_id], f"tags.`mlflow.parentRunId` = '{self.run_id}'", page_token=token
@@ -167,8 +165,21 @@ class ComparisonTracker(MlflowWriter):
             self._require().log_batch(run_id, metrics=metrics)
 
 
+def _tags(result: Mapping[str, Any]) -> dict[str, str]:
+    description = result["description"]
+    count = description["train_images"]
+    return {
+        "fedsca.method": result["method"],
+        "fedsca.strategy": next(iter(description["configuration"]["strategies"])),
+        "fedsca.seed": str(description["seed"]),
+        "fedsca.train_images": "all" if count is None else str(count),
+        "fedsca.left_out": result["left_out"] or "",
+        "fedsca.code": result["code"],
+    }
+
+
 def _parameters(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all that a cell was trained with, defaults too: MLflow compares only what both runs tell."""
+    """Return all parameters of a cell, including defaults: MLflow compares only parameters that both runs have."""
     from fedsca_pipeline.config import GROUPS
     from fedsca_pipeline.federation.strategies import build_strategy
 
@@ -198,15 +209,15 @@ def _summary(result: Mapping[str, Any]) -> dict[str, float | None]:
     }
 
 
-def _round(sites: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return means over sites."""
+def _means(sites: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Return the means over sites of a round's metrics."""
     found: dict[str, list[float]] = {}
     for site in sites:
-        for key, value in _moved(site).items():
+        for key, value in _before_round(site).items():
             found.setdefault(f"{key}_mean", []).append(value)
     return {key: statistics.fmean(values) for key, values in found.items()}
 
 
-def _moved(site: Mapping[str, float]) -> dict[str, float]:
-    """Rename the validation Dice of a record, which is of the models before its round."""
+def _before_round(site: Mapping[str, float]) -> dict[str, float]:
+    """Return a site's metrics with the validation Dice renamed: it belongs to the model before the round."""
     return {"dice_before_round" if key == "dice_validation" else key: value for key, value in site.items()}

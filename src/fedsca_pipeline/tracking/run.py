@@ -1,7 +1,7 @@
-"""MLflow: one parent run for a federated run, one nested run a site, whatever number of commands made it.
+"""A federated run in MLflow: one parent run and one nested run per site, however many commands the run takes.
 
-A run is found again by its fingerprint: training that was killed and resumed, and an evaluation that comes as a command
-of its own, write into the same MLflow run. mlflow is imported when the first thing is logged, not before.
+The run's fingerprint identifies the MLflow run: a resumed training and a separate evaluation command write into the
+same one. MLflow is imported with the first logging call.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class Tracker(MlflowWriter):
-    """Writes one federated run to MLflow as its datasets are saved."""
+    """Writes one federated run to MLflow, each dataset when it is saved."""
 
     def __init__(self, config: TrackingConfig, project: Path, command: str) -> None:
         super().__init__(config, project, command)
         self._runs: dict[str, str] = {}
-        # (run, metric, step) to value: what a killed command has logged already.
+        # The values that are logged already, by run, metric and step: a killed command may have left some.
         self._logged: dict[tuple[str, str, int], float] = {}
         self._handlers: dict[str, Callable[[Any], None]] = {
             "round_metrics": self._log_round,
@@ -35,14 +35,14 @@ class Tracker(MlflowWriter):
 
     @property
     def run_id(self) -> str | None:
-        """Id of the parent run, or None while nothing is tracked."""
+        """Id of the parent run; None if no run is open."""
         return self._runs.get("")
 
     def open(self, description: Mapping[str, Any]) -> None:
-        """Go on with the newest run of this fingerprint, or start one.
+        """Resume the newest run with this fingerprint, or start a run.
 
         Raises:
-            TrackingError: MLflow cannot be reached or written to (so do the other methods).
+            TrackingError: MLflow cannot be reached or written to. The other methods raise it, too.
         """
         if not self._config.enabled or self._runs:
             return
@@ -66,10 +66,10 @@ class Tracker(MlflowWriter):
             parent = self._start(experiment, description)
         self._log_parameters(parent, description["configuration"])
         self._runs = {"": parent.info.run_id}
-        self._sites(experiment, description)
+        self._open_site_runs(experiment, description)
 
     def saved(self, dataset: str, data: Any, filepath: Path | None) -> None:
-        """Log what a node has just saved, if it is of a kind that belongs to the run."""
+        """Log a dataset that a node has saved, if it belongs to the run."""
         if self._client is None:
             return
         with self._reported():
@@ -79,7 +79,7 @@ class Tracker(MlflowWriter):
                 self._log_file(dataset, filepath)
 
     def close(self, status: str) -> None:
-        """End the run and its nested runs with ``FINISHED``, ``FAILED`` or ``KILLED``."""
+        """End the parent run and its nested runs with ``FINISHED``, ``FAILED`` or ``KILLED``."""
         if self._client is None:
             return
         with self._reported():
@@ -88,7 +88,7 @@ class Tracker(MlflowWriter):
         self._client, self._runs, self._logged = None, {}, {}
 
     def log_models(self, models: Path) -> None:
-        """Log every site's folder of models to its nested run."""
+        """Log each site's folder of models to its nested run."""
         if self._client is None or not self._config.log_models:
             return
         with self._reported():
@@ -114,7 +114,7 @@ class Tracker(MlflowWriter):
         }
         return client.create_run(experiment, run_name=name, tags=tags)
 
-    def _sites(self, experiment: str, description: Mapping[str, Any]) -> None:
+    def _open_site_runs(self, experiment: str, description: Mapping[str, Any]) -> None:
         client = self._require()
         children = {
             run.data.tags[SITE_TAG]: run
@@ -140,54 +140,32 @@ class Tracker(MlflowWriter):
                 self._logged[run.info.run_id, key, metric.step] = metric.value
 
     def _log_steps(self, run_id: str, metrics: Sequence[Metric]) -> None:
-        """Log what has not been logged; MLflow would keep a step that came twice as two points."""
+        """Log the metrics that are not logged yet: MLflow would store a repeated step as two points."""
         new = [metric for metric in metrics if (run_id, metric.key, metric.step) not in self._logged]
         if new:
             self._require().log_batch(run_id, metrics=new)
         self._logged |= {(run_id, metric.key, metric.step): metric.value for metric in new}
 
     def _log_round(self, chunk: Any) -> None:
-        """Log one round; what an earlier command logged of it already is left alone."""
+        """Log the records of finished rounds; skip what an earlier command logged already."""
         if not isinstance(chunk, Mapping):
             return
-        from mlflow.entities import Metric
-
         client = self._require()
         for record in chunk.values():
-            step, now = record["round"], int(time.time() * 1000)
-            # What was sent to a site that then failed crossed the wire all the same.
-            everyone = record["sites"].values()
-            present = [entry for entry in everyone if entry["absent"] is None]
             for site, entry in record["sites"].items():
-                metrics = {key: value for key, value in entry.items() if isinstance(value, int | float)}
-                validation = metrics.pop("dice_validation", None)
-                batch = [] if record["final"] else [Metric(key, value, now, step) for key, value in metrics.items()]
-                if validation is not None:
-                    # The model a site had when the round began is that of the round before.
-                    batch.append(Metric("dice_validation", validation, now, step - 1))
-                # Sites whose data are pooled train as one that has no run of its own.
-                self._log_steps(self._runs.get(site, self._runs[""]), batch)
+                # Pooled sites train as one site that has no run: its metrics go to the parent.
+                run_id = self._runs.get(site, self._runs[""])
+                self._log_steps(run_id, _site_metrics(record, entry))
                 if level := entry.get("privacy_level"):
-                    client.set_tag(self._runs.get(site, self._runs[""]), "fedsca.privacy", level)
-            totals = [
-                Metric(f"{key}_{name}", value, now, step - 1 if key == "dice_validation" else step)
-                for key, name, reduce in _OVER_SITES
-                if key == "dice_validation" or not record["final"]
-                if (
-                    values := [
-                        e[key] for e in (everyone if key.startswith("bytes") else present) if e.get(key) is not None
-                    ]
-                )
-                for value in [reduce(values)]
-            ]
-            self._log_steps(self._runs[""], totals)
+                    client.set_tag(run_id, "fedsca.privacy", level)
+            self._log_steps(self._runs[""], _metrics_over_sites(record))
             if record["weights"]:
-                client.log_dict(self._runs[""], record, f"rounds/round_{step:05d}.json")
+                client.log_dict(self._runs[""], record, f"rounds/round_{record['round']:05d}.json")
 
     def _log_models(self, index: Mapping[str, Any]) -> None:
         client = self._require()
-        for site, kept in index["sites"].items():
-            for name, entry in kept.items():
+        for site, models in index["sites"].items():
+            for name, entry in models.items():
                 client.set_tag(self._runs[site], f"fedsca.{name}_round", str(entry["round"]))
 
     def _log_final(self, table: Mapping[str, Mapping[str, Any]]) -> None:
@@ -206,6 +184,39 @@ class Tracker(MlflowWriter):
             self._require().log_artifact(self._runs.get(site, self._runs[""]), str(filepath), _FILES[name])
 
 
+def _site_metrics(record: Mapping[str, Any], entry: Mapping[str, Any]) -> list[Metric]:
+    """Return the metrics of one site in one round."""
+    from mlflow.entities import Metric
+
+    step, now = record["round"], int(time.time() * 1000)
+    values = {key: value for key, value in entry.items() if isinstance(value, int | float)}
+    validation = values.pop("dice_validation", None)
+    metrics = [] if record["final"] else [Metric(key, value, now, step) for key, value in values.items()]
+    if validation is not None:
+        # A site's model at the beginning of a round is the model of the previous round.
+        metrics.append(Metric("dice_validation", validation, now, step - 1))
+    return metrics
+
+
+def _metrics_over_sites(record: Mapping[str, Any]) -> list[Metric]:
+    """Return one round's means and totals over sites."""
+    from mlflow.entities import Metric
+
+    step, now = record["round"], int(time.time() * 1000)
+    everyone = list(record["sites"].values())
+    present = [entry for entry in everyone if entry["absent"] is None]
+    metrics = []
+    for key, name, reduce in _OVER_SITES:
+        validation = key == "dice_validation"
+        if record["final"] and not validation:
+            continue
+        # Bytes sent to a site that then failed count, too.
+        entries = everyone if key.startswith("bytes") else present
+        if values := [entry[key] for entry in entries if entry.get(key) is not None]:
+            metrics.append(Metric(f"{key}_{name}", reduce(values), now, step - 1 if validation else step))
+    return metrics
+
+
 _OVER_SITES: tuple[tuple[str, str, Callable[[list[float]], float]], ...] = (
     ("loss", "mean", lambda values: sum(values) / len(values)),
     ("dice_validation", "mean", lambda values: sum(values) / len(values)),
@@ -216,7 +227,7 @@ _OVER_SITES: tuple[tuple[str, str, Callable[[list[float]], float]], ...] = (
     ("bytes_down", "total", sum),
 )
 
-# Data sets (by the last part of their name) whose files are artifacts, and the folder they go to.
+# Datasets, by the last part of their name, whose files are artifacts, and their artifact folders.
 _FILES = {
     "report": "data",
     "test_scores": "tables",

@@ -1,4 +1,4 @@
-"""Writing to MLflow: what training and comparison share."""
+"""Shared MLflow writing: connection, experiment, parameters, tags and errors."""
 
 from __future__ import annotations
 
@@ -20,16 +20,14 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-
 FINGERPRINT_TAG, SITE_TAG, FINISHED = "fedsca.fingerprint", "fedsca.site", "FINISHED"
 
-
-# MLflow refuses parameter values that are longer.
+# MLflow refuses longer parameter values.
 _LONGEST_PARAMETER = 6000
 
 
 class TrackingConfig(BaseModel):
-    """``mlflow.yml``."""
+    """The settings in ``mlflow.yml``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,12 +38,12 @@ class TrackingConfig(BaseModel):
 
 
 class MlflowWriter:
-    """What all that writes to MLflow has in common: where that is, and errors that say what to do.
+    """Base of the MLflow writers: connects to the tracking server, and turns its errors into ``TrackingError``.
 
     Args:
-        config: ``mlflow.yml``; ``MLFLOW_TRACKING_URI`` in the environment wins over its URI.
-        project: root of the project, to which a relative SQLite path refers.
-        command: what the user typed, kept as a tag.
+        config: ``mlflow.yml``; the environment variable ``MLFLOW_TRACKING_URI`` takes precedence over its URI.
+        project: the project's root; a relative SQLite path starts there.
+        command: the command as typed, logged as a tag.
     """
 
     def __init__(self, config: TrackingConfig, project: Path, command: str) -> None:
@@ -54,7 +52,7 @@ class MlflowWriter:
 
     @property
     def uri(self) -> str:
-        """The tracking URI in force, absolute."""
+        """The tracking URI in use, with an absolute path."""
         uri = os.environ.get("MLFLOW_TRACKING_URI") or self._config.tracking_uri
         path = uri.removeprefix("sqlite:///")
         if path == uri or Path(path).is_absolute():
@@ -65,16 +63,16 @@ class MlflowWriter:
         from mlflow import MlflowClient
 
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        # It prints, with a traceback, what it raises too.
+        # This logger prints a traceback of errors that MLflow raises as well.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         self._create_database()
         self._client = MlflowClient(tracking_uri=self.uri)
         return self._client
 
     def _create_database(self) -> None:
-        """Make a SQLite database that is not there yet, whole or not at all.
+        """Create a missing SQLite database atomically.
 
-        MLflow takes seconds to make its tables, and refuses for ever a database in which it was killed meanwhile.
+        MLflow takes seconds to create its tables; if it is killed meanwhile, it refuses that database forever.
         """
         from mlflow import MlflowClient
         from sqlalchemy.engine import make_url
@@ -89,7 +87,7 @@ class MlflowWriter:
             try:
                 path.hardlink_to(made)
             except OSError:
-                # Another command has made one, and may have written to it, or there are no links on this disk.
+                # Either another command created the database, and may have written to it, or this disk has no links.
                 if not path.exists():
                     made.replace(path)
 
@@ -112,26 +110,26 @@ class MlflowWriter:
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
-            # An interrupt within a transaction leaves SQLite locked, and the run could not be marked as killed.
+            # An interrupt within a transaction would leave SQLite locked: the run could not be marked as killed.
             with interrupts_deferred():
                 yield
         except (MlflowException, SQLAlchemyError, OSError) as error:
             raise TrackingError(
-                f"MLflow at {self.uri}: {error}. Correct the address (MLFLOW_TRACKING_URI or conf/base/mlflow.yml) or "
-                "make room there, or set enabled: false in mlflow.yml; then the same command goes on."
+                f"MLflow at {self.uri}: {error}. Correct the address (MLFLOW_TRACKING_URI or conf/base/mlflow.yml), "
+                "make room there, or set enabled: false in mlflow.yml; then run the same command again to resume."
             ) from error
 
     def _experiment(self, client: MlflowClient, name: str) -> str:
         found = client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
-        # Beside a SQLite database, not wherever the command happened to be typed.
+        # Artifacts go beside a SQLite database; MLflow's default is the working directory.
         path = self.uri.removeprefix("sqlite:///")
         location = (Path(path).parent / "mlartifacts").as_uri() if path != self.uri else None
         return str(client.create_experiment(name, artifact_location=location))
 
     def _log_parameters(self, run: Run, configuration: Mapping[str, Any]) -> None:
-        """Log what the run lacks: MLflow writes a hundred at a time, and a command may have been killed in between."""
+        """Log the parameters that the run lacks: MLflow writes 100 at a time, and a command may be killed between."""
         from mlflow.entities import Param
 
         values = {key: value for key, value in flat(configuration).items() if key not in run.data.params}
@@ -140,7 +138,7 @@ class MlflowWriter:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten nested mappings to dotted keys and text values; an empty mapping stays as ``{}``."""
+    """Return nested mappings as dotted keys with text values; an empty mapping becomes ``{}``."""
     found: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
@@ -151,8 +149,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _git_commit(project: Path) -> str:
-    # No shell, and nothing of the user's in the arguments.
-    command = ["git", "rev-parse", "HEAD"]
+    command = ["git", "rev-parse", "HEAD"]  # no shell, no user input
     try:
         found = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)  # noqa: S603
     except FileNotFoundError:

@@ -17,7 +17,7 @@ def cell(seed: int) -> Cell:
 
 @pytest.fixture
 def watched() -> Callable[..., tuple[GridProgress, io.StringIO]]:
-    """A progress that nobody sees, and what it wrote."""
+    """Return a progress that writes to a string, and that string."""
 
     def make() -> tuple[GridProgress, io.StringIO]:
         stream = io.StringIO()
@@ -26,7 +26,7 @@ def watched() -> Callable[..., tuple[GridProgress, io.StringIO]]:
     return make
 
 
-def test_a_cell_that_has_ended_leaves_one_line(watched) -> None:
+def test_a_finished_cell_leaves_one_line(watched) -> None:
     progress, stream = watched()
     with progress:
         progress.expect(2, done=0)
@@ -37,7 +37,7 @@ def test_a_cell_that_has_ended_leaves_one_line(watched) -> None:
     assert stream.getvalue().count("seed 0") == 1
 
 
-def test_cells_at_work_count_by_their_rounds(watched) -> None:
+def test_running_cells_count_by_their_rounds(watched) -> None:
     progress, _ = watched()
     progress.expect(4, done=1)
 
@@ -49,7 +49,7 @@ def test_cells_at_work_count_by_their_rounds(watched) -> None:
     assert progress._bars.tasks[0].completed == 2.5
 
 
-def test_a_cell_that_starts_again_does_not_count_twice(watched) -> None:
+def test_a_restarted_cell_does_not_count_twice(watched) -> None:
     progress, _ = watched()
     progress.expect(1, done=0)
 
@@ -60,7 +60,7 @@ def test_a_cell_that_starts_again_does_not_count_twice(watched) -> None:
     assert len(progress._bars.tasks) == 2
 
 
-def test_what_is_expected_next_starts_from_what_is_known(watched) -> None:
+def test_new_expectations_start_from_the_known_results(watched) -> None:
     progress, _ = watched()
     progress.expect(2, done=0)
     progress.cell_done(cell(0), "done")

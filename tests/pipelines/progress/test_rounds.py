@@ -26,20 +26,20 @@ def test_a_round_leaves_one_line_with_loss_dice_sites_and_bytes() -> None:
     assert "round 1/2: loss 0.500, Dice of round 0 0.250, 2 of 2 sites, 3.00 MB up" in text
 
 
-def test_an_absent_site_is_named_with_the_reason() -> None:
+def test_an_absent_site_is_shown_with_the_reason() -> None:
     sites = {"a": SiteRecord(loss=0.5, dice_validation=0.25), "b": SiteRecord(absent="power cut")}
 
     assert "b: absent (power cut)" in shown(RoundRecord(round=1, final=False, sites=sites))
 
 
-def test_the_final_line_is_of_the_last_round() -> None:
+def test_the_final_line_shows_the_last_round() -> None:
     sites = {"a": SiteRecord(dice_validation=0.75), "b": SiteRecord(dice_validation=0.25)}
 
     assert "round 2/2: validation Dice 0.500" in shown(RoundRecord(round=3, final=True, sites=sites))
 
 
 def bars(*steps: tuple[str, int, int]) -> str:
-    """Return the live part as a terminal shows it after these steps."""
+    """Return the live bars as a terminal shows them after these steps."""
     stream = io.StringIO()
     with RoundProgress(("a", "b"), 2, Console(file=stream, width=120, force_terminal=True, color_system=None)) as shown:
         for site, step, steps_ in steps:
@@ -47,7 +47,7 @@ def bars(*steps: tuple[str, int, int]) -> str:
     return stream.getvalue().rpartition("rounds")[2]
 
 
-def test_sites_that_train_at_once_have_a_bar_each() -> None:
+def test_sites_that_train_in_parallel_have_a_bar_each() -> None:
     text = bars(("a", 1, 4), ("b", 1, 2), ("a", 2, 4))
 
     assert "a " in text
@@ -56,14 +56,14 @@ def test_sites_that_train_at_once_have_a_bar_each() -> None:
     assert "1/2 loss 0.250" in text
 
 
-def test_the_bar_of_a_site_that_has_trained_goes() -> None:
+def test_the_bar_of_a_finished_site_disappears() -> None:
     text = bars(("a", 1, 2), ("b", 1, 3), ("a", 2, 2))
 
     assert "1/3 loss" in text
     assert "2/2 loss" not in text
 
 
-def test_a_site_that_starts_again_does_not_count_twice() -> None:
+def test_a_restarted_site_does_not_count_twice() -> None:
     progress = RoundProgress(("a", "b"), 2, Console(file=io.StringIO()))
 
     for step in (1, 2, 1):
@@ -72,7 +72,7 @@ def test_a_site_that_starts_again_does_not_count_twice() -> None:
     assert progress._bars.tasks[0].completed == 0.25 / 2
 
 
-def test_a_loss_that_stays_private_is_not_shown() -> None:
+def test_a_private_loss_is_not_shown() -> None:
     stream = io.StringIO()
     with RoundProgress(("a",), 2, Console(file=stream, width=120, force_terminal=True, color_system=None)) as progress:
         progress.step("a", 1, 4, None)

@@ -1,1 +1,1 @@
-"""Progress bars of long work."""
+"""Progress bars on the terminal."""

@@ -1,4 +1,4 @@
-"""Live progress of the grid on the terminal: a bar for all cells, one for each at work; one line a cell stays."""
+"""Live progress of the grid: one bar for all cells, one per running cell, and one permanent line per finished cell."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class GridProgress:
-    """A context manager that watches a grid."""
+    """A context manager that shows the progress of a grid."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._bars = Progress(
@@ -24,12 +24,12 @@ class GridProgress:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
-            # The time left follows whole cells, which take minutes.
+            # Cells take minutes: a long estimation period steadies the remaining time.
             speed_estimate_period=3600,
         )
         self._done = 0
         self._all = self._bars.add_task("cells", total=0)
-        self._at_work: dict[str, tuple[TaskID, float]] = {}
+        self._running: dict[str, tuple[TaskID, float]] = {}
 
     def __enter__(self) -> GridProgress:
         self._bars.start()
@@ -39,26 +39,26 @@ class GridProgress:
         self._bars.stop()
 
     def expect(self, total: int, done: int) -> None:
-        """Say how many cells there are, and how many of them have a result."""
+        """Set the number of cells, and how many of them have a result already."""
         self._done = done
         self._bars.update(self._all, total=total, completed=done)
 
     def round_done(self, report: RoundDone) -> None:
-        """Report a round of a cell."""
+        """Show a finished round of a cell."""
         key = report.cell.fingerprint
-        bar, _ = self._at_work.get(key) or (self._bars.add_task(str(report.cell), total=report.rounds), 0.0)
+        bar, _ = self._running.get(key) or (self._bars.add_task(str(report.cell), total=report.rounds), 0.0)
         self._bars.update(bar, completed=report.done)
-        self._at_work[key] = bar, report.done / report.rounds
-        self._move()
+        self._running[key] = bar, report.done / report.rounds
+        self._advance()
 
     def cell_done(self, cell: Cell, note: str) -> None:
-        """Report that a cell has ended, and how."""
-        bar, _ = self._at_work.pop(cell.fingerprint, (None, 0.0))
+        """Show that a cell has ended; ``note`` says how."""
+        bar, _ = self._running.pop(cell.fingerprint, (None, 0.0))
         if bar is not None:
             self._bars.remove_task(bar)
         self._done += 1
-        self._move()
+        self._advance()
         self._bars.console.print(f"{cell}: {note}", highlight=False, markup=False)
 
-    def _move(self) -> None:
-        self._bars.update(self._all, completed=self._done + sum(part for _, part in self._at_work.values()))
+    def _advance(self) -> None:
+        self._bars.update(self._all, completed=self._done + sum(share for _, share in self._running.values()))

@@ -1,4 +1,4 @@
-"""Live progress of the rounds on the terminal: a bar for all, one for each site at work; one line a round stays."""
+"""Live progress of a run: one bar for all rounds, one per training site, and one permanent line per finished round."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class RoundProgress:
-    """A context manager that watches a run; its methods are the callbacks of the fleet and the round loop."""
+    """A context manager that shows a run's progress; its methods are callbacks of the fleet and of the round loop."""
 
     def __init__(self, sites: Sequence[str], rounds: int, console: Console | None = None) -> None:
         self._count, self._rounds = len(sites), rounds
@@ -34,8 +34,8 @@ class RoundProgress:
         )
         self._done = 0
         self._total = self._bars.add_task("rounds", total=rounds, note="")
-        self._at_work: dict[str, TaskID] = {}
-        self._parts: dict[str, float] = {}
+        self._training: dict[str, TaskID] = {}
+        self._shares: dict[str, float] = {}
 
     def __enter__(self) -> RoundProgress:
         self._bars.start()
@@ -45,28 +45,28 @@ class RoundProgress:
         self._bars.stop()
 
     def step(self, site: str, step: int, steps: int, loss: float | None) -> None:
-        """Report one local step: ``step`` of ``steps``, counted from 1, and its loss, if it is known."""
-        # A round is one unit, its sites are equal parts of it: the time left follows the steps.
-        self._parts[site] = step / steps
-        self._bars.update(self._total, completed=self._done + sum(self._parts.values()) / self._count)
-        if site not in self._at_work:
-            self._at_work[site] = self._bars.add_task(site, total=steps, note="")
-        self._bars.update(self._at_work[site], completed=step, note="" if loss is None else f"loss {loss:.3f}")
+        """Show one local step: ``step`` of ``steps``, counted from 1, and its loss, if known."""
+        # A round is one unit and each site an equal share of it, so the remaining time follows the steps.
+        self._shares[site] = step / steps
+        self._bars.update(self._total, completed=self._done + sum(self._shares.values()) / self._count)
+        if site not in self._training:
+            self._training[site] = self._bars.add_task(site, total=steps, note="")
+        self._bars.update(self._training[site], completed=step, note="" if loss is None else f"loss {loss:.3f}")
         if step == steps:
-            self._bars.remove_task(self._at_work.pop(site))
+            self._bars.remove_task(self._training.pop(site))
 
     def round_done(self, record: RoundRecord) -> None:
-        """Report a finished round: mean loss and Dice over the sites that took part, and who did not."""
-        present = {site: r for site, r in record.sites.items() if r.absent is None}
-        # Dice in a record is of the round before: the model that each site had when the round began.
-        dice = _mean([r.dice_validation for r in present.values()])
-        loss = _mean([r.loss for r in present.values()])
+        """Show a finished round: mean loss and Dice over the present sites, and the absent sites with their reasons."""
+        present = [entry for entry in record.sites.values() if entry.absent is None]
+        # A record's Dice belongs to the previous round: to the model that each site had when this round began.
+        dice = _mean([entry.dice_validation for entry in present])
+        loss = _mean([entry.loss for entry in present])
         self._done = min(record.round, self._rounds)
-        self._parts.clear()
-        for site in list(self._at_work):  # those that failed on their way
-            self._bars.remove_task(self._at_work.pop(site))
+        self._shares.clear()
+        for site in list(self._training):  # sites that failed during the round
+            self._bars.remove_task(self._training.pop(site))
         self._bars.update(self._total, completed=self._done, note=f"Dice {dice}")
-        traffic = sum(entry.bytes_up for entry in present.values()) / 1e6
+        traffic = sum(entry.bytes_up for entry in present) / 1e6
         self._bars.console.print(
             f"round {record.round - 1}/{self._rounds}: validation Dice {dice}"
             if record.final
@@ -92,9 +92,9 @@ def serve(
     folder: RunFolder,
     samples: Mapping[str, int] = MappingProxyType({}),
 ) -> Iterator[dict[str, Any]]:
-    """Run the rounds of ``folder``'s run over an open fleet; yield each record by its name in ``round_metrics``.
+    """Run the server's rounds over an open fleet; yield each round's record by its key in ``round_metrics``.
 
-    ``start``: start values of the shared tensors. ``samples``: training images by site, if known.
+    ``start``: start values of the shared tensors. ``samples``: number of training images per site, if known.
     """
     from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
     from fedsca_pipeline.federation.server.rounds import Server
