@@ -200,8 +200,8 @@ class TestRefusals:
             ({"seeds": [-1]}, "seeds"),
             ({"train_images": []}, "train_images"),
             ({"train_images": [0]}, "train_images"),
-            ({"only": ["fedsac"]}, r"only: 'fedsac' is no method, did you mean 'fedsca'\?"),
-            ({"only": ["zzz"]}, r"only: 'zzz' is no method; there are fedsca, local"),
+            ({"only": ["fedsac"]}, r"only: 'fedsac' is no method; did you mean 'fedsca'\?"),
+            ({"only": ["zzz"]}, r"only: 'zzz' is no method\. Allowed: fedsca, local"),
             ({"only": ["local"]}, "reference: 'fedsca' is not among the methods: local"),
             ({"reference": "fedsac"}, "reference: 'fedsac' is not among the methods: fedsca, local"),
             (

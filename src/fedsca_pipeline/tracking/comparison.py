@@ -181,7 +181,7 @@ def _tags(result: Mapping[str, Any]) -> dict[str, str]:
 def _parameters(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return all parameters of a cell, including defaults: MLflow compares only parameters that both runs have."""
     from fedsca_pipeline.config import GROUPS
-    from fedsca_pipeline.federation.strategies import build_strategy
+    from fedsca_pipeline.federation.strategies import strategy_options
 
     description = result["description"]
     groups = dict(description["configuration"])
@@ -191,7 +191,7 @@ def _parameters(result: Mapping[str, Any]) -> dict[str, Any]:
         "seed": description["seed"],
         "train_images": "all" if description["train_images"] is None else description["train_images"],
         **{name: GROUPS[name].model_validate(values).model_dump(mode="json") for name, values in groups.items()},
-        "strategies": {strategy: build_strategy(strategy, options).options.model_dump(mode="json")},
+        "strategies": {strategy: strategy_options(strategy, options).model_dump(mode="json")},
     }
 
 
