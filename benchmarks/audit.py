@@ -26,7 +26,7 @@ from measure import Ratio, in_turn, ratios, report, seconds
 from fedsca_pipeline.federation.messages.codec import decode, encode
 from fedsca_pipeline.federation.messages.manifest import Manifest
 from fedsca_pipeline.flower.audit.log import AuditLog
-from fedsca_pipeline.flower.messages.contents import answer_content, check_tensors, question_content
+from fedsca_pipeline.flower.messages.contents import answer_content, check_tensors, request_content
 
 TENSORS = 50
 MOST = 2**28
@@ -101,7 +101,7 @@ def _manifest(kind: str) -> Manifest:
 def _audited(log: AuditLog, round_: int, aggregate: bytes, update: bytes) -> None:
     """Log a message and its answer as the hospital does; the coordinator does the same without the check of tensors."""
     whose = {"site": "hospital_a", "kind": "round", "round_": round_}
-    question = question_content("round", aggregate, MOST)
+    question = request_content("round", aggregate, MOST)
     asked = log.add("in", sent=aggregate, content=question, **whose)
     answer = answer_content("round", update, MOST)
     check_tensors(answer, question)

@@ -149,7 +149,7 @@ def _federation(
         if options.foundations is not None:
             (folder / "foundations").symlink_to(options.foundations.resolve())
         with LocalFederation(folder, engine_folder(options.engine), free_port(), free_port()) as federation:
-            federation.found(sites)
+            federation.make_certificates(sites)
             federation.start_superlink()
             federation.start_nginx()
             federation.register(sites)

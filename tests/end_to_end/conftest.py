@@ -307,8 +307,8 @@ def new_deployed(
 ) -> Iterator[Callable[..., Deployed]]:
     """Starts federations of three hospitals; keywords are resources of each.
 
-    The last one's data are volumes if asked. ``own`` is what else a hospital has in its YAML file. ``recorded``: nginx
-    keeps whatever the hospitals send, without its TLS (``Deployed.sent``).
+    ``volumes``: the last hospital has volumes. ``own``: further values of a hospital's YAML file. ``recorded``: nginx
+    stores what the hospitals send, decrypted (``Deployed.recorded_requests``).
     """
     folders = []
 
@@ -330,9 +330,9 @@ def new_deployed(
         started.append(LocalFederation(folders[-1], engine, free_port(), free_port()))
         federation = started[-1]
         deployed = Deployed(federation, folders[-1] / "mlflow.db")
-        federation.found(SITES)
+        federation.make_certificates(SITES)
         if recorded:
-            deployed.record()
+            deployed.record_requests()
         federation.start_superlink()
         federation.start_nginx()
         federation.register(SITES)

@@ -1,4 +1,4 @@
-"""Differential privacy through real processes: what a hospital keeps to itself, what it refuses, what a crash costs."""
+"""Differential privacy with real processes: what stays at a hospital, what it refuses, and what a crash costs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedsca_pipeline.federation.site.privacy.ledger import KEY, Vault
 from fedsca_pipeline.files import read_json, read_tensors
 from fedsca_pipeline.flower.audit.log import read_log
 
-# Rounds of seconds, so that they can be broken off; messages as they are, so that they can be searched.
+# Rounds take seconds, so that the test can interrupt them. Messages are uncompressed, so that it can search them.
 PRIVATE = {
     "training.privacy.epsilon": 6,
     "training.steps_per_round": 20,
@@ -30,31 +30,29 @@ def vault(deployed: Deployed, site: str) -> Vault:
     return Vault(deployed.folder / site / "private" / site)
 
 
-def in_the_midst_of(deployed: Deployed, site: str, round_: int) -> bool:
-    """Tell whether a site has entered a round in its ledger, and not yet ended it."""
+def is_in_round(deployed: Deployed, site: str, round_: int) -> bool:
+    """Return whether a site has recorded a round in its ledger but has not finished it."""
     states = deployed.folder / site / "07_model_output" / "checkpoints"
-    entered = any(entry.round == round_ for entry in vault(deployed, site).entries())
-    return entered and not any(states.rglob(f"state_{round_:05d}.safetensors"))
+    recorded = any(entry.round == round_ for entry in vault(deployed, site).entries())
+    return recorded and not any(states.rglob(f"state_{round_:05d}.safetensors"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_private_run_is_refused_killed_and_gone_on_with_and_each_round_is_spent_once(
-    new_deployed, tmp_path: Path
-) -> None:
-    """One story, since a federation takes long to start."""
+def test_a_private_run_survives_refusals_and_kills_and_spends_each_round_once(new_deployed, tmp_path: Path) -> None:
+    """One long test, because a federation takes long to start."""
     deployed = new_deployed(recorded=True, own={"hospital_c": {"privacy": {"epsilon": 4}}})
     coordinator = deployed.start(**PRIVATE)
 
-    # A hospital that allows less than the run asks for says so, and nothing of it has begun.
-    until(lambda: "waiting for hospital_c" in deployed.said())
+    # A hospital with a stricter bound than the run reports it, and starts nothing.
+    until(lambda: "waiting for hospital_c" in deployed.output())
     assert (
         "waiting for hospital_c: training.privacy: the run has epsilon 6 at delta 1e-05, and this site's privacy "
         "allows epsilon 4 at delta 1e-05; lower it to that"
-    ) in deployed.said()
+    ) in deployed.output()
     assert not vault(deployed, "hospital_c").folder.exists()
 
-    # Its owner allows more, while the coordinator is killed in the midst of the round, and its command typed again.
+    # The hospital raises its bound, while the coordinator is killed during the round and restarted.
     until(lambda: all(vault(deployed, site).entries() for site in ("hospital_a", "hospital_b")))
     os.killpg(coordinator.pid, signal.SIGKILL)
     coordinator.wait()
@@ -63,21 +61,21 @@ def test_a_private_run_is_refused_killed_and_gone_on_with_and_each_round_is_spen
     deployed.federation.start_site("hospital_c")
     again = deployed.start("again", **PRIVATE)
 
-    # A hospital is stopped and started in the midst of a round.
-    until(lambda: in_the_midst_of(deployed, "hospital_b", 2))
-    worker = deployed.process("hospital_b", "flower.worker")
+    # A hospital is stopped and restarted during a round.
+    until(lambda: is_in_round(deployed, "hospital_b", 2))
+    worker = deployed.process("hospital_b", "flower.site.worker")
     worker.suspend()
-    assert in_the_midst_of(deployed, "hospital_b", 2)
+    assert is_in_round(deployed, "hospital_b", 2)
     assert deployed.federation.stop("hospital_b") == 0
     deployed.federation.start_site("hospital_b")
-    assert again.wait(600) == 0, deployed.said("again")
+    assert again.wait(600) == 0, deployed.output("again")
 
     for site in SITES:
         assert [entry.round for entry in vault(deployed, site).entries()] == [1, 2]
-    epsilon_is_told(deployed)
-    secrets_stay(deployed)
+    check_epsilon_is_reported(deployed)
+    check_secrets_stay(deployed)
 
-    # With the same secrets, the bits and the ledgers of a run in process that nothing has broken.
+    # With the same secrets, an uninterrupted run in process has the same bits and ledgers.
     for site in SITES:
         key = tmp_path / "data" / "private" / site / KEY
         key.parent.mkdir(parents=True)
@@ -95,14 +93,14 @@ def privacy_columns(data: Path) -> dict[str, tuple[float, str]]:
     return {site: (table[site]["epsilon"], table[site]["privacy"]) for site in SITES}
 
 
-def epsilon_is_told(deployed: Deployed) -> None:
-    told = privacy_columns(deployed.folder / "data")
+def check_epsilon_is_reported(deployed: Deployed) -> None:
+    reported = privacy_columns(deployed.folder / "data")
     client = MlflowClient(tracking_uri=f"sqlite:///{deployed.database}")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     nested = {run.data.tags["fedsca.site"]: run for run in runs if "fedsca.site" in run.data.tags}
-    for site, (epsilon, level) in told.items():
+    for site, (epsilon, level) in reported.items():
         assert level == "patient-level"
-        assert f"{site} {epsilon:.2f}" in deployed.said("again").partition("Epsilon spent, patient-level: ")[2]
+        assert f"{site} {epsilon:.2f}" in deployed.output("again").partition("Epsilon spent, patient-level: ")[2]
         history = client.get_metric_history(nested[site].info.run_id, "epsilon")
         assert [point.step for point in history] == [1, 2]
         assert history[0].value < history[1].value == pytest.approx(epsilon)
@@ -111,33 +109,36 @@ def epsilon_is_told(deployed: Deployed) -> None:
         assert not client.get_metric_history(nested[site].info.run_id, "loss")
 
 
-def secrets_stay(deployed: Deployed) -> None:
-    """Neither the wire nor the coordinator has a site's secret, or a line of its ledger, or a training loss."""
-    own = {"raw", *SITES, *(f"{site}.yml" for site in SITES), *(f"{site}.log" for site in SITES)}
+def check_secrets_stay(deployed: Deployed) -> None:
+    """Check that neither the wire nor the coordinator holds a secret, a ledger entry or a training loss of a site."""
+    at_sites = {"raw", *SITES, *(f"{site}.yml" for site in SITES), *(f"{site}.log" for site in SITES)}
     coordinator = [
         path
         for path in deployed.folder.rglob("*")
-        if path.is_file() and not own & set(path.relative_to(deployed.folder).parts)
+        if path.is_file() and not at_sites & set(path.relative_to(deployed.folder).parts)
     ]
     assert {"mlflow.db", "state.db", "audit.jsonl", "kedro.log"} <= {path.name for path in coordinator}
     run = vault(deployed, SITES[0]).entries()[0].run
-    told = vault(deployed, SITES[0]).entries()[0].noise
-    # What is looked for would be found: these are there.
-    assert holding(deployed.sent(), [run, str(told), "dice_validation"]) == 3
+    noise = vault(deployed, SITES[0]).entries()[0].noise
+    # The search works: it finds values that are sent.
+    assert holding(deployed.recorded_requests(), [run, str(noise), "dice_validation"]) == 3
     assert holding(coordinator, [run]) == 1
     for site in SITES:
         secret = (vault(deployed, site).folder / KEY).read_text().strip()
         starts = [entry.start for entry in vault(deployed, site).entries()]
-        kept = [*(text for hidden in (secret, *starts) for text in (hidden, bytes.fromhex(hidden))), "privacy_ledger"]
-        assert holding(deployed.sent(), kept) == 0
-        assert holding(coordinator, kept) == 0
+        secrets = [
+            *(text for hidden in (secret, *starts) for text in (hidden, bytes.fromhex(hidden))),
+            "privacy_ledger",
+        ]
+        assert holding(deployed.recorded_requests(), secrets) == 0
+        assert holding(coordinator, secrets) == 0
     for record in read_log(deployed.federation.home / "audit.jsonl"):
         if (record["kind"], record["direction"]) == ("round", "in") and "manifest" in record:
             assert "loss" not in record["manifest"]["metrics"]
 
 
 def holding(files: Iterable[Path], wanted: Collection[str | bytes]) -> int:
-    """Return how many of the wanted stand in any of the files."""
+    """Return how many of the wanted texts occur in any of the files."""
     needles = [text.encode() if isinstance(text, str) else text for text in wanted]
     contents = [path.read_bytes() for path in files]
     return sum(any(needle in content for content in contents) for needle in needles)

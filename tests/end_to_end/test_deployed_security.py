@@ -1,4 +1,4 @@
-"""Who is turned away: strangers at the public port, nodes without the right key, foreign code at a hospital."""
+"""A federation refuses other requests at the public port, nodes without a registered key, and foreign code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def federation(engine: Path) -> Iterator[LocalFederation]:
     """A SuperLink with nginx in front, and one hospital registered."""
     folder = Path(tempfile.mkdtemp(prefix="fedsca-"))
     with LocalFederation(folder, engine, free_port(), free_port()) as federation:
-        federation.found(["a"])
+        federation.make_certificates(["a"])
         federation.start_superlink()
         federation.start_nginx()
         federation.register(["a"])
@@ -39,15 +39,15 @@ def federation(engine: Path) -> Iterator[LocalFederation]:
 
 
 def post(federation: LocalFederation, path: str) -> tuple[int, bytes]:
-    """Send a request to the public port, its path exactly as given."""
+    """Send a request with exactly this path to the public port; return status and body."""
     trusted = ssl.create_default_context(cafile=str(federation.certificates / "ca.crt"))
-    line = http.client.HTTPSConnection("localhost", federation.public_port, context=trusted, timeout=60)
-    line.putrequest("POST", path)
-    line.putheader("Content-Type", "application/protobuf")
-    line.putheader("Content-Length", "0")
-    line.endheaders()
-    answer = line.getresponse()
-    return answer.status, answer.read()
+    connection = http.client.HTTPSConnection("localhost", federation.public_port, context=trusted, timeout=60)
+    connection.putrequest("POST", path)
+    connection.putheader("Content-Type", "application/protobuf")
+    connection.putheader("Content-Length", "0")
+    connection.endheaders()
+    response = connection.getresponse()
+    return response.status, response.read()
 
 
 @pytest.mark.parametrize(
@@ -69,22 +69,22 @@ def post(federation: LocalFederation, path: str) -> tuple[int, bytes]:
         "/",
     ],
 )
-def test_at_the_public_port_nginx_itself_turns_all_but_the_fleet_interface_away(federation, path) -> None:
-    status, said = post(federation, path)
+def test_at_the_public_port_nginx_refuses_everything_except_the_fleet_interface(federation, path) -> None:
+    status, body = post(federation, path)
 
     assert status == 404
-    assert b"nginx" in said
+    assert b"nginx" in body
 
 
 def test_the_fleet_interface_is_reached_through_the_public_port(federation) -> None:
-    status, said = post(federation, "/v1/fleet/pull-messages")
+    status, body = post(federation, "/v1/fleet/pull-messages")
 
     assert status != 404
-    assert b"nginx" not in said
+    assert b"nginx" not in body
 
 
 def supernode(federation: LocalFederation, authority: Path, key: Path | None) -> str:
-    """Start a SuperNode that must fail; return what it said."""
+    """Start a SuperNode that must fail; return its output."""
     command = [str(federation.engine / "flower-supernode"), "--superlink", f"localhost:{federation.public_port}"]
     command += ["--root-certificates", str(authority), "--isolation", "process", "--port", str(free_port())]
     command += ["--max-retries", "1", *(["--auth-supernode-private-key", str(key)] if key else [])]
@@ -92,30 +92,30 @@ def supernode(federation: LocalFederation, authority: Path, key: Path | None) ->
 
 
 def failing(federation: LocalFederation, command: Sequence[str]) -> str:
-    surroundings = environment(federation.engine, federation.folder / "stranger")
-    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=120, check=False)
+    env = environment(federation.engine, federation.folder / "stranger")
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def test_a_node_without_a_key_is_refused(federation) -> None:
-    said = supernode(federation, federation.certificates / "ca.crt", None)
+    output = supernode(federation, federation.certificates / "ca.crt", None)
 
-    assert "SuperNode authentication is enabled" in said
+    assert "SuperNode authentication is enabled" in output
 
 
-def test_a_node_with_a_key_that_is_not_listed_is_refused(federation, tmp_path: Path) -> None:
+def test_a_node_with_an_unregistered_key_is_refused(federation, tmp_path: Path) -> None:
     key = tmp_path / "stranger.key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(key)], check=True)
 
-    said = supernode(federation, federation.certificates / "ca.crt", key)
+    output = supernode(federation, federation.certificates / "ca.crt", key)
 
-    assert "Failed to activate SuperNode" in said
+    assert "Failed to activate SuperNode" in output
     assert "No SuperNode found with the given public key" in federation.log("superlink")
 
 
 @pytest.mark.slow
-def test_a_hospital_taken_off_the_list_is_out_at_once_and_comes_back_with_a_new_key_only(federation) -> None:
+def test_an_unregistered_hospital_is_disconnected_at_once_and_returns_only_with_a_new_key(federation) -> None:
     new_key(federation)
     federation.register(["b"])
     with connected(federation) as node:
@@ -135,7 +135,7 @@ def test_a_hospital_taken_off_the_list_is_out_at_once_and_comes_back_with_a_new_
 
 
 def new_key(federation: LocalFederation) -> None:
-    """Make hospital b's key, and its public half as ``register`` looks for it."""
+    """Make a new key for hospital b, with its public key where ``register`` expects it."""
     key = federation.certificates / "b.key"
     key.unlink(missing_ok=True)
     subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(key)], check=True)
@@ -143,22 +143,22 @@ def new_key(federation: LocalFederation) -> None:
 
 
 def flwr(federation: LocalFederation, command: str, *given: str) -> dict[str, Any]:
-    """Return what ``flwr supernode`` says."""
+    """Return the JSON that ``flwr supernode`` prints."""
     words = [str(federation.engine / "flwr"), "supernode", command, *given[:1], "coordinator", *given[1:]]
-    surroundings = environment(federation.engine, federation.home)
-    done = subprocess.run([*words, "--format", "json"], env=surroundings, capture_output=True, text=True, check=False)
+    env = environment(federation.engine, federation.home)
+    done = subprocess.run([*words, "--format", "json"], env=env, capture_output=True, text=True, check=False)
     return json.loads(done.stdout)
 
 
 @contextmanager
 def connected(federation: LocalFederation) -> Iterator[subprocess.Popen]:
-    """Run hospital b's SuperNode for the duration of the block, from when it is connected."""
+    """Run the SuperNode of hospital b for the duration of the block, which starts when the SuperNode is connected."""
     command = [str(federation.engine / "flower-supernode"), "--superlink", f"localhost:{federation.public_port}"]
     command += ["--root-certificates", str(federation.certificates / "ca.crt"), "--isolation", "process"]
     command += ["--port", str(free_port()), "--auth-supernode-private-key", str(federation.certificates / "b.key")]
     federation.start("node", command, environment(federation.engine, federation.folder / "node"))
-    said = len(federation.log("node"))
-    until(lambda: "SuperNode ID" in federation.log("node")[said:])
+    start = len(federation.log("node"))
+    until(lambda: "SuperNode ID" in federation.log("node")[start:])
     try:
         yield federation.processes["node"]
     finally:
@@ -169,9 +169,9 @@ def test_a_node_refuses_a_coordinator_with_a_wrong_certificate(federation, tmp_p
     script = PROJECT / "deploy" / "make_authority.sh"
     subprocess.run(["bash", str(script), str(tmp_path / "other"), "localhost"], check=True)
 
-    said = supernode(federation, tmp_path / "other" / "ca.crt", federation.certificates / "a.key")
+    output = supernode(federation, tmp_path / "other" / "ca.crt", federation.certificates / "a.key")
 
-    assert "CERTIFICATE_VERIFY_FAILED" in said
+    assert "CERTIFICATE_VERIFY_FAILED" in output
 
 
 def test_a_superexec_without_the_secret_gets_no_task(federation, tmp_path: Path) -> None:
@@ -181,8 +181,8 @@ def test_a_superexec_without_the_secret_gets_no_task(federation, tmp_path: Path)
     command += [str(federation.certificates / "ca.crt"), "--superexec-auth-secret-file", str(secret)]
     command += ["--runtime-api-address", f"127.0.0.1:{federation.superlink_port}"]
 
-    surroundings = environment(federation.engine, federation.folder / "stranger")
-    subprocess.run(command, env=surroundings, capture_output=True, timeout=120, check=False)
+    env = environment(federation.engine, federation.folder / "stranger")
+    subprocess.run(command, env=env, capture_output=True, timeout=120, check=False)
 
     assert "SuperExec authentication failed" in federation.log("superlink")
 
@@ -201,7 +201,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime import run_clientapp
 
-from fedsca_pipeline.flower import guard
+from fedsca_pipeline.flower.site import guard
 
 bundle = build_fab_from_disk(Path(sys.argv.pop()))
 
@@ -226,49 +226,47 @@ guard.main()
 
 
 def client_app(engine: Path, folder: Path, app: Path) -> tuple[str, list[bytes]]:
-    """Be a SuperNode that gives its ClientApp one message of a run of this app.
+    """Play a SuperNode that gives its ClientApp one message of a run of this app, and a gateway that answers it.
 
-    Return what the ClientApp pushed, and what the site's command was asked; it answers with ``prepared``.
+    Return the message that the ClientApp pushed, and the payloads that the gateway received.
     """
-    asked = []
+    received = []
     with frames.listen(folder / "site.sock") as listener:
 
-        def desk() -> None:
+        def gateway() -> None:
             with suppress(OSError):
-                line, _ = listener.accept()
-                asked.append(frames.receive(line, 100)[1])
-                frames.send(line, {}, b"prepared")
+                connection, _ = listener.accept()
+                received.append(frames.receive(connection, 100)[1])
+                frames.send(connection, {}, b"prepared")
 
-        thread = threading.Thread(target=desk)
+        thread = threading.Thread(target=gateway)
         thread.start()
         command = [str(engine / "python"), "-c", CLIENT_APP, "--insecure", "--token", "token", str(app)]
-        surroundings = environment(engine, folder / "flwr", {SITE_SOCKET: str(folder / "site.sock")})
-        done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=120, check=False)
+        env = environment(engine, folder / "flwr", {SITE_SOCKET: str(folder / "site.sock")})
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
         listener.shutdown(socket.SHUT_RDWR)
         thread.join()
-    (said,) = re.findall("^pushed: (.*)$", done.stdout, re.MULTILINE) or [done.stdout + done.stderr]
-    return said, asked
+    (output,) = re.findall("^pushed: (.*)$", done.stdout, re.MULTILINE) or [done.stdout + done.stderr]
+    return output, received
 
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
-    """An app by the name of ours, with code of its own."""
+    """An app with the name of this project's app and other code."""
     app = Path(shutil.copytree(APP, tmp_path / "foreign"))
     (app / "fedsca_app.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise SystemExit\n")
     return app
 
 
-def test_a_run_of_this_packages_app_reaches_the_sites_command(engine: Path, tmp_path: Path) -> None:
+def test_a_run_of_the_packages_app_reaches_the_gateway_of_the_site(engine: Path, tmp_path: Path) -> None:
     assert client_app(engine, tmp_path, APP) == ("{'payload': b'prepared'}", [b"terms"])
 
 
-def test_a_hospital_neither_runs_nor_unpacks_code_that_is_not_its_own(
-    engine: Path, foreign: Path, tmp_path: Path
-) -> None:
-    said, asked = client_app(engine, tmp_path, foreign)
+def test_a_hospital_neither_runs_nor_unpacks_foreign_code(engine: Path, foreign: Path, tmp_path: Path) -> None:
+    output, received = client_app(engine, tmp_path, foreign)
 
-    assert "ForeignBundleError" in said
-    assert "install the same version of fedsca_pipeline at the coordinator and here" in said
-    assert asked == []
+    assert "ForeignBundleError" in output
+    assert "install the same version of fedsca_pipeline at the coordinator and here" in output
+    assert received == []
     assert not (tmp_path / "ran").exists()
     assert not list((tmp_path / "flwr").rglob("fedsca_app*"))

@@ -1,4 +1,4 @@
-"""Commands that are killed: what they have started ends with them, and the next start finds the place free."""
+"""After a command is killed, its child processes end and the next command can start at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from demo import LocalFederation, free_port
 
-# The command, with a worker that needs no torch. It has no coordinator: its SuperNode tries again and again.
+# The command of a site with a worker without torch. There is no coordinator, so its SuperNode keeps retrying.
 SITE = """
 import logging, signal, sys, threading
 from pathlib import Path
@@ -30,7 +30,7 @@ run_site(read_site_config(Path(sys.argv[1])), [sys.executable, "-c", sys.argv[2]
 """
 WORKER = """
 import socket, sys, time
-from fedsca_pipeline.flower import frames
+from fedsca_pipeline.flower.messages import frames
 
 frames.send(socket.socket(fileno=int(sys.argv[1])), {"ready": True})
 time.sleep(600)
@@ -39,11 +39,11 @@ time.sleep(600)
 
 @pytest.fixture
 def start(engine: Path) -> Iterator[Callable[[], subprocess.Popen]]:
-    """Starts the command of one hospital, and waits until its three parts run."""
-    # pytest's own folders are too long for unix sockets.
+    """Starts the command of one hospital and waits until its three child processes run."""
+    # The paths of pytest's folders are too long for unix sockets.
     folder = Path(tempfile.mkdtemp(prefix="fedsca-"))
     federation = LocalFederation(folder, engine, free_port(), free_port())
-    federation.found(["a"])
+    federation.make_certificates(["a"])
     file = federation.site_file("a", folder / "data")
     started = []
 
@@ -51,7 +51,7 @@ def start(engine: Path) -> Iterator[Callable[[], subprocess.Popen]]:
         process = subprocess.Popen([sys.executable, "-c", SITE, str(file), WORKER], stderr=subprocess.DEVNULL)
         started.append(process)
         until(lambda: parts(process).keys() >= {"flower-supernode", "flower-superexec", "worker"})
-        # To its SuperNode, which so is up, too.
+        # The SuperExec is connected to its SuperNode, so both run.
         until(parts(process)["flower-superexec"].net_connections)
         return process
 
@@ -63,10 +63,10 @@ def start(engine: Path) -> Iterator[Callable[[], subprocess.Popen]]:
 
 
 def parts(process: psutil.Process | subprocess.Popen) -> dict[str, psutil.Process]:
-    """What a command has started, by name; leashes by their number."""
+    """Return the child processes of a command by name, leashes by their process id."""
     found = {}
     for child in psutil.Process(process.pid).children(recursive=True):
-        # One that has just ended has no command line any more.
+        # A process that has just ended has no command line.
         with suppress(psutil.NoSuchProcess):
             words = child.cmdline()
             leash = any(word.endswith("leash.py") for word in words)
@@ -78,7 +78,7 @@ def parts(process: psutil.Process | subprocess.Popen) -> dict[str, psutil.Proces
 def until(ready: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not ready():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.1)
 
 
@@ -86,20 +86,20 @@ def gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_killed_command_leaves_no_process_and_can_be_started_again_at_once(start) -> None:
+def test_a_killed_command_leaves_no_process_and_can_be_restarted_at_once(start) -> None:
     killed = start()
     left = parts(killed)
-    # One that does not even hear that its owner is gone.
+    # A suspended process does not notice that its owner has ended.
     left["worker"].suspend()
 
     killed.kill()
     again = start()
 
     assert all(map(gone, left.values()))
-    here = parts(again)
+    restarted = parts(again)
     again.terminate()
     assert again.wait(60) == 0
-    until(lambda: all(map(gone, here.values())))
+    until(lambda: all(map(gone, restarted.values())))
 
 
 DEMONSTRATION = """
@@ -108,7 +108,7 @@ from pathlib import Path
 from demo import LocalFederation, free_port
 
 federation = LocalFederation(Path(sys.argv[1]), Path(sys.argv[2]), free_port(), free_port())
-federation.found(["a"])
+federation.make_certificates(["a"])
 federation.start_superlink()
 federation.start_nginx()
 print("up", flush=True)

@@ -1,4 +1,4 @@
-"""A federation of real processes on loopback, as tests handle it: SuperLink, nginx, hospitals, coordinator."""
+"""A federation of real processes on loopback for tests: SuperLink, nginx, hospitals, coordinator."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALL = {"foundation.name": "random", "preprocessing.image_size": 32, "adapters.
 
 @dataclass
 class Deployed:
-    """A federation that is up, and its coordinator's commands."""
+    """A running federation, and the commands of its coordinator."""
 
     federation: LocalFederation
     database: Path
@@ -44,32 +44,33 @@ class Deployed:
     def start(self, name: str = "kedro", **parameters: Any) -> subprocess.Popen:
         given = {key.replace("__", "."): value for key, value in parameters.items()}
         command = self.federation.coordinate({**SMALL, "federation.rounds": 2, "flower.retry": 5, **given})
-        surroundings = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{self.database}", "COLUMNS": "200"}
-        self.federation.start(name, command, surroundings)
+        env = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{self.database}", "COLUMNS": "200"}
+        self.federation.start(name, command, env)
         return self.federation.processes[name]
 
     def run(self, name: str = "kedro", **parameters: Any) -> str:
         code = self.start(name, **parameters).wait(900)
-        assert code == 0, self.said(name)
-        return self.said(name)
+        assert code == 0, self.output(name)
+        return self.output(name)
 
-    def record(self) -> None:
-        """Have nginx, before it starts, keep the body of every request that it lets through."""
+    def record_requests(self) -> None:
+        """Configure nginx, before it starts, to store the body of each request that it forwards."""
         file = self.federation.certificates / "nginx.conf"
         text = file.read_text().replace("proxy_request_buffering off;", "client_body_in_file_only on;")
-        # Started by root it would write as somebody who may not enter the folder.
+        # If root starts nginx, it writes as a user without access to the folder.
         file.write_text(f"user {pwd.getpwuid(os.getuid()).pw_name} {grp.getgrgid(os.getgid()).gr_name};\n{text}")
 
-    def sent(self) -> list[Path]:
-        """What the hospitals have sent, a file a request."""
+    def recorded_requests(self) -> list[Path]:
+        """Return the bodies that the hospitals have sent, one file per request."""
         return [path for path in (self.federation.certificates / "body").rglob("*") if path.is_file()]
 
     def change_file(self, site: str, **values: object) -> None:
-        """Change a hospital's YAML file; its command reads it when it starts."""
+        """Change the YAML file of a hospital, which its command reads at the start."""
         file = self.folder / f"{site}.yml"
         file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **values}))
 
-    def said(self, name: str = "kedro") -> str:
+    def output(self, name: str = "kedro") -> str:
+        """Return the log of a process with single spaces."""
         return " ".join(self.federation.log(name).split())
 
     def server(self, round_: int) -> dict[str, torch.Tensor]:
@@ -81,17 +82,17 @@ class Deployed:
         return read_tensors(run / "sites" / site / f"{name}.safetensors")
 
     def rounds_missed(self, site: str) -> list[int]:
-        """The rounds in which a site counted as absent."""
+        """Return the rounds in which a site was absent."""
         (run,) = (self.folder / "data" / "07_model_output" / "checkpoints").glob("*/")
         folder = CheckpointFolder(run / "server")
         return [record.round for record in folder.records(folder.latest().round) if record.sites[site].absent]
 
-    def rounds_begun(self, site: str) -> list[int]:
-        """The rounds that a site's worker was given, in order."""
+    def rounds_received(self, site: str) -> list[int]:
+        """Return the rounds that a site has received, in order."""
         return self._rounds(site, "in")
 
     def rounds_answered(self, site: str) -> list[int]:
-        """The rounds of which a site has sent its answer, in order."""
+        """Return the rounds that a site has answered, in order."""
         return self._rounds(site, "out")
 
     def _rounds(self, site: str, direction: str) -> list[int]:
@@ -101,20 +102,20 @@ class Deployed:
         return [entry["round"] for entry in entries if (entry["kind"], entry["direction"]) == ("round", direction)]
 
     def process(self, site: str, word: str) -> psutil.Process:
-        """One of the processes that a site's command has started, by a word of its command line."""
+        """Return a process that the command of a site has started, by a part of its command line."""
         for child in psutil.Process(self.federation.processes[site].pid).children(recursive=True):
-            # One that has just ended has no command line any more.
+            # A process that has just ended has no command line.
             with suppress(psutil.NoSuchProcess):
                 command = child.cmdline()
                 if any(word in part for part in command) and leash.__file__ not in command:
                     return child
-        raise AssertionError(f"{site}: no process of {word}")
+        raise AssertionError(f"{site}: no process with {word} in its command line")
 
 
 def until(ready: Callable[[], bool], seconds: float = 400.0) -> None:
     end = time.monotonic() + seconds
     while not ready():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.1)
 
 
@@ -125,7 +126,7 @@ def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> 
 def in_process(
     deployed: Deployed, root: Path, *, absent: Mapping[str, Sequence[int]] = MappingProxyType({}), **parameters: Any
 ) -> Path:
-    """Run the same sites in process, some ``absent`` in these rounds; return the folder of the run's checkpoints."""
+    """Run the same sites in process, with sites ``absent`` in the given rounds; return the checkpoint folder."""
     raw = root / "01_raw"
     for site, data in zip(SITES, sorted((deployed.folder / "raw").iterdir()), strict=False):
         shutil.copytree(data, raw / site)
@@ -133,7 +134,7 @@ def in_process(
     given["foundation_root"] = deployed.folder / "foundations"
     command = [sys.executable, "-m", "kedro", "run", "--pipeline=federated_training"]
     if absent:
-        # A list does not go into --params.
+        # --params cannot hold a list.
         conf = Path(shutil.copytree(PROJECT / "conf", root.with_name("conf")))
         path = conf / "base" / "parameters_federation.yml"
         values = yaml.safe_load(path.read_text())
@@ -141,8 +142,8 @@ def in_process(
         path.write_text(yaml.safe_dump(values))
         command += ["--conf-source", str(conf)]
     command += ["--params=" + ",".join(f"{key}={value}" for key, value in given.items())]
-    surroundings = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{deployed.database}"}
-    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=False)
+    env = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{deployed.database}"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = (root / "07_model_output" / "checkpoints").glob("*/")
     return run

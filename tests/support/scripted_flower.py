@@ -1,4 +1,4 @@
-"""Sites behind a scripted link, a clock that only the fleet moves, and a site's file with its data."""
+"""Sites behind a scripted link, a clock that only the fleet advances, and a site's YAML file with its data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from PIL import Image
 
 from fedsca_pipeline.flower.config import FlowerConfig
-from fedsca_pipeline.flower.coordinator.fleet import FlowerFleet, LinkLost, Node, Reply
+from fedsca_pipeline.flower.coordinator.fleet import FlowerFleet
+from fedsca_pipeline.flower.coordinator.link import LinkLost, Node, Reply
 
 SITES = ("a", "b", "c")
 
@@ -37,7 +38,7 @@ class Clock:
 
 @dataclass
 class Pushed:
-    """One message that the link was given."""
+    """One message that was sent through the link."""
 
     id: str
     node: str
@@ -48,7 +49,7 @@ class Pushed:
 
 @dataclass
 class ScriptedSite:
-    """How one site behaves: seconds until it answers, what it says, and when it is connected."""
+    """Behaviour of one site: seconds until it answers, its answer, when it is disconnected, and when it restarts."""
 
     seconds: float = 1.0
     answer: Callable[[Pushed], Reply] | None = None
@@ -61,9 +62,9 @@ class FakeLink:
     clock: Clock
     sites: dict[str, ScriptedSite] = field(default_factory=lambda: {site: ScriptedSite() for site in SITES})
     pushed: list[Pushed] = field(default_factory=list)
-    told: set[str] = field(default_factory=set)
+    answered: set[str] = field(default_factory=set)
     broken: Callable[[float], bool] = lambda now: False
-    restored: int = 0
+    reconnected: int = 0
 
     def _check(self) -> None:
         if self.broken(self.clock.now):
@@ -81,13 +82,13 @@ class FakeLink:
 
     def pull(self, ids: Sequence[str]) -> Sequence[Reply]:
         self._check()
-        due = [message for message in self.pushed if message.id in ids and message.id not in self.told]
+        due = [message for message in self.pushed if message.id in ids and message.id not in self.answered]
         found = [reply for message in due if (reply := self._reply(message)) is not None]
-        self.told |= {reply.id for reply in found}
+        self.answered |= {reply.id for reply in found}
         return found
 
-    def restore(self) -> None:
-        self.restored += 1
+    def reconnect(self) -> None:
+        self.reconnected += 1
         self._check()
 
     def _reply(self, message: Pushed) -> Reply | None:
@@ -125,7 +126,7 @@ def fleet(link: FakeLink, config: FlowerConfig, clock: Clock) -> FlowerFleet:
 
 @pytest.fixture
 def exchange(fleet: FlowerFleet) -> Callable[..., Mapping[str, Any]]:
-    """One round with all sites; keywords go over a deadline of 100 s, a quorum of 2 and no end of grace."""
+    """Runs one round with all sites; default: a deadline of 100 s, a quorum of 2 and infinite grace."""
 
     def run(round_: int = 1, **options: Any) -> Mapping[str, Any]:
         return fleet.exchange(
@@ -147,7 +148,7 @@ def reply() -> type[Reply]:
 
 @pytest.fixture(scope="session")
 def certificates() -> Mapping[str, bytes]:
-    """A site's own key, and the certificate of an authority, as ``deploy/make_authority.sh`` makes it."""
+    """The key of a site and the certificate of an authority, as ``deploy/make_authority.sh`` makes them."""
     key, name = ec.generate_private_key(ec.SECP384R1()), x509.Name([])
     now = datetime.now(UTC)
     made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(1))
@@ -159,7 +160,7 @@ def certificates() -> Mapping[str, bytes]:
 
 @pytest.fixture
 def values(tmp_path: Path, certificates: Mapping[str, bytes]) -> dict[str, Any]:
-    """A site's YAML values, with data and certificates that are there."""
+    """Values of a site's YAML file, with data and certificates that exist."""
     draw = np.random.default_rng(0)
     for folder in ("images", "masks"):
         (tmp_path / "data" / folder).mkdir(parents=True)

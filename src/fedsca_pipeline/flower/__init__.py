@@ -1,6 +1,6 @@
-"""The deployed federation on Flower: its coordinator, its sites, and what travels between them.
+"""The deployed federation on Flower: coordinator, sites, messages, audit log and processes.
 
-``relay``, ``shim``, ``guard`` and ``app`` run in the engine's environment, which has flwr and no torch;
-they import the standard library, flwr and one another. All else runs in the project's environment, which need
-not have flwr.
+``coordinator/relay.py``, ``site/shim.py``, ``site/guard.py`` and ``app/`` run in Flower's environment (the engine),
+which has flwr but no torch. They import only the standard library, flwr, one another, ``messages.frames`` and
+``processes.engine``. Everything else runs in the project's environment, which does not need flwr.
 """

@@ -1,4 +1,4 @@
-"""The typed configuration of a deployed federation: the coordinator's parameters ``flower``, and a site's YAML file."""
+"""Settings of a deployed federation: the coordinator's parameter group ``flower`` and the YAML file of a site."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fedsca_pipeline.config import PrivacyBound
-from fedsca_pipeline.errors import ConfigError
+from fedsca_pipeline.errors import ConfigError, faults_by_key
 
 SITE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 SiteName = Annotated[str, Field(pattern=SITE_PATTERN)]
@@ -22,91 +22,92 @@ class _Config(BaseModel):
 
 
 class FlowerConfig(_Config):
-    """``flower``: how the coordinator reaches its sites. Paths are relative to the project."""
+    """``flower``: how the coordinator reaches the sites. Paths are relative to the project."""
 
     sites: list[SiteName] = Field(
-        min_length=1, description="the hospitals, by the names their keys are registered under"
+        min_length=1, description="names under which the keys of the hospitals are registered"
     )
     superlink: str = Field("127.0.0.1:8000", pattern=r"^.+:\d+$", description="host:port of the SuperLink, on loopback")
-    authority: Path = Field(description="certificate of the authority that signed the SuperLink's")
+    authority: Path = Field(description="certificate of the authority that signed the SuperLink's certificate")
     engine: Path | None = Field(None, description="bin folder of the environment that flwr is in; null: this one")
     home: Path = Field(description="folder for Flower's files, the relay's socket, the lock and the audit log")
-    max_message: int = Field(256, ge=1, le=2047, description="MiB, of one message")
-    poll: float = Field(0.5, gt=0.0, le=60.0, description="s between two looks for answers")
-    retry: float = Field(30.0, gt=0.0, description="s until a site that failed, or the SuperLink, is tried again")
-    connect: float = Field(120.0, gt=0.0, description="s that the SuperLink may take to start a run")
+    max_message: int = Field(256, ge=1, le=2047, description="largest message, in MiB")
+    poll: float = Field(0.5, gt=0.0, le=60.0, description="seconds between two polls for answers")
+    retry: float = Field(30.0, gt=0.0, description="seconds before a failed site or the SuperLink is tried again")
+    connect: float = Field(120.0, gt=0.0, description="seconds that the SuperLink may take to start a run")
 
     @property
-    def most_bytes(self) -> int:
+    def max_message_bytes(self) -> int:
         """The limit of one message in bytes."""
         return self.max_message * _MIB
 
     @property
     def audit(self) -> Path:
-        """Where the coordinator's audit log lies."""
+        """Path of the coordinator's audit log."""
         return self.home / "audit.jsonl"
 
     @field_validator("sites")
     @classmethod
-    def _once_each(cls, value: list[str]) -> list[str]:
+    def _sorted_without_duplicates(cls, value: list[str]) -> list[str]:
         if len(set(value)) < len(value):
-            raise ValueError("a site is named twice")
+            raise ValueError("a site is listed twice")
         return sorted(value)
 
 
 class Certificates(_Config):
-    """``certificates`` of a site."""
+    """``certificates`` in a site's YAML file."""
 
-    authority: Path = Field(description="certificate of the authority that signed the coordinator's")
-    key: Path = Field(description="this site's private key, by ssh-keygen -t ecdsa -b 384")
+    authority: Path = Field(description="certificate of the authority that signed the coordinator's certificate")
+    key: Path = Field(description="private key of this site, made with ssh-keygen -t ecdsa -b 384")
 
 
 class Resources(_Config):
-    """``resources`` of a site."""
+    """``resources`` in a site's YAML file."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    most_threads: int | None = Field(None, ge=1, description="a run that asks for more torch threads is refused")
-    memory: float | None = Field(None, gt=0.0, description="GiB that the worker may take; null: no limit")
+    most_threads: int | None = Field(None, ge=1, description="runs that need more torch threads are refused")
+    memory: float | None = Field(None, gt=0.0, description="largest memory of the worker, in GiB; null: no limit")
     task_seconds: float = Field(
-        43_200.0, gt=0.0, description="a task that takes longer is ended, whatever its round says"
+        43_200.0, gt=0.0, description="a task that takes longer is stopped, even if its round allows more"
     )
-    max_message: int = Field(256, ge=1, le=2047, description="MiB, of one message")
+    max_message: int = Field(256, ge=1, le=2047, description="largest message, in MiB")
 
     @property
-    def most_bytes(self) -> int:
+    def max_message_bytes(self) -> int:
         """The limit of one message in bytes."""
         return self.max_message * _MIB
 
 
 class SiteConfig(_Config):
-    """A site's YAML file. Paths are relative to the file's folder."""
+    """The YAML file of a site. Paths are relative to the folder of the file."""
 
     site: SiteName
-    data: Path = Field(description="folder with images/, masks/ and, if need be, site.yml")
-    work: Path = Field(description="folder for all that this site writes: arrays, states, models, scores, logs")
-    coordinator: str = Field(pattern=r"^.+:\d+$", description="host:port, the coordinator's public one")
+    data: Path = Field(description="folder with images/, masks/ and, if needed, site.yml")
+    work: Path = Field(description="folder for everything that this site writes: arrays, states, models, scores, logs")
+    coordinator: str = Field(pattern=r"^.+:\d+$", description="public host:port of the coordinator")
     certificates: Certificates
     resources: Resources = Resources()
-    privacy: PrivacyBound | None = Field(None, description="the most given away over all runs; null: as a run says")
-    foundations: Path | None = Field(None, description="folder of foundation weights; null: in work")
+    privacy: PrivacyBound | None = Field(None, description="privacy bound over all runs; null: each run decides")
+    foundations: Path | None = Field(None, description="folder of foundation weights; null: a folder in work")
     engine: Path | None = Field(None, description="bin folder of the environment that flwr is in; null: this one")
 
     @property
     def audit(self) -> Path:
-        """Where this site's audit log lies."""
+        """Path of this site's audit log."""
         return self.work / "audit.jsonl"
 
     @property
     def foundation_root(self) -> Path:
-        """Where foundation weights lie."""
+        """Folder of the foundation weights."""
         return self.foundations or self.work / "02_intermediate" / "_foundations"
 
 
 def read_site_config(path: Path) -> SiteConfig:
-    """Read a site's YAML file.
+    """Return the settings in a site's YAML file.
 
     Raises:
-        ConfigError: it is missing, no YAML, or a key is unknown, missing or wrong; or a file it names is not there.
+        ConfigError: the file is missing or is not YAML, a key is unknown, missing or wrong, or a file that it names is
+            missing.
     """
     try:
         values = yaml.safe_load(path.read_text())
@@ -115,55 +116,56 @@ def read_site_config(path: Path) -> SiteConfig:
     try:
         config = SiteConfig.model_validate(_resolved(values, path.resolve().parent))
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        raise ConfigError(f"{path}: {faults}") from error
+        raise ConfigError(f"{path}: {'; '.join(faults_by_key(error))}") from error
     if config.work.resolve().is_relative_to(config.data.resolve()):
-        raise ConfigError(f"{path}: work: {config.work} lies in the data folder, where nothing may be written; move it")
+        raise ConfigError(f"{path}: work: {config.work} is inside the data folder, which is never written to; move it")
     for key, file in (("authority", config.certificates.authority), ("key", config.certificates.key)):
         if not file.is_file():
-            raise ConfigError(f"{path}: certificates.{key}: there is no file {file}")
+            raise ConfigError(f"{path}: certificates.{key}: {file} does not exist")
     return config
 
 
 def check_certificates(certificates: Certificates) -> None:
-    """Do nothing where Flower can use a site's files; with others its SuperNode would end, or never connect, for ever.
+    """Check that Flower can use the certificate and the key of a site.
+
+    With other files the SuperNode would exit or would never connect.
 
     Raises:
-        ConfigError: naming the file, what is wrong with it, and the cure.
+        ConfigError: a file cannot be used; the message names it, the fault and the fix.
     """
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-    authority = _content("authority", certificates.authority)
+    authority = _read("authority", certificates.authority)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=authority.decode("ascii"))
     except (ssl.SSLError, ValueError) as error:
         raise ConfigError(
-            f"certificates.authority: {certificates.authority} holds no certificate in PEM form ({error}); it is the "
+            f"certificates.authority: {certificates.authority} holds no certificate in PEM format ({error}); use the "
             "coordinator's ca.crt"
         ) from error
     try:
-        key = load_ssh_private_key(_content("key", certificates.key), password=None)
+        key = load_ssh_private_key(_read("key", certificates.key), password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise _unusable(certificates.key, str(error)) from error
     if not isinstance(key, EllipticCurvePrivateKey):
-        raise _unusable(certificates.key, "it is of another kind")
+        raise _unusable(certificates.key, "it is not an ECDSA key")
 
 
-def _content(key: str, file: Path) -> bytes:
+def _read(key: str, file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
         raise ConfigError(
-            f"certificates.{key}: {file} cannot be read ({error.strerror}); let the user who runs this read it"
+            f"certificates.{key}: {file} cannot be read ({error.strerror}); give read access to the user that runs this"
         ) from error
 
 
 def _unusable(key: Path, reason: str) -> ConfigError:
     return ConfigError(
-        f"certificates.key: {key} is no key that Flower takes ({reason}); make one with "
-        'ssh-keygen -t ecdsa -b 384 -N "", and have the coordinator register its .pub'
+        f"certificates.key: {key} is not a key that Flower accepts ({reason}); make one with "
+        'ssh-keygen -t ecdsa -b 384 -N "" and have the coordinator register its .pub file'
     )
 
 
@@ -171,6 +173,7 @@ _PATHS = ("data", "work", "foundations", "engine", "authority", "key")
 
 
 def _resolved(value: Any, folder: Path) -> Any:
+    """Return YAML values with every relative path resolved against ``folder``."""
     if not isinstance(value, dict):
         return value
     return {

@@ -1,4 +1,4 @@
-"""An audit log takes any change for what it is, outlives crashes and full disks, and lets nothing pass it by."""
+"""An audit log reveals every change, survives crashes and full disks, and misses no message."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def chained(records=RECORDS) -> list[bytes]:
     chain = Chain()
     lines = []
     for record in records:
-        lines.append(chain.line(record))
-        chain.follow(lines[-1])
+        lines.append(chain.next_line(record))
+        chain.advance(lines[-1])
     return lines
 
 
@@ -32,11 +32,11 @@ LINES = chained()
 
 
 def first_broken(lines: list[bytes]) -> int | None:
-    """The number of the first line that is not taken, or None."""
+    """Return the number of the first line that breaks the chain, or None."""
     chain = Chain()
     for line in b"".join(lines).splitlines(keepends=True):
         try:
-            chain.follow(line)
+            chain.advance(line)
         except AuditError:
             return chain.number + 1
     return None
@@ -46,45 +46,45 @@ def add(log: AuditLog, sent: bytes = b"abc", **content: object) -> int:
     return log.add("out", site="a", kind="open", round_=0, sent=sent, content={"run": None, **content})
 
 
-def test_a_log_as_it_was_written_is_whole() -> None:
+def test_an_unchanged_log_is_intact() -> None:
     assert first_broken(LINES) is None
 
 
 @given(st.data())
-def test_any_changed_byte_is_found_at_its_line(data) -> None:
+def test_a_changed_byte_is_found_at_its_line(data) -> None:
     number = data.draw(st.integers(0, len(LINES) - 1))
-    place = data.draw(st.integers(0, len(LINES[number]) - 1))
-    old = LINES[number][place]
+    position = data.draw(st.integers(0, len(LINES[number]) - 1))
+    old = LINES[number][position]
     new = data.draw(st.integers(0, 255).filter(lambda byte: byte != old))
-    changed = LINES[number][:place] + bytes([new]) + LINES[number][place + 1 :]
+    changed = LINES[number][:position] + bytes([new]) + LINES[number][position + 1 :]
 
     assert first_broken([*LINES[:number], changed, *LINES[number + 1 :]]) == number + 1
 
 
 @given(st.permutations(range(len(LINES))), st.integers(1, len(LINES)))
-def test_lines_removed_doubled_or_moved_are_found(order, length) -> None:
-    kept = order[:length]
+def test_removed_repeated_or_moved_lines_are_found(order, length) -> None:
+    chosen = order[:length]
 
-    found = first_broken([LINES[number] for number in kept])
+    found = first_broken([LINES[number] for number in chosen])
 
-    straight = kept == list(range(length))
-    assert (found is None) == straight
-    if not straight:
-        assert found == next(place for place, number in enumerate(kept) if number != place) + 1
+    in_order = chosen == list(range(length))
+    assert (found is None) == in_order
+    if not in_order:
+        assert found == next(position for position, number in enumerate(chosen) if number != position) + 1
 
 
 @given(st.integers(0, len(LINES) - 1), st.integers(0, len(LINES)))
-def test_a_line_put_in_again_is_found(number, place) -> None:
-    assert first_broken([*LINES[:place], LINES[number], *LINES[place:]]) is not None
+def test_a_line_inserted_a_second_time_is_found(number, position) -> None:
+    assert first_broken([*LINES[:position], LINES[number], *LINES[position:]]) is not None
 
 
-def test_a_line_written_anew_with_a_hash_of_its_own_breaks_the_next(tmp_path: Path) -> None:
+def test_a_forged_line_with_a_valid_hash_breaks_the_next_line(tmp_path: Path) -> None:
     forged = chained([*RECORDS[:2], {**RECORDS[2], "round": 9}])[2]
 
     assert first_broken([*LINES[:2], forged, *LINES[3:]]) == 4
 
 
-def test_the_hashes_are_those_that_the_page_says_how_to_work_out(tmp_path: Path) -> None:
+def test_the_hashes_are_computed_as_the_privacy_page_describes(tmp_path: Path) -> None:
     with AuditLog(tmp_path / "audit.jsonl") as log:
         add(log)
         add(log)
@@ -98,7 +98,7 @@ def test_the_hashes_are_those_that_the_page_says_how_to_work_out(tmp_path: Path)
         previous = record["hash"]
 
 
-def test_a_line_says_what_was_sent_and_when_and_a_restart_goes_on_with_the_chain(tmp_path: Path) -> None:
+def test_a_line_records_content_and_time_and_a_restart_continues_the_chain(tmp_path: Path) -> None:
     path = tmp_path / "work" / "audit.jsonl"
     with AuditLog(path) as log:
         assert add(log, b"abc", document={"train": 3}) == 1
@@ -113,7 +113,7 @@ def test_a_line_says_what_was_sent_and_when_and_a_restart_goes_on_with_the_chain
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_torn_last_line_is_taken_out_and_a_line_says_so(tmp_path: Path, caplog) -> None:
+def test_a_half_written_last_line_is_replaced_with_a_line_that_records_it(tmp_path: Path, caplog) -> None:
     path = tmp_path / "audit.jsonl"
     with AuditLog(path) as log:
         add(log)
@@ -127,12 +127,12 @@ def test_a_torn_last_line_is_taken_out_and_a_line_says_so(tmp_path: Path, caplog
         assert add(log) == 3
 
     assert "half-written" in caplog.text
-    _, mended, _ = read_log(path)
-    assert (mended["kind"], mended["direction"]) == (TORN_LINE, "none")
-    assert (mended["bytes"], mended["sha256"]) == (len(torn), sha256(torn).hexdigest())
+    _, replaced, _ = read_log(path)
+    assert (replaced["kind"], replaced["direction"]) == (TORN_LINE, "none")
+    assert (replaced["bytes"], replaced["sha256"]) == (len(torn), sha256(torn).hexdigest())
 
 
-def test_a_broken_log_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_a_broken_log_is_not_continued(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     path.write_bytes(b"".join([LINES[0], LINES[2]]))
 
@@ -141,7 +141,7 @@ def test_a_broken_log_is_not_gone_on_with(tmp_path: Path) -> None:
     assert path.read_bytes() == LINES[0] + LINES[2]
 
 
-def test_one_command_at_a_time_writes(tmp_path: Path) -> None:
+def test_only_one_command_at_a_time_opens_a_log(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     with AuditLog(path), pytest.raises(AuditError, match="another command"):
         AuditLog(path)
@@ -151,7 +151,7 @@ def test_one_command_at_a_time_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["append", "truncate", "remove", "replace"])
-def test_what_another_hand_did_to_the_open_file_stops_the_next_line(tmp_path: Path, change) -> None:
+def test_a_foreign_change_of_the_open_file_stops_the_next_line(tmp_path: Path, change) -> None:
     path = tmp_path / "audit.jsonl"
     with AuditLog(path) as log:
         add(log)
@@ -169,16 +169,16 @@ def test_what_another_hand_did_to_the_open_file_stops_the_next_line(tmp_path: Pa
             add(log)
 
 
-@pytest.mark.parametrize("there", ["a folder", "no folder"])
-def test_a_log_that_cannot_be_written_is_refused_by_its_name(tmp_path: Path, there) -> None:
-    path = tmp_path / "file" / "audit.jsonl" if there == "no folder" else tmp_path
+@pytest.mark.parametrize("case", ["the path is a folder", "the parent is a file"])
+def test_a_log_that_cannot_be_written_is_refused_with_its_path(tmp_path: Path, case) -> None:
+    path = tmp_path / "file" / "audit.jsonl" if case == "the parent is a file" else tmp_path
     (tmp_path / "file").touch()
 
     with pytest.raises(AuditError, match="cannot be written"):
         AuditLog(path)
 
 
-def test_a_closed_log_takes_nothing(tmp_path: Path) -> None:
+def test_a_closed_log_accepts_no_line(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "audit.jsonl")
     log.close()
 
@@ -186,7 +186,7 @@ def test_a_closed_log_takes_nothing(tmp_path: Path) -> None:
         add(log)
 
 
-# Writes lines, each told of once it is written, until it is killed.
+# Writes lines until it is killed, and prints the number of each after it is written.
 WRITER = """
 import sys
 from pathlib import Path
@@ -199,17 +199,17 @@ while True:
 """
 
 
-def test_killed_at_any_moment_it_has_every_line_that_was_said_to_be_there(tmp_path: Path) -> None:
+def test_after_a_kill_at_any_moment_the_log_has_every_line_that_was_reported_as_written(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
-    said = 0
+    reported = 0
     for lines in (1, 5, 9):
         command = [sys.executable, "-c", WRITER, str(path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             for _ in range(lines):
-                said = int(process.stdout.readline())
+                reported = int(process.stdout.readline())
             process.kill()
             rest = process.stdout.read().split()
-            said = int(rest[-1]) if rest else said
+            reported = int(rest[-1]) if rest else reported
         with AuditLog(path):
             pass
-        assert len(list(read_log(path))) >= said
+        assert len(list(read_log(path))) >= reported

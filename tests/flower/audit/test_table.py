@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from fedsca_pipeline.flower.audit.log import AuditLog, read_log
-from fedsca_pipeline.flower.audit.table import Traffic, told, traffic_of
+from fedsca_pipeline.flower.audit.table import Traffic, describe, traffic_of
 from fedsca_pipeline.flower.site.command import main
 
 MANIFEST = {"run": "0123456789abcdef", "samples": 7, "metrics": {"loss": 0.5, "dice_local": 0.6}}
@@ -37,7 +37,7 @@ def log(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def audit(monkeypatch, capsys, caplog) -> Callable[..., tuple[int, str]]:
-    """Runs ``fedsca-site --audit`` and returns its status and all that it said."""
+    """Runs ``fedsca-site --audit`` and returns its status and all that it prints and logs."""
     monkeypatch.setenv("COLUMNS", "120")
 
     def run(*arguments: str | Path) -> tuple[int, str]:
@@ -52,14 +52,14 @@ def test_messages_are_counted_by_run_round_and_kind_and_a_refusal_with_the_messa
     assert traffic_of(read_log(log)) == {
         ("", 0, "prepare"): Traffic(1, 5, 1, 6, 0, ["site, train"]),
         (MANIFEST["run"], 1, "round"): Traffic(
-            2, 18, 2, 12, 1, ["refused: [red]it\x1b died", "1 tensors (6 F16), samples, dice_local, loss"]
+            2, 18, 2, 12, 1, ["refused: [red]it\x1b died", "1 tensor (6 F16), samples, dice_local, loss"]
         ),
     }
 
 
 def test_a_message_is_described_in_a_few_words() -> None:
-    assert told({"run": None, "unreadable": "not JSON"}) == "unreadable: not JSON"
-    assert told({**UPDATE, "tensors": {}, "values": {}}) == "no tensor, samples, dice_local, loss"
+    assert describe({"run": None, "unreadable": "not JSON"}) == "unreadable: not JSON"
+    assert describe({**UPDATE, "tensors": {}, "values": {}}) == "no tensor, samples, dice_local, loss"
 
 
 def test_the_command_shows_the_table_and_the_last_hash_and_succeeds(log: Path, audit) -> None:
@@ -67,8 +67,8 @@ def test_the_command_shows_the_table_and_the_last_hash_and_succeeds(log: Path, a
 
     assert status == 0
     assert "01234567" in output
-    assert "1 tensors (6 F16)" in output
-    assert "6 lines, the chain is whole" in output
+    assert "1 tensor (6 F16)" in output
+    assert "6 lines, the chain is intact" in output
     assert list(read_log(log))[-1]["hash"] in output
     # Shown as written: no markup is interpreted, and nothing moves the cursor.
     assert "[red]it� died" in output
@@ -114,7 +114,7 @@ def test_with_a_sites_yaml_file_the_command_shows_the_log_of_that_site(log: Path
     status, output = audit(tmp_path / "site.yml")
 
     assert status == 0
-    assert "6 lines, the chain is whole" in output
+    assert "6 lines, the chain is intact" in output
     assert audit(tmp_path / "site.yml", "--known", known)[0] == 0
     log.write_bytes(log.read_bytes().replace(b"loss", b"lass"))
     assert audit(tmp_path / "site.yml")[0] == os.EX_CONFIG

@@ -1,4 +1,4 @@
-"""Whom the Flower fleet waits for, for how long, and what it takes for an answer."""
+"""Which sites the Flower fleet waits for, for how long, and which answers it accepts."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from fedsca_pipeline.flower.audit.log import AuditLog, read_log
 from fedsca_pipeline.flower.coordinator.fleet import FlowerFleet
 
 
-def test_every_site_gets_its_payload_and_its_answer_comes_back(exchange, link) -> None:
+def test_each_site_gets_its_payload_and_its_answer_is_returned(exchange, link) -> None:
     assert exchange() == {"a": b"a1", "b": b"b1", "c": b"c1"}
     assert [(m.node, m.task["kind"], m.task["round"], m.payload) for m in link.pushed] == [
         (f"node-{site}", "round", 1, b"payload") for site in "abc"
     ]
 
 
-def test_sites_are_those_configured_whether_or_not_they_are_connected(fleet, link, scripted) -> None:
+def test_all_configured_sites_are_listed_whether_or_not_they_are_connected(fleet, link, scripted) -> None:
     link.sites["b"] = scripted(away=lambda now: True)
 
     assert fleet.sites() == ("a", "b", "c")
 
 
 class TestAbsence:
-    def test_a_round_ends_with_the_others_once_the_quorum_has_waited_its_grace(
+    def test_a_round_ends_without_a_missing_site_when_the_grace_after_the_quorum_is_over(
         self, exchange, link, clock, scripted
     ) -> None:
         link.sites["c"] = scripted(away=lambda now: now >= 1)
@@ -36,7 +36,7 @@ class TestAbsence:
         assert clock.now < 25
         assert answers == {"a": b"a1", "b": b"b1", "c": Failure("not connected")}
 
-    def test_a_straggler_does_not_hold_a_round_beyond_the_deadline_and_its_answer_is_dropped_and_said_so(
+    def test_a_late_site_does_not_delay_a_round_beyond_the_deadline_and_its_answer_is_dropped_with_a_log_line(
         self, exchange, link, clock, scripted, caplog
     ) -> None:
         link.sites["c"] = scripted(seconds=150)
@@ -49,9 +49,9 @@ class TestAbsence:
 
         assert second["a"] == b"a2"
         assert second["c"] == Failure("no answer in time")
-        assert "round 1: the answer of c came after the round's end and was dropped" in caplog.text
+        assert "round 1: the answer of c came after the end of the round and was dropped" in caplog.text
 
-    def test_nor_beyond_it_where_the_quorum_came_late(self, exchange, link, clock, scripted) -> None:
+    def test_a_late_quorum_does_not_extend_the_deadline(self, exchange, link, clock, scripted) -> None:
         link.sites["b"], link.sites["c"] = scripted(seconds=105), scripted(seconds=1000)
 
         answers = exchange()
@@ -59,9 +59,7 @@ class TestAbsence:
         assert 105 <= clock.now <= 107
         assert answers == {"a": b"a1", "b": b"b1", "c": Failure("no answer in time")}
 
-    def test_while_the_rest_is_waited_for_it_is_said_for_whom_and_how_long(
-        self, exchange, link, scripted, caplog
-    ) -> None:
+    def test_the_log_names_the_sites_that_are_waited_for_and_how_long(self, exchange, link, scripted, caplog) -> None:
         link.sites["c"] = scripted(away=lambda now: now >= 1)
 
         exchange(grace=20.0)
@@ -69,7 +67,7 @@ class TestAbsence:
         waits = [record.getMessage() for record in caplog.records if "waiting" in record.getMessage()]
         assert waits == ["round 1: 2 sites have answered, 2 must; waiting 20 s at most for c: not connected"]
 
-    def test_an_answer_with_a_fault_is_no_answer_and_makes_no_quorum(self, exchange, link, clock, scripted) -> None:
+    def test_a_rejected_answer_counts_as_absent_and_not_for_the_quorum(self, exchange, link, clock, scripted) -> None:
         link.sites["a"], link.sites["b"] = scripted(seconds=10), scripted(seconds=40)
 
         answers = exchange(grace=20.0, fault=lambda site, answer: "rejected: no good" if site == "c" else None)
@@ -77,15 +75,15 @@ class TestAbsence:
         assert 40 <= clock.now < 42
         assert answers == {"a": b"a1", "b": b"b1", "c": Failure("rejected: no good", bytes_up=2)}
 
-    def test_a_message_says_how_long_its_answer_is_waited_for(self, exchange, link) -> None:
+    def test_a_message_holds_the_seconds_that_its_answer_may_take(self, exchange, link) -> None:
         exchange(deadline=77.0)
 
         assert {m.task["seconds"] for m in link.pushed} == {77.0}
 
-    def test_a_site_that_reports_a_failure_is_absent_and_holds_nobody_up(
+    def test_a_site_that_reports_a_failure_is_absent_and_delays_no_other_site(
         self, exchange, link, clock, scripted, reply
     ) -> None:
-        link.sites["b"] = scripted(answer=lambda m: reply("", m.node, said={"failed": "its worker died"}))
+        link.sites["b"] = scripted(answer=lambda m: reply("", m.node, header={"failed": "its worker died"}))
 
         answers = exchange()
 
@@ -93,7 +91,7 @@ class TestAbsence:
         assert len(link.sent("b")) == 1
         assert clock.now < 5
 
-    def test_below_the_quorum_the_run_waits_says_for_whom_and_goes_on_when_they_return(
+    def test_below_the_quorum_the_run_waits_logs_for_which_sites_and_continues_when_they_return(
         self, exchange, link, clock, scripted, caplog
     ) -> None:
         link.sites["b"] = scripted(away=lambda now: now < 500)
@@ -108,25 +106,23 @@ class TestAbsence:
         assert waits[0] == "round 1: 0 sites have answered, 2 must; waiting for b: not connected; c: not connected"
         assert waits[1:] == ["round 1: 1 sites have answered, 2 must; waiting for c: not connected"]
 
-    def test_below_the_quorum_a_site_that_failed_is_asked_again_but_not_at_once(
+    def test_below_the_quorum_a_failed_site_is_asked_again_after_a_pause(
         self, exchange, link, clock, scripted, reply
     ) -> None:
         def second_time(message):
             failed = len(link.sent("b")) < 2
-            return reply("", message.node, b"mended", {"failed": "out of memory"} if failed else {})
+            return reply("", message.node, b"recovered", {"failed": "out of memory"} if failed else {})
 
         link.sites["b"] = scripted(answer=second_time)
         link.sites["c"] = scripted(away=lambda now: True)
 
         answers = exchange(grace=0.0)
 
-        assert answers["b"] == b"mended"
+        assert answers["b"] == b"recovered"
         first, again = link.sent("b")
         assert again.at - first.at >= 10
 
-    def test_below_the_quorum_a_site_that_is_still_at_work_is_not_given_the_same_work_again(
-        self, exchange, link, clock, scripted
-    ) -> None:
+    def test_below_the_quorum_a_site_that_still_works_is_not_asked_again(self, exchange, link, clock, scripted) -> None:
         link.sites = {site: scripted(seconds=150) for site in "abc"}
 
         answers = exchange(quorum=3)
@@ -134,7 +130,7 @@ class TestAbsence:
         assert answers == {"a": b"a1", "b": b"b1", "c": b"c1"}
         assert len(link.pushed) == 3
 
-    def test_below_the_quorum_a_site_that_is_connected_and_silent_is_named_after_the_deadline(
+    def test_below_the_quorum_a_connected_but_silent_site_is_named_after_the_deadline(
         self, exchange, link, scripted, caplog
     ) -> None:
         link.sites["c"] = scripted(seconds=500)
@@ -145,7 +141,7 @@ class TestAbsence:
         waits = [record.getMessage() for record in caplog.records if "waiting" in record.getMessage()]
         assert waits == ["round 1: 2 sites have answered, 3 must; waiting for c: no answer in time"]
 
-    def test_below_the_quorum_a_site_that_returns_has_all_the_time_of_a_round(self, exchange, link, scripted) -> None:
+    def test_below_the_quorum_a_site_that_returns_has_the_full_time_of_a_round(self, exchange, link, scripted) -> None:
         link.sites["c"] = scripted(away=lambda now: now < 199)
 
         exchange(quorum=3)
@@ -162,9 +158,7 @@ class TestAbsence:
 
 
 class TestReturn:
-    def test_a_node_that_was_started_anew_gets_its_message_again_in_the_same_round(
-        self, exchange, link, scripted
-    ) -> None:
+    def test_a_node_that_restarts_gets_its_message_again_in_the_same_round(self, exchange, link, scripted) -> None:
         link.sites["c"] = scripted(seconds=30, restarts=lambda now: "second" if now > 20 else "first")
 
         answers = exchange()
@@ -172,9 +166,7 @@ class TestReturn:
         assert answers["c"] == b"c1"
         assert len(link.sent("c")) == 2
 
-    def test_the_answer_to_the_first_of_two_messages_counts_too_and_only_one_does(
-        self, exchange, link, scripted, reply
-    ) -> None:
+    def test_of_two_answers_of_a_restarted_node_only_the_first_counts(self, exchange, link, scripted, reply) -> None:
         link.sites["c"] = scripted(
             seconds=30,
             restarts=lambda now: "second" if now > 20 else "first",
@@ -185,7 +177,7 @@ class TestReturn:
 
         assert answers["c"] == link.sent("c")[0].id.encode()
 
-    def test_a_lost_link_is_made_anew_and_what_was_under_way_is_sent_again(self, exchange, link, clock) -> None:
+    def test_a_lost_link_is_reconnected_and_messages_in_flight_are_sent_again(self, exchange, link, clock) -> None:
         for site in link.sites.values():
             site.seconds = 8
         link.broken = lambda now: 5 <= now < 40
@@ -193,10 +185,10 @@ class TestReturn:
         answers = exchange()
 
         assert answers == {"a": b"a1", "b": b"b1", "c": b"c1"}
-        assert link.restored >= 2
+        assert link.reconnected >= 2
         assert len(link.sent("a")) == 2
 
-    def test_what_one_round_was_answered_does_not_answer_the_next(self, exchange, link, scripted) -> None:
+    def test_a_late_answer_to_one_round_does_not_count_for_the_next(self, exchange, link, scripted) -> None:
         link.sites["c"] = scripted(seconds=120)
 
         exchange(1)
@@ -207,7 +199,7 @@ class TestReturn:
 
 
 class TestFaultyAnswers:
-    def test_one_larger_than_allowed_is_a_failure_that_names_the_parameter(
+    def test_an_answer_that_is_too_large_is_a_failure_that_names_the_parameter(
         self, exchange, link, scripted, reply
     ) -> None:
         link.sites["b"] = scripted(answer=lambda m: reply("", m.node, bytes(2**20 + 1)))
@@ -217,12 +209,12 @@ class TestFaultyAnswers:
         assert "flower.max_message" in answers["b"].reason
         assert answers["a"] == b"a1"
 
-    def test_one_of_another_node_is_a_failure(self, exchange, link, scripted, reply) -> None:
+    def test_an_answer_from_another_node_is_a_failure(self, exchange, link, scripted, reply) -> None:
         link.sites["b"] = scripted(answer=lambda m: reply("", "node-a", b"b1"))
 
         assert exchange()["b"] == Failure("answered by another node (node-a)", bytes_up=2)
 
-    def test_where_flower_has_no_answer_the_site_is_asked_again(self, exchange, link, scripted, reply) -> None:
+    def test_a_site_without_an_answer_in_flower_is_asked_again(self, exchange, link, scripted, reply) -> None:
         def lost_once(message):
             return (
                 reply("", "1", error="node unavailable") if len(link.sent("b")) < 2 else reply("", message.node, b"b")
@@ -232,7 +224,7 @@ class TestFaultyAnswers:
 
         assert exchange()["b"] == b"b"
 
-    def test_if_it_never_has_one_the_site_is_absent_for_that_reason(
+    def test_a_site_that_never_has_an_answer_in_flower_is_absent_with_the_reason(
         self, exchange, link, scripted, reply, caplog
     ) -> None:
         link.sites["b"] = scripted(answer=lambda m: reply("", "1", error="install the same version at both ends"))
@@ -240,7 +232,7 @@ class TestFaultyAnswers:
         answers = exchange(grace=50.0)
 
         assert answers["b"] == Failure("install the same version at both ends")
-        assert caplog.text.count("round 1: no answer of b: install the same version at both ends") == 1
+        assert caplog.text.count("round 1: no answer from b: install the same version at both ends") == 1
 
 
 class TestOpening:
@@ -248,7 +240,7 @@ class TestOpening:
     def opening(self, link, config, clock) -> FlowerFleet:
         return FlowerFleet(link, config, begun="b" * 16, opening=b"terms", clock=clock, sleep=clock.sleep)
 
-    def test_a_site_is_sent_rounds_only_once_it_has_accepted_the_run(self, opening, link) -> None:
+    def test_a_site_is_sent_rounds_only_after_it_has_accepted_the_run(self, opening, link) -> None:
         for round_ in (1, 2):
             opening.exchange(round_, {"a": b"payload"}, deadline=None, quorum=1, grace=0.0)
 
@@ -257,7 +249,7 @@ class TestOpening:
         ]  # fmt: skip
         assert {m.task["begun"] for m in link.pushed} == {"b" * 16}
 
-    def test_the_deadline_counts_from_the_round_not_from_the_opening(self, opening, link, clock, scripted) -> None:
+    def test_the_deadline_starts_with_the_round_and_not_with_the_opening(self, opening, link, clock, scripted) -> None:
         link.sites["a"] = scripted(seconds=80)
 
         answers = opening.exchange(1, {"a": b"payload"}, deadline=100.0, quorum=1, grace=0.0)
@@ -266,16 +258,14 @@ class TestOpening:
         assert [m.task["seconds"] for m in link.sent("a")] == [100.0]
 
     def test_a_site_that_refuses_the_run_is_absent_with_its_reason(self, opening, link, scripted, reply) -> None:
-        link.sites["b"] = scripted(answer=lambda m: reply("", m.node, said={"failed": "this site runs other code"}))
+        link.sites["b"] = scripted(answer=lambda m: reply("", m.node, header={"failed": "this site runs other code"}))
 
         answers = opening.exchange(1, {"a": b"", "b": b""}, deadline=None, quorum=1, grace=50.0)
 
         assert answers["b"] == Failure("this site runs other code")
         assert link.sent("b") == []
 
-    def test_a_site_that_has_forgotten_the_run_is_asked_to_take_part_again(
-        self, opening, link, scripted, reply
-    ) -> None:
+    def test_a_site_that_has_forgotten_the_run_is_sent_the_opening_again(self, opening, link, scripted, reply) -> None:
         def forgets_once(message):
             forgotten = message.task["kind"] == "round" and len(link.sent("a")) < 2
             return reply("", message.node, b"a1", {"failed": "unknown run 'abc'"} if forgotten else {})
@@ -288,7 +278,9 @@ class TestOpening:
         assert [m.task["kind"] for m in link.pushed] == ["open", "round", "open", "round"]
 
 
-def test_every_message_is_on_record_both_ways(link, config, clock, scripted, reply, tmp_path: Path) -> None:
+def test_the_audit_log_has_every_message_in_both_directions(
+    link, config, clock, scripted, reply, tmp_path: Path
+) -> None:
     link.sites["b"] = scripted(answer=lambda message: reply("", message.node, b"", {"failed": "no"}))
     with AuditLog(tmp_path / "audit.jsonl") as log:
         fleet = FlowerFleet(link, config, opening=b"{}", log=log, clock=clock, sleep=clock.sleep)
@@ -306,5 +298,5 @@ def test_every_message_is_on_record_both_ways(link, config, clock, scripted, rep
 
 
 @pytest.fixture(autouse=True)
-def _hear_warnings(caplog) -> None:
+def _capture_warnings(caplog) -> None:
     caplog.set_level(logging.WARNING)

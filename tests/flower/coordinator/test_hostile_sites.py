@@ -1,4 +1,4 @@
-"""A site that sends what it should not is rejected with the reason, and the others end as if it had been absent."""
+"""A site that sends an invalid message is rejected with the reason, and the other sites end as if it were absent."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ def honest(message: Message, site: str, round_: int) -> Message:
     return Message(manifest, {} if final else {"low": DIRECTIONS[site] * (1 + 0.1 * round_)})
 
 
-def written(message: Message, **manifest: object) -> bytes:
+def encoded(message: Message, **manifest: object) -> bytes:
     return encode(replace(message.manifest, **manifest), message.tensors)
 
 
 FAULTS: Mapping[str, tuple[Callable[[Message], bytes], str]] = {
-    "NaN": (lambda m: written(Message(m.manifest, {"low": torch.tensor([math.nan, 0.0])})), "finite"),
-    "a wrong shape": (lambda m: written(Message(m.manifest, {"low": torch.zeros(3)})), "shape of low"),
-    "a private tensor": (lambda m: written(Message(m.manifest, {**m.tensors, "high": torch.ones(2)})), "tensors: high"),
-    "no tensor": (lambda m: written(Message(m.manifest, {})), "missing tensors: low"),
-    "another dtype": (lambda m: written(m, dtype="int8"), "wire dtype is int8"),
-    "a wrong base hash": (lambda m: written(m, base_hash="0" * 16), "base hash"),
-    "a replayed round": (lambda m: written(m, round=1), "round is 1, expected 2"),
-    "another run": (lambda m: written(m, run="other"), "run is 'other'"),
-    "another site's id": (lambda m: written(m, site="a"), "site is 'a', expected 'c'"),
-    "100 times the norm": (lambda m: written(Message(m.manifest, {"low": 100 * m.tensors["low"]})), "norm"),
-    "an unknown metric": (lambda m: written(m, metrics={"patient_7": 1.0}), "unexpected metrics: patient_7"),
-    "a metric that is no number": (lambda m: written(m, metrics={"loss": math.nan}), "not finite: loss"),
-    "more images than a float holds": (lambda m: written(m, samples=10**400), "sample count is above"),
-    "images for a weight of one": (lambda m: written(m, samples=10**18), "sample count is above"),
-    "more samples than it has": (lambda m: written(m, samples=11), "sample count is 11, expected 10"),
+    "NaN": (lambda m: encoded(Message(m.manifest, {"low": torch.tensor([math.nan, 0.0])})), "finite"),
+    "a wrong shape": (lambda m: encoded(Message(m.manifest, {"low": torch.zeros(3)})), "shape of low"),
+    "a private tensor": (lambda m: encoded(Message(m.manifest, {**m.tensors, "high": torch.ones(2)})), "tensors: high"),
+    "no tensor": (lambda m: encoded(Message(m.manifest, {})), "missing tensors: low"),
+    "another dtype": (lambda m: encoded(m, dtype="int8"), "wire dtype is int8"),
+    "a wrong base hash": (lambda m: encoded(m, base_hash="0" * 16), "base hash"),
+    "a replayed round": (lambda m: encoded(m, round=1), "round is 1, expected 2"),
+    "another run": (lambda m: encoded(m, run="other"), "run is 'other'"),
+    "another site's id": (lambda m: encoded(m, site="a"), "site is 'a', expected 'c'"),
+    "100 times the norm": (lambda m: encoded(Message(m.manifest, {"low": 100 * m.tensors["low"]})), "norm"),
+    "an unknown metric": (lambda m: encoded(m, metrics={"patient_7": 1.0}), "unexpected metrics: patient_7"),
+    "a metric that is no number": (lambda m: encoded(m, metrics={"loss": math.nan}), "not finite: loss"),
+    "more images than a float holds": (lambda m: encoded(m, samples=10**400), "sample count is above"),
+    "images for a weight of one": (lambda m: encoded(m, samples=10**18), "sample count is above"),
+    "more samples than it has": (lambda m: encoded(m, samples=11), "sample count is 11, expected 10"),
     "a pickle": (lambda m: pickle.dumps(m.tensors), "not safetensors"),
     "too many bytes": (lambda _: bytes(2**20 + 1), "flower.max_message"),
     "more bytes than its tensors can have": (lambda _: bytes(2**19), "larger than"),
@@ -67,13 +67,13 @@ FAULTS: Mapping[str, tuple[Callable[[Message], bytes], str]] = {
 def run(
     link, config, clock, scripted, reply, folder: Path, fault=None, absent=None, seconds=None, **federation
 ) -> tuple[Checkpoint, list[RoundRecord]]:
-    """Three rounds of three sites; ``fault`` makes site c's answer of round 2. ``seconds`` is how long a site takes."""
+    """Run three rounds of three sites. ``fault`` makes the answer of site c in round 2; ``seconds`` is per site."""
 
     def answer(message):
         site, round_ = message.task["site"], message.task["round"]
         found = honest(decode(message.payload), site, round_)
         faulty = fault is not None and (site, round_) == ("c", 2)
-        return reply("", message.node, fault(found) if faulty else written(found))
+        return reply("", message.node, fault(found) if faulty else encoded(found))
 
     for site in link.sites:
         link.sites[site] = scripted(answer=answer, seconds=(seconds or {}).get(site, 1.0))
@@ -103,7 +103,7 @@ def test_a_reply_is_decoded_once(link, config, clock, scripted, reply, tmp_path:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_it_is_rejected_with_the_reason_and_the_others_end_as_if_it_had_been_absent(
+def test_an_invalid_message_is_rejected_with_the_reason_and_the_other_sites_end_as_if_it_were_absent(
     name, link, config, clock, scripted, reply, tmp_path: Path
 ) -> None:
     fault, reason = FAULTS[name]
@@ -119,12 +119,12 @@ def test_it_is_rejected_with_the_reason_and_the_others_end_as_if_it_had_been_abs
     assert [record.accepted for record in hostile_records] == [record.accepted for record in absent_records]
 
 
-def test_with_too_few_others_the_command_ends_and_the_next_one_does_the_round_anew(
+def test_below_the_quorum_the_command_ends_and_the_next_command_repeats_the_round(
     link, config, clock, scripted, reply, tmp_path: Path
 ) -> None:
-    """Mended, the site takes part in it; with a lower quorum, and the site as it was, it is as if that were absent."""
+    """A fixed site takes part in the repeated round. With a lower quorum an unfixed site counts as absent."""
     fault, _ = FAULTS["100 times the norm"]
-    ended, mended, lowered, honest_, absent = (tmp_path / name for name in ("e", "m", "l", "h", "a"))
+    ended, fixed, lowered, honest_, absent = (tmp_path / name for name in ("e", "f", "l", "h", "a"))
 
     def go(folder: Path, **given) -> Checkpoint:
         return run(link, config, clock, scripted, reply, folder, **given)[0]
@@ -134,22 +134,24 @@ def test_with_too_few_others_the_command_ends_and_the_next_one_does_the_round_an
     ):
         go(ended, fault=fault, quorum=3)
     assert CheckpointFolder(ended).latest().round == 1
-    for folder in (mended, lowered):
+    for folder in (fixed, lowered):
         shutil.copytree(ended, folder)
 
-    assert same(go(mended, quorum=3), go(honest_, quorum=3))
+    assert same(go(fixed, quorum=3), go(honest_, quorum=3))
     assert same(go(lowered, fault=fault, quorum=2), go(absent, absent={"c": [2]}, quorum=2))
 
 
 def same(one: Checkpoint, other: Checkpoint) -> bool:
-    """Tell whether two runs ended alike, at the server and in what each site is sent next."""
-    kept, others = one.state.as_tensors(), other.state.as_tensors()
-    alike = kept.keys() == others.keys() and all(torch.equal(kept[name], others[name]) for name in kept)
+    """Return whether two runs ended in the same server state and the same next messages."""
+    state, others = one.state.as_tensors(), other.state.as_tensors()
+    alike = state.keys() == others.keys() and all(torch.equal(state[name], others[name]) for name in state)
     return alike and all(torch.equal(getattr(one, of), getattr(other, of)) for of in ("aggregates", "answered"))
 
 
-def test_it_ends_nobody_s_time(link, config, clock, scripted, reply, tmp_path: Path) -> None:
-    """With what site c sends first the quorum would be there, and its grace over before site b has answered."""
+def test_a_rejected_answer_does_not_shorten_the_time_of_other_sites(
+    link, config, clock, scripted, reply, tmp_path: Path
+) -> None:
+    """If the answer of site c counted, quorum and grace would be over before site b answers."""
     fault, reason = FAULTS["a wrong base hash"]
     given = {"seconds": {"a": 10.0, "b": 40.0}, "quorum": 2, "grace": 20.0, "deadline": 100.0}
 

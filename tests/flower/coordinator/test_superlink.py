@@ -1,4 +1,4 @@
-"""The coordinator's end of the relay, with a relay that this test plays."""
+"""The link through the SuperLink, with a relay that the test plays."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from fedsca_pipeline.flower.config import FlowerConfig
 from fedsca_pipeline.flower.coordinator import superlink
-from fedsca_pipeline.flower.coordinator.fleet import LinkLost
+from fedsca_pipeline.flower.coordinator.link import LinkLost
 from fedsca_pipeline.flower.coordinator.superlink import RelayLink
 from fedsca_pipeline.flower.messages import frames
 
@@ -27,35 +27,35 @@ def link(tmp_path_factory, monkeypatch) -> Iterator[RelayLink]:
     link.close()
 
 
-def relay_at(home: Path, run: str) -> None:
+def play_relay(home: Path, run: str) -> None:
     with frames.connect(home / "relay.sock", 20.0) as line:
         frames.send(line, {"run": run})
         header, _ = frames.receive(line, 10)
         frames.send(line, {"nodes": [["a", "1", "then"], ["", "2", "then"]]} if header["ask"] == "nodes" else {})
 
 
-def test_relays_of_earlier_runs_and_connections_that_break_off_do_not_keep_the_right_one_out(link) -> None:
+def test_relays_of_earlier_runs_and_broken_connections_do_not_block_the_relay_of_this_run(link) -> None:
     def connect() -> None:
         frames.connect(link._home / "relay.sock").close()
         with frames.connect(link._home / "relay.sock") as line:
             frames.send(line, {"run": "6"})
             with pytest.raises(EOFError):
                 frames.receive(line, 10)
-        relay_at(link._home, "7")
+        play_relay(link._home, "7")
 
     thread = threading.Thread(target=connect)
     thread.start()
-    link.restore()
+    link.reconnect()
 
     assert list(link.nodes()) == ["a"]
     thread.join()
 
 
-def test_answers_of_many_sites_are_asked_for_in_portions_whatever_reasons_they_give(link) -> None:
+def test_answers_of_many_sites_are_fetched_in_batches_even_with_the_longest_reasons(link) -> None:
     sites = [f"site_{number:02d}" for number in range(70)]
     link._config = link._config.model_copy(update={"sites": sites})
-    # Six bytes a half of each, in JSON.
-    reason, asked = "\N{GRINNING FACE}" * frames.LONGEST_REASON, []
+    # In JSON this character takes twelve bytes.
+    reason, asked = "\N{GRINNING FACE}" * frames.MAX_REASON, []
 
     def relay() -> None:
         with frames.connect(link._home / "relay.sock", 20.0) as line:
@@ -68,7 +68,7 @@ def test_answers_of_many_sites_are_asked_for_in_portions_whatever_reasons_they_g
 
     thread = threading.Thread(target=relay)
     thread.start()
-    link.restore()
+    link.reconnect()
 
     replies = link.pull(sites)
 
@@ -77,32 +77,32 @@ def test_answers_of_many_sites_are_asked_for_in_portions_whatever_reasons_they_g
     assert len(asked) == 3
 
 
-def test_a_run_that_starts_no_relay_is_a_lost_link(link) -> None:
+def test_a_run_without_a_relay_is_a_lost_link(link) -> None:
     link._config = link._config.model_copy(update={"connect": 0.1})
 
     with pytest.raises(LinkLost, match="run 7 did not start its relay"):
-        link.restore()
+        link.reconnect()
 
 
-def test_a_run_that_ends_without_its_relay_is_not_waited_for_and_says_why(link, monkeypatch) -> None:
-    monkeypatch.setattr(superlink, "_LOOK_SECONDS", 0.1)
+def test_a_run_that_ends_without_its_relay_is_reported_at_once_with_the_reason(link, monkeypatch) -> None:
+    monkeypatch.setattr(superlink, "_CHECK_SECONDS", 0.1)
     flwr = link._home / "flwr"
     answer = {"success": True, "runs": [{"status": "finished:failed", "status-details": "no temporary folder"}]}
     flwr.write_text(f"#!/bin/sh\necho '{json.dumps(answer)}'\n")
     flwr.chmod(0o700)
 
     with pytest.raises(LinkLost, match=r"run 7 ended without its relay .no temporary folder"):
-        link.restore()
+        link.reconnect()
 
 
-def test_a_relay_that_hangs_up_is_a_lost_link(link) -> None:
-    thread = threading.Thread(target=relay_at, args=(link._home, "7"))
+def test_a_relay_that_disconnects_is_a_lost_link(link) -> None:
+    thread = threading.Thread(target=play_relay, args=(link._home, "7"))
     thread.start()
-    link.restore()
+    link.reconnect()
     link.nodes()
     thread.join()
 
-    with pytest.raises(LinkLost, match="the relay is gone"):
+    with pytest.raises(LinkLost, match="the relay has disconnected"):
         link.nodes()
-    with pytest.raises(LinkLost, match="no relay"):
+    with pytest.raises(LinkLost, match="no relay is connected"):
         link.nodes()

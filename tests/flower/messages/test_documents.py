@@ -1,4 +1,4 @@
-"""The documents that travel beside the rounds' messages."""
+"""The documents between coordinator and sites have fixed forms without room for private data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from fedsca_pipeline.config import Settings
 from fedsca_pipeline.errors import ConfigError, DataError, MessageError, WeightsError
 from fedsca_pipeline.flower.messages import documents
-from fedsca_pipeline.flower.site.worker import outward
+from fedsca_pipeline.flower.site.worker import public_reason
 
 PREPARED = {
     "site": "a", "version": f"{'0' * 16}-{'1' * 16}", "foundation": "ab" * 32, "train": 3, "samples": 3,
@@ -17,7 +17,7 @@ PREPARED = {
 }  # fmt: skip
 
 
-def test_a_document_comes_back_as_it_was_written() -> None:
+def test_a_document_survives_write_and_read() -> None:
     prepared = documents.Prepared(**PREPARED)
 
     assert documents.read(documents.Prepared, documents.write(prepared)) == prepared
@@ -38,12 +38,12 @@ def test_a_document_of_any_other_form_is_refused(changed) -> None:
         documents.read(documents.Prepared, json.dumps({**PREPARED, **changed}).encode())
 
 
-def test_no_document_may_be_large() -> None:
+def test_a_large_document_is_refused() -> None:
     with pytest.raises(MessageError, match="larger than"):
-        documents.read(documents.Prepared, b" " * (documents.MOST_BYTES + 1))
+        documents.read(documents.Prepared, b" " * (documents.MAX_BYTES + 1))
 
 
-def test_a_configuration_is_taken_whole_and_known_or_not_at_all() -> None:
+def test_a_configuration_with_an_unknown_missing_or_invalid_key_is_refused() -> None:
     whole = Settings(strategies={"fedsca": {}}).model_dump(mode="json")
 
     assert documents.settings(whole).federation.strategy == "fedsca"
@@ -76,7 +76,7 @@ SCORES = {
     ],
     ids=str,
 )
-def test_scores_have_no_room_for_more_than_means_and_counts(changed) -> None:
+def test_scores_can_hold_only_means_and_counts(changed) -> None:
     documents.read(documents.Scores, json.dumps(SCORES).encode())
     with pytest.raises(MessageError):
         documents.read(documents.Scores, json.dumps({**SCORES, **changed}).encode())
@@ -92,7 +92,7 @@ def test_scores_have_no_room_for_more_than_means_and_counts(changed) -> None:
         ([ROW, ROW], 1, False),
     ],
 )
-def test_scores_are_of_the_runs_classes_once_each(rows, classes, fits) -> None:
+def test_scores_have_at_most_one_row_per_class_of_the_run(rows, classes, fits) -> None:
     scores = documents.read(documents.Scores, json.dumps({**SCORES, "means": rows}).encode())
     if fits:
         scores.check_classes(classes)
@@ -101,8 +101,8 @@ def test_scores_are_of_the_runs_classes_once_each(rows, classes, fits) -> None:
             scores.check_classes(classes)
 
 
-def test_a_data_error_is_told_without_its_files() -> None:
-    assert "patient_7" not in outward(DataError("images/patient_7.png: unreadable"))
-    assert "patient_7" not in outward(ValueError("patient_7"))
-    assert "patient_7" not in outward(WeightsError("/data/patient_7/last.safetensors: cannot be read"))
-    assert outward(ConfigError("resources.most_threads is 2")) == "resources.most_threads is 2"
+def test_the_reason_for_the_coordinator_does_not_name_files() -> None:
+    assert "patient_7" not in public_reason(DataError("images/patient_7.png: unreadable"))
+    assert "patient_7" not in public_reason(ValueError("patient_7"))
+    assert "patient_7" not in public_reason(WeightsError("/data/patient_7/last.safetensors: cannot be read"))
+    assert public_reason(ConfigError("resources.most_threads is 2")) == "resources.most_threads is 2"

@@ -1,4 +1,4 @@
-"""Frames between processes on one machine."""
+"""Frames between processes on one machine arrive whole, or are refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_payload_larger_than_any_buffer_arrives_whole(pair) -> None:
     sender.join()
 
 
-def test_one_that_is_larger_than_allowed_is_refused_before_it_is_read(pair) -> None:
+def test_a_frame_that_is_too_large_is_refused_before_it_is_read(pair) -> None:
     frames.send(pair[0], {}, b"12345")
 
     with pytest.raises(frames.FrameError, match="larger than the 4 allowed"):
@@ -47,14 +47,14 @@ def test_one_that_is_larger_than_allowed_is_refused_before_it_is_read(pair) -> N
 
 
 @pytest.mark.parametrize("text", [b"no json", b"[1]", b'"text"'])
-def test_a_header_that_is_no_json_object_is_refused(pair, text) -> None:
+def test_a_header_that_is_not_a_json_object_is_refused(pair, text) -> None:
     pair[0].sendall(frames._LENGTHS.pack(len(text), 0) + text)
 
     with pytest.raises(frames.FrameError):
         frames.receive(pair[1], 10)
 
 
-def test_the_end_of_a_connection_in_the_middle_of_a_frame_is_told(pair) -> None:
+def test_a_connection_closed_in_the_middle_of_a_frame_is_an_error(pair) -> None:
     pair[0].sendall(frames._LENGTHS.pack(2, 100) + b"{}half")
     pair[0].close()
 
@@ -62,25 +62,25 @@ def test_the_end_of_a_connection_in_the_middle_of_a_frame_is_told(pair) -> None:
         frames.receive(pair[1], 100)
 
 
-def test_a_listening_socket_is_this_users_alone_and_takes_the_place_of_an_old_one(tmp_path: Path) -> None:
+def test_a_listening_socket_is_private_to_the_user_and_replaces_an_old_one(tmp_path: Path) -> None:
     path = tmp_path / "private" / "s"
     frames.listen(path).close()
 
-    with frames.listen(path) as listener, frames.connect(path, 5.0) as line:
-        frames.send(line, {"hello": 1})
-        taken, _ = listener.accept()
-        with taken:
-            assert frames.receive(taken, 0) == ({"hello": 1}, b"")
+    with frames.listen(path) as listener, frames.connect(path, 5.0) as connection:
+        frames.send(connection, {"hello": 1})
+        accepted, _ = listener.accept()
+        with accepted:
+            assert frames.receive(accepted, 0) == ({"hello": 1}, b"")
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_path_too_long_for_a_socket_is_refused_in_words(tmp_path: Path) -> None:
+def test_a_path_too_long_for_a_socket_is_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="too long"):
         frames.listen(tmp_path / ("x" * 120))
 
 
-def test_the_socket_lies_where_only_this_user_may_enter_even_if_the_folder_was_open(tmp_path_factory) -> None:
+def test_the_folder_of_a_socket_becomes_private_to_the_user_even_if_it_was_open(tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("s")
     folder.chmod(0o755)
 

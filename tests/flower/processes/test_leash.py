@@ -1,4 +1,4 @@
-"""What is on a leash ends with its owner, whatever that died of, and leaves nothing behind."""
+"""A leashed process ends with its owner, however the owner ends, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedsca_pipeline.flower.processes.leash import Leashed
+from fedsca_pipeline.flower.processes.leash import LeashedProcess
 
-# A command that starts another one, and notes both.
+# A command that starts a child and writes both process ids to a file.
 FAMILY = """
 import os, pathlib, signal, subprocess, sys, time
 if "deaf" in sys.argv:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-noted = pathlib.Path(sys.argv[1])
-noted.with_suffix(".new").write_text(f"{os.getpid()} {child.pid}")
-noted.with_suffix(".new").rename(noted)
+ids = pathlib.Path(sys.argv[1])
+ids.with_suffix(".new").write_text(f"{os.getpid()} {child.pid}")
+ids.with_suffix(".new").rename(ids)
 if "brief" in sys.argv:
     sys.exit(7)
 time.sleep(600)
 """
 OWNER = """
 import sys, time
-from fedsca_pipeline.flower.processes.leash import Leashed
-leashed = Leashed([sys.executable, *sys.argv[2:]], patience=float(sys.argv[1]))
+from fedsca_pipeline.flower.processes.leash import LeashedProcess
+leashed = LeashedProcess([sys.executable, *sys.argv[2:]], stop_seconds=float(sys.argv[1]))
 time.sleep(600)
 """
 
 
 @pytest.fixture
 def family(tmp_path: Path) -> Callable[..., list[str]]:
-    """The arguments of a command that starts another; words are ``deaf`` to SIGTERM, and ``brief``."""
+    """Returns the arguments of a command with a child; options: ``deaf`` to SIGTERM, and ``brief``."""
     script = tmp_path / "family.py"
     script.write_text(FAMILY)
-    return lambda *words: [str(script), str(tmp_path / "noted"), *words]
+    return lambda *words: [str(script), str(tmp_path / "ids"), *words]
 
 
 @pytest.fixture
 def members(tmp_path: Path) -> Callable[[], list[int]]:
-    """Waits until command and child are there; returns their numbers."""
+    """Waits until command and child run, and returns their process ids."""
 
     def find() -> list[int]:
-        until(lambda: (tmp_path / "noted").is_file())
-        return [int(number) for number in (tmp_path / "noted").read_text().split()]
+        until(lambda: (tmp_path / "ids").is_file())
+        return [int(number) for number in (tmp_path / "ids").read_text().split()]
 
     return find
 
@@ -57,7 +57,7 @@ def members(tmp_path: Path) -> Callable[[], list[int]]:
 def until(ready: Callable[[], bool], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not ready():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
@@ -68,9 +68,11 @@ def gone(number: int) -> bool:
         return True
 
 
-@pytest.mark.parametrize(("patience", "words"), [("30", ()), ("0.2", ("deaf",)), ("0", ("deaf",))])
-def test_a_killed_owner_leaves_neither_the_command_nor_what_it_has_started(family, members, patience, words) -> None:
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, patience, *family(*words)])
+@pytest.mark.parametrize(("stop_seconds", "words"), [("30", ()), ("0.2", ("deaf",)), ("0", ("deaf",))])
+def test_after_the_owner_is_killed_neither_the_command_nor_its_children_run(
+    family, members, stop_seconds, words
+) -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, stop_seconds, *family(*words)])
     processes = members()
     processes += [child.pid for child in psutil.Process(owner.pid).children()]
 
@@ -80,16 +82,16 @@ def test_a_killed_owner_leaves_neither_the_command_nor_what_it_has_started(famil
     until(lambda: all(map(gone, processes)))
 
 
-def test_a_command_that_ends_by_itself_gives_its_status_and_leaves_nothing(family, members) -> None:
-    leashed = Leashed([sys.executable, *family("brief")])
+def test_a_command_that_ends_by_itself_returns_its_status_and_leaves_no_process(family, members) -> None:
+    leashed = LeashedProcess([sys.executable, *family("brief")])
     processes = members()
 
     assert leashed.wait(30) == 7
     until(lambda: all(map(gone, processes)))
 
 
-def test_one_whose_leash_was_killed_is_ended_by_its_owner(family, members) -> None:
-    leashed = Leashed([sys.executable, *family()])
+def test_after_the_leash_is_killed_the_owner_ends_the_command(family, members) -> None:
+    leashed = LeashedProcess([sys.executable, *family()])
     processes = members()
 
     psutil.Process(leashed.pid).kill()
@@ -99,10 +101,12 @@ def test_one_whose_leash_was_killed_is_ended_by_its_owner(family, members) -> No
 
 
 @pytest.mark.parametrize(
-    ("words", "patience", "status"), [((), 30.0, -signal.SIGTERM), (("deaf",), 0.2, -signal.SIGKILL)]
+    ("words", "stop_seconds", "status"), [((), 30.0, -signal.SIGTERM), (("deaf",), 0.2, -signal.SIGKILL)]
 )
-def test_to_end_it_is_to_ask_first_and_to_kill_what_does_not_listen(family, members, words, patience, status) -> None:
-    leashed = Leashed([sys.executable, *family(*words)], patience=patience)
+def test_end_sends_sigterm_first_and_kills_a_command_that_ignores_it(
+    family, members, words, stop_seconds, status
+) -> None:
+    leashed = LeashedProcess([sys.executable, *family(*words)], stop_seconds=stop_seconds)
     processes = members()
 
     assert leashed.end() == status
@@ -111,16 +115,16 @@ def test_to_end_it_is_to_ask_first_and_to_kill_what_does_not_listen(family, memb
 
 
 def test_a_signal_reaches_the_command(family, members) -> None:
-    leashed = Leashed([sys.executable, "-c", "import signal; signal.sigwait([signal.SIGINT])"])
+    leashed = LeashedProcess([sys.executable, "-c", "import signal; signal.sigwait([signal.SIGINT])"])
     until(lambda: psutil.Process(leashed.pid).children())
     leashed.send(signal.SIGINT)
 
     assert leashed.wait(30) in (0, -signal.SIGINT, 1)
 
 
-def test_a_command_that_is_not_there_ends_with_its_name(tmp_path: Path) -> None:
-    with (tmp_path / "said").open("w") as said:
-        status = Leashed(["/no/such/command"], stderr=said).wait(30)
+def test_a_missing_command_fails_with_its_name(tmp_path: Path) -> None:
+    with (tmp_path / "errors").open("w") as errors:
+        status = LeashedProcess(["/no/such/command"], stderr=errors).wait(30)
 
     assert status == 1
-    assert "/no/such/command: No such file" in (tmp_path / "said").read_text()
+    assert "/no/such/command: No such file" in (tmp_path / "errors").read_text()

@@ -1,4 +1,4 @@
-"""Who holds a lock, and until when."""
+"""A file lock is held by one process and those that inherit it."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from fedsca_pipeline.flower.processes.lock import Held, locked
+from fedsca_pipeline.flower.processes.lock import LockHeld, locked
 
 
-def test_a_second_holder_is_refused_until_the_first_lets_go(tmp_path: Path) -> None:
+def test_a_second_holder_is_refused_until_the_first_releases_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "new" / "lock"
-    with locked(path), pytest.raises(Held), locked(path):
+    with locked(path), pytest.raises(LockHeld), locked(path):
         pass
 
     with locked(path):
         pass
 
 
-def test_what_has_inherited_it_holds_it_until_it_ends(tmp_path: Path) -> None:
+def test_a_process_that_inherits_the_lock_holds_it_until_it_ends(tmp_path: Path) -> None:
     with locked(tmp_path / "lock") as lock:
         heir = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock.fileno()])
-    with pytest.raises(Held), locked(tmp_path / "lock"):
+    with pytest.raises(LockHeld), locked(tmp_path / "lock"):
         pass
 
     heir.communicate(b"\n")
@@ -32,7 +32,7 @@ def test_what_has_inherited_it_holds_it_until_it_ends(tmp_path: Path) -> None:
         pass
 
 
-def test_it_can_be_waited_for(tmp_path: Path) -> None:
+def test_a_lock_can_be_waited_for(tmp_path: Path) -> None:
     with locked(tmp_path / "lock") as lock:
         heir = subprocess.Popen(["sleep", "0.5"], pass_fds=[lock.fileno()])
 

@@ -1,4 +1,4 @@
-"""Refused memory is recognised by what the libraries really raise, and told with its cure."""
+"""Out-of-memory errors of the real libraries are recognised and reported with the fix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fedsca_pipeline.errors import DataError
-from fedsca_pipeline.flower.site.memory_limit import OUT_OF_MEMORY, fate, is_shortage
+from fedsca_pipeline.flower.site.memory_limit import OUT_OF_MEMORY, describe_exit, is_out_of_memory
 
 TOO_MUCH = 2**56
 
@@ -26,7 +26,7 @@ def wrapped() -> None:
 
 
 @pytest.mark.parametrize(
-    "take",
+    "allocate",
     [
         lambda: torch.empty(TOO_MUCH, dtype=torch.uint8),
         lambda: np.empty(TOO_MUCH, np.uint8),
@@ -35,25 +35,25 @@ def wrapped() -> None:
         wrapped,
     ],
 )
-def test_memory_that_is_refused_is_a_shortage(take) -> None:
+def test_a_failed_allocation_is_recognised_as_out_of_memory(allocate) -> None:
     with pytest.raises((MemoryError, RuntimeError, OSError, DataError)) as raised:
-        take()
+        allocate()
 
-    assert is_shortage(raised.value)
+    assert is_out_of_memory(raised.value)
 
 
-@pytest.mark.parametrize("take", [lambda: torch.zeros(2) @ torch.zeros(3), Path("/no/such/file").read_bytes])
-def test_nothing_else_is(take) -> None:
+@pytest.mark.parametrize("fail", [lambda: torch.zeros(2) @ torch.zeros(3), Path("/no/such/file").read_bytes])
+def test_other_errors_are_not_out_of_memory(fail) -> None:
     with pytest.raises((RuntimeError, OSError)) as raised:
-        take()
+        fail()
 
-    assert not is_shortage(raised.value)
+    assert not is_out_of_memory(raised.value)
 
 
-def test_beyond_its_limit_a_process_gets_none_whatever_the_machine_has() -> None:
+def test_a_process_cannot_allocate_more_than_its_limit() -> None:
     code = (
         "from fedsca_pipeline.flower.site.memory_limit import limit_memory; limit_memory(0.25); "
-        "kept = bytearray(2**26); print('within', flush=True); bytearray(2**28)"
+        "held = bytearray(2**26); print('within', flush=True); bytearray(2**28)"
     )
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -62,11 +62,11 @@ def test_beyond_its_limit_a_process_gets_none_whatever_the_machine_has() -> None
     assert "MemoryError" in done.stderr
 
 
-def test_with_its_limit_lifted_it_can_tell_what_happened() -> None:
+def test_with_its_limit_lifted_a_process_can_allocate_again() -> None:
     code = (
-        "from fedsca_pipeline.flower.site.memory_limit import lift_limit, limit_memory; limit_memory(0.25)\n"
+        "from fedsca_pipeline.flower.site.memory_limit import lift_memory_limit, limit_memory; limit_memory(0.25)\n"
         "try: bytearray(2**28)\n"
-        "except MemoryError: lift_limit(); print(len(bytearray(2**28)))"
+        "except MemoryError: lift_memory_limit(); print(len(bytearray(2**28)))"
     )
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -75,10 +75,10 @@ def test_with_its_limit_lifted_it_can_tell_what_happened() -> None:
 
 
 @pytest.mark.parametrize("status", [OUT_OF_MEMORY, -signal.SIGKILL, -signal.SIGABRT])
-@pytest.mark.parametrize(("limit", "said"), [(None, "sets no limit"), (1.5, "allows 1.5 GiB")])
-def test_where_memory_may_be_why_the_key_and_the_cure_are_named(status, limit, said) -> None:
-    assert f"resources.memory in the site's YAML file {said}; raise it" in fate(status, limit)
+@pytest.mark.parametrize(("limit", "allowed"), [(None, "sets no limit"), (1.5, "allows 1.5 GiB")])
+def test_if_memory_may_be_the_cause_the_key_and_the_fix_are_named(status, limit, allowed) -> None:
+    assert f"resources.memory in the site's YAML file {allowed}; raise it" in describe_exit(status, limit)
 
 
-def test_of_another_end_the_status_is_told() -> None:
-    assert fate(3, 1.0) == "its worker died (exit code 3)"
+def test_any_other_exit_is_reported_with_its_status() -> None:
+    assert describe_exit(3, 1.0) == "its worker died (exit code 3)"

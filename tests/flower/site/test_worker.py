@@ -1,4 +1,4 @@
-"""A site's worker over a whole run, and one that may not have the memory it needs."""
+"""The worker of a site over a whole run: one foundation, repeatable bits, refusals, privacy and memory limits."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from fedsca_pipeline.model.layout import hash_tensors
 
 @pytest.fixture
 def configuration() -> Callable[..., dict[str, Any]]:
-    """A run's configuration over a tiny random foundation; keywords go over ``preprocessing``."""
+    """Returns the configuration of a run with a tiny random foundation; keywords change ``preprocessing``."""
 
     def make(**preprocessing: Any) -> dict[str, Any]:
         given = {
@@ -68,7 +68,7 @@ model.SegmentationModel.__init__ = counted
 from fedsca_pipeline.flower.site import worker
 worker.main()
 """
-"""A worker that notes, beside the site's file, each foundation that it puts into memory, whatever for."""
+"""A worker that writes a line next to the site's YAML file for each foundation that it loads."""
 
 
 def counting_command(file: Path) -> list[str]:
@@ -79,20 +79,20 @@ def loads(file: Path) -> int:
     return len(Path(f"{file}.loads").read_text().split())
 
 
-def test_the_foundation_is_loaded_once_for_a_run_with_its_export_and_test(
+def test_the_foundation_is_loaded_once_for_training_export_and_test_of_a_run(
     site_file, configuration, config, link, scripted, reply, clock, tmp_path: Path
 ) -> None:
     file = site_file()
     process = WorkerProcess(counting_command(file), read_site_config(file).resources)
 
     def ask(kind: str, round_: int, payload: bytes) -> bytes:
-        said, answer = process.ask({"kind": kind, "round": round_, "begun": ""}, payload, 300)
-        assert said == {}
+        header, answer = process.ask({"kind": kind, "round": round_, "begun": ""}, payload, 300)
+        assert header == {}
         return answer
 
     wanted = configuration()
     try:
-        terms = documents.write(documents.Terms(configuration=wanted, code=code_version()))
+        terms = documents.write(documents.PrepareRequest(configuration=wanted, code=code_version()))
         prepared = documents.read(documents.Prepared, ask("prepare", 0, terms))
         description = describe_run(wanted, {"a": prepared.version}, prepared.foundation, 1)
         settings = documents.settings(wanted)
@@ -116,7 +116,7 @@ def test_the_foundation_is_loaded_once_for_a_run_with_its_export_and_test(
             seed=0,
             folder=CheckpointFolder(tmp_path / "server"),
         )
-        finished = documents.write(documents.Finished(run=description["fingerprint"]))
+        finished = documents.write(documents.FinishRequest(run=description["fingerprint"]))
 
         records = list(server.rounds())
         scores = ask("finish", 5, finished)
@@ -125,7 +125,7 @@ def test_the_foundation_is_loaded_once_for_a_run_with_its_export_and_test(
         assert {row.model for row in documents.read(documents.Scores, scores).means} == {"before", "after", "chosen"}
         assert loads(file) == 1
 
-        # Another worker, which trained nothing, says the same, and loads it for itself.
+        # Another worker, which trained nothing, gives the same answer and loads the foundation again.
         process.end()
         assert ask("finish", 5, finished) == scores
         assert loads(file) == 2
@@ -133,12 +133,12 @@ def test_the_foundation_is_loaded_once_for_a_run_with_its_export_and_test(
         process.end()
 
 
-def test_a_round_is_answered_alike_before_and_after_the_models_were_tested(site_file, configuration) -> None:
+def test_a_round_has_the_same_answer_before_and_after_the_test_of_the_models(site_file, configuration) -> None:
     work = SiteWork(read_site_config(site_file()))
     wanted = configuration()
     wanted["adapters"] = {"method": "lora", "options": {"r": 2, "lora_dropout": 0.5}}
     wanted["federation"]["strategy"], wanted["strategies"] = "ffa_lora", {"ffa_lora": {}}
-    terms = documents.write(documents.Terms(configuration=wanted, code=code_version()))
+    terms = documents.write(documents.PrepareRequest(configuration=wanted, code=code_version()))
     prepared = documents.read(documents.Prepared, work.answer("prepare", 0, terms))
     description = describe_run(wanted, {"a": prepared.version}, prepared.foundation, 1)
     work.answer("open", 0, documents.write(documents.Description(**description)))
@@ -154,7 +154,7 @@ def test_a_round_is_answered_alike_before_and_after_the_models_were_tested(site_
 
     first = decode(asked("aggregate", 1), max_bytes=2**26)
     asked("final", 2)
-    work.answer("finish", 3, documents.write(documents.Finished(run=description["fingerprint"])))
+    work.answer("finish", 3, documents.write(documents.FinishRequest(run=description["fingerprint"])))
     again = decode(asked("aggregate", 1), max_bytes=2**26)
 
     assert first.tensors.keys() == again.tensors.keys()
@@ -162,33 +162,33 @@ def test_a_round_is_answered_alike_before_and_after_the_models_were_tested(site_
     assert any(tensor.any() for tensor in first.tensors.values())
 
 
-def test_a_foundation_exchanged_since_the_run_was_opened_is_not_trained(site_file, configuration) -> None:
+def test_a_foundation_replaced_after_the_run_was_opened_is_not_trained(site_file, configuration) -> None:
     work = SiteWork(read_site_config(site_file()))
     wanted = configuration()
-    terms = documents.write(documents.Terms(configuration=wanted, code=code_version()))
+    terms = documents.write(documents.PrepareRequest(configuration=wanted, code=code_version()))
     prepared = documents.read(documents.Prepared, work.answer("prepare", 0, terms))
     description = describe_run(wanted, {"a": prepared.version}, "ab" * 32, 1)
-    path = work.places.checkpoints / description["fingerprint"] / "run.json"
+    path = work.folder.checkpoints / description["fingerprint"] / "run.json"
     write_bytes(path, documents.write(documents.Description(**description)))
 
-    with pytest.raises(ConfigError, match=r"this site's foundation is .* the run was made for"):
-        work.answer("finish", 1, documents.write(documents.Finished(run=description["fingerprint"])))
+    with pytest.raises(ConfigError, match=r"this site's foundation is .* but the run needs"):
+        work.answer("finish", 1, documents.write(documents.FinishRequest(run=description["fingerprint"])))
 
 
-def test_a_description_under_another_fingerprint_than_its_own_is_refused(site_file, configuration) -> None:
+def test_a_description_with_a_wrong_fingerprint_is_refused(site_file, configuration) -> None:
     work = SiteWork(read_site_config(site_file()))
     honest = documents.Description(**describe_run(configuration(), {"a": "data"}, "ab" * 32, 1))
     other = documents.Description(**{**honest.model_dump(), "data": {"a": "other"}})
 
-    assert honest.worked_out() == honest.fingerprint
+    assert honest.expected_fingerprint() == honest.fingerprint
     with pytest.raises(MessageError, match="its fingerprint is"):
         work.answer("open", 0, documents.write(other))
 
 
-def test_after_a_failed_preparation_the_site_takes_part_in_no_run_with_the_old_one(site_file, configuration) -> None:
+def test_after_a_failed_preparation_the_site_does_not_use_the_earlier_one(site_file, configuration) -> None:
     config = read_site_config(site_file())
     work = SiteWork(config)
-    terms = documents.write(documents.Terms(configuration=configuration(), code=code_version()))
+    terms = documents.write(documents.PrepareRequest(configuration=configuration(), code=code_version()))
     prepared = documents.read(documents.Prepared, work.answer("prepare", 0, terms))
     run = documents.Description(**describe_run(configuration(), {"a": prepared.version}, prepared.foundation, 1))
     assert documents.read(documents.Opened, work.answer("open", 0, documents.write(run))).run == run.fingerprint
@@ -208,7 +208,7 @@ def test_after_a_failed_preparation_the_site_takes_part_in_no_run_with_the_old_o
         ({"epsilon": 4.0, "delta": 1e-5}, "the run has epsilon 4 at delta 1e-05"),
     ],
 )
-def test_a_run_that_is_not_as_private_as_the_site_asks_is_refused_before_it_is_opened(
+def test_a_run_with_weaker_privacy_than_the_site_requires_is_refused_before_it_is_opened(
     site_file, configuration, offered: dict[str, float], reason: str
 ) -> None:
     work = SiteWork(read_site_config(site_file(privacy={"epsilon": 4, "delta": 1e-6})))
@@ -218,15 +218,15 @@ def test_a_run_that_is_not_as_private_as_the_site_asks_is_refused_before_it_is_o
     with pytest.raises(ConfigError, match=reason):
         work.answer("open", 0, documents.write(documents.Description(**describe_run(wanted, {}, "ab" * 32, 1))))
 
-    assert not work.places.checkpoints.exists()
+    assert not work.folder.checkpoints.exists()
 
 
 PRIVATE = {"epsilon": 4.0, "delta": 1e-6}
 
 
 def first_round(work: SiteWork, wanted: dict[str, Any], begun: str = "") -> tuple[str, bytes]:
-    """Have a site join a run; return the run's name and the message of its first round."""
-    terms = documents.write(documents.Terms(configuration=wanted, code=code_version()))
+    """Let a site join a run; return the fingerprint of the run and the message of its first round."""
+    terms = documents.write(documents.PrepareRequest(configuration=wanted, code=code_version()))
     prepared = documents.read(documents.Prepared, work.answer("prepare", 0, terms))
     description = describe_run(wanted, {"a": prepared.version}, prepared.foundation, 1)
     work.answer("open", 0, documents.write(documents.Description(**description)), begun)
@@ -240,23 +240,23 @@ def first_round(work: SiteWork, wanted: dict[str, Any], begun: str = "") -> tupl
 
 
 def in_round(asked: bytes, round_: int, kind: str = "aggregate") -> bytes:
-    """The same aggregate as the message of another round, to a site whose update of the one before was used."""
+    """Return the same aggregate as the message of another round, for a site whose previous update was used."""
     message = decode(asked, max_bytes=2**26)
     return encode(replace(message.manifest, round=round_, kind=kind, answered=round_ - 1), message.tensors)
 
 
 def training(work: SiteWork, asked: bytes, rounds: int, begun: str = "") -> Iterator[str]:
-    """Go through all rounds; yield the hashes of the updates and of the two models that the site keeps."""
+    """Run all rounds; yield the hashes of the updates and of the two models that the site saves."""
     for round_ in range(1, rounds + 1):
         answer = work.answer("round", round_, in_round(asked, round_), begun)
         yield hash_tensors(decode(answer, max_bytes=2**26).tensors)
     work.answer("round", rounds + 1, in_round(asked, rounds + 1, "final"), begun)
-    for path in sorted((work.places.checkpoints / begun).glob("*/sites/a/[bl]*st.safetensors")):
+    for path in sorted((work.folder.checkpoints / begun).glob("*/sites/a/[bl]*st.safetensors")):
         yield hash_tensors(read_tensors(path))
 
 
-@pytest.mark.parametrize("begun", ["1" * 16, ""], ids=["begun anew", "taken up from its first checkpoint"])
-def test_a_run_from_its_start_once_more_ends_in_the_same_bits(site_file, configuration, begun: str) -> None:
+@pytest.mark.parametrize("begun", ["1" * 16, ""], ids=["restarted", "resumed from its first checkpoint"])
+def test_a_run_repeated_from_its_start_ends_in_the_same_bits(site_file, configuration, begun: str) -> None:
     work = SiteWork(read_site_config(site_file()))
     wanted = configuration()
     wanted["federation"]["rounds"] = 5
@@ -269,12 +269,14 @@ def test_a_run_from_its_start_once_more_ends_in_the_same_bits(site_file, configu
     assert list(training(work, asked, 5, begun)) == before
 
 
-def test_two_coordinators_that_run_the_same_at_once_each_get_what_one_alone_would(site_file, configuration) -> None:
+def test_two_coordinators_with_the_same_run_at_once_each_get_the_result_of_a_single_one(
+    site_file, configuration
+) -> None:
     work = SiteWork(read_site_config(site_file()))
     wanted = configuration()
     _, asked = first_round(work, wanted)
     message = decode(asked, max_bytes=2**26)
-    # As where the other coordinator misses a site that this one has.
+    # As if the other coordinator missed a site that this one has.
     moved = {name: tensor + 0.01 for name, tensor in message.tensors.items()}
     runs = [asked, encode(replace(message.manifest, base_hash=hash_tensors(moved)), moved)]
     alone = []
@@ -291,7 +293,7 @@ def test_two_coordinators_that_run_the_same_at_once_each_get_what_one_alone_woul
     assert work._learner.cache_info().misses == 1
 
 
-def test_a_site_that_is_updated_in_the_midst_of_a_run_takes_part_no_more(site_file, configuration) -> None:
+def test_a_site_that_is_upgraded_during_a_run_leaves_the_run(site_file, configuration) -> None:
     file = site_file()
     _, asked = first_round(SiteWork(read_site_config(file)), configuration())
     updated = SiteWork(read_site_config(file))
@@ -301,20 +303,20 @@ def test_a_site_that_is_updated_in_the_midst_of_a_run_takes_part_no_more(site_fi
         updated.answer("round", 1, asked)
 
 
-def test_a_site_whose_data_were_prepared_for_another_run_does_not_train_the_first_on_them(
-    site_file, configuration
-) -> None:
+def test_a_site_whose_data_were_prepared_for_another_run_refuses_the_first_run(site_file, configuration) -> None:
     work = SiteWork(read_site_config(site_file()))
     run, asked = first_round(work, configuration())
     first_round(work, configuration(image_size=48))
 
-    with pytest.raises(ConfigError, match=r"this site's data were prepared for another run since"):
+    with pytest.raises(ConfigError, match=r"this site's data have since been prepared for another run"):
         work.answer("round", 1, asked)
-    with pytest.raises(ConfigError, match=r"of two coordinators end one"):
-        work.answer("finish", 4, documents.write(documents.Finished(run=run)))
+    with pytest.raises(ConfigError, match=r"if two coordinators run, stop one"):
+        work.answer("finish", 4, documents.write(documents.FinishRequest(run=run)))
 
 
-def test_a_private_enough_run_is_trained_and_entered_in_the_site_s_ledger(site_file, configuration) -> None:
+def test_a_run_within_the_privacy_bound_is_trained_and_recorded_in_the_ledger_of_the_site(
+    site_file, configuration
+) -> None:
     work = SiteWork(read_site_config(site_file(privacy=PRIVATE)))
     wanted = configuration()
     wanted["training"]["privacy"] |= PRIVATE
@@ -326,14 +328,12 @@ def test_a_private_enough_run_is_trained_and_entered_in_the_site_s_ledger(site_f
     assert content["manifest"]["privacy"]["level"] == "image-level"
     assert 0 < content["manifest"]["privacy"]["epsilon"] <= 4
     assert "loss" not in content["manifest"]["metrics"]
-    (entry,) = Vault(work.places.private / "a").entries()
+    (entry,) = Vault(work.folder.private / "a").entries()
     assert (entry.run, entry.round) == (run, 1)
     assert 2 < epsilon_of([entry] * 3, 1e-6) <= 4
 
 
-def test_a_site_that_was_started_again_answers_a_round_with_the_same_bits_and_counts_it_once(
-    site_file, configuration
-) -> None:
+def test_a_restarted_site_answers_a_round_with_the_same_bits_and_counts_it_once(site_file, configuration) -> None:
     config = read_site_config(site_file(privacy=PRIVATE))
     wanted = configuration()
     wanted["training"]["privacy"] |= PRIVATE
@@ -346,7 +346,7 @@ def test_a_site_that_was_started_again_answers_a_round_with_the_same_bits_and_co
     assert len(Vault(config.work / "private" / "a").entries()) == 1
 
 
-def test_the_coordinator_hears_why_a_site_refuses_a_round_beyond_its_own_bound_and_goes_on(
+def test_the_coordinator_gets_the_reason_why_a_site_refuses_a_round_and_continues(
     site_file, configuration, link, scripted, reply, exchange, caplog
 ) -> None:
     config = read_site_config(site_file(privacy=PRIVATE))
@@ -359,7 +359,7 @@ def test_the_coordinator_hears_why_a_site_refuses_a_round_beyond_its_own_bound_a
     def answer(message: Any) -> Any:
         with pytest.raises(SiteError) as refused:
             work.answer("round", 1, asked)
-        return reply("", message.node, said={"failed": worker.outward(refused.value)})
+        return reply("", message.node, header={"failed": worker.public_reason(refused.value)})
 
     link.sites["a"] = scripted(answer=answer)
 
@@ -374,7 +374,9 @@ def test_the_coordinator_hears_why_a_site_refuses_a_round_beyond_its_own_bound_a
 
 
 @pytest.mark.parametrize("name", [KEY, LEDGER])
-def test_what_is_told_of_a_damaged_vault_does_not_name_the_site_s_folders(site_file, configuration, name: str) -> None:
+def test_the_error_about_a_damaged_privacy_ledger_does_not_name_folders_of_the_site(
+    site_file, configuration, name: str
+) -> None:
     config = read_site_config(site_file(privacy=PRIVATE))
     wanted = configuration()
     wanted["training"]["privacy"] |= PRIVATE
@@ -387,11 +389,11 @@ def test_what_is_told_of_a_damaged_vault_does_not_name_the_site_s_folders(site_f
     with pytest.raises(SiteError) as damaged:
         work.answer("round", 1, asked)
 
-    assert name in worker.outward(damaged.value)
-    assert str(config.work) not in worker.outward(damaged.value)
+    assert name in worker.public_reason(damaged.value)
+    assert str(config.work) not in worker.public_reason(damaged.value)
 
 
-def test_a_worker_ends_where_its_line_cannot_be_read_any_more(monkeypatch) -> None:
+def test_a_worker_ends_when_its_connection_cannot_be_read(monkeypatch) -> None:
     ended = []
     monkeypatch.setattr(worker.os, "_exit", ended.append)
     ours, theirs = socket.socketpair()
@@ -402,23 +404,25 @@ def test_a_worker_ends_where_its_line_cannot_be_read_any_more(monkeypatch) -> No
     assert ended == [1]
 
 
-def test_a_worker_that_needs_more_memory_than_it_may_have_says_so_and_the_next_task_gets_another(
+def test_a_worker_beyond_its_memory_limit_reports_it_and_the_next_task_gets_a_new_worker(
     site_file, configuration, monkeypatch
 ) -> None:
-    # Every thread has a stack.
+    # Each thread needs memory for its stack.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     file = site_file(resources={"memory": 0.75})
     worker = WorkerProcess(worker_command(file), read_site_config(file).resources)
 
     def prepare(image_size: int) -> tuple[dict[str, Any], bytes]:
-        terms = documents.Terms(configuration=configuration(image_size=image_size), code=code_version())
+        terms = documents.PrepareRequest(configuration=configuration(image_size=image_size), code=code_version())
         return worker.ask({"kind": "prepare", "round": 0, "begun": ""}, documents.write(terms), 300)
 
     try:
-        said, _ = prepare(4096)
-        assert "ran out of memory (resources.memory in the site's YAML file allows 0.75 GiB; raise it" in said["failed"]
-        said, answer = prepare(32)
-        assert said == {}
+        header, _ = prepare(4096)
+        assert (
+            "ran out of memory (resources.memory in the site's YAML file allows 0.75 GiB; raise it" in header["failed"]
+        )
+        header, answer = prepare(32)
+        assert header == {}
         assert documents.read(documents.Prepared, answer).site == "a"
     finally:
         worker.end()

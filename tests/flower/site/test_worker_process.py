@@ -1,4 +1,4 @@
-"""A worker that dies, hangs or answers too much is ended, and the next task gets another one."""
+"""A worker that dies, hangs or sends too much is ended, and the next task gets a new worker."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from fedsca_pipeline.flower.site.worker_process import WorkerProcess
 
 WORKER = """
 import os, signal, socket, sys, time
-from fedsca_pipeline.flower import frames
+from fedsca_pipeline.flower.messages import frames
 
-line = socket.socket(fileno=int(sys.argv[1]))
-frames.send(line, {"ready": True})
+connection = socket.socket(fileno=int(sys.argv[1]))
+frames.send(connection, {"ready": True})
 while True:
-    task, payload = frames.receive(line, 1 << 20)
+    task, payload = frames.receive(connection, 1 << 20)
     if task["kind"] == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if task["kind"] == "leave":
         sys.exit(task["status"])
     if task["kind"] == "hang":
         time.sleep(3600)
-    said = {"pid": os.getpid(), **({"spent": True} if task["kind"] == "last" else {})}
-    frames.send(line, said, payload * task.get("times", 1))
+    header = {"pid": os.getpid(), **({"spent": True} if task["kind"] == "last" else {})}
+    frames.send(connection, header, payload * task.get("times", 1))
 """
 
 
@@ -41,7 +41,7 @@ def worker(tmp_path: Path) -> Iterator[WorkerProcess]:
     process.end()
 
 
-def test_one_worker_answers_task_after_task(worker) -> None:
+def test_one_worker_answers_several_tasks(worker) -> None:
     first = worker.ask({"kind": "work"}, b"one", 60)
     second = worker.ask({"kind": "work"}, b"two", 60)
 
@@ -59,37 +59,39 @@ def test_one_worker_answers_task_after_task(worker) -> None:
         ({"kind": "leave", "status": 3}, 60, "died .exit code 3"),
     ],
 )
-def test_what_became_of_it_is_the_answer_and_the_next_task_gets_another_worker(worker, task, seconds, reason) -> None:
+def test_a_lost_worker_is_reported_with_the_reason_and_the_next_task_gets_a_new_worker(
+    worker, task, seconds, reason
+) -> None:
     before = worker.ask({"kind": "work"}, b"x", 60)[0]["pid"]
 
-    said, payload = worker.ask(task, b"abc", seconds)
+    header, payload = worker.ask(task, b"abc", seconds)
 
     assert payload == b""
-    assert re.search(reason, said["failed"])
+    assert re.search(reason, header["failed"])
     assert not psutil.pid_exists(before)
     after = worker.ask({"kind": "work"}, b"x", 60)
     assert after[1] == b"x"
     assert after[0]["pid"] != before
 
 
-def test_a_worker_that_cannot_start_is_a_failure_of_the_task() -> None:
+def test_a_worker_that_cannot_start_fails_the_task() -> None:
     worker = WorkerProcess([sys.executable, "-c", "raise SystemExit(3)"], Resources())
 
-    said, _ = worker.ask({"kind": "work"}, b"", 5)
+    header, _ = worker.ask({"kind": "work"}, b"", 5)
 
-    assert "exit code 3" in said["failed"]
+    assert "exit code 3" in header["failed"]
 
 
-def test_a_worker_that_calls_itself_spent_answers_and_is_replaced(worker) -> None:
-    said, payload = worker.ask({"kind": "last"}, b"x", 60)
+def test_a_worker_that_reports_itself_as_spent_answers_and_is_replaced(worker) -> None:
+    header, payload = worker.ask({"kind": "last"}, b"x", 60)
 
     assert payload == b"x"
-    assert "spent" not in said
-    assert not psutil.pid_exists(said["pid"])
-    assert worker.ask({"kind": "work"}, b"x", 60)[0]["pid"] != said["pid"]
+    assert "spent" not in header
+    assert not psutil.pid_exists(header["pid"])
+    assert worker.ask({"kind": "work"}, b"x", 60)[0]["pid"] != header["pid"]
 
 
-def test_none_is_left_behind(worker) -> None:
+def test_no_worker_runs_after_end(worker) -> None:
     pid = worker.ask({"kind": "work"}, b"", 60)[0]["pid"]
 
     worker.end()

@@ -59,7 +59,7 @@ class LinkToWorkers:
     def pull(self, ids: Sequence[str]) -> Sequence[Reply]:
         return [self.replies[id_] for id_ in ids]
 
-    def restore(self) -> None:
+    def reconnect(self) -> None:
         raise AssertionError("it never breaks")
 
 
@@ -152,7 +152,7 @@ class InProcess:
 @pytest.fixture(scope="module")
 def in_process(deployed: Deployed, tmp_path_factory) -> InProcess:
     root = tmp_path_factory.mktemp("in_process")
-    places = [work.places for work in deployed.works.values()]
+    places = [work.folder for work in deployed.works.values()]
     manifests = [place.load_manifest() for place in places]
     raw = root / "raw"
     raw.mkdir()
@@ -212,13 +212,13 @@ def test_the_tables_by_volume_in_mm_are_those_of_a_run_in_process(deployed, in_p
 
 def test_predictions_are_written_at_the_site_and_there_only(deployed, in_process) -> None:
     for site in VOLUMES:
-        own = sorted((deployed.works[site].places.predictions / site).iterdir())
+        own = sorted((deployed.works[site].folder.predictions / site).iterdir())
         assert [path.name for path in own] == [path.name for path in sorted((in_process.predictions / site).iterdir())]
         for path in own:
             there = nibabel.load(in_process.predictions / site / path.name)
             np.testing.assert_array_equal(nibabel.load(path).get_fdata(), there.get_fdata())
-        assert deployed.works[site].places.volume_scores.is_file()
-    assert not deployed.works["images"].places.predictions.exists()
+        assert deployed.works[site].folder.volume_scores.is_file()
+    assert not deployed.works["images"].folder.predictions.exists()
     assert not list(deployed.root.rglob("*.nii.gz"))
 
 
@@ -226,7 +226,7 @@ def test_of_scores_only_means_and_counts_leave_a_site(deployed) -> None:
     said = documents.Scores.model_validate(deployed.scores["two_classes"])
     text = said.model_dump_json()
 
-    assert not [name for name in deployed.works["two_classes"].places.load_manifest()["volume"] if name in text]
+    assert not [name for name in deployed.works["two_classes"].folder.load_manifest()["volume"] if name in text]
     assert {(row.model, row.label) for row in said.volumes} == {
         (model, label) for model in ("before", "after", "chosen") for label in range(3)
     }

@@ -1,4 +1,4 @@
-"""The app bundle's only module: both apps are the installed package's."""
+"""The only module of the app bundle: names the ServerApp and the ClientApp of the installed package."""
 
 from __future__ import annotations
 

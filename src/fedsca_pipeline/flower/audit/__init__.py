@@ -1,1 +1,1 @@
-"""The audit log of what crosses a border."""
+"""The audit log: a record of every message that a site or the coordinator sends or receives."""

@@ -1,8 +1,8 @@
-"""The audit log: a line for every message that came or leaves, chained by hashes, on the disk before a byte is sent.
+"""Write and read the audit log: one line per message in or out, chained by hashes, written before a byte is sent.
 
-Each line is a JSON object that ends in ``"previous"``, the hash of the line before (64 zeros in the first), and
-``"hash"``, the SHA-256 of its own text up to there, closed with ``}``. So a line that was changed, removed, inserted or
-moved is found; lines cut off the end are found by whoever knows a later hash.
+Each line is a JSON object that ends in ``"previous"``, the hash of the line before (64 zeros in the first line), and
+``"hash"``, the SHA-256 of the text of the line up to that key, closed with ``}``. A changed, removed, inserted or moved
+line breaks the chain. Lines missing at the end are found by comparing with the hash of a later line.
 """
 
 from __future__ import annotations
@@ -25,89 +25,89 @@ from fedsca_pipeline.files import sync_to_disk
 logger = logging.getLogger(__name__)
 
 Direction = Literal["in", "out", "none"]
-"""Of a message: seen from whose log it is; ``none``: the log's own line."""
+"""Direction of a message, seen from the owner of the log. ``none``: a line about the log itself."""
 
 NO_HASH = "0" * 64
-"""What the first line holds for the hash of the one before."""
+"""``previous`` of the first line."""
 
 TORN_LINE = "torn line"
-"""Kind of the line that stands for a half-written one: ``bytes`` and ``sha256`` are of what was removed."""
+"""Kind of the line that replaces a half-written one: ``bytes`` and ``sha256`` describe the removed bytes."""
 
-_SEAL, _END = ', "hash": "', '"}'
-_SEAL_BYTES = len(_SEAL) + len(NO_HASH) + len(_END)
+_HASH_KEY, _END = ', "hash": "', '"}'
+_HASH_BYTES = len(_HASH_KEY) + len(NO_HASH) + len(_END)
 
 
 class Chain:
-    """Where a log ends: ``number`` whole lines of ``length`` bytes, the last with the hash ``last``."""
+    """The end of a log: ``number`` complete lines of ``length`` bytes in total, the last with the hash ``last``."""
 
     def __init__(self) -> None:
         self.number, self.length, self.last = 0, 0, NO_HASH
 
-    def line(self, record: Mapping[str, Any]) -> bytes:
-        """Return the line, with its end, that would be the next one."""
+    def next_line(self, record: Mapping[str, Any]) -> bytes:
+        """Return the next line of the log for a record, with its line end."""
         body = json.dumps({"number": self.number + 1, **record, "previous": self.last}, allow_nan=False)
-        return f"{body[:-1]}{_SEAL}{_hash(body.encode())}{_END}\n".encode()
+        return f"{body[:-1]}{_HASH_KEY}{_sha256(body.encode())}{_END}\n".encode()
 
-    def follow(self, line: bytes) -> dict[str, Any]:
-        """Go on by one line, given with its end, and return what it holds.
+    def advance(self, line: bytes) -> dict[str, Any]:
+        """Check that a line, given with its line end, is the next one, and return its record.
 
         Raises:
-            AuditError: it is not what was written there.
+            AuditError: the line is half-written, was changed, or does not follow the line before.
         """
         number = self.number + 1
         if not line.endswith(b"\n"):
             raise AuditError(
-                f"line {number} is half-written ({len(line)} bytes), which a crash or a full disk leaves; its message "
-                "was not sent. The command that writes the log puts a line in its place when it is started again"
+                f"line {number} is half-written ({len(line)} bytes), as after a crash or on a full disk; its message "
+                "was not sent. The command that writes this log replaces the line when it is restarted"
             )
-        body = line[: -_SEAL_BYTES - 1] + b"}"
-        own = _hash(body)
-        if line[-_SEAL_BYTES - 1 : -1] != f"{_SEAL}{own}{_END}".encode():
-            raise AuditError(f"line {number} is not as it was written: its hash is another")
-        record = _object(body)
+        body = line[: -_HASH_BYTES - 1] + b"}"
+        digest = _sha256(body)
+        if line[-_HASH_BYTES - 1 : -1] != f"{_HASH_KEY}{digest}{_END}".encode():
+            raise AuditError(f"line {number} was changed: its hash does not match")
+        record = _parse_object(body)
         if (record.get("previous"), record.get("number")) != (self.last, number):
-            raise AuditError(f"line {number} does not follow the one before: a line was removed, inserted or moved")
-        self.number, self.length, self.last = number, self.length + len(line), own
-        return {**record, "hash": own}
+            raise AuditError(f"line {number} does not follow the line before: a line was removed, inserted or moved")
+        self.number, self.length, self.last = number, self.length + len(line), digest
+        return {**record, "hash": digest}
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a log, each checked against the one before; none for an empty file.
+    """Yield the record of each line, checked against the line before. An empty file yields nothing.
 
     Raises:
-        AuditError: naming the first line that is broken or half-written.
+        AuditError: a line is broken or half-written; the message names the first one.
         OSError: the file cannot be read.
     """
     chain = Chain()
     with path.open("rb") as file:
         for line in file:
             try:
-                yield chain.follow(line)
+                yield chain.advance(line)
             except AuditError as error:
                 raise AuditError(f"{path}: {error}") from error
 
 
 class AuditLog:
-    """Appends to one file, which no other process may write to as long as this is open.
+    """An open audit log. Only one process at a time can have it open.
 
-    A half-written last line, which a crash leaves, is taken out, and a line of the kind ``TORN_LINE`` says so.
+    A half-written last line, left by a crash, is replaced with a line of the kind ``TORN_LINE``.
 
     Raises:
-        AuditError: another command has it open, it cannot be written to, or its chain is broken.
+        AuditError: another command has the log open, the log cannot be written, or its chain is broken.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._one_at_a_time = threading.Lock()
+        self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o600)
-            # Unbuffered: what could not be written must not be tried again behind our back.
+            # Unbuffered, so that Python does not retry a failed write later.
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise self._unwritable(error) from error
         try:
-            self._take_over()
+            self._lock_and_check()
         except BaseException:
             self._file.close()
             raise
@@ -123,19 +123,19 @@ class AuditLog:
         content: Mapping[str, Any],
         answer_to: int | None = None,
     ) -> int:
-        """Write one line, down to the disk, and return its number.
+        """Write one line, flush it to the disk, and return its number.
 
         Args:
-            direction: of the message.
-            site: that it is from or for.
-            kind: of the message: ``prepare``, ``open``, ``round`` or ``finish``.
-            round_: that it belongs to; 0 before the first.
-            sent: the bytes themselves, of which length and SHA-256 are kept.
-            content: what they hold, in JSON values.
+            direction: direction of the message.
+            site: the site that sent the message or receives it.
+            kind: kind of the message: ``prepare``, ``open``, ``round`` or ``finish``.
+            round_: round of the message; 0 before the first.
+            sent: bytes of the message; the log stores their number and their SHA-256.
+            content: description of the message, in JSON values.
             answer_to: number of the line whose message this one answers.
 
         Raises:
-            AuditError: the line is not there; the file is as it was, and the message must not be sent.
+            AuditError: the line was not written. The file is unchanged, and the message must not be sent.
         """
         record = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -145,24 +145,24 @@ class AuditLog:
             "round": round_,
             "answer_to": answer_to,
             "bytes": len(sent),
-            "sha256": _hash(sent),
+            "sha256": _sha256(sent),
             **content,
         }
-        with self._one_at_a_time:
-            self._refuse_foreign_changes()
-            line = self._chain.line(record)
+        with self._lock:
+            self._refuse_if_changed()
+            line = self._chain.next_line(record)
             try:
                 self._write(line)
             except OSError as error:
                 with suppress(OSError):
                     os.ftruncate(self._file.fileno(), self._chain.length)
                 raise self._unwritable(error) from error
-            self._chain.follow(line)
+            self._chain.advance(line)
             return self._chain.number
 
     def close(self) -> None:
-        """Let another process have it."""
-        with self._one_at_a_time:
+        """Close the log, so that another process can open it."""
+        with self._lock:
             self._file.close()
 
     def __enter__(self) -> AuditLog:
@@ -171,43 +171,43 @@ class AuditLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _take_over(self) -> None:
+    def _lock_and_check(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise AuditError(f"{self._path}: another command is writing it; stop that one first") from error
+            raise AuditError(f"{self._path}: another command has this log open; stop it first") from error
         self._chain, torn = Chain(), b""
         with self._path.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
                     torn = line
                     break
-                self._follow(line)
+                self._advance(line)
         if torn:
             os.ftruncate(self._file.fileno(), self._chain.length)
-            logger.warning("%s: a half-written last line of %d bytes was taken out", self._path, len(torn))
+            logger.warning("%s: removed a half-written last line of %d bytes", self._path, len(torn))
             self.add("none", site="", kind=TORN_LINE, round_=0, sent=torn, content={})
         sync_to_disk(self._path.parent)
 
-    def _follow(self, line: bytes) -> None:
+    def _advance(self, line: bytes) -> None:
         try:
-            self._chain.follow(line)
+            self._chain.advance(line)
         except AuditError as error:
             raise AuditError(
-                f"{self._path}: {error}. A broken log is not gone on with: find out who changed it, and move it "
-                "elsewhere; the next start begins a new one"
+                f"{self._path}: {error}. A broken log is not continued: find out who changed it, then move it away; "
+                "the next start creates a new one"
             ) from error
 
-    def _refuse_foreign_changes(self) -> None:
+    def _refuse_if_changed(self) -> None:
         if self._file.closed:
-            raise AuditError(f"{self._path}: it is closed; nothing can be sent any more")
-        mine = os.fstat(self._file.fileno())
+            raise AuditError(f"{self._path}: the log is closed; nothing can be sent")
+        opened = os.fstat(self._file.fileno())
         try:
-            there = self._path.stat()
+            present = self._path.stat()
         except OSError as error:
             raise self._unwritable(error) from error
-        if not os.path.samestat(mine, there) or mine.st_size != self._chain.length:
-            raise AuditError(f"{self._path}: it was changed, moved or replaced while in use; stop, and look into it")
+        if not os.path.samestat(opened, present) or opened.st_size != self._chain.length:
+            raise AuditError(f"{self._path}: the log was changed, moved or replaced while in use; stop and investigate")
 
     def _write(self, line: bytes) -> None:
         rest = memoryview(line)
@@ -217,17 +217,17 @@ class AuditLog:
 
     def _unwritable(self, error: OSError) -> UnwritableAuditError:
         return UnwritableAuditError(
-            f"{self._path}: the audit log cannot be written ({error.strerror or error}); make room, or let this user "
-            "write there. Nothing is sent without its line"
+            f"{self._path}: the audit log cannot be written ({error.strerror or error}); free space or give this user "
+            "write access. No message is sent without its line in the log"
         )
 
 
-def _hash(data: bytes) -> str:
+def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _object(text: bytes) -> dict[str, Any]:
-    """Return a JSON object, an empty one for what is none."""
+def _parse_object(text: bytes) -> dict[str, Any]:
+    """Return a JSON object; an empty one if the text is not a JSON object."""
     try:
         value = json.loads(text)
     except ValueError:

@@ -1,1 +1,1 @@
-"""The coordinator's side of a deployed federation."""
+"""The coordinator of a deployed federation: its fleet, and its link to Flower."""

@@ -1,6 +1,6 @@
-"""The Flower fleet: sites on other machines, reached through a link that may break and come back.
+"""The Flower fleet: sites on other machines, reached through a link that may break and recover.
 
-Which waits for whom, for how long, and what counts as an answer is decided here, whatever the link is made of.
+It decides how long a round waits for which sites, when a site is asked again, and which answers count.
 """
 
 from __future__ import annotations
@@ -10,73 +10,27 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from fedsca_pipeline.errors import MessageError
 from fedsca_pipeline.federation.fleets.fleet import Failure, Fault, no_fault
 from fedsca_pipeline.flower.audit.log import AuditLog
 from fedsca_pipeline.flower.config import FlowerConfig
-from fedsca_pipeline.flower.messages.contents import answer_content, question_content
+from fedsca_pipeline.flower.coordinator.link import Link, LinkLost, Node, Reply
+from fedsca_pipeline.flower.messages.contents import answer_content, request_content
+from fedsca_pipeline.flower.messages.documents import UNKNOWN_RUN
 
 logger = logging.getLogger(__name__)
 
-# Flower's own default for how long a message and its answer are kept.
-_LONGEST_SECONDS = 43_200.0
-# An answer that comes so much later than its round's deadline can still be told of.
+# Flower's default for how long a message and its answer are stored.
+_MAX_SECONDS = 43_200.0
+# An answer that arrives up to this long after the deadline of its round is reported as late.
 _LATE_SECONDS = 120.0
-UNKNOWN_RUN = "unknown run"
-"""How a site's failure begins whose cure is to open the run there (``worker.SiteWork``)."""
-
-
-class LinkLost(Exception):  # noqa: N818 - what happened; the fleet mends it
-    """The link to the SuperLink is broken; what was under way on it may never be answered."""
 
 
 @dataclass(frozen=True)
-class Node:
-    """A site's SuperNode that is there now; ``since`` changes when it has been started anew."""
-
-    id: str
-    since: str = ""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came back for one message: an answer, or ``error``, why Flower has none.
-
-    ``said`` is the answer's header, in which ``failed`` is the site's reason for having no payload.
-    """
-
-    id: str
-    node: str
-    payload: bytes = b""
-    said: Mapping[str, Any] = field(default_factory=dict)
-    error: str | None = None
-
-
-class Link(Protocol):
-    """Carries messages to nodes. Every method raises ``LinkLost`` when it is broken."""
-
-    def nodes(self) -> Mapping[str, Node]:
-        """Return the sites that are connected now, by the names their keys are registered under."""
-        ...
-
-    def push(self, node: str, task: Mapping[str, Any], payload: bytes, ttl: float) -> str | None:
-        """Send one message that is kept for ``ttl`` seconds; return its id, or None where it was not taken."""
-        ...
-
-    def pull(self, ids: Sequence[str]) -> Sequence[Reply]:
-        """Return what has come back for these messages since the last time."""
-        ...
-
-    def restore(self) -> None:
-        """Make a broken link anew, once; messages that were under way are forgotten."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Flight:
-    """A message under way; ``line`` is its number in the audit log."""
+class _InFlight:
+    """A message without an answer so far; ``line`` is the number of its line in the audit log."""
 
     site: str
     kind: str
@@ -87,8 +41,8 @@ class _Flight:
 
 
 @dataclass
-class _Gathering:
-    """One question to several sites, and what has come back so far; it is ``started`` when the first has been asked."""
+class _Exchange:
+    """One request to several sites, and the answers so far. ``started`` is when the first site was asked."""
 
     kind: str
     round: int
@@ -116,27 +70,27 @@ class _Gathering:
 
     @property
     def undecided(self) -> list[str]:
-        """Those of whom something is still to be expected: below the quorum all that have not answered."""
+        """Sites whose answer can still come; below the quorum, all that have not answered."""
         return [site for site in self.waiting if not self.enough or site not in self.failures]
 
     @property
     def end(self) -> float:
-        """When the rest is waited for no longer, once the quorum is there."""
+        """Time at which the exchange ends, once the quorum has answered."""
         return min(self.quorum_at + self.grace, self.started + self.deadline)
 
     def over(self, now: float) -> bool:
-        """Tell whether the rest is waited for no longer."""
+        """Return whether the exchange is over: the quorum has answered, and no further answer is waited for."""
         if not self.enough:
             return False
         self.quorum_at = min(self.quorum_at, now)
         return not self.undecided or now >= self.end
 
     def may_send(self, site: str, now: float) -> bool:
-        """A site that failed is asked once more only where too few have answered, and not at once."""
+        """Return whether a site may be asked now. A failed site is asked again only below the quorum, after a pause."""
         return (site not in self.failures or not self.enough) and now >= self.retry_at.get(site, -math.inf)
 
     def results(self, reason: Callable[[str], str]) -> dict[str, bytes | Failure]:
-        """Return one entry a site; ``reason`` says why a silent one is."""
+        """Return one entry per site; ``reason`` returns why a site is silent."""
         absent = {
             site: Failure(self.reasons.get(site) or reason(site), self.unusable.get(site, 0)) for site in self.waiting
         }
@@ -144,20 +98,21 @@ class _Gathering:
 
 
 class FlowerFleet:
-    """Sites behind a link.
+    """Sites that are reached through a link.
 
-    Below the quorum it waits, says for whom, and goes on when they return. A site that reports a failure counts as
-    absent for the round. A site that vanished gets its message again when it is back, as long as the round is open;
-    what it answers to a round that is over is dropped, and said so.
+    Below the quorum the fleet waits, logs for which sites, and continues when they return. A site that reports a
+    failure is absent for the round. A site that disconnects gets its message again if it returns before the round ends.
+    An answer to a round that is over is dropped with a log line.
 
     Args:
-        link: to the sites.
-        config: names the sites, and limits and intervals.
-        begun: which beginning of a run its tasks belong to (``documents.Task``); empty before there is one.
-        opening: what a site must have accepted before it is sent rounds; None where nothing is to be opened.
-        log: the coordinator's audit log; None keeps none.
-        absent: for tests; site to the rounds in which it is not asked (``federation.inject_failures``).
-        clock, sleep: seconds.
+        link: link to the sites.
+        config: names of the sites, limits and intervals.
+        begun: start of a run that the tasks belong to (``documents.Task``); empty before a run starts.
+        opening: document that a site must accept before it is sent rounds; None if no run is opened.
+        log: audit log of the coordinator; None: no log is written.
+        absent: per site, rounds in which it is not asked (``federation.inject_failures``).
+        clock: returns the time in seconds.
+        sleep: waits for a number of seconds.
     """
 
     def __init__(
@@ -177,17 +132,17 @@ class FlowerFleet:
         self._absent = absent or {}
         self._clock, self._sleep = clock, sleep
         self._opened: set[str] = set()
-        self._flights: dict[str, _Flight] = {}
-        self._late: dict[str, _Flight] = {}
+        self._in_flight: dict[str, _InFlight] = {}
+        self._late: dict[str, _InFlight] = {}
         self._nodes: Mapping[str, Node] = {}
-        self._said = ""
+        self._last_warning = ""
 
     def sites(self) -> Sequence[str]:
-        """Every configured site, sorted, whether or not it is connected."""
+        """Return all configured sites, sorted, whether or not they are connected."""
         return tuple(self._config.sites)
 
     def exchange(self, round_: int, payloads: Mapping[str, bytes], **terms: Any) -> Mapping[str, bytes | Failure]:
-        """Send every site its payload and return what came back, one entry a site; ``terms`` are those of ``ask``."""
+        """Send each site its payload; return one answer or failure per site. ``terms`` are those of ``ask``."""
         left_out = {site for site in payloads if round_ in self._absent.get(site, ())}
         asked = {site: payload for site, payload in payloads.items() if site not in left_out}
         found = self.ask("round", round_, asked, **terms) if asked else {}
@@ -204,113 +159,116 @@ class FlowerFleet:
         grace: float = math.inf,
         fault: Fault = no_fault,
     ) -> Mapping[str, bytes | Failure]:
-        """Put a question of any kind to sites, as ``exchange`` does with a round's."""
-        gathering = _Gathering(kind, round_, payloads, deadline or math.inf, quorum, grace, fault)
-        while not gathering.over(self._clock()):
+        """Send a request of any kind to sites, as ``exchange`` does for a round."""
+        exchange = _Exchange(kind, round_, payloads, deadline or math.inf, quorum, grace, fault)
+        while not exchange.over(self._clock()):
             try:
-                self._send(gathering)
-                self._hear(gathering)
+                self._send(exchange)
+                self._receive(exchange)
             except LinkLost as lost:
-                self._mend(lost)
-            self._wait_on(gathering)
-        self._late |= self._flights
-        self._flights.clear()
-        self._said = ""
-        return gathering.results(self._why_silent)
+                self._reconnect(lost)
+            self._wait(exchange)
+        self._late |= self._in_flight
+        self._in_flight.clear()
+        self._last_warning = ""
+        return exchange.results(self._silence_reason)
 
-    def _send(self, gathering: _Gathering) -> None:
+    def _send(self, exchange: _Exchange) -> None:
         self._nodes = self._link.nodes()
-        self._recall()
+        self._mark_lost()
         now = self._clock()
-        under_way = {flight.site for flight in self._flights.values()} | self._still_asked(gathering, now)
-        for site in gathering.waiting:
-            if site in self._nodes and site not in under_way and gathering.may_send(site, now):
-                gathering.failures.pop(site, None)
-                self._push(gathering, site, self._nodes[site], now)
+        busy = {flight.site for flight in self._in_flight.values()} | self._still_answering(exchange, now)
+        for site in exchange.waiting:
+            if site in self._nodes and site not in busy and exchange.may_send(site, now):
+                exchange.failures.pop(site, None)
+                self._send_to(exchange, site, self._nodes[site], now)
 
-    def _still_asked(self, gathering: _Gathering, now: float) -> set[str]:
-        """Return the sites that may still answer an earlier message of the same question: a node has one queue."""
+    def _still_answering(self, exchange: _Exchange, now: float) -> set[str]:
+        """Return the sites that may still answer an earlier message of this request. A node has one queue."""
         return {
             flight.site
             for flight in self._late.values()
-            if (flight.kind, flight.round) in (("open", 0), (gathering.kind, gathering.round))
+            if (flight.kind, flight.round) in (("open", 0), (exchange.kind, exchange.round))
             and self._nodes.get(flight.site) == flight.node
             and now < flight.until
         }
 
-    def _push(self, gathering: _Gathering, site: str, node: Node, now: float) -> None:
-        first = self._opening is not None and site not in self._opened
-        kind, round_ = ("open", 0) if first else (gathering.kind, gathering.round)
-        payload = self._opening if first else gathering.payloads[site]
-        if not first:
-            gathering.started = min(gathering.started, now)
-        # Below the quorum the round goes on for as long as it takes.
-        end = gathering.end if gathering.enough else now + gathering.deadline
-        left = min(max(1.0, end - now), _LONGEST_SECONDS)
+    def _send_to(self, exchange: _Exchange, site: str, node: Node, now: float) -> None:
+        if self._opening is not None and site not in self._opened:
+            kind, round_, payload = "open", 0, self._opening
+        else:
+            kind, round_, payload = exchange.kind, exchange.round, exchange.payloads[site]
+            exchange.started = min(exchange.started, now)
+        # Below the quorum the round has no end.
+        end = exchange.end if exchange.enough else now + exchange.deadline
+        left = min(max(1.0, end - now), _MAX_SECONDS)
         task = {"kind": kind, "round": round_, "site": site, "seconds": left, "begun": self._begun}
-        gathering.retry_at[site] = now + self._config.retry
-        line = self._note_question(site, kind, round_, payload)
+        exchange.retry_at[site] = now + self._config.retry
+        line = self._log_request(site, kind, round_, payload)
         message = self._link.push(node.id, task, payload, left + _LATE_SECONDS)
         if message is None:
-            logger.warning("round %d: the SuperLink did not take the message for %s", gathering.round, site)
+            logger.warning("round %d: the SuperLink did not accept the message for %s", exchange.round, site)
             return
-        self._flights[message] = _Flight(site, kind, round_, node, now + left + _LATE_SECONDS, line)
+        self._in_flight[message] = _InFlight(site, kind, round_, node, now + left + _LATE_SECONDS, line)
 
-    def _recall(self) -> None:
-        """Count messages as lost whose node is gone or was started anew; an answer may come all the same."""
-        for message, flight in list(self._flights.items()):
+    def _mark_lost(self) -> None:
+        """Mark messages as late if their node is gone or has restarted. An answer may still arrive."""
+        for message, flight in list(self._in_flight.items()):
             if self._nodes.get(flight.site) != flight.node:
-                self._late[message] = self._flights.pop(message)
+                self._late[message] = self._in_flight.pop(message)
 
-    def _hear(self, gathering: _Gathering) -> None:
-        for reply in self._link.pull([*self._flights, *self._late]):
-            flight = self._flights.pop(reply.id, None) or self._late.pop(reply.id, None)
+    def _receive(self, exchange: _Exchange) -> None:
+        for reply in self._link.pull([*self._in_flight, *self._late]):
+            flight = self._in_flight.pop(reply.id, None) or self._late.pop(reply.id, None)
             if flight is not None:
-                self._take(gathering, flight, reply)
+                self._handle(exchange, flight, reply)
 
-    def _take(self, gathering: _Gathering, flight: _Flight, reply: Reply) -> None:
+    def _handle(self, exchange: _Exchange, flight: _InFlight, reply: Reply) -> None:
         site = flight.site
         if reply.error is not None:
-            self._note_error(gathering, flight, reply.error)
+            self._record_error(exchange, flight, reply.error)
             return
-        failed = self._fault(flight, reply)
-        self._note_answer(flight, reply, failed)
+        failed = self._reply_fault(flight, reply)
+        self._log_answer(flight, reply, failed)
         if flight.kind == "open" and failed is None:
             self._opened.add(site)
-            gathering.retry_at.pop(site, None)
-        elif flight.kind != "open" and (flight.kind, flight.round) != (gathering.kind, gathering.round):
-            logger.warning("round %d: the answer of %s came after the round's end and was dropped", flight.round, site)
-        elif site not in gathering.answers:
-            failed = failed or gathering.fault(site, reply.payload)
+            exchange.retry_at.pop(site, None)
+        elif flight.kind != "open" and (flight.kind, flight.round) != (exchange.kind, exchange.round):
+            logger.warning(
+                "round %d: the answer of %s came after the end of the round and was dropped", flight.round, site
+            )
+        elif site not in exchange.answers:
+            failed = failed or exchange.fault(site, reply.payload)
             if failed is None:
-                gathering.answers[site] = reply.payload
+                exchange.answers[site] = reply.payload
             else:
-                self._fail(gathering, site, failed)
-                gathering.unusable[site] = len(reply.payload)
+                self._record_failure(exchange, site, failed)
+                exchange.unusable[site] = len(reply.payload)
 
-    def _note_error(self, gathering: _Gathering, flight: _Flight, error: str) -> None:
-        """Keep why Flower has no answer: if nobody mends it, that is why the site is absent; it is asked again."""
-        if flight.kind != "open" and (flight.kind, flight.round) != (gathering.kind, gathering.round):
+    def _record_error(self, exchange: _Exchange, flight: _InFlight, error: str) -> None:
+        """Store why Flower has no answer. The site is asked again; without an answer this is why it is absent."""
+        if flight.kind != "open" and (flight.kind, flight.round) != (exchange.kind, exchange.round):
             return
-        if gathering.reasons.get(flight.site) != error:
-            logger.warning("%s %d: no answer of %s: %s", flight.kind, flight.round, flight.site, error)
-        gathering.reasons[flight.site] = error
+        if exchange.reasons.get(flight.site) != error:
+            logger.warning("%s %d: no answer from %s: %s", flight.kind, flight.round, flight.site, error)
+        exchange.reasons[flight.site] = error
 
-    def _note_question(self, site: str, kind: str, round_: int, payload: bytes) -> int | None:
+    def _log_request(self, site: str, kind: str, round_: int, payload: bytes) -> int | None:
         if self._log is None:
             return None
-        content = question_content(kind, payload, self._config.most_bytes)
+        content = request_content(kind, payload, self._config.max_message_bytes)
         return self._log.add("out", site=site, kind=kind, round_=round_, sent=payload, content=content)
 
-    def _note_answer(self, flight: _Flight, reply: Reply, failed: str | None) -> None:
+    def _log_answer(self, flight: _InFlight, reply: Reply, failed: str | None) -> None:
         if self._log is None:
             return
-        sent, content = reply.payload, {"run": None, "refused": failed}
-        if "failed" in reply.said:
-            sent = str(reply.said["failed"]).encode()
+        sent = reply.payload
+        content: dict[str, Any] = {"run": None, "refused": failed}
+        if "failed" in reply.header:
+            sent = str(reply.header["failed"]).encode()
         elif failed is None:
             try:
-                content = answer_content(flight.kind, reply.payload, self._config.most_bytes)
+                content = answer_content(flight.kind, reply.payload, self._config.max_message_bytes)
             except MessageError as error:
                 content = {"run": None, "unreadable": str(error)}
         self._log.add(
@@ -318,61 +276,62 @@ class FlowerFleet:
             answer_to=flight.line,
         )  # fmt: skip
 
-    def _fault(self, flight: _Flight, reply: Reply) -> str | None:
+    def _reply_fault(self, flight: _InFlight, reply: Reply) -> str | None:
         if reply.node != flight.node.id:
             return f"answered by another node ({reply.node})"
-        if len(reply.payload) > self._config.most_bytes:
-            return f"an answer of {len(reply.payload)} bytes, flower.max_message allows {self._config.most_bytes}"
-        return str(reply.said["failed"]) if "failed" in reply.said else None
+        if len(reply.payload) > self._config.max_message_bytes:
+            most = self._config.max_message_bytes
+            return f"its answer has {len(reply.payload)} bytes, flower.max_message allows {most}"
+        return str(reply.header["failed"]) if "failed" in reply.header else None
 
-    def _fail(self, gathering: _Gathering, site: str, reason: str) -> None:
-        logger.warning("round %d: %s: %s", gathering.round, site, reason)
+    def _record_failure(self, exchange: _Exchange, site: str, reason: str) -> None:
+        logger.warning("round %d: %s: %s", exchange.round, site, reason)
         if reason.startswith(UNKNOWN_RUN) and site in self._opened:
             self._opened.discard(site)
-            gathering.retry_at.pop(site, None)
+            exchange.retry_at.pop(site, None)
             return
-        gathering.failures[site] = gathering.reasons[site] = reason
+        exchange.failures[site] = exchange.reasons[site] = reason
 
-    def _mend(self, lost: LinkLost) -> None:
-        logger.warning("the link to the sites is lost (%s); it is made anew", lost)
-        self._flights.clear()
+    def _reconnect(self, lost: LinkLost) -> None:
+        logger.warning("the link to the sites is lost (%s); reconnecting", lost)
+        self._in_flight.clear()
         self._late.clear()
         try:
-            self._link.restore()
+            self._link.reconnect()
         except LinkLost as still:
-            logger.warning("%s; next try in %.0f s", still, self._config.retry)
+            logger.warning("%s; next attempt in %.0f s", still, self._config.retry)
             self._sleep(self._config.retry)
 
-    def _wait_on(self, gathering: _Gathering) -> None:
+    def _wait(self, exchange: _Exchange) -> None:
         now = self._clock()
-        if gathering.over(now):
+        if exchange.over(now):
             return
-        self._expire(gathering, now)
-        self._say(gathering, now)
+        self._mark_overdue(exchange, now)
+        self._warn_missing(exchange, now)
         self._sleep(self._config.poll)
 
-    def _expire(self, gathering: _Gathering, now: float) -> None:
-        """Let sites whose time is up be asked again once they cannot answer the first message any more."""
-        for message, flight in list(self._flights.items()):
+    def _mark_overdue(self, exchange: _Exchange, now: float) -> None:
+        """Mark messages whose time is up as overdue. Their sites are asked again once they can no longer answer."""
+        for message, flight in list(self._in_flight.items()):
             if now >= flight.until - _LATE_SECONDS:
-                gathering.overdue.add(flight.site)
-                self._late[message] = self._flights.pop(message)
+                exchange.overdue.add(flight.site)
+                self._late[message] = self._in_flight.pop(message)
 
-    def _say(self, gathering: _Gathering, now: float) -> None:
-        """Say once for whom the run waits, of those that are known to be missing, to have failed or to be late."""
+    def _warn_missing(self, exchange: _Exchange, now: float) -> None:
+        """Log once for which sites the run waits, of those that are not connected, have failed or are late."""
         missing = {
-            site: gathering.reasons.get(site) or self._why_silent(site)
-            for site in gathering.undecided
-            if site in gathering.reasons or site in gathering.overdue or site not in self._nodes
+            site: exchange.reasons.get(site) or self._silence_reason(site)
+            for site in exchange.undecided
+            if site in exchange.reasons or site in exchange.overdue or site not in self._nodes
         }
         text = "; ".join(f"{site}: {reason}" for site, reason in missing.items())
-        if missing and text != self._said:
-            left = f" {gathering.end - now:.0f} s at most" if gathering.enough and gathering.end < math.inf else ""
+        if missing and text != self._last_warning:
+            left = f" {exchange.end - now:.0f} s at most" if exchange.enough and exchange.end < math.inf else ""
             logger.warning(
                 "%s %d: %d sites have answered, %d must; waiting%s for %s",
-                gathering.kind, gathering.round, len(gathering.answers), gathering.quorum, left, text,
+                exchange.kind, exchange.round, len(exchange.answers), exchange.quorum, left, text,
             )  # fmt: skip
-        self._said = text
+        self._last_warning = text
 
-    def _why_silent(self, site: str) -> str:
+    def _silence_reason(self, site: str) -> str:
         return "no answer in time" if site in self._nodes else "not connected"

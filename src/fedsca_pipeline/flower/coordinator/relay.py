@@ -1,6 +1,6 @@
-"""The ServerApp: a thin relay between the coordinator's round loop, in its own process, and Flower's grid.
+"""The ServerApp: relays messages between the coordinator, which is another process, and Flower's grid.
 
-It decides nothing and reads no payload. The coordinator asks, one frame after the other: ``nodes``, ``push``, ``pull``.
+It makes no decisions and reads no payload. The coordinator sends one request per frame: ``nodes``, ``push``, ``pull``.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _Frame = tuple[dict[str, Any], bytes]
 
 @app.main()
 def relay(grid: Grid, context: Context) -> None:
-    """Answer the coordinator at the socket that the run's configuration names, until it hangs up."""
+    """Answer the coordinator through the socket named in the run configuration, until it disconnects."""
     most = int(context.run_config["most"])
-    with frames.connect(str(context.run_config["socket"])) as line:
-        frames.send(line, {"run": str(context.run_id)})
+    with frames.connect(str(context.run_config["socket"])) as connection:
+        frames.send(connection, {"run": str(context.run_id)})
         while True:
             try:
-                header, payload = frames.receive(line, most)
+                header, payload = frames.receive(connection, most)
             except EOFError:
                 return
-            frames.send(line, *_ANSWERS[header["ask"]](grid, header, payload))
+            frames.send(connection, *_HANDLERS[header["ask"]](grid, header, payload))
 
 
 def _nodes(grid: Grid, _header: Mapping[str, Any], _payload: bytes) -> _Frame:
@@ -52,36 +52,36 @@ def _push(grid: Grid, header: Mapping[str, Any], payload: bytes) -> _Frame:
 
 
 def _pull(grid: Grid, header: Mapping[str, Any], _payload: bytes) -> _Frame:
-    # What one site sends must not make the frame larger than the coordinator takes: that would end every site's round.
+    # One site must not make the frame larger than the coordinator accepts, since that would end the round of all sites.
     found, parts = [], []
     for reply in grid.pull_messages(header["ids"]):
         entry: dict[str, Any] = {"id": reply.metadata.reply_to_message_id, "node": str(reply.metadata.src_node_id)}
         if reply.has_error():
             entry |= {
-                "error": str(reply.error.reason or f"code {reply.error.code}")[: frames.LONGEST_REASON],
+                "error": str(reply.error.reason or f"code {reply.error.code}")[: frames.MAX_REASON],
                 "bytes": 0,
             }
         else:
-            said, payload = _answer(reply.content, header["most"])
+            answer, payload = _checked_answer(reply.content, header["most"])
             parts.append(payload)
-            entry |= {"answer": said, "bytes": len(payload)}
+            entry |= {"answer": answer, "bytes": len(payload)}
         found.append(entry)
     return {"replies": found}, b"".join(parts)
 
 
-def _answer(content: RecordDict, most: int) -> _Frame:
-    """Return an honest site's answer: one record of a payload, and of ``failed`` where there is a reason for none."""
+def _checked_answer(content: RecordDict, most: int) -> _Frame:
+    """Return a site's answer as header and payload; ``failed`` in the header says why there is no payload."""
     record = content["answer"] if list(content) == ["answer"] else None
     if not isinstance(record, ConfigRecord) or not record.keys() <= {"payload", "failed"}:
-        return {"failed": "an answer with other records than the one that is expected"}, b""
+        return {"failed": "its answer has other records than expected"}, b""
     payload, failed = record.get("payload"), record.get("failed")
     if not isinstance(payload, bytes):
-        return {"failed": "an answer without a payload of bytes"}, b""
+        return {"failed": "its answer has no payload of bytes"}, b""
     if len(payload) > most:
-        return {"failed": f"an answer of {len(payload)} bytes, more than the {most} of flower.max_message"}, b""
-    return ({} if failed is None else {"failed": str(failed)[: frames.LONGEST_REASON]}), payload
+        return {"failed": f"its answer has {len(payload)} bytes, more than the {most} of flower.max_message"}, b""
+    return ({} if failed is None else {"failed": str(failed)[: frames.MAX_REASON]}), payload
 
 
-_ANSWERS: Mapping[str, Callable[[Grid, Mapping[str, Any], bytes], _Frame]] = MappingProxyType(
+_HANDLERS: Mapping[str, Callable[[Grid, Mapping[str, Any], bytes], _Frame]] = MappingProxyType(
     {"nodes": _nodes, "push": _push, "pull": _pull}
 )

@@ -1,1 +1,1 @@
-"""What travels over Flower beside the messages of a round."""
+"""What travels over Flower: documents, frames, and the check of each message's content."""

@@ -1,6 +1,6 @@
-"""What a message holds, as the audit log tells it, and whether an answer may leave a site at all.
+"""Describe a message for the audit log, and check that an answer may leave a site.
 
-Without torch: the site's command, which sends, is not its worker, which makes the answer.
+Works without torch, because the command of a site checks what its worker, another process, answers.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from fedsca_pipeline.flower.config import SITE_PATTERN
 from fedsca_pipeline.flower.messages import documents
 
 _ANSWERS = ("update", "report")
-_FORMS = {"run": documents.RUN_PATTERN, "base_hash": documents.RUN_PATTERN, "site": SITE_PATTERN}
+_PATTERNS = {"run": documents.RUN_PATTERN, "base_hash": documents.RUN_PATTERN, "site": SITE_PATTERN}
 _DTYPES = frozenset({"F32", "F16", "I8"})
-_LONGEST = 2**20  # bytes of a line: room for the names of ten thousand tensors
+_MAX_LINE = 2**20  # bytes; enough for the names of ten thousand tensors
 
 
-def question_content(kind: str, payload: bytes, most: int) -> dict[str, Any]:
-    """Return what a message to a site holds: of a round, manifest and tensors; of a document, the keys.
+def request_content(kind: str, payload: bytes, most: int) -> dict[str, Any]:
+    """Return the content of a message to a site: manifest and tensors of a round, or the keys of a document.
 
-    What cannot be read is said to be ``unreadable``, with the reason.
+    For a message that cannot be read, ``unreadable`` holds the reason.
     """
     try:
         return _round_content(payload, most) if kind == "round" else _keys(payload)
@@ -37,43 +37,43 @@ def question_content(kind: str, payload: bytes, most: int) -> dict[str, Any]:
 
 
 def answer_content(kind: str, payload: bytes, most: int) -> dict[str, Any]:
-    """Return what a message from a site holds: of a round, manifest and tensors; a document whole.
+    """Return the content of a message from a site: manifest and tensors of a round, or the whole document.
 
     Raises:
-        MessageError: it is nothing that may leave a site: another document, other metrics, other dtypes.
+        MessageError: the message may not leave a site, such as another document, another metric or another dtype.
     """
     if kind in documents.ANSWERS:
         document = documents.read(documents.ANSWERS[kind], payload)
         return {"run": getattr(document, "run", None), "document": document.model_dump()}
     if kind != "round":
-        raise MessageError(f"nothing of the kind {kind!r} leaves a site")
+        raise MessageError(f"a message of the kind {kind!r} may not leave a site")
     content = _round_content(payload, most)
     manifest = content["manifest"]
     faults = [f"metric {name}" for name in sorted(manifest["metrics"].keys() - METRICS)]
     faults += [f"dtype {dtype}" for dtype in sorted(content["values"].keys() - _DTYPES)]
-    # A manifest's other words are of fixed lists.
-    faults += [f"a {key} of another form" for key, form in _FORMS.items() if not re.fullmatch(form, manifest[key])]
+    # The other texts of a manifest come from fixed lists.
+    faults += [f"{key} has an invalid form" for key, form in _PATTERNS.items() if not re.fullmatch(form, manifest[key])]
     if manifest["kind"] not in _ANSWERS:
         faults.append(f"a message of kind {manifest['kind']}")
     if faults:
-        raise MessageError(f"no answer to a round: {', '.join(faults)}")
+        raise MessageError(f"not an answer to a round: {', '.join(faults)}")
     return content
 
 
-def check_tensors(answer: Mapping[str, Any], question: Mapping[str, Any]) -> None:
-    """Do nothing where an answer holds no other tensors than what it answers, each in its shape.
+def check_tensors(answer: Mapping[str, Any], request: Mapping[str, Any]) -> None:
+    """Check that an answer holds only tensors of the request, in the same shapes.
 
     Args:
-        answer: what ``answer_content`` says of it.
-        question: what ``question_content`` says of the message to the site.
+        answer: content of the answer, from ``answer_content``.
+        request: content of the message to the site, from ``request_content``.
 
     Raises:
-        MessageError: naming those that it may not hold.
+        MessageError: the answer holds other tensors; the message names them.
     """
-    shared = {name: shape for name, (_, shape) in question.get("tensors", {}).items()}
-    held = {name: shape for name, (_, shape) in answer.get("tensors", {}).items()}
-    if others := [f"{name} {shape}" for name, shape in held.items() if shared.get(name) != shape]:
-        raise MessageError(f"tensors that the coordinator's message does not hold: {', '.join(others)}")
+    shared = {name: shape for name, (_, shape) in request.get("tensors", {}).items()}
+    answered = {name: shape for name, (_, shape) in answer.get("tensors", {}).items()}
+    if others := [f"{name} {shape}" for name, shape in answered.items() if shared.get(name) != shape]:
+        raise MessageError(f"tensors that the message of the coordinator does not hold: {', '.join(others)}")
 
 
 def _round_content(payload: bytes, most: int) -> dict[str, Any]:
@@ -82,18 +82,18 @@ def _round_content(payload: bytes, most: int) -> dict[str, Any]:
     for dtype, shape in found["tensors"].values():
         values[dtype] += math.prod(shape)
     if not all(map(math.isfinite, found["manifest"]["metrics"].values())):
-        raise MessageError("a metric that is not finite")
+        raise MessageError("a metric is not finite")
     content = {"run": found["manifest"]["run"], **found, "values": dict(values)}
-    if len(json.dumps(content)) > _LONGEST:
-        raise MessageError(f"{len(found['tensors'])} tensors, whose names and shapes take more than {_LONGEST} bytes")
+    if len(json.dumps(content)) > _MAX_LINE:
+        raise MessageError(f"names and shapes of {len(found['tensors'])} tensors take more than {_MAX_LINE} bytes")
     return content
 
 
 def _keys(payload: bytes) -> dict[str, Any]:
-    if len(payload) > documents.MOST_BYTES:
-        raise MessageError(f"a document of {len(payload)} bytes")
+    if len(payload) > documents.MAX_BYTES:
+        raise MessageError(f"a document of {len(payload)} bytes is larger than the {documents.MAX_BYTES} allowed")
     value = from_json(payload)
     if not isinstance(value, dict):
-        raise MessageError(f"a {type(value).__name__}, not an object")
+        raise MessageError(f"a document is a {type(value).__name__}, not an object")
     run = value.get("fingerprint", value.get("run"))
     return {"run": run if isinstance(run, str) else None, "keys": sorted(value)}

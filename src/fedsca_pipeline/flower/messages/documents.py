@@ -1,6 +1,6 @@
-"""What coordinator and site tell one another beside the rounds' messages: JSON of a fixed form, and nothing else.
+"""The documents that coordinator and sites exchange in addition to the messages of the rounds: JSON of fixed forms.
 
-From a site only counts, hashes and means leave: no file name, no row of a table.
+Only counts, hashes and means leave a site, never a file name or a row of a table.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from fedsca_pipeline.flower.config import SiteName
 
 RUN_PATTERN = r"^[0-9a-f]{16}$"
 
-MOST_BYTES = 2**18
-"""Of one document."""
+MAX_BYTES = 2**18
+"""Largest size of a document."""
+
+UNKNOWN_RUN = "unknown run"
+"""Start of a site's failure that is solved by opening the run at the site."""
 
 Hash = Field(pattern=r"^[0-9a-f]{8,64}$")
 Run = Annotated[str, Field(pattern=RUN_PATTERN)]
-"""A run's fingerprint."""
+"""Fingerprint of a run."""
 
 
 class _Document(BaseModel):
@@ -34,9 +37,10 @@ TaskKind = Literal["prepare", "open", "round", "finish"]
 
 
 class Task(_Document):
-    """What a message to a site asks for, and within how many seconds; the payload is beside it.
+    """The header of a message to a site: the task and the seconds that it may take. The payload is separate.
 
-    ``begun`` is another for every beginning of a run, by whichever coordinator, and empty before there is one.
+    ``begun`` identifies one start of a run: it differs if a run is restarted from scratch or started by another
+    coordinator. It is empty before a run starts.
     """
 
     kind: TaskKind
@@ -46,17 +50,17 @@ class Task(_Document):
     begun: str = Field(default="", pattern=r"^([0-9a-f]{16})?$")
 
 
-class Terms(_Document):
-    """Coordinator to site, before a run: what the data will be used for, so that the site can prepare them."""
+class PrepareRequest(_Document):
+    """Coordinator to site, before a run: the configuration for which the site prepares its data."""
 
     configuration: dict[str, Any]
     code: str = Hash
 
 
 class Prepared(_Document):
-    """Site to coordinator: its data are ready. ``version`` and ``foundation`` go into the run's fingerprint.
+    """Site to coordinator: the data are ready. ``version`` and ``foundation`` are part of the run's fingerprint.
 
-    ``samples`` are the images and slices to train on, by which its updates are weighed.
+    ``samples`` is the number of training images and slices, by which the updates of the site are weighted.
     """
 
     site: SiteName
@@ -69,7 +73,7 @@ class Prepared(_Document):
 
 
 class Description(_Document):
-    """Coordinator to site, at a run's start: all that decides its numbers, as ``runs.describe_run`` returns it."""
+    """Coordinator to site, at the start of a run: everything that determines its results, from ``run.describe_run``."""
 
     fingerprint: Run
     configuration: dict[str, Any]
@@ -78,20 +82,20 @@ class Description(_Document):
     code: str = Hash
     threads: int = Field(ge=1)
 
-    def worked_out(self) -> str:
-        """Return the fingerprint of what the description says, which an honest one carries."""
+    def expected_fingerprint(self) -> str:
+        """Return the fingerprint computed from the content; an honest description has the same ``fingerprint``."""
         return fingerprint(self.model_dump(exclude={"fingerprint"}))
 
 
 class Opened(_Document):
-    """Site to coordinator: it takes part in the run."""
+    """Site to coordinator: the site takes part in the run."""
 
     site: SiteName
     run: Run
 
 
-class Finished(_Document):
-    """Coordinator to site, after the last round: write the models and test them."""
+class FinishRequest(_Document):
+    """Coordinator to site, after the last round: write and test the models."""
 
     run: Run
 
@@ -102,7 +106,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class _MeansRow(_Document):
-    """Of one model and class of a site; ``label`` 0 is the mean over its classes, 1 the first class."""
+    """Test results of one model and class of a site; ``label`` 0 is the mean over the classes, 1 the first class."""
 
     model: Literal["before", "after", "chosen"]
     label: int = Field(ge=0, le=254)
@@ -110,7 +114,7 @@ class _MeansRow(_Document):
 
 
 class Means(_MeansRow):
-    """A row of ``evaluation.tables.site_means``: over a site's test images or slices; distances in pixels."""
+    """A row of ``evaluation.tables.site_means``: means over a site's test images or slices, distances in pixels."""
 
     dice: Share
     iou: Share
@@ -124,7 +128,7 @@ class Means(_MeansRow):
 
 
 class VolumeMeans(_MeansRow):
-    """A row of ``evaluation.volume_tables.site_volume_means``: over a site's test volumes; distances in mm."""
+    """A row of ``evaluation.volume_tables.site_volume_means``: means over a site's test volumes, distances in mm."""
 
     dice: Share
     hd95_mm: Distance
@@ -141,9 +145,9 @@ Snapshot = Literal["best", "last"]
 
 
 class Scores(_Document):
-    """Site to coordinator: what its models reached, ``volumes`` where it has some.
+    """Site to coordinator: test results of its models; ``volumes`` has rows if the site has volumes.
 
-    ``rounds`` and ``dice_validation`` are of the kept snapshots.
+    ``rounds`` and ``dice_validation`` describe the saved snapshots.
     """
 
     site: SiteName
@@ -154,26 +158,28 @@ class Scores(_Document):
     dice_validation: dict[Snapshot, float | None]
 
     def check_classes(self, classes: int) -> None:
-        """Do nothing where there is at most one row a model and class, of a run with so many classes.
+        """Check that each model has at most one row per class, for a run with this number of classes.
 
         Raises:
-            MessageError: there are others.
+            MessageError: a row is of another class or occurs twice.
         """
         known = range(classes + 1) if classes > 1 else (0,)
         for rows in (self.means, self.volumes):
             keys = [(row.model, row.label) for row in rows]
             if len(set(keys)) < len(keys) or any(label not in known for _, label in keys):
-                raise MessageError(f"Scores: rows of other classes than {classes}, or two of one")
+                raise MessageError(
+                    f"Scores: rows of other classes than the {classes} of the run, or two rows of one class"
+                )
 
 
 ANSWERS: Mapping[str, type[_Document]] = MappingProxyType({"prepare": Prepared, "open": Opened, "finish": Scores})
-"""All that leaves a site beside the answers to rounds, by kind of task."""
+"""The documents that may leave a site, by kind of task."""
 
 D = TypeVar("D", bound=_Document)
 
 
 def write(document: BaseModel) -> bytes:
-    """Return a document's JSON."""
+    """Return a document as JSON."""
     return document.model_dump_json().encode()
 
 
@@ -181,49 +187,50 @@ def read(kind: type[D], data: bytes) -> D:
     """Return the document in ``data``.
 
     Raises:
-        MessageError: it is larger than ``MOST_BYTES``, or has not exactly this form.
+        MessageError: the document is larger than ``MAX_BYTES`` or does not have exactly this form.
     """
-    if len(data) > MOST_BYTES:
-        raise MessageError(f"a document of {len(data)} bytes is larger than the {MOST_BYTES} allowed")
+    if len(data) > MAX_BYTES:
+        raise MessageError(f"a document of {len(data)} bytes is larger than the {MAX_BYTES} allowed")
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        raise _unlike(kind, error) from error
+        raise _wrong_form(kind, error) from error
 
 
 def read_task(header: Mapping[str, Any]) -> Task:
-    """Return the task that a message's header asks for.
+    """Return the task in the header of a message.
 
     Raises:
-        MessageError: it has not exactly the form of one.
+        MessageError: the header does not have exactly the form of a task.
     """
     try:
         return Task.model_validate(header)
     except ValidationError as error:
-        raise _unlike(Task, error) from error
+        raise _wrong_form(Task, error) from error
 
 
 def settings(configuration: Mapping[str, Any]) -> Settings:
-    """Return the settings of a configuration from the wire.
+    """Return the settings of a received configuration.
 
     Raises:
-        MessageError: a key is missing or unknown, or a value is out of range.
+        MessageError: a key is missing or unknown, or a value is invalid.
     """
     if configuration.keys() != Settings.model_fields.keys():
         raise MessageError(
-            f"a configuration with the keys {sorted(configuration)}, not {sorted(Settings.model_fields)}"
+            f"the configuration has the keys {sorted(configuration)}, not {sorted(Settings.model_fields)}"
         )
     strategies = configuration["strategies"]
     if not isinstance(strategies, dict) or not all(isinstance(options, dict) for options in strategies.values()):
-        raise MessageError("a configuration whose strategies are not options by name of the strategy")
+        raise MessageError("strategies in the configuration do not map names of strategies to options")
     try:
         return Settings.model_validate(configuration)
     except ValidationError as error:
         raise MessageError(
-            f"a configuration that this version does not understand: {'; '.join(faults_by_key(error))}"
+            f"this version does not understand the configuration: {'; '.join(faults_by_key(error))}"
         ) from error
 
 
-def _unlike(kind: type[_Document], error: ValidationError) -> MessageError:
+def _wrong_form(kind: type[_Document], error: ValidationError) -> MessageError:
+    # Without the values given, which errors.faults_by_key shows: they can be private, and as large as the document.
     faults = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'JSON'}: {fault['msg']}" for fault in error.errors())
     return MessageError(f"{kind.__name__}: {faults}")

@@ -1,1 +1,1 @@
-"""Processes that start together and end together."""
+"""Start Flower's executables and other child processes, and end them with their parent."""

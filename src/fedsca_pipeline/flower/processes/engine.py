@@ -1,4 +1,4 @@
-"""Flower's executables: where they are and the environment they run in. Standard library only."""
+"""Find Flower's executables (the engine) and build the environment that they run in. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from collections.abc import Mapping
 from pathlib import Path
 
 SITE_SOCKET = "FEDSCA_SITE_SOCKET"
-"""Environment variable: where a site's command listens for its shim."""
+"""Environment variable with the path of the socket at which the command of a site listens for the shim."""
 
-_SILENT = {
+_SETTINGS = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
     "PYTHONUNBUFFERED": "1",
 }
-# What a process needs of its surroundings; nothing else of this one's environment is handed to Flower.
-_KEPT = ("HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR")
+# Variables of this process that Flower inherits; it gets no others.
+_INHERITED = ("HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
 def engine_folder(configured: Path | None) -> Path:
-    """Return the folder of Flower's executables: the configured one, or that of this Python.
+    """Return the folder of Flower's executables: the configured one, or by default the one of this Python.
 
     Raises:
-        FileNotFoundError: it holds no ``flwr``.
+        FileNotFoundError: the folder holds no ``flwr``.
     """
     folder = (configured or Path(sys.executable).parent).absolute()
     if not (folder / "flwr").is_file():
         raise FileNotFoundError(
-            f"{folder}: no flwr there; install requirements-flower.lock into an environment of its own and name its "
-            "bin folder as engine"
+            f"{folder}: this folder has no flwr; install requirements-flower.lock into a separate environment and set "
+            "engine to its bin folder"
         )
     return folder
 
 
 def environment(path: Path, home: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment of a Flower process: executables looked up in ``path`` alone, Flower's files in ``home``.
+    """Return the environment variables of a Flower process: ``path`` is its only PATH, ``home`` has Flower's files.
 
-    Flower starts its helpers by name, so ``path`` decides what can be started at all.
+    Flower starts its subprocesses by name, so ``path`` limits what it can start.
     """
-    kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
-    return {**kept, **_SILENT, "PATH": str(path), "FLWR_HOME": str(home), **(more or {})}
+    inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    return {**inherited, **_SETTINGS, "PATH": str(path), "FLWR_HOME": str(home), **(more or {})}

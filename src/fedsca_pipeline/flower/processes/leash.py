@@ -1,8 +1,8 @@
-"""Processes that do not outlive the one that started them, however that ends, SIGKILL included.
+"""Run commands that end with the process that started them, even if that process is killed with SIGKILL.
 
-Run as a script, this file is the leash: it starts a command in its own process group, and ends that when its standard
-input closes, a pipe from the owner; the kernel closes it with the owner, whatever the owner died of. Standard library
-only, and nothing of the package, so that it starts in milliseconds.
+Run as a script, this file is the leash: a process between the owner and the command. It starts the command in its own
+process group and ends the group when its standard input closes. That input is a pipe from the owner, which the kernel
+closes when the owner ends. The file imports only the standard library, so that the leash starts in milliseconds.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-# What may be sent to the whole group: the command gets it too, and the leash waits for what it does about it.
-_FOR_THE_COMMAND = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Signals for the whole group: the command handles them, and the leash waits until it ends.
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Leashed:
-    """A command on a leash, with all that it starts in its group. Whoever drops this object ends them.
+class LeashedProcess:
+    """A command on a leash, with its process group. The group ends when this object is deleted.
 
     Args:
-        command: to start; its standard input is empty.
-        surroundings: its environment; None: this process's.
-        patience: seconds between SIGTERM and SIGKILL when it is ended; 0: SIGKILL at once.
-        options: more of ``subprocess.Popen``, such as ``stdout`` and ``pass_fds``.
+        command: command line; its standard input is empty.
+        env: environment variables; None: those of this process.
+        stop_seconds: seconds between SIGTERM and SIGKILL when the command is ended; 0: SIGKILL at once.
+        options: further options of ``subprocess.Popen``, such as ``stdout`` and ``pass_fds``.
     """
 
     def __init__(
         self,
         command: Sequence[str],
-        surroundings: Mapping[str, str] | None = None,
+        env: Mapping[str, str] | None = None,
         *,
-        patience: float = 10.0,
+        stop_seconds: float = 10.0,
         **options: Any,
     ) -> None:
         self._process = subprocess.Popen(  # noqa: S603 - no shell
-            [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(patience), *command],
-            env=None if surroundings is None else dict(surroundings),
+            [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(stop_seconds), *command],
+            env=None if env is None else dict(env),
             stdin=subprocess.PIPE,
             start_new_session=True,
             **options,
@@ -49,76 +49,84 @@ class Leashed:
 
     @property
     def pid(self) -> int:
-        """Of the leash, which is the number of the group."""
+        """Process id of the leash, which is also the id of the group."""
         return self._process.pid
 
     def poll(self) -> int | None:
-        """Return the command's exit status (the negative number of a signal), or None while it runs."""
-        return None if self._process.poll() is None else self._cleared()
+        """Return the exit status of the command (negative: a signal), or None while it runs."""
+        return None if self._process.poll() is None else self._clean_up()
 
     def wait(self, seconds: float | None = None) -> int:
-        """Return the exit status once the command has ended; raises ``subprocess.TimeoutExpired``."""
+        """Wait until the command ends and return its exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: the command still runs after ``seconds``.
+        """
         self._process.wait(seconds)
-        return self._cleared()
+        return self._clean_up()
 
     def send(self, number: signal.Signals) -> None:
-        """Send the group a signal."""
+        """Send a signal to the group."""
         if self._process.poll() is None:
             os.killpg(self.pid, number)
 
-    def let_go(self) -> None:
-        """Let the leash end the command, as if its owner had died, and do not wait for that."""
-        self._process.stdin.close()
+    def request_stop(self) -> None:
+        """Ask the leash to end the command, and return at once."""
+        self._close_pipe()
 
     def end(self) -> int:
-        """End the command, and return its exit status; nothing of the group is left."""
-        self.let_go()
+        """End the command and its group, and return its exit status."""
+        self.request_stop()
         return self.wait()
 
-    def _cleared(self) -> int:
-        """End what the command has left behind, and what has outlived a leash that was killed."""
-        self._process.stdin.close()
-        # EPERM is what macOS says of a group of zombies.
+    def _close_pipe(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+    def _clean_up(self) -> int:
+        """Kill the rest of the group, and return the exit status. The group can outlive the command and the leash."""
+        self._close_pipe()
+        # macOS answers EPERM for a group of zombies.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         return self._process.returncode
 
 
-def hold(owner: int, patience: float, command: Sequence[str]) -> int:
-    """Run a command until it ends or standard input closes; return its exit status."""
-    for number in _FOR_THE_COMMAND:
-        # Not SIG_IGN, which the command would inherit.
+def hold(owner: int, stop_seconds: float, command: Sequence[str]) -> int:
+    """Run a command until it ends or standard input closes, and return its exit status."""
+    for number in _FORWARDED:
+        # Not SIG_IGN, because the command would inherit it.
         signal.signal(number, lambda *_: None)
     try:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, close_fds=False)  # noqa: S603 - no shell
     except OSError as error:
         sys.exit(f"{command[0]}: {error.strerror}")
-    threading.Thread(target=_end_with_the_owner, args=(child, patience), daemon=True).start()
+    threading.Thread(target=_end_with_owner, args=(child, stop_seconds), daemon=True).start()
     status = child.wait()
     if os.getppid() != owner:
-        # Nobody else is left to end what the command has started.
+        # The owner has ended, so the leash ends the rest of the group.
         os.killpg(0, signal.SIGKILL)
     return status
 
 
-def _end_with_the_owner(child: subprocess.Popen, patience: float) -> None:
+def _end_with_owner(child: subprocess.Popen, stop_seconds: float) -> None:
     os.read(0, 1)
-    if patience:
+    if stop_seconds:
         os.killpg(0, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
-            child.wait(patience)
+            child.wait(stop_seconds)
     child.kill()
 
 
-def _leave_as(status: int) -> None:
-    """End as the command has ended."""
+def _exit_like(status: int) -> None:
+    """End this process with the exit status or the signal of the command."""
     if status < 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        if -status in _FOR_THE_COMMAND:
+        if -status in _FORWARDED:
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     sys.exit(status)
 
 
 if __name__ == "__main__":
-    _leave_as(hold(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]))
+    _exit_like(hold(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]))

@@ -1,4 +1,4 @@
-"""A lock on a folder, which is free again when its holder is gone, and all to whom that has handed it down."""
+"""A file lock that is released when its holder and all child processes that inherit it have ended."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from pathlib import Path
 from typing import TextIO
 
 
-class Held(Exception):  # noqa: N818 - what is so
-    """Others hold the lock."""
+class LockHeld(Exception):  # noqa: N818 - a state
+    """Another process holds the lock."""
 
 
 @contextmanager
 def locked(path: Path, seconds: float = 0.0) -> Iterator[TextIO]:
-    """Hold the lock of the file at ``path``, which is made; yield it open.
+    """Create the file at ``path`` and hold its lock for the duration of the block; yield the open file.
 
-    A process that inherits the open file (``pass_fds``) holds the lock, too, until it ends.
+    A process that inherits the open file (``pass_fds``) also holds the lock, until it ends.
 
     Raises:
-        Held: by others, still after ``seconds``.
+        LockHeld: another process still holds the lock after ``seconds``.
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     until = time.monotonic() + seconds
     with path.open("w") as file:
-        while not _taken(file):
+        while not _try_lock(file):
             if time.monotonic() >= until:
-                raise Held(str(path))
+                raise LockHeld(str(path))
             time.sleep(0.1)
         yield file
 
 
-def _taken(file: TextIO) -> bool:
+def _try_lock(file: TextIO) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,1 +1,1 @@
-"""A hospital's side of a deployed federation: the ``fedsca-site`` command."""
+"""A hospital of a deployed federation: its command, gateway, worker and Flower processes."""

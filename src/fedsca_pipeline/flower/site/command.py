@@ -1,7 +1,6 @@
-"""The hospital's one command: ``fedsca-site site.yml``. It checks the data, then runs worker and SuperNode together.
+"""The command of a hospital, ``fedsca-site site.yml``: checks the data, then runs worker, SuperNode and SuperExec.
 
-It owns four processes: the site worker, the SuperNode, the SuperExec that starts a ClientApp for every message, and
-those ClientApps, which hand their task to this process through a unix socket.
+The SuperExec starts a ClientApp for each message, which hands its task to this process through a unix socket.
 """
 
 from __future__ import annotations
@@ -20,71 +19,70 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from fedsca_pipeline.errors import (
-    ConfigError,
-    FedscaError,
-    UnavailableError,
-    UnwritableAuditError,
-)
+from fedsca_pipeline.errors import ConfigError, FedscaError, UnavailableError, UnwritableAuditError
 from fedsca_pipeline.flower.audit.log import AuditLog
 from fedsca_pipeline.flower.audit.table import show_audit
 from fedsca_pipeline.flower.config import SiteConfig, check_certificates, read_site_config
 from fedsca_pipeline.flower.messages import frames
 from fedsca_pipeline.flower.processes.engine import engine_folder
-from fedsca_pipeline.flower.processes.lock import Held, locked
-from fedsca_pipeline.flower.site.desk import Desk
-from fedsca_pipeline.flower.site.engine_room import _STOP_SECONDS, Engine, _free_port
+from fedsca_pipeline.flower.processes.lock import LockHeld, locked
+from fedsca_pipeline.flower.site.gateway import Gateway
+from fedsca_pipeline.flower.site.supernode import STOP_SECONDS, FlowerProcesses
 from fedsca_pipeline.flower.site.worker_process import WorkerLost, WorkerProcess, worker_command
 
 logger = logging.getLogger(__name__)
 
-_MOST_CLASSES = 254
+_MAX_CLASSES = 254
 _INTERRUPTED = 130
 
 
 def check_data(config: SiteConfig) -> int:
-    """Return how many usable images a site has, after preparing them once, small and for nobody.
+    """Return the number of usable images of a site, after preparing all of them once at a small size.
 
-    What only a run decides (the number of classes, the shares of the split) is checked when the coordinator asks.
+    Settings that a run decides, such as classes and split, are checked when the coordinator sends them.
 
     Raises:
-        DataError: naming what is broken and its cure, or why there are too few.
-        UnavailableError: the folder is not there, is empty, as a mount point is, or cannot be read.
+        DataError: files are broken, or there are too few; the message names them and the fix.
+        UnavailableError: the data folder is missing, unreadable, or empty like an unused mount point.
     """
     from fedsca_pipeline.config import PreprocessingConfig, RunConfig
     from fedsca_pipeline.data.preprocessing.prepare import prepare_site
 
-    if (reason := _away(config.data)) is not None:
+    if (reason := _unavailable(config.data)) is not None:
         raise UnavailableError(
-            f"{config.data}: {reason}; mount it, or name the one that holds images/ and masks/ as data"
+            f"{config.data}: {reason}; mount it, or set data to the folder that holds images/ and masks/"
         )
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw"
         raw.mkdir()
         (raw / config.site).symlink_to(config.data.resolve())
-        preprocessing = PreprocessingConfig(classes=_MOST_CLASSES, image_size=32)
+        preprocessing = PreprocessingConfig(classes=_MAX_CLASSES, image_size=32)
         prepared = prepare_site(raw, config.site, preprocessing, RunConfig().seed, scratch=Path(folder))
     return len(prepared.manifest)
 
 
-def _away(folder: Path) -> str | None:
+def _unavailable(folder: Path) -> str | None:
+    """Return why a data folder cannot be used now; None if it can."""
     try:
         if not folder.is_dir():
             return "there is no such folder"
-        # A mount point with nothing mounted is an empty one.
-        return None if any(folder.iterdir()) else "it is empty"
+        # An empty folder may be a mount point without its mount.
+        return None if any(folder.iterdir()) else "the folder is empty"
     except OSError as error:
-        return f"it cannot be read ({error.strerror}); let the user who runs this read it"
+        return f"the folder cannot be read ({error.strerror}); give read access to the user that runs this"
 
 
 def run_site(config: SiteConfig, worker: Sequence[str], stopped: threading.Event) -> None:
-    """Take part in the federation until ``stopped``; no process is left then, nor if this one is killed.
+    """Take part in the federation until ``stopped``. All child processes end with this one, even if it is killed.
 
-    ``worker`` is the command of a worker, without the number of its socket.
+    Args:
+        config: settings of the site.
+        worker: command of the worker, without the number of its socket.
+        stopped: set by the caller to leave the federation.
 
     Raises:
         AuditError: the audit log is broken or cannot be written.
-        ConfigError: the engine is missing, or the work folder's path is too long.
+        ConfigError: the engine is missing, or the path of the work folder is too long.
         UnavailableError: the worker cannot start, or another command serves this site.
         OSError: the work folder cannot be written to.
     """
@@ -94,18 +92,18 @@ def run_site(config: SiteConfig, worker: Sequence[str], stopped: threading.Event
     except FileNotFoundError as error:
         raise ConfigError(str(error)) from error
     try:
-        # All that this command starts inherits the lock; were it killed, they would end within that time.
+        # Child processes inherit the lock. If an earlier command was killed, they end within this time.
         with (
-            locked(home / "lock", 2 * _STOP_SECONDS) as lock,
+            locked(home / "lock", 2 * STOP_SECONDS) as lock,
             AuditLog(config.audit) as log,
             _listening(home / "site.sock") as listener,
         ):
-            desk = Desk(config, WorkerProcess(worker, config.resources, [lock.fileno()]), log)
-            _take_part(desk, listener, lock, stopped)
-    except Held as error:
+            gateway = Gateway(config, WorkerProcess(worker, config.resources, [lock.fileno()]), log)
+            _take_part(gateway, listener, lock, stopped)
+    except LockHeld as error:
         raise UnavailableError(
-            f"work: another fedsca-site, or what it has started, still runs in {config.work}; stop it, or give every "
-            "site a work folder of its own"
+            f"work: another fedsca-site or a process that it started still runs in {config.work}; stop it, or give "
+            "each site a separate work folder"
         ) from error
 
 
@@ -116,18 +114,18 @@ def _listening(path: Path) -> socket.socket:
         raise ConfigError(f"work: {error}") from error
 
 
-def _take_part(desk: Desk, listener: socket.socket, lock: TextIO, stopped: threading.Event) -> None:
-    config, worker = desk.config, desk.worker
+def _take_part(gateway: Gateway, listener: socket.socket, lock: TextIO, stopped: threading.Event) -> None:
+    config, worker = gateway.config, gateway.worker
     address = Path(listener.getsockname())
     try:
         worker.start()
-        threading.Thread(target=desk.serve, args=(listener,), daemon=True).start()
-        with Engine(config, address, _free_port(), lock).running(stopped):
+        threading.Thread(target=gateway.serve, args=(listener,), daemon=True).start()
+        with FlowerProcesses(config, address, lock).running(stopped):
             logger.info("%s: ready, connecting to %s; Ctrl-C leaves the federation", config.site, config.coordinator)
             stopped.wait()
     except WorkerLost as lost:
         if not stopped.is_set():
-            raise UnavailableError(f"{lost}; what it said is above") from lost
+            raise UnavailableError(f"{lost}; its log lines are above") from lost
     finally:
         stopped.set()
         worker.end()
@@ -135,8 +133,8 @@ def _take_part(desk: Desk, listener: socket.socket, lock: TextIO, stopped: threa
 
 
 @contextmanager
-def _told_to_stop() -> Iterator[threading.Event]:
-    """Yield what SIGINT and SIGTERM set for as long as the block lasts."""
+def _stopped_by_signal() -> Iterator[threading.Event]:
+    """Yield an event that SIGINT and SIGTERM set during the block."""
     stopped = threading.Event()
     with _on_signals(lambda *_: stopped.set()):
         yield stopped
@@ -148,15 +146,15 @@ def _on_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Be ``fedsca-site``; return its status.
+    """Run ``fedsca-site`` and return its exit status.
 
-    0; 75 for what may pass without anybody's doing, so that it is worth starting again; 78 where file, data or log are
-    refused; 130 if ended in the check.
+    0: success. 75: a failure that may resolve itself, so that a restart can help. 78: the YAML file, the data or the
+    audit log are refused. 130: interrupted during the check.
     """
     given = _parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -167,14 +165,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         config = read_site_config(given.file)
         check_certificates(config.certificates)
-        # A check of many images takes longer than systemd waits, and holds nothing that would have to end in order.
+        # The check of many images takes longer than systemd waits for a stop, and it can be interrupted at any point.
         with _on_signals(signal.default_int_handler):
             logger.info("%s: %d images, none broken", config.site, check_data(config))
             if not given.check:
-                with _told_to_stop() as stopped:
+                with _stopped_by_signal() as stopped:
                     run_site(config, worker_command(given.file), stopped)
     except KeyboardInterrupt:
-        logger.info("stopped before the site had joined")
+        logger.info("stopped before the site joined")
         return _INTERRUPTED
     except (UnavailableError, UnwritableAuditError, OSError) as error:
         logger.error("Error: %s", error)

@@ -1,8 +1,8 @@
-"""The site's ``flwr-clientapp``: runs the ClientApp of the installed package, whatever bundle a run carries.
+"""The ``flwr-clientapp`` of a site: runs only the ClientApp of the installed package, never code from a bundle.
 
-Flower would unpack and run the code that whoever controls the SuperLink sends along, and 1.41 cannot verify a bundle
-offline. Here a bundle must be, byte for byte, the one that this package makes of its own ``app`` folder, and even then
-nothing of it is unpacked: what runs is what the hospital has installed and reviewed.
+By default Flower unpacks and runs code sent by any party that controls the SuperLink, and version 1.41 cannot verify a
+bundle offline. This guard accepts only a bundle that equals, byte for byte, the one built from the package's ``app``
+folder. It unpacks nothing even then: the code that runs is the code that the hospital has installed and reviewed.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ APP = Path(__file__).parents[1] / "app"
 
 
 class ForeignBundleError(Exception):
-    """A run's app bundle is not the one of the installed package."""
+    """The app bundle of a run differs from the bundle of the installed package."""
 
 
 def refuse_foreign(bundle: bytes, **_options: Any) -> None:
-    """Do nothing for this package's own bundle.
+    """Check that a bundle is the one of the installed package.
 
     Raises:
-        ForeignBundleError: with both hashes.
+        ForeignBundleError: the bundle differs; the message has both hashes.
     """
-    own, came = (hashlib.sha256(content).hexdigest() for content in (build_fab_from_disk(APP), bundle))
-    if own != came:
+    installed, received = (hashlib.sha256(content).hexdigest() for content in (build_fab_from_disk(APP), bundle))
+    if installed != received:
         raise ForeignBundleError(
-            f"the run brought app bundle {came[:16]}, this site runs {own[:16]} only; install the same version of "
-            "fedsca_pipeline at the coordinator and here"
+            f"the run sent app bundle {received[:16]}, this site runs only {installed[:16]}; install the same version "
+            "of fedsca_pipeline at the coordinator and here"
         )
 
 
 def main() -> None:
-    """Be ``flwr-clientapp``."""
+    """Run ``flwr-clientapp`` with the guard."""
     run_clientapp.install_from_fab = refuse_foreign
     run_clientapp.get_load_client_app_fn = lambda **_options: lambda *_bundle: shim.app
     flwr_clientapp()

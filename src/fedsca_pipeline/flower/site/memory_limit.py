@@ -1,4 +1,4 @@
-"""What a site's worker may take of the machine's memory, and how it is known that it needed more."""
+"""Limit the memory of a site's worker, and recognise errors and exit statuses caused by too little memory."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import resource
 import signal
 
 OUT_OF_MEMORY = 112
-"""Exit status of a worker that could not have the memory it asked for."""
+"""Exit status of a worker that ran out of memory."""
 
-# PyTorch has no class of its own for this on the CPU, nor has oneDNN; the phrases are theirs, glibc's and Python's.
+# Texts of out-of-memory errors from PyTorch on the CPU, oneDNN, glibc and Python, which raise RuntimeError.
 _PHRASES = (
     "allocate memory",
     "not enough memory",
@@ -21,24 +21,23 @@ _PHRASES = (
 
 
 def limit_memory(gib: float) -> None:
-    """Refuse this process what it asks for beyond ``gib`` GiB.
+    """Limit this process to ``gib`` GiB of private memory.
 
-    What counts is memory of its own (Linux: ``RLIMIT_DATA``), not address space, of which libraries reserve more than
-    they use.
+    The limit is on data (Linux: ``RLIMIT_DATA``), not on address space, since libraries reserve more than they use.
     """
-    most, (_, machine) = int(gib * 2**30), resource.getrlimit(resource.RLIMIT_DATA)
-    unlimited = machine == resource.RLIM_INFINITY
-    resource.setrlimit(resource.RLIMIT_DATA, (most if unlimited else min(most, machine), machine))
+    wanted, (_, hard) = int(gib * 2**30), resource.getrlimit(resource.RLIMIT_DATA)
+    unlimited = hard == resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if unlimited else min(wanted, hard), hard))
 
 
-def lift_limit() -> None:
-    """Let this process have what the machine gives: to tell of a shortage takes memory, too."""
-    _, machine = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (machine, machine))
+def lift_memory_limit() -> None:
+    """Remove the limit of this process, so that it has memory to report the error."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 
-def is_shortage(error: BaseException | None) -> bool:
-    """Return whether an error, or what it was raised for, is that memory was refused."""
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an error, or an error that caused it, means that memory could not be allocated."""
     while error is not None:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
             return True
@@ -48,17 +47,17 @@ def is_shortage(error: BaseException | None) -> bool:
     return False
 
 
-def fate(status: int, gib: float | None) -> str:
-    """Return what became of a worker with this exit status, and the cure where memory may be why.
+def describe_exit(status: int, gib: float | None) -> str:
+    """Return why a worker with this exit status ended, and the fix if memory may be the cause.
 
-    ``gib`` is ``resources.memory`` of its site.
+    ``gib`` is ``resources.memory`` of the site.
     """
     allowed = "sets no limit" if gib is None else f"allows {gib:g} GiB"
-    cure = f"resources.memory in the site's YAML file {allowed}; raise it where the machine has more"
-    cure += ", or lower training.batch_size or preprocessing.image_size at the coordinator"
+    fix = f"resources.memory in the site's YAML file {allowed}; raise it if the machine has more"
+    fix += ", or lower training.batch_size or preprocessing.image_size at the coordinator"
     if status == OUT_OF_MEMORY:
-        return f"its worker ran out of memory ({cure})"
+        return f"its worker ran out of memory ({fix})"
     if status < 0:
         name = signal.Signals(-status).name
-        return f"its worker was ended by {name}; if the system ended it because memory was short: {cure}"
+        return f"its worker was ended by {name}; if the system ended it for lack of memory: {fix}"
     return f"its worker died (exit code {status})"

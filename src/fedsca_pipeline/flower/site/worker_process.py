@@ -1,4 +1,4 @@
-"""The site's worker as a process: started when needed, ended when it takes too long, replaced when it has died."""
+"""Run the worker of a site as a process: start it when needed, end it when it is too slow, replace it when it dies."""
 
 from __future__ import annotations
 
@@ -14,98 +14,99 @@ from typing import Any
 
 from fedsca_pipeline.flower.config import Resources
 from fedsca_pipeline.flower.messages import frames
-from fedsca_pipeline.flower.processes.leash import Leashed
-from fedsca_pipeline.flower.site.memory_limit import fate
+from fedsca_pipeline.flower.processes.leash import LeashedProcess
+from fedsca_pipeline.flower.site.memory_limit import describe_exit
 
 logger = logging.getLogger(__name__)
 
 
-class WorkerLost(Exception):  # noqa: N818 - what happened
-    """A worker ended, took too long or answered too much; the message says which, and the cure if one is known."""
+class WorkerLost(Exception):  # noqa: N818 - an event
+    """A worker ended, took too long or sent too much; the message says which, and the fix if one is known."""
 
 
 class WorkerProcess:
-    """One worker at a time, which never outlives this process; whoever asks waits for its answer.
+    """The worker process of a site, one at a time. It ends with this process.
 
     Args:
-        command: of the worker, without the number of its socket, which is appended.
-        resources: of the site; ``max_message`` limits answers, ``memory`` is named where it was too little.
-        held: numbers of open files that the worker inherits, for the sake of their locks.
-        start_seconds: that a worker may take to load what it needs.
+        command: command of the worker; the number of its socket is appended.
+        resources: resources of the site: ``max_message`` limits answers, ``memory`` is named if it was too small.
+        inherited: file descriptors that the worker inherits together with their locks.
+        start_seconds: seconds that a worker may take to start.
     """
 
     def __init__(
-        self, command: Sequence[str], resources: Resources, held: Sequence[int] = (), start_seconds: float = 300.0
+        self, command: Sequence[str], resources: Resources, inherited: Sequence[int] = (), start_seconds: float = 300.0
     ) -> None:
-        self._command, self._resources, self._held = command, resources, held
+        self._command, self._resources, self._inherited = command, resources, inherited
         self._start_seconds = start_seconds
-        self._process: Leashed | None = None
-        self._line: socket.socket | None = None
+        self._process: LeashedProcess | None = None
+        self._connection: socket.socket | None = None
 
-    def start(self) -> None:
-        """Start a worker, unless one is alive, and wait until it is ready.
+    def start(self) -> tuple[LeashedProcess, socket.socket]:
+        """Start a worker unless one runs, wait until it is ready, and return its process and the connection to it.
 
         Raises:
-            WorkerLost: it ended, or is not ready in time.
+            WorkerLost: the worker ended, or is not ready in time.
         """
-        if self._process is not None and self._process.poll() is None:
-            return
+        if self._process is not None and self._connection is not None and self._process.poll() is None:
+            return self._process, self._connection
         self.end()
-        ours, theirs = socket.socketpair()
+        connection, theirs = socket.socketpair()
+        self._connection = connection
         with theirs:
-            self._line = ours
-            self._process = Leashed(
+            self._process = process = LeashedProcess(
                 [*self._command, str(theirs.fileno())],
                 {**os.environ, "OMP_WAIT_POLICY": "passive"},
-                patience=0.0,
-                pass_fds=[theirs.fileno(), *self._held],
+                stop_seconds=0.0,
+                pass_fds=[theirs.fileno(), *self._inherited],
             )
-        with self._told(self._start_seconds):
-            frames.receive(ours, 0)
+        with self._reporting_loss(process, connection, self._start_seconds):
+            frames.receive(connection, 0)
+        return process, connection
 
     def ask(self, task: dict[str, Any], payload: bytes, seconds: float) -> tuple[dict[str, Any], bytes]:
-        """Return the worker's answer, or what became of it as ``failed``; the site is free again in any case.
+        """Return the answer of the worker, or ``failed`` with the reason if it ends or takes longer than ``seconds``.
 
-        A worker that calls itself ``spent`` is ended after its answer.
+        A worker that reports itself as ``spent`` is ended after its answer.
         """
         try:
-            self.start()
-            with self._told(seconds):
-                frames.send(self._line, task, payload)
-                said, answer = frames.receive(self._line, self._resources.most_bytes)
+            process, connection = self.start()
+            with self._reporting_loss(process, connection, seconds):
+                frames.send(connection, task, payload)
+                header, answer = frames.receive(connection, self._resources.max_message_bytes)
         except WorkerLost as lost:
             logger.warning("%s, round %s: %s", task.get("kind"), task.get("round"), lost)
             self.end()
             return {"failed": str(lost)}, b""
-        if said.pop("spent", False):
+        if header.pop("spent", False):
             self.end()
-        return said, answer
+        return header, answer
 
     @contextmanager
-    def _told(self, seconds: float) -> Iterator[None]:
-        """Say of a worker that breaks off, in ``WorkerLost``, what became of it; it may take ``seconds``."""
-        self._line.settimeout(seconds)
+    def _reporting_loss(self, process: LeashedProcess, connection: socket.socket, seconds: float) -> Iterator[None]:
+        """Limit the block to ``seconds``, and raise ``WorkerLost`` with the reason if the worker fails in it."""
+        connection.settimeout(seconds)
         try:
             yield
         except TimeoutError as error:
             raise WorkerLost(f"its worker took longer than {seconds:.0f} s and was ended") from error
         except frames.FrameError as error:
-            raise WorkerLost(f"resources.max_message: its worker's answer was refused ({error})") from error
+            raise WorkerLost(f"resources.max_message: the answer of its worker was refused ({error})") from error
         except (EOFError, OSError) as error:
             try:
-                raise WorkerLost(fate(self._process.wait(5), self._resources.memory)) from error
+                raise WorkerLost(describe_exit(process.wait(5), self._resources.memory)) from error
             except subprocess.TimeoutExpired:
-                raise WorkerLost(f"its worker hung up ({error})") from error
+                raise WorkerLost(f"its worker closed the connection ({error})") from error
 
     def end(self) -> None:
-        """Kill the worker, if there is one."""
-        if self._line is not None:
-            self._line.close()
+        """Kill the worker, if one runs."""
+        if self._connection is not None:
+            self._connection.close()
         if self._process is not None:
             self._process.end()
-        self._line = self._process = None
+        self._connection = self._process = None
 
 
 def worker_command(file: Path) -> list[str]:
-    """Return the command of the worker of the site that a YAML file describes."""
+    """Return the command that starts the worker of the site with this YAML file."""
     return [sys.executable, "-m", "fedsca_pipeline.flower.site.worker", str(file)]

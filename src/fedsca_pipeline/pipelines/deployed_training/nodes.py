@@ -46,7 +46,7 @@ def join(
     configuration, federation = configuration_of(settings), settings.federation
     if configuration["run"]["threads"] is None:
         raise ConfigError("run.threads: give a number; sites with other numbers of threads would order sums otherwise")
-    terms = documents.write(documents.Terms(configuration=configuration, code=code_version()))
+    terms = documents.write(documents.PrepareRequest(configuration=configuration, code=code_version()))
     before = {} if force else _joined_before(checkpoints, configuration)
     known = before.keys() >= set(flower.sites)
     with _fleet(flower) as fleet:
@@ -158,7 +158,7 @@ def finish(
     from fedsca_pipeline.model.adapters.attach import start_values
 
     federation = settings.federation
-    wanted = documents.write(documents.Finished(run=description["fingerprint"]))
+    wanted = documents.write(documents.FinishRequest(run=description["fingerprint"]))
     with _fleet(flower, begun=RunFolder(checkpoints, description["fingerprint"]).begun()) as fleet:
         answers = fleet.ask(
             "finish",
