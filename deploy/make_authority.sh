@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A test authority: its certificate, the coordinator's server certificate, one key pair a site, and the secrets.
-# usage: make_authority.sh FOLDER HOST SITE...      HOST is the coordinator's name or address as the sites reach it
-# For trials. A real federation has its server certificate from its own authority, and each site makes its own key
-# (the ssh-keygen line) and sends the .pub file only.
+# Make a test authority, the server certificate of the coordinator, one key pair per site, and the SuperExec secret.
+# Usage: make_authority.sh FOLDER HOST SITE...      HOST: name or address under which the sites reach the coordinator
+# For trials only. In a real federation the server certificate comes from a real authority, and each site makes its key
+# (the ssh-keygen line below) and sends only the .pub file.
 set -euo pipefail
 umask 077
 folder=$1 host=$2
