@@ -185,6 +185,36 @@ class DicomFiles:
             self.save(folder / f"{index:04d}.dcm", data)
         return folder
 
+    def enhanced(self, slices: Sequence[Any]) -> Any:
+        """Return the slices as one multi-frame data set, with a slope of 2 and an intercept of 1."""
+        from pydicom import Dataset
+        from pydicom.uid import EnhancedCTImageStorage
+
+        data = self.data_set(slices[0].pixel_array, SOPClassUID=EnhancedCTImageStorage, NumberOfFrames=len(slices))
+        data.FrameOfReferenceUID = slices[0].FrameOfReferenceUID
+        for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"):
+            delattr(data, keyword)
+        data.PixelData = b"".join(source.PixelData for source in slices)
+
+        def item(**elements: Any) -> Any:
+            made = Dataset()
+            for keyword, value in elements.items():
+                setattr(made, keyword, value)
+            return made
+
+        first = slices[0]
+        data.SharedFunctionalGroupsSequence = [
+            item(
+                PixelMeasuresSequence=[item(PixelSpacing=first.PixelSpacing, SliceThickness=3.0)],
+                PlaneOrientationSequence=[item(ImageOrientationPatient=first.ImageOrientationPatient)],
+                PixelValueTransformationSequence=[item(RescaleSlope=2, RescaleIntercept=1, RescaleType="US")],
+            )
+        ]
+        data.PerFrameFunctionalGroupsSequence = [
+            item(PlanePositionSequence=[item(ImagePositionPatient=source.ImagePositionPatient)]) for source in slices
+        ]
+        return data
+
     def segmentation(self, path: Path, sources: Sequence[Any], labels: np.ndarray, kind: str = "BINARY") -> Path:
         """Write labels [N, H, W, K], segment k + 1 being ``labels[..., k]`` of each source, as a DICOM SEG."""
         import highdicom

@@ -265,21 +265,26 @@ def test_the_seed_chooses_what_is_shown(raw: Path) -> None:
     assert any(shown(0) != shown(seed) for seed in range(1, 4))
 
 
-def test_a_site_that_hides_names_shows_none_of_them(raw: Path, add_image: Callable[..., None], scene) -> None:
-    add_image("north", "Miller_Anna.png", scene(3, 64) // 2)
-    add_image("north", "Miller_Anna_2.png", 60)
-    (raw / "north" / "images" / "Miller_Anna_2.png").write_bytes(b"no image")
-    (raw / "north" / "site.yml").write_text("hide_names: true\ngroup: '^(north..|Miller_Anna)'")
+def test_a_site_that_asks_for_hidden_names_is_refused_and_shows_none_of_them(raw: Path) -> None:
+    (raw / "north" / "site.yml").write_text("hide_names: true\ngroup: '^(north..)'")
 
     found = inspect(raw)
     page = render_site(found, across_sites([found.facts], 32, []))
 
     for text in (json.dumps(found.facts), page, str([picture.image for picture in found.pictures])):
-        assert "Miller" not in text
         assert "north03" not in text
-    assert found.facts["counts"] | {"used": 11, "broken": 1} == found.facts["counts"]
-    assert len(found.facts["near_duplicates"]) == 1
-    assert "private/north/names.csv" in page
+    assert found.facts["counts"] | {"used": 0, "broken": 0} == found.facts["counts"]
+    (refusal,) = found.facts["refusals"]
+    assert "kedro run --pipeline=import_sites" in refusal
+
+
+def test_the_page_of_an_imported_site_says_that_its_names_are_hashes(raw: Path) -> None:
+    (raw / "north" / "site.yml").write_text("hashed_names: true\ngroup: '^(north..)'")
+
+    found = inspect(raw)
+
+    assert "private/north/names.csv" in render_site(found, across_sites([found.facts], 32, []))
+    assert not found.facts["subjects_named"]
 
 
 def test_a_site_with_an_unreadable_site_file_shows_no_name(raw: Path) -> None:

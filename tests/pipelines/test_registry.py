@@ -74,7 +74,6 @@ def test_the_data_report_needs_raw_data_and_changes_no_data_set_of_training(raw:
 
     assert inputs == {
         "raw_sites",
-        "private_sites",
         "foundations",
         *(f"{site}.previous_manifest" for site in DEMO_SITES),
     }

@@ -54,8 +54,8 @@ class Hostile:
 def write_hostile_sites(raw: Path, count: int, seed: int, outside: Path) -> dict[str, list[Hostile]]:
     """Write ``count`` hostile files into two sites, each with a sound partner, and a few sound pairs beside them.
 
-    One site in ten files is of DICOM, whose names the report hides. ``outside`` gets what links, headers and names try
-    to reach: a picture, and a pipe that hangs whoever opens it.
+    One file in ten is in a site with DICOM files, which only an import reads. ``outside`` gets what links, headers and
+    names try to reach: a picture, and a pipe that hangs whoever opens it.
     """
     outside.mkdir(parents=True)
     (outside / "secret.png").write_bytes(_png(_pixels(0)))
@@ -521,33 +521,39 @@ def main() -> None:
     seconds of the processor.
     """
     from fedsca_pipeline.config import PreprocessingConfig, SplitConfig
+    from fedsca_pipeline.data.importers import find_importer
+    from fedsca_pipeline.data.importers.write import import_sites
     from fedsca_pipeline.data.preprocessing.prepare import prepare_site
 
     raw, scratch, outside = (Path(argument) for argument in sys.argv[1:4])
     config = PreprocessingConfig(image_size=32, on_bad_sample="quarantine", split=SplitConfig(validation=1, test=1))
     warnings.simplefilter("ignore")
     # What libraries need in any case is not to be charged to a file.
-    prepare_site(raw, "sound", config, seed=0, scratch=scratch)
+    import_sites(scratch / "sound", find_importer("dicom", raw / "sound", {}), raw / "sound", quarantine=True)
+    prepare_site(scratch / "sound", "sound", config, seed=0, scratch=scratch)
     before = _resident()
     watch = _Watch(raw, outside)
     sys.addaudithook(watch)
-    found = {}
-    for site in ("hostile", "hostile_dicom"):
-        prepared = prepare_site(raw, site, config, seed=0, scratch=scratch)
-        prepared.manifest.to_csv(scratch / "manifest.csv", index=False)
-        named = _names(raw.parent / "private" / site / "names.csv")
-        used = [*prepared.manifest["image"], *prepared.manifest["mask"]]
-        broken = [{**entry, "file": named.get(entry["file"], entry["file"])} for entry in prepared.report["broken"]]
-        found[site] = {"used": [named.get(file, file) for file in used], "broken": broken}
+    prepared = prepare_site(raw, "hostile", config, seed=0, scratch=scratch)
+    prepared.manifest.to_csv(scratch / "manifest.csv", index=False)
+    used = [*prepared.manifest["image"], *prepared.manifest["mask"]]
+    found = {"hostile": {"used": used, "broken": prepared.report["broken"]}}
+
+    site, source = "hostile_dicom", raw / "hostile_dicom"
+    importer = find_importer("dicom", source, {"site": site})
+    broken = import_sites(scratch / "raw", importer, source, quarantine=True)[site]["broken"]
+    prepare_site(scratch / "raw", site, config, seed=0, scratch=scratch)
+    named = _names(scratch / "private" / site / "names.csv")
+    imported = [named[path.name.split(".")[0]] for path in (scratch / "raw" / site / "images").iterdir()]
+    broken = [{**entry, "file": named[entry["file"].removeprefix("image ")]} for entry in broken]
+    found[site] = {"used": imported, "broken": broken}
     faulthandler.cancel_dump_traceback_later()
     peak = _peak() - before
     json.dump({"sites": found, "peak": peak, **watch.findings()}, sys.stdout)
 
 
 def _names(path: Path) -> dict[str, str]:
-    """Read what a site's pseudonyms stand for."""
-    if not path.exists():
-        return {}
+    """Return the source file of each hashed name."""
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as stream:
         return {row["name"]: row["file"] for row in csv.DictReader(stream)}
 

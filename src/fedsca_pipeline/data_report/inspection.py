@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedsca_pipeline.config import DataReportConfig, PreprocessingConfig
-from fedsca_pipeline.data.importers.pseudonyms import SiteSource, open_site
 from fedsca_pipeline.data.preprocessing.report import site_report
 from fedsca_pipeline.data.preprocessing.samples import Planes, Sample, read_samples
 from fedsca_pipeline.data.preprocessing.selection import settle
 from fedsca_pipeline.data.preprocessing.split import SPLITS
+from fedsca_pipeline.data.site_folder.identifiers import open_site
 from fedsca_pipeline.data.site_folder.pairing import Broken, Pair, pair_files
 from fedsca_pipeline.data.site_folder.site_file import SiteFile
 from fedsca_pipeline.data_report.hashes import Group, near_duplicates, perceptual_hash
@@ -90,7 +90,8 @@ class Inspection:
 class _Files:
     """A site folder's files, before any image is read."""
 
-    source: SiteSource
+    folder: Path
+    site_file: SiteFile
     pairs: list[Pair]
     broken: list[Broken]
     found: int
@@ -105,11 +106,10 @@ def inspect_site(
     previous_manifest: pd.DataFrame | None,
     options: DataReportConfig,
     progress: Callable[[int, int], None] = lambda done, of: None,
-    private: Path | None = None,
 ) -> Inspection:
     """Return the findings at one site: what preprocessing would find, but without stopping at broken files.
 
-    Nothing is written, except the private folder of a site that hides names (``pseudonyms.open_site``).
+    Nothing is written.
 
     Args:
         raw: the folder of all sites.
@@ -119,10 +119,9 @@ def inspect_site(
         previous_manifest: the stored manifest, whose split is followed as in preprocessing; None if there is none.
         options: how much to show.
         progress: called with the number of images read and the number of all images.
-        private: the site's folder of pseudonyms. Default: ``private/<site>`` beside ``raw``.
     """
-    files = _files(raw, site, private)
-    site_file = files.source.site_file
+    files = _files(raw / site)
+    site_file = files.site_file
     samples, hashes = _read(files, config, progress)
     settled = settle(site, samples, files.broken, site_file, config, seed, previous_manifest)
     # If there was nothing to read, refusals for a lack of images only repeat the reason.
@@ -170,7 +169,7 @@ def _read(
 ) -> tuple[list[Sample], list[str | None]]:
     """Return all samples of a site and their perceptual hashes; broken files are added to ``files.broken``."""
     samples, hashes = [], []
-    for sample, planes in read_samples(files.source.folder, files.pairs, files.source.site_file, config, files.broken):
+    for sample, planes in read_samples(files.folder, files.pairs, files.site_file, config, files.broken):
         samples.append(sample)
         hashes.append(perceptual_hash(_plane(planes, _middle(sample))[0]))
         progress(len(samples), len(files.pairs))
@@ -188,7 +187,7 @@ def _own_facts(
     previous_manifest: pd.DataFrame | None,
 ) -> dict[str, Any]:
     """Return the facts that preprocessing's report does not have (docs/data_report.md)."""
-    has_rule = files.source.site_file.split_rule is not None
+    has_rule = files.site_file.split_rule is not None
     return {
         "class_names": list(config.names),
         "class_images": [sum(label in sample.classes for sample in used) for label in range(1, config.classes + 1)],
@@ -196,9 +195,9 @@ def _own_facts(
         "size_counts": _size_counts(used),
         "intensity_values": _intensities(used),
         "subject_rule": has_rule,
-        # Each site salts its pseudonyms, so they never match those of another site.
-        "subjects_named": has_rule and files.source.names is None,
-        "grouped_names": _grouped_names(used, files.source.site_file),
+        # Each site has a salt of its own, so the hashes of one patient differ between sites.
+        "subjects_named": has_rule and not files.site_file.hashed_names,
+        "grouped_names": _grouped_names(used, files.site_file),
         "torn_subjects": _torn_subjects(used, previous_manifest),
         "near_duplicates": [_described(group, images) for group in groups],
         "images": images,
@@ -216,9 +215,8 @@ def _pictures(
     """Return pictures of some samples by row, read a second time: all of them would not fit into memory at once."""
     rows = sorted(int(row) for row in rows)
     pairs = [samples[row].pair for row in rows]
-    source = files.source
     found = {}
-    reread = read_samples(source.folder, pairs, source.site_file, config, [])
+    reread = read_samples(files.folder, pairs, files.site_file, config, [])
     for row, (sample, planes) in zip(rows, reread, strict=True):
         index, name = choose_slice(sample), sample.pair.image
         pixels, classes = _plane(planes, index)
@@ -251,19 +249,19 @@ def _plane(planes: Planes, index: int) -> tuple[np.ndarray, np.ndarray]:
     return next(islice(planes, index, None))
 
 
-def _files(raw: Path, site: str, private: Path | None) -> _Files:
+def _files(folder: Path) -> _Files:
     """Return the site's files in pairs; an error that would stop preprocessing becomes a refusal."""
     try:
-        source = open_site(raw, site, private or raw.parent / "private" / site)
+        site_file = open_site(folder)
     except DataError as error:
-        # site.yml may say that names must be hidden, so without it no name is shown.
-        return _Files(SiteSource(raw / site, raw / site, SiteFile()), [], [], 0, [f"{error}. No file was read"])
+        # The site may ask for hidden names, so no name is shown.
+        return _Files(folder, SiteFile(), [], [], 0, [f"{error}. No file was read"])
     try:
-        pairs, broken = pair_files(source.folder, source.home)
+        pairs, broken = pair_files(folder)
     except DataError as error:
-        return _Files(source, [], [], 0, [str(error)])
+        return _Files(folder, site_file, [], [], 0, [str(error)])
     found = len(pairs) + sum(entry.file.startswith("images/") for entry in broken)
-    return _Files(source, pairs, broken, found, [])
+    return _Files(folder, site_file, pairs, broken, found, [])
 
 
 def _plain(refusal: str, folder: Path) -> str:

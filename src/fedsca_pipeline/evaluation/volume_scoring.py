@@ -26,7 +26,6 @@ def score_test_volumes(
     site_models: Mapping[str, Any],
     models: Path,
     raw_sites: Path,
-    private_sites: Path,
     predictions: Path,
     manifest: pd.DataFrame,
     arrays: Path,
@@ -38,14 +37,13 @@ def score_test_volumes(
     import pandas as pd
 
     from fedsca_pipeline.data.arrays import SiteArrays
-    from fedsca_pipeline.data.importers.pseudonyms import readable_folder
     from fedsca_pipeline.data.site_folder.site_file import read_site_file
     from fedsca_pipeline.evaluation.volume_tables import volume_table
 
     site = str(manifest["site"].iloc[0])
     kept = site_models["sites"][site]
-    folder = readable_folder(raw_sites, site, private_sites / site)
-    rule = read_site_file(raw_sites / site, terse=True).label_rule
+    folder = raw_sites / site
+    rule = read_site_file(folder).label_rule
     volumes = _TestVolumes(folder, rule, manifest, SiteArrays(arrays, manifest), settings)
     same = {"best", "last"} <= kept.keys() and kept["best"]["round"] == kept["last"]["round"]
     tables: dict[str, pd.DataFrame] = {}

@@ -162,7 +162,7 @@ class TestFeTS:
 
         reasons = {entry["file"]: entry["reason"] for site in summary.values() for entry in site["broken"]}
         assert reasons == {
-            "FeTS2022_00000/FeTS2022_00000_t1.nii.gz": "FeTS2022_00000_t2.nii.gz is missing",
+            "FeTS2022_00000/FeTS2022_00000_t1.nii.gz": "a modality is missing (FeTS2022_00000_t2.nii.gz)",
             "FeTS2022_00002/FeTS2022_00002_t1.nii.gz": "partitioning_1.csv does not name it",
         }
         assert summary["Partition_01"]["images"] == 1
@@ -262,7 +262,7 @@ class TestMnMs:
             (("A0S9V9,Siemens,A,1,2", "A0S9V9,Siemens,A,1,-2"), "has no Centre and frame ED of it"),
             (("A0S9V9,Siemens,A,1", "A0S9V9,Siemens,A,"), "has no Centre and frame ED of it"),
             (("A0S9V9", "A0S9V8"), "has no Centre and frame ED of it"),
-            (("B1A2C3", "A0S9V9"), "External code 'A0S9V9' comes twice"),
+            (("B1A2C3", "A0S9V9"), "External code 'A0S9V9' occurs twice"),
         ],
     )
     def test_a_table_that_cannot_be_used_is_named(self, imported, tmp_path, change, said: str) -> None:
@@ -342,7 +342,7 @@ class TestDecathlon:
         source = self.source(tmp_path / "task")
         (source / "labelsTr" / "north_01.nii.gz").unlink()
 
-        with pytest.raises(DataError, match=r"north_01\.nii\.gz is not there, and dataset\.json lists it"):
+        with pytest.raises(DataError, match=r"dataset\.json lists a missing file \(north_01\.nii\.gz\)"):
             imported("decathlon", source)
 
     @pytest.mark.parametrize(
@@ -414,7 +414,9 @@ class TestBidsByFolders:
         source = self.source(tmp_path / "bids")
         (source / "participants.tsv").write_text("participant_id\tsite\nsub-01\tn/a\n")
 
-        with pytest.raises(DataError, match=r"3 files alike \(sub-01.*sub-02_T1w.*no site for 'sub-01'"):
+        with pytest.raises(
+            DataError, match=r"3 files alike \(sub-01.*sub-02_T1w.*no site for its subject \('sub-01'\)"
+        ):
             imported("folders", source)
 
     def test_the_table_lies_in_the_source(self, imported, tmp_path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nibabel.orientations import io_orientation, ornt_transform
-from pydicom import Dataset, dcmread
+from pydicom import dcmread
 from pydicom.data import get_testdata_file
 from pydicom.uid import (
     JPEG2000Lossless,
@@ -34,7 +34,6 @@ from fedsca_pipeline.data.readers.dicom import (
     read_segmentation,
     read_series,
 )
-from fedsca_pipeline.data.readers.images import read_image, read_mask
 from fedsca_pipeline.data.readers.volume import Volume
 from fedsca_pipeline.data.readers.volumes import read_volume, read_volume_mask
 
@@ -51,7 +50,7 @@ def reason(read: Any, *arguments: Any) -> str:
 
 
 def test_a_frame_without_rescale_keeps_its_integers(tmp_path: Path, dicom_files: Any) -> None:
-    pixels = read_image(dicom_files.frame(tmp_path / "a.dcm", GREY))
+    pixels = read_frame(dicom_files.frame(tmp_path / "a.dcm", GREY))
     np.testing.assert_array_equal(pixels, GREY)
     assert pixels.dtype == np.uint16
 
@@ -152,7 +151,7 @@ def test_every_voxel_is_where_it_was_scanned_whatever_the_plane_and_the_files_or
 @pytest.mark.parametrize("reversed_", [False, True])
 def test_an_axial_series_is_read_by_column_row_and_slice(tmp_path: Path, dicom_files: Any, reversed_: bool) -> None:
     slices = dicom_files.slices(STORED, AFFINE, RescaleSlope=1, RescaleIntercept=-1024)
-    volume = read_volume(dicom_files.series(tmp_path / "a.series", slices[::-1] if reversed_ else slices))
+    volume = read_volume(dicom_files.series(tmp_path / "a", slices[::-1] if reversed_ else slices))
     np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-6)
     np.testing.assert_array_equal(volume.voxels, STORED - 1024.0)
     assert volume.spacing == pytest.approx((0.5, 0.75, 3.0))
@@ -173,11 +172,11 @@ def test_a_series_of_one_slice_is_as_thick_as_it_says(tmp_path: Path, dicom_file
 
 def test_a_volume_in_one_file_is_the_same_as_its_series(tmp_path: Path, dicom_files: Any) -> None:
     slices = dicom_files.slices(STORED, AFFINE)
-    data = enhanced(dicom_files, [slices[index] for index in (2, 0, 3, 1)])
-    volume = read_volume(dicom_files.save(tmp_path / "a.frames", data))
+    data = dicom_files.enhanced([slices[index] for index in (2, 0, 3, 1)])
+    volume = read_volume(dicom_files.save(tmp_path / "a.dcm", data))
     np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-6)
     np.testing.assert_array_equal(volume.voxels, STORED * 2.0 + 1)
-    assert read_header(tmp_path / "a.frames").frames == 4
+    assert read_header(tmp_path / "a.dcm").frames == 4
 
 
 def test_a_volume_is_read_under_the_name_that_its_owner_gave_it(tmp_path: Path, dicom_files: Any) -> None:
@@ -186,36 +185,6 @@ def test_a_volume_is_read_under_the_name_that_its_owner_gave_it(tmp_path: Path, 
     np.testing.assert_array_equal(read_volume(folder).voxels, STORED)
     one = dicom_files.save(tmp_path / "one.dcm", slices[1])
     np.testing.assert_array_equal(read_volume(one).voxels, STORED[..., 1:2])
-
-
-def enhanced(dicom_files: Any, slices: list[Any]) -> Any:
-    """Return the slices as one file, with a slope of 2 and an intercept of 1."""
-    from pydicom.uid import EnhancedCTImageStorage
-
-    data = dicom_files.data_set(slices[0].pixel_array, SOPClassUID=EnhancedCTImageStorage, NumberOfFrames=len(slices))
-    data.FrameOfReferenceUID = slices[0].FrameOfReferenceUID
-    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"):
-        delattr(data, keyword)
-    data.PixelData = b"".join(source.PixelData for source in slices)
-
-    def item(**elements: Any) -> Dataset:
-        made = Dataset()
-        for keyword, value in elements.items():
-            setattr(made, keyword, value)
-        return made
-
-    first = slices[0]
-    data.SharedFunctionalGroupsSequence = [
-        item(
-            PixelMeasuresSequence=[item(PixelSpacing=first.PixelSpacing, SliceThickness=3.0)],
-            PlaneOrientationSequence=[item(ImageOrientationPatient=first.ImageOrientationPatient)],
-            PixelValueTransformationSequence=[item(RescaleSlope=2, RescaleIntercept=1, RescaleType="US")],
-        )
-    ]
-    data.PerFrameFunctionalGroupsSequence = [
-        item(PlanePositionSequence=[item(ImagePositionPatient=source.ImagePositionPatient)]) for source in slices
-    ]
-    return data
 
 
 def drop(slices: list[Any]) -> None:
@@ -316,7 +285,7 @@ def test_a_segmentation_lies_where_it_was_drawn_and_the_higher_segment_wins(
     path = dicom_files.segmentation(folder / "m.seg", slices, labels)
     image = read_series(dicom_files.series(folder / "a", slices[::-1] if shuffled else slices))
 
-    mask = read_volume_mask(path, image)
+    mask = read_segmentation(path, image).voxels
 
     wanted = np.where(labels[..., 1] > 0, 2, labels[..., 0])
     back = np.linalg.inv(image.affine) @ affine
@@ -376,10 +345,9 @@ def test_the_segmentation_of_one_slice_or_of_its_whole_series_is_laid_on_a_frame
         dicom_files.segmentation(tmp_path / "all.dcm", slices, labels),
         dicom_files.segmentation(tmp_path / "one.dcm", slices[2:3], labels[2:3]),
     ):
-        np.testing.assert_array_equal(read_mask(path, image), wanted)
+        np.testing.assert_array_equal(read_frame_segmentation(path, image), wanted)
     other = dicom_files.frame(tmp_path / "b.dcm", GREY)
     assert "another frame of reference" in reason(read_frame_segmentation, tmp_path / "one.dcm", other)
-    assert "no DICOM frame" in reason(read_mask, tmp_path / "one.dcm", tmp_path / "b.png")
 
 
 def test_annotations_burned_into_the_pixels_are_refused(tmp_path: Path, dicom_files: Any) -> None:
@@ -459,7 +427,7 @@ def test_damage_to_segmentations_and_multi_frame_files_never_raises_anything_but
     image = read_series(dicom_files.series(tmp_path / "a", slices))
     path = tmp_path / "b.dcm"
     if kind == "frames":
-        dicom_files.save(path, enhanced(dicom_files, slices))
+        dicom_files.save(path, dicom_files.enhanced(slices))
     else:
         dicom_files.segmentation(path, slices, two_segments(4, overlap=False), kind=kind)
     whole = path.read_bytes()

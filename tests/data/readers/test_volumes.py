@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedsca_pipeline.data.readers.common import BrokenSampleError
-from fedsca_pipeline.data.readers.volume import FRAMES, SERIES, Volume, write_nifti
+from fedsca_pipeline.data.readers.volume import Volume, write_nifti
 from fedsca_pipeline.data.readers.volumes import IMAGE_READERS, read_volume, read_volume_mask
 from fedsca_pipeline.data.site_folder.discovery import VOLUME_SUFFIXES, may_hold_volumes
 
@@ -108,18 +108,16 @@ def test_damaged_bytes_never_raise_anything_but_a_broken_sample(
 
 
 def test_sites_of_volumes_are_known_by_the_suffixes_that_are_read(tmp_path: Path) -> None:
-    assert set(VOLUME_SUFFIXES) - {".dcm"} == set(IMAGE_READERS) - {SERIES, FRAMES}
+    assert set(VOLUME_SUFFIXES) == set(IMAGE_READERS)
     assert not may_hold_volumes(tmp_path)
     for name, expected in {
-        "a.png": False, ".hidden": False, "B.NII.GZ": True, "c.dcm": True, "IM0001": True, "d.mha": True,
+        "a.png": False, ".hidden": False, "B.NII.GZ": True, "c.dcm": False, "IM0001": False, "d.mha": True,
     }.items():  # fmt: skip
         images = tmp_path / name / "images"
         images.mkdir(parents=True)
         assert not may_hold_volumes(tmp_path / name)
         (images / name).touch()
         assert may_hold_volumes(tmp_path / name) == expected, name
-    (tmp_path / "a.png" / "images" / "series.1").mkdir()
-    assert may_hold_volumes(tmp_path / "a.png")
 
 
 def test_nan_and_infinity_are_refused(tmp_path: Path, suffix: str) -> None:

@@ -20,7 +20,7 @@ from fedsca_pipeline.data.importers.masks import Label
 from fedsca_pipeline.data.importers.pictures import Picture, read_picture
 from fedsca_pipeline.data.importers.sample import Sample
 from fedsca_pipeline.data.importers.tables import visible_files
-from fedsca_pipeline.data.readers.common import split_name
+from fedsca_pipeline.data.readers.common import BrokenSampleError, split_name
 from fedsca_pipeline.errors import ConfigError, DataError
 
 _TOKEN = re.compile(r"\{(\w*)\}|(\*\*/)|(\*)")
@@ -63,14 +63,14 @@ class Patterns:
 class Importer:
     """A published layout.
 
-    ``label`` turns the files of one mask, and their image, into uint8 classes, 0 background (``labels.py``);
-    ``classes`` names them from 1 on. ``refine`` says of the samples that the patterns found, and the source, what a
-    table in it knows better: sites, subjects, several images in one file. ``read`` is for images that are not a file
-    each; it may do without a label. ``regroup`` may give an image another site once it is read. ``options`` are the
-    keys of ``import_options``, from which, and the source, ``configure`` makes the importer; where it opens the
-    source's files for that, it goes through them by ``watch``. ``merged`` makes one class of all. ``modalities`` names
-    those of the fourth axis, where volumes have one. ``discreet``: names of files may name patients, so that messages
-    call an image by its stem.
+    ``label`` turns the files of one mask, and their image, into uint8 classes, 0 background (``masks.py``); ``classes``
+    names them from 1 on. ``refine`` completes the samples that the patterns found, from tables in the source: sites,
+    subjects, several images in one file. ``read`` reads a sample whose image is not one file; it may ignore the label.
+    ``regroup`` returns an image's site from its pixels. ``configure`` makes the importer from the source and
+    ``import_options``, whose keys are ``options``; it passes each file that it opens through ``watch``. ``merged``
+    makes one class of all. ``modalities`` names the entries of the fourth axis, if volumes have one. ``hides_names``:
+    nothing that is written or printed holds a name from the source; images and subjects get salted-hash names.
+    ``notes`` and ``spacing`` go into ``site.yml``.
     """
 
     title: str
@@ -85,7 +85,9 @@ class Importer:
     configure: Callable[[Path, Mapping[str, str], Watch], Importer] | None = None
     merged: bool = False
     modalities: tuple[str, ...] = ()
-    discreet: bool = False
+    hides_names: bool = False
+    notes: str = ""
+    spacing: tuple[float, float] | None = None
 
     def merge(self, name: str) -> Importer:
         """Return an importer whose one class ``name`` is all that is not background."""
@@ -107,8 +109,16 @@ class Importer:
             DataError: there is none, or a table in the source cannot be used.
         """
         samples = _samples(source, self.patterns)
-        if samples and self.refine is not None:
-            samples = list(self.refine(source, samples))
+        try:
+            if samples and self.refine is not None:
+                samples = list(self.refine(source, samples))
+        except DataError:
+            if not self.hides_names:
+                raise
+            raise DataError(
+                "source: a table or name in it does not fit the layout; to see which, import it once with "
+                "hide_names=false and data_root=<another folder>"
+            ) from None
         if not samples:
             wanted = "; ".join(pattern.images for pattern in self.patterns)
             raise DataError(f"{source}: holds nothing of the layout of {self.title} ({wanted}); there {_there(source)}")
@@ -157,9 +167,11 @@ def _of_pattern(source: Path, names: Iterable[str], pattern: Patterns) -> Iterat
         own = masks.get(tuple(values[key] for key in shared), [])
         fault = None
         if len(own) > 1 and not pattern.joined:
-            fault = f"{len(own)} masks: {', '.join(own[:3])}", "keep one, or say by the layout which is whose"
+            fault = BrokenSampleError(
+                f"{len(own)} masks", "keep one, or give each image a mask by the layout's patterns", ", ".join(own[:3])
+            )
         elif not own and not pattern.empty_without_mask:
-            fault = f"no mask as {pattern.masks}", "add it, or take the image away"
+            fault = BrokenSampleError(f"no mask as {pattern.masks}", "add it, or delete the image")
         yield Sample(
             _filled(pattern.site, values),
             _filled(pattern.stem, values),

@@ -33,7 +33,7 @@ def from_files(read: Callable[[Path, Image], np.ndarray]) -> Label:
     def label(paths: tuple[Path, ...], image: Image) -> np.ndarray:
         mask = _nothing(image)
         for path in paths:
-            mask = np.maximum(mask, _at_shape(read(path, image), mask.shape))
+            mask = np.maximum(mask, at_shape(read(path, image), mask.shape))
         return mask
 
     return label
@@ -179,7 +179,12 @@ def _black_or_white(path: Path) -> np.ndarray:
     return mask
 
 
-def _at_shape(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def at_shape(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return a mask that has its image's shape.
+
+    Raises:
+        BrokenSampleError: it has another one.
+    """
     if mask.shape != shape:
         raise BrokenSampleError(
             f"the mask is {_times(mask.shape)}, its image {_times(shape)}", "export both at one size and orientation"

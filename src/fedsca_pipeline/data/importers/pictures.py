@@ -1,20 +1,20 @@
-"""A sample's files to what is written of it."""
+"""A sample's files to the image and mask that are written to a site folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedsca_pipeline.data.importers.masks import Image, Label
-from fedsca_pipeline.data.readers.common import UNREADABLE, BrokenSampleError, finite_values, split_name, unreadable
+from fedsca_pipeline.data.readers.common import UNREADABLE, BrokenSampleError, finite_values, unreadable
 from fedsca_pipeline.data.readers.images import read_image
-from fedsca_pipeline.data.readers.volume import Volume, check_voxels
-from fedsca_pipeline.data.readers.volumes import IMAGE_READERS, read_volume
+from fedsca_pipeline.data.readers.volume import Volume, check_voxels, write_nifti
+from fedsca_pipeline.data.readers.volumes import is_volume, read_volume
 
 if TYPE_CHECKING:
     from fedsca_pipeline.data.importers.sample import Sample
@@ -24,14 +24,12 @@ if TYPE_CHECKING:
 class Picture:
     """An image and its mask, uint8 classes of its shape: [H, W], or [X, Y, Z] for a volume.
 
-    ``copies`` are the files that are the image as it is, by how their names go on after the stem (``.png``, or
-    ``/00000.dcm`` of a folder); without any, ``image`` is written: uint8 [H, W] or [H, W, 3] as PNG, a volume as NIfTI
-    in the type of its voxels.
+    ``original`` is a file that holds the image and nothing else, which can be copied; None: the image is written.
     """
 
     image: Image
     mask: np.ndarray
-    copies: Mapping[str, Path] = field(default_factory=dict)
+    original: Path | None = None
 
 
 class UnusableError(Exception):
@@ -44,10 +42,10 @@ class UnusableError(Exception):
 
 @contextmanager
 def blaming(file: Path) -> Iterator[None]:
-    """Name the file that the block's BrokenSampleError is about.
+    """Name the file that a BrokenSampleError of the block is about.
 
     Raises:
-        UnusableError: in place of it.
+        UnusableError: in its place.
     """
     try:
         yield
@@ -56,16 +54,30 @@ def blaming(file: Path) -> Iterator[None]:
 
 
 def read_picture(sample: Sample, label: Label) -> Picture:
-    """Read the one image file of a sample, which is copied, and its mask by ``label``.
+    """Read the one image file of a sample, and its mask by ``label``.
 
     Raises:
         UnusableError: the file, and what is wrong with it.
     """
     (file,) = sample.images
     with blaming(file):
-        image = read_volume(file) if split_name(file.name)[1] in IMAGE_READERS else read_image(file)
+        image = read_volume(file) if is_volume(file.name) else read_image(file)
     with blaming(sample.masks[0] if sample.masks else file):
-        return Picture(image, label(sample.masks, image), {split_name(file.name)[1]: file})
+        return Picture(image, label(sample.masks, image), file)
+
+
+def read_dicom(files: Sequence[Path]) -> Image:
+    """Read one DICOM image: a single frame, a multi-frame file, or the files of one series.
+
+    Raises:
+        BrokenSampleError: as ``read_frame``, ``read_multiframe`` and ``read_series_files``.
+    """
+    from fedsca_pipeline.data.readers.dicom import read_frame, read_header, read_multiframe, read_series_files
+
+    if len(files) > 1:
+        return read_series_files(files)
+    header = read_header(files[0])
+    return read_multiframe(files[0]) if header is not None and header.frames > 1 else read_frame(files[0])
 
 
 def read_nifti(file: Path, frame: int | None = None) -> Volume:
@@ -96,12 +108,38 @@ def read_nifti(file: Path, frame: int | None = None) -> Volume:
     return Volume(finite_values(_storable(voxels)), image.affine)
 
 
+def write_image(folder: Path, stem: str, image: Image) -> None:
+    """Write an image into ``folder`` with its values and geometry, and nothing else.
+
+    A volume becomes NIfTI. Pixels become PNG of 8 or 16 bit; those that PNG does not hold (negative or fractional
+    values, 16 bit colour) become TIFF.
+
+    Raises:
+        BrokenSampleError: the image holds integers beyond 32 bit.
+    """
+    if isinstance(image, Volume):
+        write_nifti(folder / f"{stem}.nii.gz", _storable(image.voxels), image.affine)
+    elif image.dtype == np.uint8 or (image.dtype == np.uint16 and image.ndim == 2):
+        from PIL import Image as Pillow
+
+        Pillow.fromarray(image).save(folder / f"{stem}.png")
+    else:
+        import tifffile
+
+        kind = "minisblack" if image.ndim == 2 else "rgb"
+        tifffile.imwrite(
+            folder / f"{stem}.tif", image, photometric=kind, compression="deflate", metadata=None, software=False
+        )
+
+
 def _storable(voxels: np.ndarray) -> np.ndarray:
-    """Return 64 bit integers, which viewers do not read, as 32 bit ones.
+    """Return voxels in a number type that viewers of NIfTI read: bool as uint8, 64 bit integers as 32 bit ones.
 
     Raises:
         BrokenSampleError: they do not fit, or are no plain numbers.
     """
+    if voxels.dtype == bool:
+        return voxels.astype(np.uint8)
     if voxels.dtype.kind not in "uif":
         raise BrokenSampleError(f"holds voxels of type {voxels.dtype}", "save one plain number a voxel")
     if voxels.dtype not in (np.int64, np.uint64):

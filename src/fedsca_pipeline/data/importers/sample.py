@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedsca_pipeline.data.importers.masks import Label
+from fedsca_pipeline.data.readers.common import BrokenSampleError
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The files of one image and those that make its mask, all below the source.
+    """The files of one image and of its mask, all below the source.
 
-    No mask file is an image without foreground, unless ``fault``, a reason and a cure, says why it cannot be used.
-    ``item`` is the row or frame of files that hold many images. ``label`` reads the mask where it is not the
-    importer's that does.
+    Without mask files the image shows no foreground. ``fault`` says why the sample cannot be used; names from the
+    source stand in its quoted part only. ``item`` is the row or frame of files that hold many images. ``label`` reads
+    the mask; None: the importer's label does.
     """
 
     site: str
@@ -22,6 +23,6 @@ class Sample:
     subject: str
     images: tuple[Path, ...]
     masks: tuple[Path, ...]
-    fault: tuple[str, str] | None = None
+    fault: BrokenSampleError | None = None
     item: int | None = None
     label: Label | None = None

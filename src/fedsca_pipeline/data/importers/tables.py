@@ -8,6 +8,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from fedsca_pipeline.errors import DataError
 
+TAKE_THE_TABLE = "take the table that came with the images"
+
 _MACOS = "__MACOSX"
 
 
@@ -80,10 +82,10 @@ def read_table(path: Path, key: str, columns: Sequence[str]) -> dict[str, dict[s
                 raise DataError(f"{path}: no column {missing[0]!r}; there are {', '.join(head) or 'none'}")
             rows.fieldnames = head
             table: dict[str, dict[str, str]] = {}
-            for row in rows:
+            for number, row in enumerate(rows, start=2):
                 values = {name: (row[name] or "").strip() for name in (key, *columns)}
                 if values[key] in table:
-                    raise DataError(f"{path}: {key} {values[key]!r} comes twice; keep one row")
+                    raise DataError(f"{path}: row {number}: {key} {values[key]!r} occurs twice; keep one row")
                 table[values[key]] = values
             return table
     except (OSError, UnicodeDecodeError, csv.Error) as error:

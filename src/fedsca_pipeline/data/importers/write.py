@@ -1,13 +1,11 @@
-"""Samples of a source into site folders: all of them, or none."""
+"""Samples of a source to site folders: all of them, or none."""
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 import shutil
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,16 +16,15 @@ import yaml
 from PIL import Image
 
 from fedsca_pipeline.data.importers.layout import Importer
-from fedsca_pipeline.data.importers.pictures import Picture, UnusableError, blaming
+from fedsca_pipeline.data.importers.pictures import Picture, UnusableError, blaming, write_image
+from fedsca_pipeline.data.importers.pseudonyms import NAMES, Pseudonyms
 from fedsca_pipeline.data.importers.sample import Sample
-from fedsca_pipeline.data.readers.common import BrokenSampleError
+from fedsca_pipeline.data.readers.common import BrokenSampleError, split_name
 from fedsca_pipeline.data.readers.volume import Volume, write_nifti
 from fedsca_pipeline.data.site_folder.discovery import SITES_READY, settle_sites
 from fedsca_pipeline.data.site_folder.pairing import Broken, list_faults
-from fedsca_pipeline.errors import DataError, RefusedImportError
+from fedsca_pipeline.errors import DataError, RefusedImportError, counted
 from fedsca_pipeline.files import write_bytes
-
-IMPORTED = "import.csv"
 
 
 def import_sites(
@@ -41,25 +38,26 @@ def import_sites(
 ) -> dict[str, dict[str, Any]]:
     """Write the samples of ``source`` as site folders below ``raw``.
 
-    Images stay as they are, masks become PNG or NIfTI of classes; one sample at a time is in memory. Every site comes
-    with a ``site.yml`` of subjects and notes. All are built beside their place and renamed into it: a killed call
-    leaves no half site. Nothing of the source is changed, nothing outside it is read.
+    Image files are copied, masks become PNG or NIfTI of classes, and each site gets a ``site.yml`` of subjects and
+    notes. An importer that hides names writes images anew, without what a file holds beside its pixels, and gives
+    images and subjects salted-hash names. One sample at a time is in memory. The sites are built in a hidden folder and
+    renamed, so a killed call leaves no half site. The source is only read, and nothing outside it is.
 
     Args:
         raw: the folder of the sites.
         importer: the layout.
-        source: where the data set was unpacked.
-        quarantine: leave out what is broken, and list it, instead of stopping.
-        private: where to list, of an importer whose file names may name patients, what files its stems stand for
-            (left out: ``private`` beside ``raw``).
-        progress: is told after each image how many of how many are done.
+        source: the folder of the unpacked data set.
+        quarantine: leave out broken files and list them, instead of stopping.
+        private: the folder of each site's salt and ``names.csv``, for an importer that hides names. Default:
+            ``private`` beside ``raw``.
+        progress: receives the number of samples done and of all, after each.
 
     Returns:
         Per site ``images``, ``subjects``, ``pixels`` of each class by name, and ``broken``, a list of ``file``
-        (relative to the source), ``reason`` and ``cure``.
+        (relative to the source, or the image's hashed name), ``reason`` and ``cure``.
 
     Raises:
-        DataError: no such source, nothing of the layout in it, or a site that is there already.
+        DataError: the source is missing, holds nothing of the layout, or a site exists already.
         RefusedImportError: broken files without ``quarantine``, or nothing else. The message names the first ones.
     """
     if not source.is_dir():
@@ -68,16 +66,20 @@ def import_sites(
     samples = [replace(sample, site=_site_name(sample.site)) for sample in importer.find(source)]
     if importer.regroup is None:
         _refuse_existing(raw, {sample.site for sample in samples})
-    legend = _write_names(private or raw.parent / "private", source, samples) if importer.discreet else ""
+    private = private or raw.parent / "private"
     workshop = raw / ".import_sites.partial"
     try:
         # A killed command may have left its workshop behind.
         shutil.rmtree(workshop, ignore_errors=True)
-        summary = _write(workshop, importer, samples, source, progress)
-        broken = {name: [Broken(**entry) for entry in site["broken"]] for name, site in summary.items()}
-        left = any(site["images"] for site in summary.values())
-        if any(broken.values()) and not (quarantine and left):
-            raise RefusedImportError(_refusal(source, broken, quarantine) + legend, summary)
+        sites = _write(workshop, importer, samples, source, private, progress)
+        for name, site in sites.items():
+            if site.names is not None and not (raw / name).exists():
+                site.names.write_table()
+        summary = {name: site.summary(importer.classes) for name, site in sites.items()}
+        if any(site.broken for site in sites.values()) and not (
+            quarantine and any(site.subjects for site in sites.values())
+        ):
+            raise RefusedImportError(_refusal(importer, source, sites, private, quarantine), summary)
         _refuse_existing(raw, {path.name for path in workshop.iterdir()})
         workshop.rename(raw / SITES_READY)
     finally:
@@ -86,91 +88,87 @@ def import_sites(
     return summary
 
 
-def _refusal(source: Path, broken: Mapping[str, Sequence[Broken]], quarantine: bool) -> str:
-    count = sum(map(len, broken.values()))
-    listed = "".join(
-        list_faults(entries, "", f"{site} in 02_intermediate/import.json") for site, entries in broken.items()
-    )
-    leave_out = "or leave them out with preprocessing.on_bad_sample=quarantine"
-    cure = "; nothing else is there" if quarantine else f", {leave_out}"
-    return f"{source}: {count} broken file{'s' * (count > 1)}:{listed}\nMend them{cure}"
-
-
-def _refuse_existing(raw: Path, sites: set[str]) -> None:
-    if there := sorted(site for site in sites if (raw / site).exists()):
-        raise DataError(
-            f"{raw}: {', '.join(there)} {'is' if len(there) == 1 else 'are'} there already; take them away to import "
-            "them anew, or import into another place with data_root=<folder>"
-        )
-
-
 @dataclass
 class _Site:
-    """What has been written of one site."""
+    """What has been written of one site. ``names``: of an importer that hides names; None: names are the source's."""
 
+    names: Pseudonyms | None
     subjects: dict[str, str] = field(default_factory=dict)
     """By stem."""
     pixels: Counter[int] = field(default_factory=Counter)
-    broken: list[dict[str, str]] = field(default_factory=list)
+    broken: list[Broken] = field(default_factory=list)
+
+    def stem(self, sample: Sample, source: Path) -> str:
+        """Return the name of a sample's files in the site folder."""
+        if self.names is None:
+            return _plain(sample.stem)
+        return self.names.image(sample.stem, sample.images[0].relative_to(source).as_posix())
+
+    def subject(self, sample: Sample) -> str:
+        """Return the name of a sample's subject."""
+        return _plain(sample.subject) if self.names is None else self.names.subject(sample.subject)
+
+    def blame(self, sample: Sample, unusable: UnusableError, source: Path) -> None:
+        """List a sample that cannot be used; of a site that hides names, without what the source says."""
+        error = unusable.error
+        if self.names is None:
+            self.broken.append(Broken.of(unusable.file.relative_to(source).as_posix(), error))
+        else:
+            self.broken.append(Broken(f"image {self.stem(sample, source)}", error.unquoted, error.cure))
+
+    def summary(self, classes: Sequence[str]) -> dict[str, Any]:
+        """Return the site's entry in what ``import_sites`` returns."""
+        return {
+            "images": len(self.subjects),
+            "subjects": len(set(self.subjects.values())),
+            "pixels": {label: self.pixels[number] for number, label in enumerate(("background", *classes))},
+            "broken": [entry.as_dict() for entry in self.broken],
+        }
 
 
 def _write(
-    workshop: Path, importer: Importer, samples: Sequence[Sample], source: Path, progress: Callable[[int, int], None]
-) -> dict[str, dict[str, Any]]:
-    sites: dict[str, _Site] = defaultdict(_Site)
+    workshop: Path,
+    importer: Importer,
+    samples: Sequence[Sample],
+    source: Path,
+    private: Path,
+    progress: Callable[[int, int], None],
+) -> dict[str, _Site]:
+    """Write all samples into ``workshop``; return the sites by name, in order."""
+    sites: dict[str, _Site] = {}
+
+    def site_of(name: str) -> _Site:
+        if name not in sites:
+            sites[name] = _Site(Pseudonyms(private / name) if importer.hides_names else None)
+        return sites[name]
+
     workshop.mkdir(parents=True)
     for done, sample in enumerate(samples, start=1):
         try:
             picture = _read(importer, sample, source)
             name = _site_name(importer.regroup(picture.image)) if importer.regroup else sample.site
-            site, stem = sites[name], _plain(sample.stem)
-            if stem in site.subjects:
-                raise UnusableError(
-                    sample.images[0], BrokenSampleError(f"another image of {name} has the stem {stem!r}", "rename one")
-                )
+            site = site_of(name)
+            stem = site.stem(sample, source)
+            with blaming(sample.images[0]):
+                if stem in site.subjects:
+                    raise BrokenSampleError(f"another image of {name} has the stem {stem!r}", "rename one")
+                _place(workshop / name, stem, picture, rewrite=importer.hides_names)
         except UnusableError as unusable:
-            sites[sample.site].broken.append(_described(importer, sample, unusable, source).as_dict())
+            site_of(sample.site).blame(sample, unusable, source)
         else:
-            _place(workshop / name, stem, picture)
-            site.subjects[stem] = _plain(sample.subject)
+            site.subjects[stem] = site.subject(sample)
             numbers, counts = np.unique(picture.mask, return_counts=True)
             site.pixels.update(dict(zip(map(int, numbers), map(int, counts), strict=True)))
         progress(done, len(samples))
     for name, site in sites.items():
         if site.subjects:
-            _write_site_file(workshop / name, importer, site.subjects)
-    classes = ("background", *importer.classes)
-    return {
-        name: {
-            "images": len(site.subjects),
-            "subjects": len(set(site.subjects.values())),
-            "pixels": {label: site.pixels[number] for number, label in enumerate(classes)},
-            "broken": site.broken,
-        }
-        for name, site in sorted(sites.items())
-    }
-
-
-def _described(importer: Importer, sample: Sample, unusable: UnusableError, source: Path) -> Broken:
-    if importer.discreet:
-        return Broken(f"image {sample.stem}", unusable.error.unquoted, unusable.error.cure)
-    return Broken.of(unusable.file.relative_to(source).as_posix(), unusable.error)
-
-
-def _write_names(private: Path, source: Path, samples: Sequence[Sample]) -> str:
-    """List what the stems of images stand for, for the owner of the data alone; return where, for a message."""
-    private.mkdir(parents=True, exist_ok=True)
-    private.chmod(0o700)
-    stream = io.StringIO()
-    rows = [(sample.site, sample.stem, sample.images[0].relative_to(source).as_posix()) for sample in samples]
-    csv.writer(stream).writerows([("site", "image", "first file"), *rows])
-    write_bytes(private / IMPORTED, stream.getvalue().encode(errors="surrogateescape"))
-    return f"\nImages stand for files of the source as {private / IMPORTED} lists them."
+            _write_site_file(workshop / name, importer, site)
+    return dict(sorted(sites.items()))
 
 
 def _read(importer: Importer, sample: Sample, source: Path) -> Picture:
     if sample.fault is not None:
-        raise UnusableError(sample.images[0], BrokenSampleError(*sample.fault))
+        raise UnusableError(sample.images[0], sample.fault)
     inside = source.resolve()
     for file in (*sample.images, *sample.masks):
         with blaming(file):
@@ -179,33 +177,61 @@ def _read(importer: Importer, sample: Sample, source: Path) -> Picture:
     return importer.picture(sample)
 
 
-def _place(folder: Path, stem: str, picture: Picture) -> None:
+def _place(folder: Path, stem: str, picture: Picture, *, rewrite: bool) -> None:
+    """Write one image and its mask; ``rewrite``: no file is copied, since files hold more than pixels.
+
+    Raises:
+        BrokenSampleError: no format holds the image's values.
+    """
     images, masks = folder / "images", folder / "masks"
     for kind in (images, masks):
         kind.mkdir(parents=True, exist_ok=True)
-    for ending, file in picture.copies.items():
-        target = images / f"{stem}{ending}"
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, target)
+    if picture.original is None or rewrite:
+        write_image(images, stem, picture.image)
+    else:
+        shutil.copyfile(picture.original, images / f"{stem}{split_name(picture.original.name)[1]}")
     if isinstance(picture.image, Volume):
-        if not picture.copies:
-            write_nifti(images / f"{stem}.nii.gz", picture.image.voxels, picture.image.affine)
         write_nifti(masks / f"{stem}.nii.gz", picture.mask, picture.image.affine)
     else:
-        if not picture.copies:
-            Image.fromarray(picture.image).save(images / f"{stem}.png")
         Image.fromarray(picture.mask).save(masks / f"{stem}.png")
 
 
-def _write_site_file(folder: Path, importer: Importer, subjects: Mapping[str, str]) -> None:
+def _write_site_file(folder: Path, importer: Importer, site: _Site) -> None:
     classes = ", ".join(f"{number} {name}" for number, name in enumerate(importer.classes, start=1))
+    written = f"{importer.title}. Classes: {classes}. Terms: {importer.licence}"
     content: dict[str, Any] = {
-        "notes": f"{importer.title}. Classes: {classes}. Terms: {importer.licence}",
-        # Classes are final: a mask of nothing but 0 and 255 is not to be guessed about.
+        "notes": f"{importer.notes} {written}".strip(),
+        # Classes are final: a mask of nothing but 0 and 255 needs no guess.
         "label_map": {number: number for number in range(len(importer.classes) + 1)},
-        "subjects": dict(subjects),
+        "subjects": site.subjects,
     }
+    if importer.spacing is not None:
+        content["spacing"] = list(importer.spacing)
+    if site.names is not None:
+        content["hashed_names"] = True
     write_bytes(folder / "site.yml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+
+
+def _refusal(importer: Importer, source: Path, sites: Mapping[str, _Site], private: Path, quarantine: bool) -> str:
+    count = sum(len(site.broken) for site in sites.values())
+    listed = "".join(
+        list_faults(site.broken, "", f"{name} in 02_intermediate/import.json") for name, site in sites.items()
+    )
+    leave_out = ", or leave them out with preprocessing.on_bad_sample=quarantine"
+    cure = "; nothing else is there" if quarantine else leave_out
+    message = f"{counted(count, 'broken file')}:{listed}\nFix them{cure}"
+    if not importer.hides_names:
+        return f"{source}: {message}"
+    tables = ", ".join(str(private / name / NAMES) for name, site in sites.items() if site.broken)
+    return f"source: {message}\nImages stand for files of the source as {tables} lists them."
+
+
+def _refuse_existing(raw: Path, sites: set[str]) -> None:
+    if there := sorted(site for site in sites if (raw / site).exists()):
+        raise DataError(
+            f"{raw}: {', '.join(there)} {'is' if len(there) == 1 else 'are'} there already; delete them to import "
+            "them again, or import into another place with data_root=<folder>"
+        )
 
 
 def _site_name(name: str) -> str:

@@ -44,10 +44,8 @@ class Tally:
         return self.values[np.argsort(-self.often, kind="stable")].tolist()
 
 
-def read_classes(
-    path: Path, rule: LabelRule, classes: int, image: Path | None = None
-) -> tuple[np.ndarray, dict[str, int]]:
-    """Read a mask file, that of the file ``image``, as classes.
+def read_classes(path: Path, rule: LabelRule, classes: int) -> tuple[np.ndarray, dict[str, int]]:
+    """Read a mask file as classes.
 
     Returns:
         uint8 [H, W] of 0 = background, 1..``classes``; and what was applied: value, colour or threshold to class.
@@ -62,7 +60,7 @@ def read_classes(
         pixels = read_image(path)
         if pixels.ndim == 3 or not rule.numbers:
             return by_colour(pixels, rule.colours, classes)
-    return by_number(read_mask(path, image), rule.numbers, classes)
+    return by_number(read_mask(path), rule.numbers, classes)
 
 
 def read_volume_classes(path: Path, image: Volume, rule: LabelRule, classes: int) -> tuple[np.ndarray, dict[str, int]]:

@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 
 from fedsca_pipeline.config import PreprocessingConfig
-from fedsca_pipeline.data.importers.pseudonyms import open_site
 from fedsca_pipeline.data.manifest import MANIFEST_DTYPES
 from fedsca_pipeline.data.preprocessing.array_writer import ArraysFile, ArraysWriter
 from fedsca_pipeline.data.preprocessing.report import site_report
 from fedsca_pipeline.data.preprocessing.samples import Sample, read_samples
 from fedsca_pipeline.data.preprocessing.selection import Settled, settle
+from fedsca_pipeline.data.site_folder.identifiers import open_site
 from fedsca_pipeline.data.site_folder.pairing import Broken, by_fault, pair_files
 from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.files import remove_partial_files
@@ -52,13 +52,11 @@ def prepare_site(
     previous_manifest: pd.DataFrame | None = None,
     *,
     scratch: Path | None = None,
-    private: Path | None = None,
 ) -> PreparedSite:
     """Read, check, split and resize one site's images, in memory for one image, or volume, however many there are.
 
     The arrays grow in a hidden folder within ``scratch``, which is on the disk where they shall end up (left out: in
-    the system's folder for temporary files). ``private`` is the site's own folder of ``pseudonyms.open_site``
-    (left out: ``private/<site>`` beside ``raw``).
+    the system's folder for temporary files).
 
     Subjects in ``previous_manifest`` keep their split while seed, split settings and group rule are the same; under
     other settings all are drawn anew, which the report's warnings say.
@@ -66,26 +64,27 @@ def prepare_site(
     Raises:
         OSError: the disk is full.
         DataError: broken files with ``on_bad_sample: fail``, too few usable images, only empty masks, no images or
-            masks folder, a wrong ``site.yml``, or a split without images. The message names them and the cure.
+            masks folder, DICOM files or hidden names (``open_site``), a wrong ``site.yml``, or a split without images.
+            The message names them and the cure.
     """
-    source = open_site(raw, site, private or raw.parent / "private" / site)
-    site_file = source.site_file
+    folder = raw / site
+    site_file = open_site(folder)
     if scratch is not None:
         # A killed command may have left a partial file as large as all arrays of this site.
         remove_partial_files(scratch, f"{site}.*")
-    pairs, broken = pair_files(source.folder, source.home)
+    pairs, broken = pair_files(folder)
     found = len(pairs) + sum(entry.file.startswith("images/") for entry in broken)
 
     samples: list[Sample] = []
     with ArraysWriter(scratch or Path(tempfile.gettempdir()), site, config.image_size) as writer:
-        for sample, planes in read_samples(source.folder, pairs, site_file, config, broken):
+        for sample, planes in read_samples(folder, pairs, site_file, config, broken):
             for image, mask in planes:
                 writer.append(image, mask)
             samples.append(sample)
 
         settled = settle(site, samples, broken, site_file, config, seed, previous_manifest)
         if settled.refusals:
-            raise DataError("\n".join(filter(None, (settled.refusals[0], source.legend))))
+            raise DataError(settled.refusals[0])
         rows = _array_rows(samples, settled)
         samples = [samples[row] for row in settled.rows]
         manifest = _manifest(site, samples, settled)

@@ -15,7 +15,7 @@ from fedsca_pipeline.data.preprocessing.selection import Settled, _is_empty, _sp
 from fedsca_pipeline.data.preprocessing.split import SPLITS
 from fedsca_pipeline.data.site_folder.discovery import fingerprint_site
 from fedsca_pipeline.data.site_folder.pairing import Broken
-from fedsca_pipeline.data.site_folder.site_file import HiddenSiteFile, SiteFile
+from fedsca_pipeline.data.site_folder.site_file import SiteFile
 from fedsca_pipeline.files import fingerprint
 
 
@@ -32,7 +32,7 @@ def site_report(
 ) -> dict[str, Any]:
     """Return the data report (docs/data.md), JSON-able, of the samples that are kept; there may be none.
 
-    ``pseudonyms`` says whether names and subjects stand for others.
+    ``hashed_names`` says whether names and subjects are salted hashes, which an import wrote.
     """
     splits = list(settled.splits.values())
     read = {sample.pair.image: sample.sha256 for sample in samples}
@@ -58,7 +58,7 @@ def site_report(
         },
         "spacing": list(site_file.spacing) if site_file.spacing else None,
         "notes": site_file.notes,
-        "pseudonyms": isinstance(site_file, HiddenSiteFile),
+        "hashed_names": site_file.hashed_names,
         "broken": [entry.as_dict() for entry in broken],
         "warnings": settled.warnings,
     }

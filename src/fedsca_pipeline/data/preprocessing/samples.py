@@ -20,7 +20,7 @@ from fedsca_pipeline.data.readers.images import read_image
 from fedsca_pipeline.data.readers.volumes import is_volume, read_volume
 from fedsca_pipeline.data.site_folder.label_rule import LabelRule
 from fedsca_pipeline.data.site_folder.pairing import Broken, Pair
-from fedsca_pipeline.data.site_folder.site_file import HiddenSiteFile, SiteFile
+from fedsca_pipeline.data.site_folder.site_file import SiteFile
 from fedsca_pipeline.files import sha256_path
 
 # Raw values kept of an image: over a site's images they are thousands.
@@ -96,7 +96,7 @@ def _read(folder: Path, site_file: SiteFile, config: PreprocessingConfig, pair: 
                 f"of {pair.image} and its mask one is a volume, one is flat",
                 "export both as volumes, or both slice by slice",
             )
-        mask, label_map = kind.read_mask(*files, image, site_file.label_rule, config.classes)
+        mask, label_map = kind.read_mask(files[1], image, site_file.label_rule, config.classes)
         if not config.allow_empty_masks and not mask.any():
             raise BrokenSampleError("empty mask", "label it, or set preprocessing.allow_empty_masks: true")
         described = {
@@ -109,9 +109,7 @@ def _read(folder: Path, site_file: SiteFile, config: PreprocessingConfig, pair: 
         }
         return kind.sample(image, mask, described, config)
     except BrokenSampleError as error:
-        hidden = isinstance(site_file, HiddenSiteFile)
-        reason = error.unquoted if hidden else _within(folder, error.reason)
-        return Broken.of(file, BrokenSampleError(reason, error.cure))
+        return Broken.of(file, BrokenSampleError(_within(folder, error.reason), error.cure))
 
 
 def _within(folder: Path, reason: str) -> str:
@@ -123,10 +121,8 @@ def _flat_image(path: Path, _config: PreprocessingConfig) -> np.ndarray:
     return read_image(path)
 
 
-def _flat_mask(
-    file: Path, path: Path, image: np.ndarray, rule: LabelRule, classes: int
-) -> tuple[np.ndarray, dict[str, int]]:
-    mask, label_map = read_classes(path, rule, classes, file)
+def _flat_mask(path: Path, image: np.ndarray, rule: LabelRule, classes: int) -> tuple[np.ndarray, dict[str, int]]:
+    mask, label_map = read_classes(path, rule, classes)
     if image.shape[:2] != mask.shape:
         raise BrokenSampleError(
             f"is {mask.shape[0]} x {mask.shape[1]} pixels (rows x columns), its image upright is "
@@ -161,9 +157,7 @@ def _slices(path: Path, config: PreprocessingConfig) -> VolumeSlices:
     return VolumeSlices(read_volume(path), config.volume, config.normalise, config.image_size)
 
 
-def _volume_mask(
-    _file: Path, path: Path, slices: VolumeSlices, rule: LabelRule, classes: int
-) -> tuple[np.ndarray, dict[str, int]]:
+def _volume_mask(path: Path, slices: VolumeSlices, rule: LabelRule, classes: int) -> tuple[np.ndarray, dict[str, int]]:
     return read_volume_classes(path, slices.volume, rule, classes)
 
 
@@ -216,11 +210,11 @@ def _lost(class_pixels: np.ndarray, occurring: Iterable[Sequence[int]], side: in
 class _Kind:
     """How flat images, or volumes, are read: the image, its mask as classes on its grid, and both as a sample.
 
-    ``read_mask`` is given both files, and the image as ``read_image`` gave it.
+    ``read_mask`` receives the mask's file, and the image that ``read_image`` returned.
     """
 
     read_image: Callable[[Path, PreprocessingConfig], Any]
-    read_mask: Callable[[Path, Path, Any, LabelRule, int], tuple[np.ndarray, dict[str, int]]]
+    read_mask: Callable[[Path, Any, LabelRule, int], tuple[np.ndarray, dict[str, int]]]
     sample: Callable[[Any, np.ndarray, Mapping[str, Any], PreprocessingConfig], tuple[Sample, Planes]]
 
 

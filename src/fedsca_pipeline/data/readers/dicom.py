@@ -115,7 +115,7 @@ def read_series(folder: Path) -> Volume:
         BrokenSampleError: as there; the folder is empty, or holds a folder or a link that leads out of it.
     """
     with _discreet():
-        return read_series_files(_files_of(folder))
+        return read_series_files(files_of_series(folder))
 
 
 def read_series_files(files: Sequence[Path]) -> Volume:
@@ -409,7 +409,7 @@ def _check_grey(dataset: Dataset) -> None:
         raise BrokenSampleError("a volume in colour", "save each frame as an image of its own, with a mask of its own")
 
 
-def _files_of(folder: Path) -> list[Path]:
+def files_of_series(folder: Path) -> list[Path]:
     """Return a series folder's visible files in name order."""
     inside = folder.resolve()
     files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "DICOMDIR")

@@ -11,7 +11,6 @@ from PIL import Image, ImageOps
 
 from fedsca_pipeline.data.readers.common import (
     COPY_AGAIN,
-    DICOM,
     MAX_PIXELS,
     UNREADABLE,
     BrokenSampleError,
@@ -45,17 +44,13 @@ def read_image(path: Path) -> np.ndarray:
     return finite_values(pixels)
 
 
-def read_mask(path: Path, image: Path | None = None) -> np.ndarray:
-    """Read a mask as integers [H, W]: grey values, palette indices or segment numbers, as stored, before any label map.
-
-    ``image`` is the file that it is the mask of, on whose grid a DICOM segmentation is laid out.
+def read_mask(path: Path) -> np.ndarray:
+    """Read a mask as integers [H, W]: grey values or palette indices, as stored, before any label map.
 
     Raises:
         BrokenSampleError: unreadable, JPEG (its compression alters labels), coloured, or not of whole numbers.
     """
     refuse_lossy_mask(path)
-    if split_name(path.name)[1] == DICOM:
-        return _read_segmentation(path, image)
     pixels = _read(path, labels=True)
     if pixels.ndim == 3:
         pixels = _drop_alpha(pixels)
@@ -169,22 +164,6 @@ def _read_tiff(path: Path, labels: bool) -> np.ndarray:
         return pixels
 
 
-def _read_dicom(path: Path, _labels: bool) -> np.ndarray:
-    from fedsca_pipeline.data.readers.dicom import read_frame
-
-    return read_frame(path)
-
-
-def _read_segmentation(path: Path, image: Path | None) -> np.ndarray:
-    from fedsca_pipeline.data.readers.dicom import read_frame_segmentation
-
-    if image is None or split_name(image.name)[1] != DICOM:
-        raise BrokenSampleError(
-            "a DICOM mask, but its image is no DICOM frame", "export the mask as PNG or TIFF on the image's grid"
-        )
-    return read_frame_segmentation(path, image)
-
-
 def _drop_alpha(pixels: np.ndarray) -> np.ndarray:
     channels = pixels.shape[2]
     if channels > 4:
@@ -214,7 +193,6 @@ READERS: Mapping[str, Callable[[Path, bool], np.ndarray]] = MappingProxyType(
         ".pgm": _read_pillow,
         ".tif": _read_tiff,
         ".tiff": _read_tiff,
-        DICOM: _read_dicom,
     }
 )
 """Suffix to a function of (path, labels) that gives [H, W] or [H, W, C]; ``labels`` asks for stored numbers."""

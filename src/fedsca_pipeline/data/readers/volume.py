@@ -9,9 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedsca_pipeline.data.readers.common import (
-    BrokenSampleError,
-)
+from fedsca_pipeline.data.readers.common import BrokenSampleError
 from fedsca_pipeline.files import atomic_path
 
 MAX_VOXELS = 2**29
@@ -103,7 +101,3 @@ def _by(shape: Sequence[int]) -> str:
 
 
 _TOLERANCE = 0.1
-
-
-SERIES, FRAMES, SEGMENTATION = ".series", ".frames", ".seg"
-"""What ``pseudonyms`` calls a folder of DICOM files, a DICOM file of several frames, and a DICOM SEG of a volume."""

@@ -26,15 +26,7 @@ from fedsca_pipeline.data.readers.common import (
     unreadable,
     whole_numbers,
 )
-from fedsca_pipeline.data.readers.volume import (
-    FRAMES,
-    MAX_VOXELS,
-    SEGMENTATION,
-    SERIES,
-    Volume,
-    check_grid,
-    check_voxels,
-)
+from fedsca_pipeline.data.readers.volume import MAX_VOXELS, Volume, check_grid, check_voxels
 
 
 def is_volume(name: str) -> bool:
@@ -51,7 +43,10 @@ def read_volume(path: Path) -> Volume:
         BrokenSampleError: unreadable, of no known format, above ``MAX_VOXELS``, of colours, with more than four axes,
             without a geometry, or with NaN or infinite values.
     """
-    volume = _read(path, IMAGE_READERS, lambda reader: reader(path))
+    if path.is_dir() or split_name(path.name)[1] == DICOM:
+        volume = _checked(_read_dicom(path))
+    else:
+        volume = _read(path, IMAGE_READERS, lambda reader: reader(path))
     finite_values(volume.voxels)
     return volume
 
@@ -90,22 +85,15 @@ def most_voxels(path: Path) -> int:
 
 
 def _read(path: Path, readers: Mapping[str, Any], call: Callable[[Any], Volume]) -> Volume:
-    suffix = _kind(path)
+    suffix = split_name(path.name)[1]
     if suffix not in readers:
         raise no_reader(suffix, readers)
     try:
-        if path.is_file():
-            check_not_empty(path)
+        check_not_empty(path)
         volume = call(readers[suffix])
     except UNREADABLE as error:
         raise unreadable(error) from error
     return _checked(volume)
-
-
-def _kind(path: Path) -> str:
-    """Return the suffix that a path has, or, of DICOM under its own name, would have in ``pseudonyms``."""
-    suffix = split_name(path.name)[1]
-    return SERIES if path.is_dir() else FRAMES if suffix == DICOM else suffix
 
 
 def _checked(volume: Volume) -> Volume:
@@ -221,22 +209,10 @@ def _meta_image_header(path: Path) -> dict[str, str]:
     return dict(re.findall(r"^\s*(\w+)\s*=\s*(.*?)\s*$", lines.decode("latin-1"), flags=re.MULTILINE))
 
 
-def _read_dicom_series(path: Path) -> Volume:
-    from fedsca_pipeline.data.readers.dicom import read_series
+def _read_dicom(path: Path) -> Volume:
+    from fedsca_pipeline.data.readers.dicom import read_multiframe, read_series
 
-    return read_series(path)
-
-
-def _read_dicom_frames(path: Path) -> Volume:
-    from fedsca_pipeline.data.readers.dicom import read_multiframe
-
-    return read_multiframe(path)
-
-
-def _read_dicom_segmentation(path: Path, image: Volume) -> Volume:
-    from fedsca_pipeline.data.readers.dicom import read_segmentation
-
-    return read_segmentation(path, image)
+    return read_series(path) if path.is_dir() else read_multiframe(path)
 
 
 def _image(read: Callable[[Path, int], Volume]) -> Callable[[Path], Volume]:
@@ -279,15 +255,11 @@ _PLAIN_READERS: Mapping[str, Callable[[Path, int], Volume]] = MappingProxyType(
 )
 
 IMAGE_READERS: Mapping[str, Callable[[Path], Volume]] = MappingProxyType(
-    {
-        **{suffix: _image(read) for suffix, read in _PLAIN_READERS.items()},
-        SERIES: _read_dicom_series,
-        FRAMES: _read_dicom_frames,
-    }
+    {suffix: _image(read) for suffix, read in _PLAIN_READERS.items()}
 )
 """Suffix to a function of a path. What it cannot parse it lets raise one of ``readers.UNREADABLE``."""
 
 MASK_READERS: Mapping[str, Callable[[Path, Volume], Volume]] = MappingProxyType(
-    {**{suffix: _alone(read) for suffix, read in _PLAIN_READERS.items()}, SEGMENTATION: _read_dicom_segmentation}
+    {suffix: _alone(read) for suffix, read in _PLAIN_READERS.items()}
 )
 """Suffix to a function of a path and the image's volume, whose grid a format may need to lay out its content."""

@@ -16,8 +16,8 @@ DEMO_SITES: tuple[str, ...] = ("harbour_ct", "meadow_mri", "summit_ultrasound", 
 SITES_READY = ".sites.ready"
 """Where sites that were written together stand before they are moved into place one after the other."""
 
-VOLUME_SUFFIXES: tuple[str, ...] = (".nii", ".nii.gz", ".nrrd", ".mha", ".dcm")
-"""Of image files that are, or of DICOM may be, read as volumes; so may folders, and DICOM files without a suffix."""
+VOLUME_SUFFIXES: tuple[str, ...] = (".nii", ".nii.gz", ".nrrd", ".mha")
+"""Suffixes of image files that are read as volumes."""
 
 _SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -50,15 +50,11 @@ def demonstration_sites(raw: Path) -> list[str]:
 
 
 def may_hold_volumes(folder: Path) -> bool:
-    """Whether a site folder has an image that may be a volume, by names alone: no file is opened."""
+    """Return whether a site folder has an image with a suffix of volumes; no file is opened."""
     images = folder / "images"
-    return images.is_dir() and any(map(_may_be_volume, os.scandir(images)))
-
-
-def _may_be_volume(entry: os.DirEntry[str]) -> bool:
-    if entry.name.startswith("."):
-        return False
-    return entry.name.lower().endswith(VOLUME_SUFFIXES) or "." not in entry.name or entry.is_dir()
+    return images.is_dir() and any(
+        entry.name.lower().endswith(VOLUME_SUFFIXES) for entry in os.scandir(images) if not entry.name.startswith(".")
+    )
 
 
 def settle_sites(raw: Path) -> None:

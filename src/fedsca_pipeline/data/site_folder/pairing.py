@@ -12,12 +12,11 @@ from pathlib import Path
 
 from fedsca_pipeline.data.readers.common import BrokenSampleError, no_reader, split_name
 from fedsca_pipeline.data.readers.images import READERS
-from fedsca_pipeline.data.readers.volume import FRAMES, SEGMENTATION, SERIES
 from fedsca_pipeline.data.readers.volumes import IMAGE_READERS, is_volume
 from fedsca_pipeline.data.site_folder.discovery import leads_out
 from fedsca_pipeline.errors import DataError
 
-SUFFIXES: tuple[str, ...] = (*READERS, *IMAGE_READERS, SEGMENTATION)
+SUFFIXES: tuple[str, ...] = (*READERS, *IMAGE_READERS)
 """Of every file that is read, flat images first."""
 
 # In what is said of a file: what another with the same fault has differently.
@@ -25,8 +24,6 @@ _VARYING = re.compile(r"\b(images|masks)/\S+|'[^']*'|\d+")
 
 # Of several files with one fault those called by name, and of faults those told at once.
 _NAMED, _TOLD = 3, 20
-
-_OF_SITES = [suffix for suffix in SUFFIXES if suffix not in (SERIES, FRAMES, SEGMENTATION)]
 
 
 @dataclass(frozen=True)
@@ -98,17 +95,16 @@ class Pair:
     mask: str
 
 
-def pair_files(folder: Path, home: Path | None = None) -> tuple[list[Pair], list[Broken]]:
+def pair_files(folder: Path) -> tuple[list[Pair], list[Broken]]:
     """Pair ``images/`` with ``masks/`` by stem; pairs come in stem order.
 
-    Hidden files are passed over; everything else is in a pair or broken. No file may lie outside of ``home``; left out,
-    of ``folder``.
+    Hidden files are skipped; every other file is in a pair or broken. A file outside of ``folder`` is broken.
 
     Raises:
         DataError: a folder is missing or holds no file.
     """
     broken: list[Broken] = []
-    inside = (home or folder).resolve()
+    inside = folder.resolve()
     images = _by_stem(folder, "images", inside, broken)
     masks = _by_stem(folder, "masks", inside, broken)
     pairs = []
@@ -159,9 +155,8 @@ def _unusable(entry: Path | os.DirEntry[str], kind: str, suffix: str) -> BrokenS
             "its name holds characters that cannot be shown", "rename it, and what pairs with it, in plain letters"
         )
     if entry.is_dir():
-        cure = f"move its files up into {kind}/"
-        return None if suffix == SERIES else BrokenSampleError(f"a folder within {kind}/ is not read", cure)
+        return BrokenSampleError(f"a folder within {kind}/ is not read", f"move its files up into {kind}/")
     if not entry.is_file():
         what = "a link that leads nowhere" if entry.is_symlink() else "a pipe or a device, not a file"
         return BrokenSampleError(what, "put the file itself here")
-    return None if suffix in SUFFIXES else no_reader(suffix, _OF_SITES)
+    return None if suffix in SUFFIXES else no_reader(suffix, SUFFIXES)

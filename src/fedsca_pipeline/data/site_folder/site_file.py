@@ -42,8 +42,9 @@ class SiteFile(BaseModel):
     )
     notes: str = ""
     hide_names: bool = Field(
-        False, description="whether file names stay here also where no file is DICOM, of which they always do"
+        False, description="true: names may identify patients, so only an import may read the site (docs/dicom.md)"
     )
+    hashed_names: bool = Field(False, description="true: stems and subjects are salted hashes; import_sites writes it")
 
     @field_validator("label_map", mode="before")
     @classmethod
@@ -117,31 +118,6 @@ class SiteFile(BaseModel):
                 f"site.yml's group rule {self.group!r} finds no subject in {stem!r}", "mend the rule or the file name"
             )
         return match.group(1)
-
-
-class HiddenSiteFile(SiteFile):
-    """``site.yml`` of a site whose names stay private: ``subjects`` has pseudonyms for stems and subjects.
-
-    ``refusals``: stem to why nobody can say whose the image is, and the cure; ``rule``: what the subjects come from.
-    """
-
-    refusals: dict[str, tuple[str, str]]
-    rule: str
-
-    @property
-    def split_rule(self) -> str:
-        """What says whose an image is."""
-        return self.rule
-
-    def subject(self, stem: str) -> str:
-        """Return the subject's pseudonym.
-
-        Raises:
-            BrokenSampleError: nobody can say whose the image is.
-        """
-        if stem in self.refusals:
-            raise BrokenSampleError(*self.refusals[stem])
-        return super().subject(stem)
 
 
 def _label_key(raw: int | str) -> int | str:

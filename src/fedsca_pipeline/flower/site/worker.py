@@ -196,7 +196,7 @@ class SiteWork:
         if (manifest["volume"] == "").all():
             return volume_table(self.config.site, "before", {})
         folder = self.folder
-        scores = score_test_volumes(*testing, folder.raw, folder.private, folder.predictions, manifest, folder.arrays)
+        scores = score_test_volumes(*testing, folder.raw, folder.predictions, manifest, folder.arrays)
         write_bytes(folder.volume_scores, scores.to_csv(index=False).encode())
         return scores
 

@@ -24,7 +24,6 @@ def inspect_for(site: str) -> Callable[..., tuple[Any, dict[str, Any], Any]]:
 
     def inspect(
         raw_sites: Path,
-        private_sites: Path,
         demo_sites_summary: dict[str, Any],
         previous_manifest: Any,
         preprocessing: PreprocessingConfig,
@@ -45,7 +44,6 @@ def inspect_for(site: str) -> Callable[..., tuple[Any, dict[str, Any], Any]]:
                 previous_manifest,
                 data_report,
                 lambda done, of: bars.update(bar, completed=done, total=of),
-                private_sites / site,
             )
         return found, found.facts, sheet_figure(sheet(found.pictures))
 

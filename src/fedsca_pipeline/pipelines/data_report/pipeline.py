@@ -19,7 +19,6 @@ def create_pipeline(sites: Sequence[str]) -> Pipeline:
             inspect_for(site),
             inputs=[
                 "raw_sites",
-                "private_sites",
                 "demo_sites_summary",
                 f"{site}.previous_manifest",
                 "params:preprocessing",

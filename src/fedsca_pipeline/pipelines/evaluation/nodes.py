@@ -30,7 +30,6 @@ def score_volumes(
     foundations: Path,
     models: Path,
     raw_sites: Path,
-    private_sites: Path,
     predictions: Path,
     manifest: Any,
     arrays: Path,
@@ -43,9 +42,7 @@ def score_volumes(
 
     with deterministic(settings.run, resolve_threads(settings.run.threads)) as device:
         in_turn = ModelsInTurn.load(settings.foundation, foundations, settings.preprocessing, device)
-        return score_test_volumes(
-            in_turn, settings, site_models, models, raw_sites, private_sites, predictions, manifest, arrays
-        )
+        return score_test_volumes(in_turn, settings, site_models, models, raw_sites, predictions, manifest, arrays)
 
 
 def draw_overlays(settings: Settings, scores: Any, foundations: Path, models: Path, manifest: Any, arrays: Path) -> Any:

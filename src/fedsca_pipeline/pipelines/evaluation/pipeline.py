@@ -62,7 +62,6 @@ def _create_volume_scores(sites: Sequence[str]) -> Pipeline:
                 "foundations",
                 "models",
                 "raw_sites",
-                "private_sites",
                 "predictions",
                 f"{site}.manifest",
                 f"{site}.arrays",

@@ -21,6 +21,7 @@ def import_sites(
     importer: str | None,
     source: str | None,
     import_options: dict[str, str],
+    hide_names: bool,
     preprocessing: PreprocessingConfig,
 ) -> dict[str, Any]:
     """Write the source's images as site folders; what is broken follows ``preprocessing.on_bad_sample``.
@@ -45,7 +46,11 @@ def import_sites(
     folder = Path(source).expanduser()
     with Progress(transient=True) as progress:
         layout = find_importer(
-            importer, folder, import_options, lambda files: progress.track(files, description="looking at headers")
+            importer,
+            folder,
+            import_options,
+            lambda files: progress.track(files, description="reading headers"),
+            hide_names=hide_names,
         )
         task = progress.add_task("importing")
         summary = import_sites(

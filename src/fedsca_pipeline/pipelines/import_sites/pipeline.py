@@ -19,6 +19,7 @@ def create_pipeline() -> Pipeline:
                     "params:importer",
                     "params:source",
                     "params:import_options",
+                    "params:hide_names",
                     "params:preprocessing",
                 ],
                 outputs="import_summary",

@@ -1,4 +1,4 @@
-"""A PACS export into a site: identifiers tell what belongs together, and no name of a file gets into a message."""
+"""A PACS export to a site: identifiers say what belongs together; no identifier and no file name is written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from fedsca_pipeline.config import PreprocessingConfig
 from fedsca_pipeline.data.importers import find_importer
 from fedsca_pipeline.data.importers.write import import_sites
 from fedsca_pipeline.data.preprocessing.prepare import prepare_site
-from fedsca_pipeline.data.readers.dicom import read_series
 from fedsca_pipeline.errors import ConfigError, DataError
 
 AFFINE = np.diag([-0.5, -0.75, 3.0, 1.0])
@@ -74,15 +73,21 @@ def test_series_and_their_segmentations_become_a_site(tmp_path, export, imported
     assert summary["dicom"]["images"] == summary["dicom"]["subjects"] == 2
     assert summary["dicom"]["pixels"] == {"background": 2 * (120 - 27 - 1), "organ": 2 * 27, "lesion": 2}
     assert summary["dicom"]["broken"] == []
-    for folder in (site / "images").iterdir():
-        assert len(list(folder.iterdir())) == 4
-        mask = nibabel.load(site / "masks" / f"{folder.name}.nii.gz")
+    images = [nibabel.load(path) for path in sorted((site / "images").iterdir())]
+    assert sorted(np.asarray(image.dataobj).tobytes() for image in images) == sorted(
+        stored(number).tobytes() for number in range(2)
+    )
+    for image in images:
+        assert image.get_data_dtype() == np.int16
+        np.testing.assert_allclose(image.affine, AFFINE, atol=1e-6)
+        mask = nibabel.load(site / "masks" / Path(image.get_filename()).name)
+        np.testing.assert_array_equal(mask.affine, image.affine)
         np.testing.assert_array_equal(np.asarray(mask.dataobj), (ORGAN + 2 * LESION).transpose(2, 1, 0))
     names = " ".join(path.as_posix() for path in site.rglob("*")) + (site / "site.yml").read_text()
     assert not any(name in names for name in ("ller", "Brien", "4711", "1.2.840"))
 
 
-def test_the_site_can_be_prepared_and_shows_no_name(tmp_path, export, imported, dicom_files) -> None:
+def test_an_imported_site_can_be_prepared(tmp_path, export, imported, dicom_files) -> None:
     for number in range(2, 5):
         slices = dicom_files.slices(stored(number), AFFINE, PatientID=f"47110{number}")
         dicom_files.series(export / f"p{number}", slices)
@@ -93,7 +98,7 @@ def test_the_site_can_be_prepared_and_shows_no_name(tmp_path, export, imported, 
     prepared = prepare_site(tmp_path / "01_raw", "clinic", config, seed=0)
 
     assert prepared.report["counts"]["used"] == prepared.report["counts"]["subjects"] == 5
-    assert prepared.report["pseudonyms"]
+    assert prepared.report["hashed_names"]
 
 
 def test_without_segments_labels_in_order_of_the_alphabet_are_the_classes(export, imported) -> None:
@@ -104,7 +109,7 @@ def test_a_segment_that_is_not_asked_for_is_background(export, imported) -> None
     assert imported(export, segments="lesion")["dicom"]["pixels"] == {"background": 2 * 119, "lesion": 2}
 
 
-def test_segments_that_overlap_want_an_order(tmp_path, dicom_files, imported) -> None:
+def test_overlapping_segments_need_an_order(tmp_path, dicom_files, imported) -> None:
     slices = dicom_files.slices(stored(0), AFFINE)
     dicom_files.series(tmp_path / "source" / "a", slices)
     inside = ORGAN * (np.arange(6) < 2).astype(np.uint8)
@@ -122,7 +127,7 @@ def test_an_import_of_which_nothing_is_left_fails(tmp_path, dicom_files, importe
     dicom_files.series(tmp_path / "source" / "a", slices)
     save_labelled(dicom_files, tmp_path / "source" / "s.dcm", slices, {"organ": ORGAN})
 
-    with pytest.raises(DataError, match=r"(?s)1 broken file:.*Mend them; nothing else is there"):
+    with pytest.raises(DataError, match=r"(?s)1 broken file:.*Fix them; nothing else is there"):
         imported(tmp_path / "source", quarantine=True)
 
     assert not (tmp_path / "01_raw" / "dicom").exists()
@@ -151,10 +156,11 @@ def test_files_without_a_position_are_images_of_their_own(tmp_path, dicom_files,
     assert (summary["dicom"]["images"], summary["dicom"]["subjects"]) == (2, 1)
     masks = [np.asarray(Image.open(path)).sum() for path in (tmp_path / "01_raw" / "dicom" / "masks").glob("*.png")]
     assert sorted(masks) == [1, 9]
-    assert all(path.suffix == ".dcm" for path in (tmp_path / "01_raw" / "dicom" / "images").iterdir())
+    images = [np.asarray(Image.open(path)) for path in (tmp_path / "01_raw" / "dicom" / "images").glob("*.png")]
+    assert sorted(image.tobytes() for image in images) == sorted((grey + number).tobytes() for number in range(2))
 
 
-def test_what_cannot_be_used_is_called_by_a_number_whose_meaning_stays_private(
+def test_a_broken_file_is_named_by_its_hash_and_the_private_table_lists_it(
     tmp_path, export, imported, dicom_files
 ) -> None:
     alone = dicom_files.slices(stored(7), AFFINE, PatientID="4711007")
@@ -179,7 +185,7 @@ def test_what_cannot_be_used_is_called_by_a_number_whose_meaning_stays_private(
     ):
         assert reason in message
     assert not any(name in message for name in ("Erna", "Meier", "4711"))
-    table = tmp_path / "private" / "import.csv"
+    table = tmp_path / "private" / "dicom" / "names.csv"
     assert str(table) in message
     assert "Meier Erna/lost.dcm" in table.read_text()
     assert stat.S_IMODE(table.parent.stat().st_mode) == 0o700
@@ -205,30 +211,30 @@ def drawn(tmp_path: Path, dicom_files: Any) -> Path:
     return source
 
 
-def test_a_nifti_in_the_folder_of_a_series_or_called_as_it_is_its_mask(tmp_path, drawn, imported) -> None:
+def test_a_nifti_in_the_folder_of_a_series_or_with_its_name_is_its_mask(tmp_path, drawn, imported) -> None:
     summary = imported(drawn, segments="organ|lesion")
 
     site = tmp_path / "01_raw" / "dicom"
     assert summary["dicom"]["pixels"] == {"background": 2 * (120 - 27 - 1), "organ": 2 * 27, "lesion": 2}
-    folders = list((site / "images").iterdir())
-    assert len(folders) == 2
-    for folder in folders:
-        assert len(list(folder.iterdir())) == 4
-        mask = nibabel.load(site / "masks" / f"{folder.name}.nii.gz")
+    images = [nibabel.load(path) for path in (site / "images").iterdir()]
+    assert len(images) == 2
+    for image in images:
+        mask = nibabel.load(site / "masks" / Path(image.get_filename()).name)
         np.testing.assert_array_equal(np.asarray(mask.dataobj), (ORGAN + 2 * LESION).transpose(2, 1, 0))
-        np.testing.assert_allclose(mask.affine, read_series(folder).affine, atol=1e-5)
+        np.testing.assert_array_equal(mask.affine, image.affine)
+        np.testing.assert_allclose(image.affine, AFFINE, atol=1e-6)
     names = " ".join(path.as_posix() for path in site.rglob("*")) + (site / "site.yml").read_text()
     assert not any(name in names for name in ("Erna", "rgen", "label.nii", "4711"))
 
 
-def test_beside_segmentations_a_nifti_is_passed_over_aloud(export, imported, caplog) -> None:
+def test_beside_segmentations_a_nifti_is_skipped_with_a_warning(export, imported, caplog) -> None:
     without = imported(export, site="without")
     nibabel.save(nibabel.Nifti1Image(ORGAN, AFFINE), export / "Erna.nii.gz")
 
     assert imported(export)["dicom"] == without["without"]
 
     (warned,) = (record.getMessage() for record in caplog.records if record.name.startswith("fedsca_pipeline"))
-    assert warned == "1 NIfTI files are passed over: the masks are the segmentations (SEG)"
+    assert warned == "1 NIfTI file skipped: the masks are the segmentations (SEG)"
 
 
 def test_a_nifti_that_lies_elsewhere_than_its_series_is_broken(tmp_path, drawn, imported) -> None:
@@ -262,11 +268,11 @@ def test_a_nifti_of_several_values_without_names_or_whose_series_is_not_clear_is
         "0 NIfTI masks, 1 folders, 1 images in the first",
         "1 NIfTI masks, 1 folders, 2 images in the first",
         "1 NIfTI masks, 1 folders, 2 images in the first",
-        "a NIfTI in whose folder, or in that of its name, no series is",
+        "a NIfTI without a series in its folder, or in the folder of its name",
     ]
 
 
-def test_who_watches_is_told_of_every_file(export) -> None:
+def test_progress_counts_every_file(export) -> None:
     passed = []
 
     def watch(files: Sequence[Path]) -> Iterator[Path]:
@@ -279,7 +285,7 @@ def test_who_watches_is_told_of_every_file(export) -> None:
     assert sorted(passed) == sorted(path for path in export.rglob("[!.]*") if path.is_file())
 
 
-def test_what_is_asked_for_and_not_there_is_said(tmp_path, export, dicom_files) -> None:
+def test_a_missing_segment_and_a_source_without_segmentation_are_refused(tmp_path, export, dicom_files) -> None:
     with pytest.raises(ConfigError, match=r"no segment is labelled 'liver'; there are lesion\|organ"):
         find_importer("dicom", export, {"segments": "organ|liver"})
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from fedsca_pipeline.data.importers.layout import Importer, Patterns
 from fedsca_pipeline.data.importers.masks import coloured, two_values
 from fedsca_pipeline.data.importers.sample import Sample
-from fedsca_pipeline.data.importers.tables import find_file, read_table
+from fedsca_pipeline.data.importers.tables import TAKE_THE_TABLE, find_file, read_table
+from fedsca_pipeline.data.readers.common import BrokenSampleError
 
 
 def _refined(source: Path, samples: list[Sample]) -> Iterator[Sample]:
@@ -27,13 +28,13 @@ def _refined(source: Path, samples: list[Sample]) -> Iterator[Sample]:
             continue
         table = table or read_table(find_file(source, "bus_data.csv"), "ID", ("Case",))
         case = table.get(sample.stem, {}).get("Case")
-        fault = (f"bus_data.csv has no Case of {sample.stem}", "take the table that came with the images")
+        fault = BrokenSampleError("bus_data.csv has no Case of it", TAKE_THE_TABLE, quoted=sample.stem)
         yield replace(sample, subject=case or sample.subject, fault=sample.fault or (None if case else fault))
 
 
 IMPORTER = Importer(
     title="Breast ultrasound (BUSI, BUS-BRA, BUS-UCLM, BrEaST, UDIAT)",
-    licence="BUSI, BUS-BRA, BUS-UCLM, BrEaST: CC BY 4.0; UDIAT: research, on request; cite each (docs/benchmarks.md)",
+    licence="BUSI, BUS-BRA, BUS-UCLM, BrEaST: CC BY 4.0; UDIAT: research, on request; cite each (docs/importing.md)",
     classes=("lesion",),
     label=two_values(),
     patterns=(

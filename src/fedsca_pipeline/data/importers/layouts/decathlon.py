@@ -19,7 +19,7 @@ from fedsca_pipeline.data.importers.layout import Importer, Patterns, Watch
 from fedsca_pipeline.data.importers.masks import stored_values
 from fedsca_pipeline.data.importers.sample import Sample
 from fedsca_pipeline.data.importers.tables import find_file, listed_file
-from fedsca_pipeline.data.readers.common import split_name
+from fedsca_pipeline.data.readers.common import BrokenSampleError, split_name
 from fedsca_pipeline.errors import ConfigError, DataError
 
 
@@ -74,7 +74,9 @@ def _listed(
         image, mask = listed_file(path, pair.image), listed_file(path, pair.label)
         missing = [file.name for file in (image, mask) if not file.is_file()]
         fault = (
-            (f"{missing[0]} is not there, and dataset.json lists it", "unpack the data set whole") if missing else None
+            BrokenSampleError("dataset.json lists a missing file", "unpack the data set whole", quoted=missing[0])
+            if missing
+            else None
         )
         stem = split_name(image.name)[0]
         yield Sample(site(stem), stem, subject(stem), (image,), (mask,), fault)

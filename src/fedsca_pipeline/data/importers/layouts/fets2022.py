@@ -17,7 +17,8 @@ from fedsca_pipeline.data.importers.layout import Importer, Patterns, Watch
 from fedsca_pipeline.data.importers.masks import Label, stored_values
 from fedsca_pipeline.data.importers.pictures import Picture, blaming, read_nifti
 from fedsca_pipeline.data.importers.sample import Sample
-from fedsca_pipeline.data.importers.tables import find_file, read_table
+from fedsca_pipeline.data.importers.tables import TAKE_THE_TABLE, find_file, read_table
+from fedsca_pipeline.data.readers.common import BrokenSampleError
 from fedsca_pipeline.data.readers.volume import Volume, check_grid
 from fedsca_pipeline.errors import ConfigError
 
@@ -34,9 +35,9 @@ def _partitioned(source: Path, samples: list[Sample], *, partitioning: str) -> I
         partition = table.get(sample.subject, {}).get("Partition_ID")
         fault = sample.fault
         if missing := [image.name for image in images if not image.is_file()]:
-            fault = f"{missing[0]} is missing", "unpack the data set whole"
+            fault = BrokenSampleError("a modality is missing", "unpack the data set whole", quoted=missing[0])
         elif not partition:
-            fault = f"partitioning_{partitioning}.csv does not name it", "take the table that came with the images"
+            fault = BrokenSampleError(f"partitioning_{partitioning}.csv does not name it", TAKE_THE_TABLE)
         yield replace(sample, site=f"Partition_{(partition or 'none').zfill(2)}", images=images, fault=fault)
 
 
@@ -70,7 +71,7 @@ def configure(_: Path, options: Mapping[str, str], __: Watch) -> Importer:
 
 IMPORTER = Importer(
     title="Brain tumours (FeTS 2022)",
-    licence="research only, by agreement on Synapse; cite FeTS 2022 and BraTS (docs/benchmarks.md)",
+    licence="research only, by agreement on Synapse; cite FeTS 2022 and BraTS (docs/importing.md)",
     classes=("necrotic core", "oedema", "enhancing tumour"),
     label=stored_values({0: 0, 1: 1, 2: 2, 4: 3}),
     patterns=(

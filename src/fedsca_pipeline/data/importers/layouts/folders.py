@@ -14,6 +14,7 @@ from fedsca_pipeline.data.importers.layout import Importer, Patterns, Watch
 from fedsca_pipeline.data.importers.masks import Label, colours, objects, seen_values, stored_values, two_values
 from fedsca_pipeline.data.importers.sample import Sample
 from fedsca_pipeline.data.importers.tables import check_inside, listed_file, read_table
+from fedsca_pipeline.data.readers.common import BrokenSampleError
 from fedsca_pipeline.data.site_folder.label_rule import number_of
 from fedsca_pipeline.errors import ConfigError
 
@@ -49,7 +50,11 @@ class _Table(BaseModel):
         for sample in samples:
             site = rows[sample.subject][self.site] if sample.subject in rows else "n/a"
             if site == "n/a":
-                fault = f"{self.file} has no {self.site} for {sample.subject!r}", "add it, or take the image away"
+                fault = BrokenSampleError(
+                    f"{self.file} has no {self.site} for its subject",
+                    "add it, or delete the image",
+                    quoted=repr(sample.subject),
+                )
                 yield replace(sample, fault=sample.fault or fault)
             else:
                 yield replace(sample, site=site)
@@ -128,7 +133,7 @@ def configure(source: Path, options: Mapping[str, str], __: Watch) -> Importer:
     except FileNotFoundError as error:
         raise ConfigError(
             f"{path}: no such file; importer 'folders' needs a layout file there, or its path in import_options.layout "
-            "(docs/benchmarks.md)"
+            "(docs/importing.md)"
         ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from error

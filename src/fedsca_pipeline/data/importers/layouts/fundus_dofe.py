@@ -10,7 +10,7 @@ from fedsca_pipeline.data.importers.masks import seen_values
 
 IMPORTER = Importer(
     title="Fundus, optic disc and cup (DoFE, FedDG)",
-    licence="research only; the four sources' terms hold (docs/benchmarks.md)",
+    licence="research only; the four sources' terms hold (docs/importing.md)",
     classes=("rim", "cup"),
     label=seen_values({255: 0, 128: 1, 0: 2}),
     patterns=tuple(

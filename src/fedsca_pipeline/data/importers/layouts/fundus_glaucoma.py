@@ -55,7 +55,7 @@ def _matlab(path: Path, _: object) -> np.ndarray:
 
 IMPORTER = Importer(
     title="Fundus, optic disc and cup (REFUGE, ORIGA, G1020, Drishti-GS)",
-    licence="research only, each set under terms of its own (docs/benchmarks.md)",
+    licence="research only, each set under terms of its own (docs/importing.md)",
     classes=("rim", "cup"),
     label=stored_values(_NUMBERED),
     patterns=(

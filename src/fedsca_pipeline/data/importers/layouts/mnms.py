@@ -16,8 +16,8 @@ from fedsca_pipeline.data.importers.layout import Importer, Patterns, Watch
 from fedsca_pipeline.data.importers.masks import Label, to_classes
 from fedsca_pipeline.data.importers.pictures import Picture, blaming, read_nifti
 from fedsca_pipeline.data.importers.sample import Sample
-from fedsca_pipeline.data.importers.tables import find_file, read_table
-from fedsca_pipeline.data.readers.common import whole_numbers
+from fedsca_pipeline.data.importers.tables import TAKE_THE_TABLE, find_file, read_table
+from fedsca_pipeline.data.readers.common import BrokenSampleError, whole_numbers
 from fedsca_pipeline.data.readers.volume import check_grid
 from fedsca_pipeline.errors import ConfigError
 
@@ -36,7 +36,7 @@ def _frames(source: Path, films: list[Sample], *, column: str) -> Iterator[Sampl
         for phase in ("ED", "ES"):
             frame = row.get(phase, "")
             known = bool(site) and frame.isdecimal()
-            fault = (f"{path.name} has no {column} and frame {phase} of it", "take the table that came with the images")
+            fault = BrokenSampleError(f"{path.name} has no {column} and frame {phase} of it", TAKE_THE_TABLE)
             yield replace(
                 film,
                 site=f"{column}_{site or 'unknown'}",

@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from fedsca_pipeline.data.importers.layout import Importer, Patterns
 from fedsca_pipeline.data.importers.masks import two_values
 from fedsca_pipeline.data.importers.sample import Sample
-from fedsca_pipeline.data.importers.tables import check_inside, read_table
+from fedsca_pipeline.data.importers.tables import TAKE_THE_TABLE, check_inside, read_table
+from fedsca_pipeline.data.readers.common import BrokenSampleError
 
 _SETS = ("CVC-ColonDB", "ETIS-LaribPolypDB", "CVC-300", "CVC-ClinicDB")
 _TABLE = "metadata.csv"
@@ -31,7 +32,7 @@ def _with_sequences(source: Path, samples: list[Sample]) -> Iterator[Sample]:
             rows = read_table(table, "png_image_path", ("sequence_id",))
             tables[table] = {PurePosixPath(name).stem: row["sequence_id"] for name, row in rows.items()}
         sequence = tables[table].get(sample.stem)
-        fault = (f"{_TABLE} has no sequence_id of it", "take the table that came with the images, or take it away")
+        fault = BrokenSampleError(f"{_TABLE} has no sequence_id of it", f"{TAKE_THE_TABLE}, or delete it")
         yield replace(
             sample,
             subject=f"sequence_{sequence}" if sequence else sample.subject,
@@ -41,7 +42,7 @@ def _with_sequences(source: Path, samples: list[Sample]) -> Iterator[Sample]:
 
 IMPORTER = Importer(
     title="Colonoscopy polyps (Kvasir-SEG, CVC-ClinicDB, CVC-ColonDB, ETIS-LaribPolypDB, CVC-300)",
-    licence="research and education only, each set under terms of its own (docs/benchmarks.md)",
+    licence="research and education only, each set under terms of its own (docs/importing.md)",
     classes=("polyp",),
     label=two_values(),
     patterns=(

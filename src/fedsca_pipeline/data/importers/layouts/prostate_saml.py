@@ -10,7 +10,7 @@ from fedsca_pipeline.data.importers.masks import stored_values
 
 IMPORTER = Importer(
     title="Prostate MRI of six sites (SAML)",
-    licence="research only; the terms of NCI-ISBI 2013, I2CVB and PROMISE12 hold (docs/benchmarks.md)",
+    licence="research only; the terms of NCI-ISBI 2013, I2CVB and PROMISE12 hold (docs/importing.md)",
     classes=("prostate",),
     label=stored_values({0: 0, 1: 1, 2: 1}),
     patterns=(

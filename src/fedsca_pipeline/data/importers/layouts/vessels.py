@@ -7,7 +7,7 @@ from fedsca_pipeline.data.importers.masks import two_values
 
 IMPORTER = Importer(
     title="Retinal vessels (DRIVE, STARE, CHASE_DB1, HRF, LES-AV)",
-    licence="research only, each set under terms of its own (docs/benchmarks.md)",
+    licence="research only, each set under terms of its own (docs/importing.md)",
     classes=("vessel",),
     label=two_values(),
     patterns=(
