@@ -22,7 +22,6 @@ from fedsca_pipeline.data.readers.common import (
     unreadable,
     whole_numbers,
 )
-from fedsca_pipeline.data.readers.png import read_plain_png
 
 _MAX_BYTES = 6 * MAX_PIXELS
 
@@ -79,11 +78,6 @@ def _read(path: Path, *, labels: bool) -> np.ndarray:
     if 0 in pixels.shape:
         raise BrokenSampleError("has no pixels", COPY_AGAIN)
     return pixels
-
-
-def _read_png(path: Path, labels: bool) -> np.ndarray:
-    plain = read_plain_png(path, MAX_PIXELS)
-    return _read_pillow(path, labels) if plain is None else plain
 
 
 def _read_pillow(path: Path, labels: bool) -> np.ndarray:
@@ -184,7 +178,7 @@ _TIFF_OWN = (1, 8, 32946, 32773)
 
 READERS: Mapping[str, Callable[[Path, bool], np.ndarray]] = MappingProxyType(
     {
-        ".png": _read_png,
+        ".png": _read_pillow,
         ".jpg": _read_pillow,
         ".jpeg": _read_pillow,
         ".bmp": _read_pillow,
