@@ -307,14 +307,16 @@ def new_deployed(
 ) -> Iterator[Callable[..., Deployed]]:
     """Starts federations of three hospitals; keywords are resources of each.
 
-    ``volumes``: the last hospital has volumes. ``own``: further values of a hospital's YAML file. ``recorded``: nginx
-    stores what the hospitals send, decrypted (``Deployed.recorded_requests``).
+    ``volumes``: the last hospital has volumes. ``raw``: sites that replace the demonstration's. ``own``: further values
+    of a hospital's YAML file. ``recorded``: nginx stores what the hospitals send, decrypted
+    (``Deployed.recorded_requests``).
     """
     folders = []
 
     def make(
         *,
         volumes: bool = False,
+        raw: Path | None = None,
         own: Mapping[str, Mapping[str, object]] = MappingProxyType({}),
         recorded: bool = False,
         **resources: object,
@@ -322,7 +324,10 @@ def new_deployed(
         # pytest's own folders are too long for unix sockets.
         folders.append(Path(tempfile.mkdtemp(prefix="fedsca-")))
         shutil.copy(empty_database, folders[-1] / "mlflow.db")
-        write_demo_sites(folders[-1] / "raw", DemoSitesConfig(images_per_site=10, image_size=64))
+        if raw is None:
+            write_demo_sites(folders[-1] / "raw", DemoSitesConfig(images_per_site=10, image_size=64))
+        else:
+            shutil.copytree(raw, folders[-1] / "raw")
         if volumes:
             last = sorted((folders[-1] / "raw").iterdir())[len(SITES) - 1]
             shutil.rmtree(last)

@@ -1,4 +1,4 @@
-"""Of patients whose DICOM files a run reads, nothing it writes or prints tells who they are."""
+"""Patients whose DICOM files are imported stay unknown: no file, log line or page of any command identifies them."""
 
 from __future__ import annotations
 
@@ -160,27 +160,40 @@ def everything(root: Path, *, without: Sequence[Path] = ()) -> dict[str, list[by
 
 
 @pytest.fixture
-def dicom_sites(workplace: Any, dicom_files: Any) -> Any:
-    write_flat_site(workplace.raw / FLAT, dicom_files)
-    write_stacked_site(workplace.raw / STACKED, dicom_files)
-    return workplace
+def sources(tmp_path: Path, dicom_files: Any) -> Path:
+    """The folders that are imported."""
+    write_flat_site(tmp_path / "sources" / FLAT, dicom_files)
+    write_stacked_site(tmp_path / "sources" / STACKED, dicom_files)
+    return tmp_path / "sources"
 
 
-def test_nothing_that_a_run_writes_or_prints_tells_who_the_patients_are(dicom_sites: Any) -> None:
-    place = dicom_sites
+@pytest.fixture
+def imported(workplace: Any, sources: Path) -> tuple[Any, list[Any]]:
+    """A workplace with both sites imported, and the commands that did it."""
+    commands = []
+    for site in (FLAT, STACKED):
+        params = f"importer=dicom,source={sources / site},import_options.site={site}"
+        commands.append(workplace.run("import_sites", f"{params},preprocessing.on_bad_sample=quarantine"))
+        assert commands[-1].code == 0, commands[-1].output
+    return workplace, commands
+
+
+def printed(*commands: Any) -> list[bytes]:
+    """The needles in what commands printed; the terminal breaks lines anywhere."""
+    return [hit for done in commands for hit in told("".join(done.output.split()).encode(), needles())]
+
+
+def test_no_file_or_line_of_an_import_and_of_training_identifies_a_patient(imported: Any, sources: Path) -> None:
+    place, commands = imported
     private = place.data / "private"
-    refused = place.run()
-    done = place.run(params="preprocessing.on_bad_sample=quarantine")
+    done = place.run()
 
-    assert refused.code == 1, refused.output
     assert done.code == 0, done.output
-    assert everything(place.root, without=[place.raw, private]) == {}
-    for finished in (refused, done):
-        # The terminal breaks lines anywhere.
-        assert told("".join(finished.output.split()).encode(), needles()) == []
+    assert everything(place.root, without=[private]) == {}
+    assert printed(*commands, done) == []
 
-    # What was read is what was meant, and the search finds what is there.
-    assert everything(place.raw).keys() >= {f"{FLAT}/images/QUETZAL_1.dcm", f"{STACKED}/images/XYLOPHON_1"}
+    # The right files were read, and the search finds what is there.
+    assert everything(sources).keys() >= {f"{FLAT}/images/QUETZAL_1.dcm", f"{STACKED}/images/XYLOPHON_1"}
     assert set(everything(private)) >= {f"{FLAT}/names.csv", f"{STACKED}/names.csv"}
     manifests = {site: pd.read_csv(place.manifest(site)) for site in (FLAT, STACKED)}
     assert manifests[FLAT]["subject"].nunique() == 7
@@ -190,25 +203,59 @@ def test_nothing_that_a_run_writes_or_prints_tells_who_the_patients_are(dicom_si
     test = manifests[STACKED][manifests[STACKED]["split"] == "test"]
     assert predicted == {f"{name}.nii.gz" for name in test["volume"]} != set()
 
-    # The owner finds the file behind a message.
+
+def test_a_refused_import_identifies_no_patient_and_its_owner_finds_the_file(workplace: Any, sources: Path) -> None:
+    private = workplace.data / "private"
+    refused = workplace.run("import_sites", f"importer=dicom,source={sources / FLAT},import_options.site={FLAT}")
+
+    assert refused.code == 1, refused.output
+    assert everything(workplace.root, without=[private]) == {}
+    assert printed(refused) == []
     with (private / FLAT / "names.csv").open(newline="") as stream:
         names = {row["file"]: row["name"] for row in csv.DictReader(stream)}
-    for finished in (refused, done):
-        assert names["images/QUETZAL_7.dcm"] in "".join(finished.output.split())
-        assert f"{private / FLAT / 'names.csv'}" in "".join(finished.output.split())
+    said = "".join(refused.output.split())
+    assert names["images/QUETZAL_7.dcm"] in said
+    assert str(private / FLAT / "names.csv") in said
 
 
-def test_the_data_report_tells_no_more(dicom_sites: Any) -> None:
-    place = dicom_sites
+def test_dicom_files_in_raw_data_are_refused_with_the_import_command(workplace: Any, dicom_files: Any) -> None:
+    write_flat_site(workplace.raw / FLAT, dicom_files)
+
+    refused = workplace.run("preprocessing")
+    report = workplace.run("data_report", "data_report.embedding=false")
+
+    assert (refused.code, report.code) == (1, 1), refused.output + report.output
+    assert f"importer=dicom,source=<newplace>,import_options.site={FLAT}" in "".join(refused.output.split())
+    assert everything(workplace.root, without=[workplace.raw]) == {}
+    assert printed(refused, report) == []
+
+
+def test_the_data_report_identifies_no_patient(imported: Any) -> None:
+    place, _ = imported
     report = place.reporting / "data_report"
 
     done = place.run("data_report", "data_report.embedding=false")
 
-    assert done.code == 1, done.output
-    assert everything(place.root, without=[place.raw, place.data / "private"]) == {}
-    assert told("".join(done.output.split()).encode(), needles()) == []
+    assert done.code == 0, done.output
+    assert everything(place.root, without=[place.data / "private"]) == {}
+    assert printed(done) == []
     for site in (FLAT, STACKED):
         page = (report / f"{site}.html").read_text()
         assert "data:image/jpeg" in page
         assert f"private/{site}/names.csv" in page
     assert "data:image/jpeg" not in (report / "index.html").read_text()
+
+
+@pytest.mark.timeout(1800)
+def test_no_folder_of_a_deployed_run_identifies_a_patient(imported: Any, sources: Path, new_deployed: Any) -> None:
+    place, _ = imported
+    third = f"importer=dicom,source={sources / FLAT},import_options.site=summit"
+    done = place.run("import_sites", f"{third},preprocessing.on_bad_sample=quarantine")
+    assert done.code == 0, done.output
+
+    deployed = new_deployed(raw=place.raw)
+    output = deployed.run()
+
+    assert told("".join(output.split()).encode(), needles()) == []
+    assert everything(deployed.folder) == {}
+    assert list(deployed.folder.glob("*/03_primary/manifest.csv"))
