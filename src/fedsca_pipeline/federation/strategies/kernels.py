@@ -111,7 +111,8 @@ class LocalModels:
             factors = torch.cat([matrix, mean]).to(previous.dtype)
             for start in range(group.start, group.stop, width):
                 columns = slice(start, min(start + width, group.stop))
-                theta, mixed = out.workspace[:, : columns.stop - start].split([count, count + 1])
+                run = out.workspace[:, : columns.stop - start]
+                theta, mixed = run[:count], run[count:]
                 theta[others] = previous[others, columns]
                 for sites, answers, accepted in runs_of_rows:
                     base, update = self.bases[sites, columns], self.updates[answers, columns]
@@ -136,7 +137,7 @@ def gram(updates: Tensor, groups: Groups) -> Tensor:
     band = _KERNEL * max(math.ceil(len(updates) / (4 * _KERNEL)), 1)
     grams = torch.zeros(len(groups), len(updates), len(updates), dtype=torch.float64)
     for total, group in zip(grams, groups, strict=True):
-        for chunk in updates[:, group].split(_COLUMNS, dim=1):
+        for chunk in torch.split(updates[:, group], _COLUMNS, dim=1):
             for start in range(0, len(chunk), band):
                 rows = slice(start, start + band)
                 total[start:, rows] += chunk[start:] @ chunk[rows].T

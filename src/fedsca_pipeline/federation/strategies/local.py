@@ -15,7 +15,7 @@ class Local(Strategy):
     """Every site trains alone."""
 
     name: ClassVar[str] = "local"
-    Options: ClassVar[type[LocalOptions]] = LocalOptions
+    Options: ClassVar[type[StrategyOptions]] = LocalOptions
 
     def shared(self) -> tuple[str, ...]:
         """Return no tensor."""
