@@ -84,8 +84,9 @@ def _options() -> argparse.Namespace:
 
 def _site_data(options: argparse.Namespace, root: Path) -> list[tuple[Path, pd.DataFrame]]:
     """Prepare one phantom site; return arrays and manifest of ``options.sites`` copies, each with its own file."""
+    from safetensors.numpy import save_file
+
     from fedsca_pipeline.config import DemoSitesConfig, PreprocessingConfig, SplitConfig
-    from fedsca_pipeline.data.arrays import write_arrays
     from fedsca_pipeline.data.demo.sites import write_demo_sites
     from fedsca_pipeline.data.manifest import manifest_digest
     from fedsca_pipeline.data.preprocessing.prepare import prepare_site
@@ -95,7 +96,7 @@ def _site_data(options: argparse.Namespace, root: Path) -> list[tuple[Path, pd.D
     config = PreprocessingConfig(split=SplitConfig(validation=1, test=1))
     prepared = prepare_site(raw, min(path.name for path in raw.iterdir()), config, seed=0)
     first = root / "site_000.safetensors"
-    write_arrays(first, {**prepared.arrays, "manifest": manifest_digest(prepared.manifest)})
+    save_file({**prepared.arrays, "manifest": manifest_digest(prepared.manifest)}, first)
     found = [(first, prepared.manifest.assign(site=first.stem))]
     for number in range(1, options.sites):
         path = first.with_stem(f"site_{number:03d}")

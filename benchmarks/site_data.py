@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from safetensors.numpy import save_file
 
 from fedsca_pipeline.config import DemoSitesConfig, PreprocessingConfig, SplitConfig
-from fedsca_pipeline.data.arrays import SiteArrays, write_arrays
+from fedsca_pipeline.data.arrays import SiteArrays
 from fedsca_pipeline.data.demo.sites import write_demo_sites
 from fedsca_pipeline.data.manifest import MANIFEST_DTYPES, manifest_digest
 from fedsca_pipeline.data.preprocessing.prepare import prepare_site
@@ -62,5 +63,5 @@ def _prepared(folder: Path, raw: Path, site: str, config: PreprocessingConfig, v
     if not validation:
         manifest = manifest.replace({"split": {"validation": "unused"}})
     path = folder / f"{site}.safetensors"
-    write_arrays(path, {**prepared.arrays, "manifest": manifest_digest(manifest)})
+    save_file({**prepared.arrays, "manifest": manifest_digest(manifest)}, path)
     return SiteArrays(path, manifest)

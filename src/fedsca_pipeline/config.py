@@ -430,6 +430,7 @@ class Parameters(Settings):
     force: bool = False
     importer: str | None = None
     source: str | None = None
+    hide_names: bool = Field(False, description="true: import under salted-hash names")
     import_options: dict[str, Any] = Field(default_factory=dict)
     flower: dict[str, Any] | None = Field(None, description="checked by flower.config, of env flower")
     data_root: str | None = Field(None, description="read by the catalog")

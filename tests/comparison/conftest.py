@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import save_file
 
 from fedsca_pipeline.comparison.plan import Cell, Setting, cells, resolve_methods
 from fedsca_pipeline.config import GROUPS, ComparisonConfig
-from fedsca_pipeline.data.arrays import SiteArrays, write_arrays
+from fedsca_pipeline.data.arrays import SiteArrays
 from fedsca_pipeline.data.manifest import manifest_digest
 
 SIDE = 32
@@ -149,7 +150,7 @@ def make_site(tmp_path: Path) -> Callable[..., tuple[Path, pd.DataFrame]]:
         )
         path = tmp_path / f"{name}.safetensors"
         sizes = np.full((count, 2), SIDE, np.int32)
-        write_arrays(path, {"images": images, "masks": masks, "sizes": sizes, "manifest": manifest_digest(manifest)})
+        save_file({"images": images, "masks": masks, "sizes": sizes, "manifest": manifest_digest(manifest)}, path)
         return path, manifest
 
     return write

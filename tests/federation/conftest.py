@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from fedsca_pipeline.config import AdaptersConfig, FederationConfig, FoundationConfig, TrainingConfig
-from fedsca_pipeline.data.arrays import SiteArrays, write_arrays
+from fedsca_pipeline.data.arrays import SiteArrays
 from fedsca_pipeline.data.manifest import manifest_digest
 from fedsca_pipeline.federation.fleets.fleet import Failure
 from fedsca_pipeline.federation.fleets.in_process import InProcessFleet
@@ -65,7 +66,7 @@ def write_site(tmp_path: Path) -> Callable[..., tuple[Path, pd.DataFrame]]:
             }
         )
         arrays = {"images": images, "masks": masks, "sizes": sizes, "manifest": manifest_digest(manifest)}
-        write_arrays(path, arrays)
+        save_file(arrays, path)
         return path, manifest
 
     return write

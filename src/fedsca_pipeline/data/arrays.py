@@ -12,17 +12,16 @@ from safetensors import SafetensorError, safe_open
 
 from fedsca_pipeline.data.manifest import _LEARNED_FROM, classes_in, manifest_digest, sample_names
 from fedsca_pipeline.errors import DataError
-from fedsca_pipeline.files import atomic_path
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 class Arrays(Protocol):
-    """Images and masks in splits, read row by row; what training and evaluation need of a site's data."""
+    """Images and masks in splits, read row by row: the data of a site for training and evaluation."""
 
     def rows(self, split: str) -> np.ndarray:
-        """Return the rows of a split, int64; empty for a split that has none."""
+        """Return the rows of a split, int64; empty if it has none."""
         ...
 
     def names(self, split: str) -> list[str]:
@@ -30,19 +29,19 @@ class Arrays(Protocol):
         ...
 
     def subjects(self, split: str) -> list[str]:
-        """Return the subject of each of ``rows(split)``; what names none is one of its own."""
+        """Return the subject of each of ``rows(split)``; a row without a name is its own subject."""
         ...
 
     def images(self, split: str) -> list[str]:
-        """Return the image file of each of ``rows(split)``; the slices of a volume have the same."""
+        """Return the image file of each of ``rows(split)``; all slices of a volume have the same."""
         ...
 
     def classes(self, *splits: str) -> tuple[int, ...]:
-        """Return the classes, of 1..K, in the masks of these splits, sorted; in all masks where no split is named."""
+        """Return the sorted classes, of 1..K, in the masks of these splits. Default: all splits."""
         ...
 
     def batch(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Read these rows: images uint8 [B, 3, S, S], masks uint8 [B, S, S], bool [B, S, S] True off the padding."""
+        """Return these rows: images uint8 [B, 3, S, S], masks uint8 [B, S, S], and bool [B, S, S], False on padding."""
         ...
 
 
@@ -61,7 +60,7 @@ class SiteArrays:
         self._splits = manifest["split"].to_numpy(dtype=object)
         self._rows = manifest["row"].to_numpy(dtype=np.int64)
         self._subjects = [str(subject) for subject in manifest["subject"]]
-        # Only what trains or is scored asks for classes.
+        # Only training and scoring need classes.
         self._classes = manifest.get("classes")
         self._names = sample_names(manifest)
         self._images_of_rows = manifest["image"].tolist()
@@ -79,7 +78,7 @@ class SiteArrays:
         if len(manifest) != count or sorted(self._rows) != list(range(count)):
             raise self._unusable(f"it holds {count} images, the manifest lists {len(manifest)}")
         if not np.array_equal(described, manifest_digest(manifest)):
-            raise self._unusable("another manifest than this one describes it")
+            raise self._unusable("it belongs to another manifest")
         self._side = int(side)
 
     def __len__(self) -> int:
@@ -91,7 +90,7 @@ class SiteArrays:
         return self._side
 
     def rows(self, split: str) -> np.ndarray:
-        """Return the rows of a split, int64, in manifest order; empty for a split that has none."""
+        """Return the rows of a split, int64, in manifest order; empty if it has none."""
         return self._rows[self._splits == split]
 
     def subjects(self, split: str) -> list[str]:
@@ -99,11 +98,11 @@ class SiteArrays:
         return [subject for subject, own in zip(self._subjects, self._splits, strict=True) if own == split]
 
     def images(self, split: str) -> list[str]:
-        """Return the image file of each of ``rows(split)``; the slices of a volume have the same."""
+        """Return the image file of each of ``rows(split)``; all slices of a volume have the same."""
         return [image for image, own in zip(self._images_of_rows, self._splits, strict=True) if own == split]
 
     def files(self) -> list[list[int]]:
-        """Return the rows of each image file, by the first of them: one of a flat image, of a volume its slices."""
+        """Return the rows of each image file, ordered by the first: one row, or all slices of a volume."""
         found: dict[str, list[int]] = {}
         for row, image in sorted(zip(self._rows.tolist(), self._images_of_rows, strict=True)):
             found.setdefault(image, []).append(row)
@@ -114,27 +113,27 @@ class SiteArrays:
         return [name for name, own in zip(self._names, self._splits, strict=True) if own == split]
 
     def classes(self, *splits: str) -> tuple[int, ...]:
-        """Return the classes, of 1..K, in the masks of these splits, sorted; in all masks where no split is named.
+        """Return the sorted classes, of 1..K, in the masks of these splits. Default: all splits.
 
         Raises:
-            DataError: an older version made the manifest, which does not say.
+            DataError: an older version wrote the manifest, without classes.
         """
         if self._classes is None:
             raise self._unusable("its manifest has no column classes")
         return classes_in(self._classes[np.isin(self._splits, splits)] if splits else self._classes)
 
     def with_splits(self, splits: Mapping[str, Sequence[int]]) -> SiteArrays:
-        """Return the same images in other splits: of each name these rows; rows that are not named are in none."""
+        """Return the same images in other splits, rows by split name; other rows are in no split."""
         found = copy.copy(self)
         named = {int(row): split for split, rows in splits.items() for row in rows}
         found._splits = np.array([named.get(int(row), "") for row in self._rows], dtype=object)
         return found
 
     def batch(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Read these rows and no others, in this order; repeats are allowed.
+        """Return these rows, in this order; repeats are allowed.
 
         Returns:
-            Images uint8 [B, 3, S, S], masks uint8 [B, S, S], and bool [B, S, S] that is True off the padding.
+            Images uint8 [B, 3, S, S], masks uint8 [B, S, S], and bool [B, S, S], False on padding.
 
         Raises:
             IndexError: a row is not in 0..N-1.
@@ -159,14 +158,14 @@ class SiteArrays:
 
 
 class PooledArrays:
-    """The images of several sites as those of one; rows are counted through, site after site in the given order."""
+    """The images of several sites as one site; rows are numbered through, site after site in the given order."""
 
     def __init__(self, sites: Sequence[Arrays], lengths: Sequence[int]) -> None:
         self._sites = sites
         self._starts = np.cumsum([0, *lengths])
 
     def rows(self, split: str) -> np.ndarray:
-        """Return the rows of a split, int64; empty for a split that has none."""
+        """Return the rows of a split, int64; empty if it has none."""
         parts = [site.rows(split) + start for site, start in zip(self._sites, self._starts, strict=False)]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
@@ -175,7 +174,7 @@ class PooledArrays:
         return [name for site in self._sites for name in site.names(split)]
 
     def subjects(self, split: str) -> list[str]:
-        """Return the subject of each of ``rows(split)``, site by site: two sites have no subject in common."""
+        """Return the subject of each of ``rows(split)``, site by site: no two sites share a subject."""
         return [f"{index}/{name}" for index, site in enumerate(self._sites) for name in site.subjects(split)]
 
     def images(self, split: str) -> list[str]:
@@ -187,7 +186,7 @@ class PooledArrays:
         return tuple(sorted({label for site in self._sites for label in site.classes(*splits)}))
 
     def batch(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Read these rows, in this order; see ``Arrays``. No row: IndexError, for nobody knows the image size."""
+        """Return these rows, in this order; see ``Arrays``. Without rows the image size is unknown: IndexError."""
         owners = np.searchsorted(self._starts, rows, side="right") - 1
         parts = [self._sites[owner].batch([row - self._starts[owner]]) for owner, row in zip(owners, rows, strict=True)]
         if not parts:
@@ -199,19 +198,11 @@ class PooledArrays:
 def known_classes(data: Arrays, classes: int) -> tuple[int, ...]:
     """Return the classes that a site can learn: those in its training and validation masks.
 
-    All of 1..``classes`` where every such mask is empty: that says of each class alike that it was not there.
+    Default, if all these masks are empty: all of 1..``classes``.
     """
     return data.classes(*_LEARNED_FROM) or tuple(range(1, classes + 1))
 
 
 def scored_classes(data: Arrays, classes: int) -> tuple[int, ...]:
-    """Return the classes that a site is scored on: those in any of its masks; all of 1..``classes`` if that is none."""
+    """Return the classes that a site is scored on: those in any of its masks. Default: all of 1..``classes``."""
     return data.classes() or tuple(range(1, classes + 1))
-
-
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write named arrays to ``path`` as safetensors, atomically."""
-    from safetensors.numpy import save_file
-
-    with atomic_path(path) as temporary:
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)

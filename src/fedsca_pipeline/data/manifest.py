@@ -1,4 +1,4 @@
-"""A site's manifest: its columns, its digest and what it says of classes."""
+"""A site's manifest: its columns, its digest, and the classes and names that it lists."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ MANIFEST_DTYPES: Mapping[str, str] = MappingProxyType(
         "split_settings": "str",
     }
 )
-"""The manifest's columns. Read a stored one with these, or a subject ``007`` comes back as 7."""
+"""The manifest's columns and types. A stored manifest read without them has subject 7 instead of ``007``."""
 
 
 _LEARNED_FROM = ("train", "validation")
 
 
 def classes_in(column: Iterable[str]) -> tuple[int, ...]:
-    """Return the classes that cells of a manifest's column ``classes`` name, sorted; none for no cell."""
+    """Return the sorted classes in cells of a manifest's column ``classes``; empty without cells."""
     return tuple(sorted({label for cell in column for label in json.loads(cell)}))
 
 
@@ -55,18 +55,18 @@ def known_in(manifest: pd.DataFrame, classes: int) -> tuple[int, ...]:
 
 
 def sample_names(manifest: pd.DataFrame) -> list[str]:
-    """Return the name of each row in tables: the image's stem, of a slice ``<stem>#<index>``, three digits or more."""
+    """Return the name of each row in tables: the image's stem, or ``<stem>#<index>`` of a slice (three digits)."""
     stems = [split_name(PurePosixPath(image).name)[0] for image in manifest["image"]]
     return [stem if index < 0 else f"{stem}#{index:03d}" for stem, index in zip(stems, _slices(manifest), strict=True)]
 
 
 def _slices(manifest: pd.DataFrame) -> list[int]:
-    # A manifest of before there were volumes has no such column.
+    # Manifests written before volumes were supported lack this column.
     return manifest["slice"].tolist() if "slice" in manifest else [-1] * len(manifest)
 
 
 def manifest_digest(manifest: pd.DataFrame) -> np.ndarray:
-    """Return what ties arrays to their manifest, uint8 [32]: SHA-256 over which image stands in which row and split."""
+    """Return the digest that ties arrays to their manifest, uint8 [32]: SHA-256 over each row's image and split."""
     columns = (manifest[name].tolist() for name in ("row", "image", "split"))
     rows = [
         [str(row), image, split] if index < 0 else [str(row), image, split, str(index)]

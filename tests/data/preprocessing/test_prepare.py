@@ -12,9 +12,10 @@ import pandas as pd
 import pytest
 import tifffile
 from PIL import Image
+from safetensors.numpy import save_file
 
 from fedsca_pipeline.config import NormaliseConfig, PreprocessingConfig, SplitConfig
-from fedsca_pipeline.data.arrays import SiteArrays, write_arrays
+from fedsca_pipeline.data.arrays import SiteArrays
 from fedsca_pipeline.data.manifest import MANIFEST_DTYPES
 from fedsca_pipeline.data.preprocessing.prepare import PreparedSite, prepare_site
 from fedsca_pipeline.data.site_folder.discovery import discover_sites, fingerprint_site
@@ -188,7 +189,7 @@ def test_the_manifest_names_the_classes_of_each_image_and_the_report_those_that_
         "vessel: in no mask of training and validation, so it is scored here, but never predicted",
     ]
     with_column = stored(prepared.manifest)
-    write_arrays(raw.parent / "north.safetensors", prepared.arrays)
+    save_file(dict(prepared.arrays), raw.parent / "north.safetensors")
     assert SiteArrays(raw.parent / "north.safetensors", with_column).classes() == (1, 3)
 
 
@@ -492,7 +493,7 @@ def test_regrouping_that_joins_two_splits_is_refused(raw: Path) -> None:
 
 def test_what_is_written_is_read_back_by_split(raw: Path, tmp_path: Path) -> None:
     prepared = prepare(raw)
-    write_arrays(tmp_path / "north.safetensors", prepared.arrays)
+    save_file(dict(prepared.arrays), tmp_path / "north.safetensors")
 
     site = SiteArrays(tmp_path / "north.safetensors", stored(prepared.manifest))
     images, masks, valid = site.batch(site.rows("test"))

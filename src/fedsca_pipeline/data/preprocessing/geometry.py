@@ -1,4 +1,4 @@
-"""Aspect-keeping resize and padding at the bottom and right; values to 0..255."""
+"""Intensities to 0..255, and resizing that keeps the aspect."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from fedsca_pipeline.config import NormaliseConfig
 
 @dataclass(frozen=True)
 class ByteCounts:
-    """How often each value occurs in 8 bit pixels, int64 [256], at least one of them: all that their order tells."""
+    """How often each value occurs in 8 bit pixels, int64 [256]; there is at least one pixel."""
 
     counts: np.ndarray
 
     @classmethod
     def of(cls, planes: Iterable[np.ndarray], times: int = 1) -> ByteCounts:
-        """Count the values of uint8 [H, W] planes together, each plane so many times."""
+        """Return the counts over uint8 [H, W] planes together, each plane counted ``times`` times."""
         return cls(times * sum(np.array(Image.fromarray(plane).histogram()) for plane in planes))
 
     @property
     def values(self) -> np.ndarray:
-        """The values that occur, rising."""
+        """The values that occur, ascending."""
         return np.flatnonzero(self.counts)
 
     def min(self) -> int:
@@ -37,7 +37,7 @@ class ByteCounts:
         return int(self.values[-1])
 
     def percentiles(self, at: Sequence[float]) -> list[float]:
-        """Return what ``np.percentile`` gives for all pixels (linear between two), to the last bit."""
+        """Return ``np.percentile`` of all pixels (linear), equal to the last bit."""
         upto = np.cumsum(self.counts)
         found = []
         for share in at:
@@ -50,9 +50,9 @@ class ByteCounts:
 
 @dataclass(frozen=True)
 class Channels:
-    """An image [H, W] or [H, W, 3] by its channels: ``distinct`` [1, H, W], or [3, H, W] where they differ.
+    """An image [H, W] or [H, W, 3] and its ``distinct`` channels: [1, H, W] if all are equal, else [3, H, W].
 
-    ``counts`` are those of all channels of an 8 bit image, None for other types.
+    ``counts`` are the value counts over all channels of an 8 bit image; None for other types.
     """
 
     image: np.ndarray
@@ -61,7 +61,7 @@ class Channels:
 
     @classmethod
     def of(cls, image: np.ndarray) -> Channels:
-        """Take an image apart."""
+        """Return an image with its distinct channels and counts."""
         planes = np.ascontiguousarray(image[None] if image.ndim == 2 else np.moveaxis(image, -1, 0))
         grey = all(np.array_equal(planes[0], plane) for plane in planes[1:])
         distinct = planes[:1] if grey else planes
@@ -76,7 +76,7 @@ class Channels:
 
 
 def normalise(image: np.ndarray, config: NormaliseConfig) -> tuple[np.ndarray, list[str]]:
-    """Map raw intensities to float32 0..255, all channels by one scale so that colours keep their balance.
+    """Return raw intensities as float32 0..255, all channels on one scale so that colours keep their balance.
 
     ``image`` is [H, W] or [H, W, 3] of any real type, not yet padded or resized. A constant image becomes zeros. The
     second value holds warnings for the data report.
@@ -86,23 +86,23 @@ def normalise(image: np.ndarray, config: NormaliseConfig) -> tuple[np.ndarray, l
 
 
 def intensity_range(image: np.ndarray | ByteCounts, config: NormaliseConfig) -> tuple[float, float, list[str]]:
-    """Return the raw intensities that become 0 and 255, and warnings; of a constant image they are not in order."""
+    """Return the raw intensities that become 0 and 255, and warnings. A constant image gives ``low >= high``."""
     low, high, warnings = _RANGES[config.method](image, config)
     return low, high, warnings if low < high else ["constant image: all zero after normalisation"]
 
 
 def to_levels(image: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Map ``low`` to 0 and ``high`` to 255, float32, and clip what is beyond; all 0 where ``low`` is not below."""
+    """Return float32 with ``low`` at 0 and ``high`` at 255, clipped; all 0 unless ``low < high``."""
     levels = np.zeros(image.shape, np.float32)
     if low < high:
-        # Row by row: doubles of a whole image would be the most memory that preprocessing takes.
+        # Row by row: doubles of a whole image would be the peak of preprocessing's memory.
         for row, values in enumerate(image):
             levels[row] = np.clip((values.astype(np.float64) - low) * (255.0 / (high - low)), 0.0, 255.0)
     return levels
 
 
 def normalise_and_fit(channels: Channels, config: NormaliseConfig, side: int) -> tuple[np.ndarray, list[str]]:
-    """Do ``normalise`` and ``fit_image`` in one, to the same bits; 8 bit images by tables, which is faster.
+    """Return what ``normalise`` and ``fit_image`` give, bit for bit; 8 bit images use tables, which is faster.
 
     Returns:
         uint8 [3, height, width], and warnings.
@@ -128,9 +128,9 @@ def fitted_size(height: float, width: float, side: int) -> tuple[int, int]:
 
 
 def fit_image(image: np.ndarray, side: int, pixel: tuple[float, float] = (1.0, 1.0)) -> np.ndarray:
-    """Resize float [H, W] or [H, W, 3] of range 0..255 (bilinear, anti-aliased) to uint8 [3, height, width].
+    """Return float [H, W] or [H, W, 3] of 0..255 resized (bilinear, anti-aliased) to uint8 [3, height, width].
 
-    ``pixel`` is the height and width of a pixel: what is resized keeps the aspect of what is seen.
+    ``pixel`` is the height and width of a pixel; the result has square pixels.
     """
     height, width = fitted_size(image.shape[0] * pixel[0], image.shape[1] * pixel[1], side)
     channels = image[None] if image.ndim == 2 else np.moveaxis(image, -1, 0)
@@ -140,14 +140,14 @@ def fit_image(image: np.ndarray, side: int, pixel: tuple[float, float] = (1.0, 1
 
 
 def fit_mask(mask: np.ndarray, side: int, pixel: tuple[float, float] = (1.0, 1.0)) -> np.ndarray:
-    """Resize uint8 classes [H, W] (nearest neighbour) to uint8 [height, width]; ``pixel`` as in ``fit_image``."""
+    """Return uint8 classes [H, W] resized (nearest neighbour) to [height, width]; ``pixel`` as in ``fit_image``."""
     height, width = fitted_size(mask.shape[0] * pixel[0], mask.shape[1] * pixel[1], side)
     return mask if (height, width) == mask.shape else _resize(mask, height, width, Image.Resampling.NEAREST)
 
 
 def _by_table(pixels: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Replace uint8 values of any shape by those that stand at them in uint8 [256]; read-only."""
-    # NumPy would turn every pixel into an index of eight bytes first.
+    """Return uint8 values of any shape looked up in uint8 [256]; read-only."""
+    # NumPy would first convert every pixel to an index of eight bytes.
     return np.frombuffer(pixels.tobytes().translate(table.tobytes()), np.uint8).reshape(pixels.shape)
 
 

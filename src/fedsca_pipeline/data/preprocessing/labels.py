@@ -1,4 +1,4 @@
-"""What the pixels of a mask mean: numbers, colours or two sides of a threshold, to classes."""
+"""Mask pixels to classes: by number, by colour, or by a threshold."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class Tally:
-    """The different integers of an array, rising, and how often each occurs."""
+    """The distinct integers of an array, ascending, and how often each occurs."""
 
     values: np.ndarray
     often: np.ndarray
 
     @classmethod
     def of(cls, values: np.ndarray) -> Tally:
-        """Count integers of any shape; there is at least one."""
+        """Return the tally of integers of any shape; there is at least one."""
         ends = np.array(sorted({values.min(), values.max()}))
         often = occurrences(values, ends)
-        # Most masks show one class; a look at every value takes several times as long.
+        # Most masks show one class; np.unique takes several times as long.
         if often.sum() == values.size:
             return cls(ends, often)
         if values.dtype != np.uint8:
@@ -40,7 +40,7 @@ class Tally:
         return cls(counts.values, counts.counts[counts.values])
 
     def most_frequent_first(self) -> list[int]:
-        """Return the values in the order of their number, the smaller first of equally frequent ones."""
+        """Return the values by falling frequency; of equally frequent ones the smaller first."""
         return self.values[np.argsort(-self.often, kind="stable")].tolist()
 
 
@@ -48,7 +48,7 @@ def read_classes(path: Path, rule: LabelRule, classes: int) -> tuple[np.ndarray,
     """Read a mask file as classes.
 
     Returns:
-        uint8 [H, W] of 0 = background, 1..``classes``; and what was applied: value, colour or threshold to class.
+        uint8 [H, W] of 0 = background, 1..``classes``; and the applied map: value, colour or threshold to class.
 
     Raises:
         BrokenSampleError: the file cannot be read as a mask, or a value or colour in it has no class in 0..``classes``.
@@ -64,7 +64,7 @@ def read_classes(path: Path, rule: LabelRule, classes: int) -> tuple[np.ndarray,
 
 
 def read_volume_classes(path: Path, image: Volume, rule: LabelRule, classes: int) -> tuple[np.ndarray, dict[str, int]]:
-    """Read the mask of a volume as classes uint8 [X, Y, Z], as ``read_classes`` does that of a flat image.
+    """Read the mask of a volume as classes uint8 [X, Y, Z]; see ``read_classes``.
 
     Raises:
         BrokenSampleError: as ``volumes.read_volume_mask``, or a value has no class in 0..``classes``.
@@ -77,7 +77,7 @@ def read_volume_classes(path: Path, image: Volume, rule: LabelRule, classes: int
 
 
 def by_number(values: np.ndarray, numbers: Mapping[int, int], classes: int) -> tuple[np.ndarray, dict[str, int]]:
-    """Map integers, of any shape, to classes; see ``LabelRule.numbers`` and ``read_classes``."""
+    """Return integers of any shape as classes; see ``LabelRule.numbers`` and ``read_classes``."""
     applied, tally = dict(numbers), Tally.of(values)
     if not applied and {255} <= set(tally.values.tolist()) <= {0, 255}:
         applied = {255: 1}
@@ -92,7 +92,7 @@ def by_number(values: np.ndarray, numbers: Mapping[int, int], classes: int) -> t
 
 
 def by_colour(pixels: np.ndarray, colours: Mapping[str, int], classes: int) -> tuple[np.ndarray, dict[str, int]]:
-    """Map uint8 [H, W, 3], or [H, W] of grey, to classes; see ``LabelRule.colours`` and ``read_classes``."""
+    """Return uint8 [H, W, 3], or grey [H, W], as classes; see ``LabelRule.colours`` and ``read_classes``."""
     meant = {"#000000": 0, **colours}
     mask, unknown = look_up(
         packed(pixels), {number_of(colour): number for colour, number in meant.items() if number <= classes}
@@ -101,25 +101,25 @@ def by_colour(pixels: np.ndarray, colours: Mapping[str, int], classes: int) -> t
         raise BrokenSampleError(
             f"unknown label colour {listed(unknown, colour_of)} (classes are 0..{classes})",
             f"name it under label_map in the site's site.yml, as '{colour_of(unknown[0])}': <class>, or raise "
-            "preprocessing.classes; colours in between two others come from smooth edges: export without them",
+            "preprocessing.classes; colours between two others come from smooth edges: export without them",
         )
     return mask, dict(colours)
 
 
 def by_threshold(pixels: np.ndarray, threshold: float) -> tuple[np.ndarray, dict[str, int]]:
-    """Class 1 where [H, W], or the mean of the channels of [H, W, 3], is at least ``threshold``, else background."""
+    """Return class 1 where [H, W], or the mean channel of [H, W, 3], is at least ``threshold``, else background."""
     grey = pixels if pixels.ndim == 2 else pixels.mean(axis=2)
     return (grey >= threshold).astype(np.uint8), {f">={threshold:g}": 1}
 
 
 def look_up(values: np.ndarray, classes: Mapping[int, int], tally: Tally | None = None) -> tuple[np.ndarray, list[int]]:
-    """Replace integers by their classes; ``tally`` is theirs, where it has been taken already.
+    """Return the classes of integers. ``tally`` is their tally, if it is known.
 
     Returns:
-        uint8 of the same shape, and the values that ``classes`` does not name, the most frequent first; these are 0.
+        uint8 of the same shape, and the values that ``classes`` lacks, the most frequent first; their pixels are 0.
     """
     tally = tally or Tally.of(values)
-    # A look-up by index is eight bytes a pixel, which a volume has not to spare, and for few values it takes longer.
+    # A look-up by index takes eight bytes per pixel, too many for a volume, and is slower for few values.
     mask = np.zeros(values.shape, np.uint8)
     there = tally.values.tolist()
     for value in there:
@@ -135,7 +135,7 @@ def occurrences(values: np.ndarray, of: Iterable[int]) -> np.ndarray:
 
 
 def packed(pixels: np.ndarray) -> np.ndarray:
-    """Make one number of each colour, 0xRRGGBB: uint8 [..., H, W, 3], or [H, W] of grey, to int64 [..., H, W].
+    """Return each colour as one number 0xRRGGBB: uint8 [..., H, W, 3], or grey [H, W], to int64 [..., H, W].
 
     Raises:
         BrokenSampleError: channels of more than 8 bit.
@@ -147,7 +147,7 @@ def packed(pixels: np.ndarray) -> np.ndarray:
 
 
 def listed(values: Iterable[int], write: Callable[[int], str]) -> str:
-    """Name the first few values, and how many there are beyond."""
+    """Return the first few values as text, and the number of the others."""
     names = [write(value) for value in values]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

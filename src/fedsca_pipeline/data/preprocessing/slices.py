@@ -1,4 +1,4 @@
-"""A volume as slices, upright, and slices as a volume again; each slice is an image to the rest of the project."""
+"""A volume to upright slices, and slices back to a volume. To the rest of the project a slice is an image."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from fedsca_pipeline.data.readers.common import BrokenSampleError
 from fedsca_pipeline.data.readers.volume import Volume
 
 PLANES: tuple[str, str, str] = ("RIP", "AIL", "SPL")
-"""Where slices, rows and columns run to, cut along axis 0, 1 or 2 of RAS+: sagittal, coronal, axial slices.
+"""Directions of slices, rows and columns for a cut along axis 0, 1 or 2 of RAS+: sagittal, coronal, axial slices.
 
-They stand as a radiologist sees them, the patient's right on the left, and are counted to the right, to the front or
-upwards.
+Slices appear as a radiologist sees them, the patient's right on the left. They are numbered to the right, to the front
+or upwards.
 """
 
 
 class VolumeSlices:
-    """The slices of one volume along an axis of the patient, made ready for the model when they are asked for.
+    """The slices of one volume along an axis of the patient, prepared for the model one by one.
 
-    Intensities are scaled over the whole volume, each modality by itself. A slice keeps the aspect of what it shows,
-    also where its voxels are not square.
+    Intensities are scaled over the whole volume, each modality separately. A slice keeps its aspect in mm, even if its
+    voxels are not square.
 
     Args:
         volume: the image, in any orientation; an oblique one is cut along the nearest axis of its grid.
         config: axis and channels.
-        intensities: how raw values become 0..255.
-        side: the longer side of a slice that is made ready, in pixels.
+        intensities: how raw values map to 0..255.
+        side: the longer side of a prepared slice, in pixels.
 
     Raises:
-        BrokenSampleError: the volume has other modalities than the configuration names.
+        BrokenSampleError: the volume lacks a modality that the configuration names, or has several and it names none.
     """
 
     def __init__(self, volume: Volume, config: VolumeConfig, intensities: NormaliseConfig, side: int) -> None:
@@ -55,7 +55,7 @@ class VolumeSlices:
         return height, width
 
     def image(self, index: int) -> np.ndarray:
-        """Return a slice's channels in 0..255, resized, uint8 [3, height, width]."""
+        """Return the channels of a slice, resized, uint8 [3, height, width]."""
         if self._config.channels == 3:
             low, high = self._ranges[0]
             last = len(self) - 1
@@ -66,16 +66,16 @@ class VolumeSlices:
             levels = [to_levels(planes[index], low, high) for planes, (low, high) in pairs]
         if len(levels) == 1:
             return fit_image(levels[0], self._side, self.spacing[1:])
-        # Of two modalities the second fills the third channel too.
+        # The second of two modalities also fills the third channel.
         return fit_image(np.stack([*levels, levels[-1]][:3], axis=-1), self._side, self.spacing[1:])
 
     def masks(self, labels: np.ndarray) -> list[np.ndarray]:
-        """Return the slices of classes uint8 [X, Y, Z] on the volume's grid, resized, uint8 [height, width] each."""
+        """Return the resized slices, uint8 [height, width] each, of classes uint8 [X, Y, Z] on the volume's grid."""
         planes = cut(labels, self.volume.affine, self._config.axis)
         return [fit_mask(np.ascontiguousarray(plane), self._side, self.spacing[1:]) for plane in planes]
 
     def restack(self, planes: Sequence[np.ndarray]) -> np.ndarray:
-        """Put slices [H, W] of the volume's grid, one for each, together to [X, Y, Z]."""
+        """Return [X, Y, Z] from all slices [H, W] on the volume's grid."""
         return restack(np.stack(planes), self.volume.affine, self._config.axis)
 
 
@@ -87,7 +87,7 @@ def cut(voxels: np.ndarray, affine: np.ndarray, axis: int) -> np.ndarray:
 
 
 def restack(planes: np.ndarray, affine: np.ndarray, axis: int) -> np.ndarray:
-    """Undo ``cut``: slices [N, H, W, ...] to voxels [X, Y, Z, ...] of the grid with this affine."""
+    """Return voxels [X, Y, Z, ...] on the grid of ``affine`` from slices [N, H, W, ...]: the inverse of ``cut``."""
     from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
     back = ornt_transform(axcodes2ornt(PLANES[axis]), io_orientation(affine))
@@ -105,8 +105,8 @@ def plane_spacing(affine: np.ndarray, axis: int) -> tuple[float, float, float]:
 def choose_slices(foreground: Sequence[bool], share: float, seed: int, site: str, image: str) -> list[int]:
     """Return the slices of a training volume to train on, in order.
 
-    All with foreground, and ``share`` of the others, drawn from seed, site and image: a larger share contains a smaller
-    one. At least one slice is kept.
+    These are all slices with foreground, and ``share`` of the others, drawn from seed, site and image. A larger share
+    contains a smaller one. There is at least one slice.
     """
     empty = [index for index, any_ in enumerate(foreground) if not any_]
     count = round(share * len(empty))
@@ -133,7 +133,7 @@ def _modalities(volume: Volume, config: VolumeConfig) -> list[np.ndarray]:
     chosen = config.modalities or [0]
     if max(chosen) >= count:
         raise BrokenSampleError(
-            f"has {count} modalities, counted from 0; preprocessing.volume.modalities names {max(chosen)}",
+            f"has {count} modalities, numbered from 0; preprocessing.volume.modalities names {max(chosen)}",
             "name others, or export all volumes with the same modalities",
         )
     return [voxels[..., index] for index in chosen]

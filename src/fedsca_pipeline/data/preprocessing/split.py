@@ -1,4 +1,4 @@
-"""Training, validation and test by subject, drawn once from a seed (docs/data.md)."""
+"""Training, validation and test images, split by subject and drawn once from a seed (docs/data.md)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class SplitTargets:
-    """How many images validation and test should hold."""
+    """Numbers of images wanted for validation and test."""
 
     validation: int
     test: int
 
 
 def split_targets(site: str, images: int, config: SplitConfig) -> SplitTargets:
-    """Turn shares or numbers into images, leaving at least one for each of the splits drawn later.
+    """Return the numbers of images for shares or numbers; at least one image is left for each split drawn later.
 
-    A number that exceeds what is there takes what is there.
+    A number above the site's images is cut.
 
     Raises:
-        DataError: validation or test is set to nothing.
+        DataError: validation or test is 0.
     """
     wanted = {"validation": config.validation, "test": config.test, **config.overrides.get(site, {})}
     for split, value in wanted.items():
@@ -48,20 +48,20 @@ def draw_split(
     known: Mapping[str, str] | None = None,
     known_images: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Give each image ``train``, ``validation``, ``test`` or ``unused`` (training images above ``max_train``).
+    """Return each image's split: ``train``, ``validation``, ``test``, or ``unused`` (training above ``max_train``).
 
-    Subjects stand in one order, by a hash of seed, site and subject, whatever else the site holds. Along it validation
-    is filled, then test; the rest trains. Each takes a subject if that brings it nearer to its target, so counts are
-    exact where each image is its own subject.
+    A hash of seed, site and subject orders the subjects, independently of the site's other subjects. In this order they
+    fill validation, then test; the rest trains. A split takes a subject that brings it nearer to its target, so counts
+    are exact if each image is its own subject.
 
     Args:
         site: the site's name.
         subjects: image to subject.
         targets: of :func:`split_targets`.
         seed: the run's seed.
-        max_train: keep the first so many training images in that order.
-        known: subject to the split that it has already and keeps.
-        known_images: image to the split that it has already (tells ``train`` from ``unused``).
+        max_train: number of training images to use, the first in that order. None: all.
+        known: subject to its earlier split, which it keeps.
+        known_images: image to its earlier split, ``train`` or ``unused`` among them.
 
     Raises:
         DataError: a split would be empty.
