@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
+from fedsca_pipeline.config import Settings
 from fedsca_pipeline.data.manifest import known_in
 from fedsca_pipeline.federation.fleets.data import POOLED
 from fedsca_pipeline.federation.run import RunFolder, finish_run
@@ -45,60 +46,71 @@ def write_site_models(
         manifests: one per site.
         foundations, checkpoints, models: folders.
     """
-    settings, strategy, layout = setup.settings, setup.strategy, setup.layout
-    preprocessing, federation = settings.preprocessing, settings.federation
+    settings, strategy = setup.settings, setup.strategy
     folder = RunFolder(checkpoints, description["fingerprint"])
-    known = {str(manifest["site"].iloc[0]): known_in(manifest, preprocessing.classes) for manifest in manifests}
-    known[GENERAL_MODEL] = tuple(sorted(set().union(*known.values())))
+    known = {
+        str(manifest["site"].iloc[0]): known_in(manifest, settings.preprocessing.classes) for manifest in manifests
+    }
+    card = _card(settings, description, foundations)
 
-    def save(target: Path, site: str, snapshot: Snapshot, note: str = "") -> None:
-        card = {
-            "site": site,
-            "strategy": federation.strategy,
-            "round": snapshot.round,
-            "dice_validation": snapshot.dice,
-            "run": folder.fingerprint,
-            "foundation": settings.foundation,
-            "foundation_sha256": description["foundation"],
-            "foundation_root": foundations,
-            "image_size": preprocessing.image_size,
-            "classes": preprocessing.classes,
-            "class_names": preprocessing.names,
-            "known_classes": known[site],
-            "normalise": preprocessing.normalise,
-            "volume": preprocessing.volume,
-            "threshold": settings.evaluation.threshold,
-            "note": note,
-        }
-        save_site_model(target, setup.model, snapshot.tensors, card, layout.encoder)
+    def save(target: Path, site: str, snapshot: Snapshot, known_classes: Sequence[int], note: str = "") -> None:
+        own = {"site": site, "round": snapshot.round, "dice_validation": snapshot.dice, "known_classes": known_classes}
+        save_site_model(target, setup.model, snapshot.tensors, {**card, **own, "note": note}, setup.layout.encoder)
 
     written = {}
-    for site in (site for site in known if site != GENERAL_MODEL):
+    for site, classes in known.items():
         store = SiteStore(folder.sites / (POOLED if strategy.pools else site))
-        kept = {name: store.snapshot(name) for name in ("best", "last")}
+        snapshots = {name: store.snapshot(name) for name in ("best", "last")}
         for name, target in (("best", models / site), ("last", models / site / "last_round")):
-            snapshot = kept[name]
+            snapshot = snapshots[name]
             if snapshot is None:
                 logger.warning(
                     "%s: no validated model (%s): the site missed the rounds that would have made one", site, name
                 )
                 discard_site_model(target)
                 continue
-            save(target, site, snapshot)
-        written[site] = {name: {"round": s.round, "dice_validation": s.dice} for name, s in kept.items() if s}
-    latest = CheckpointFolder(folder.server).latest()
-    shapes = strategy.wire_shapes()
-    if latest is not None and shapes:
-        general = unflatten(strategy.general_model(latest.state), tuple(shapes), shapes)
-        tensors = {name: general.get(name, tensor) for name, tensor in start.items()}
-        save(models / GENERAL_MODEL, GENERAL_MODEL, Snapshot(federation.rounds, None, tensors), GENERAL_NOTE)
-    for folder_of_another_run in models.glob("*/"):
-        if folder_of_another_run.name not in {*written, *([GENERAL_MODEL] if shapes else [])}:
-            discard_site_model(folder_of_another_run)
+            save(target, site, snapshot, classes)
+        written[site] = {name: {"round": s.round, "dice_validation": s.dice} for name, s in snapshots.items() if s}
+    general = _general_tensors(setup, start, folder)
+    if general is not None:
+        anywhere = sorted(set().union(*known.values()))
+        last = Snapshot(settings.federation.rounds, None, general)
+        save(models / GENERAL_MODEL, GENERAL_MODEL, last, anywhere, GENERAL_NOTE)
+    current = {*written, *([GENERAL_MODEL] if strategy.wire_shapes() else [])}
+    for other in models.glob("*/"):
+        if other.name not in current:
+            discard_site_model(other)
     finish_run(checkpoints)
     return {
         "fingerprint": folder.fingerprint,
-        "strategy": federation.strategy,
+        "strategy": settings.federation.strategy,
         "seed": settings.run.seed,
         "sites": written,
     }
+
+
+def _card(settings: Settings, description: Mapping[str, Any], foundations: Path) -> dict[str, Any]:
+    """Return what the cards of all models of a run share."""
+    preprocessing = settings.preprocessing
+    return {
+        "strategy": settings.federation.strategy,
+        "run": description["fingerprint"],
+        "foundation": settings.foundation,
+        "foundation_sha256": description["foundation"],
+        "foundation_root": foundations,
+        "image_size": preprocessing.image_size,
+        "classes": preprocessing.classes,
+        "class_names": preprocessing.names,
+        "normalise": preprocessing.normalise,
+        "volume": preprocessing.volume,
+        "threshold": settings.evaluation.threshold,
+    }
+
+
+def _general_tensors(setup: Setup, start: Mapping[str, Tensor], folder: RunFolder) -> dict[str, Tensor] | None:
+    """Return the general model's tensors; None if nothing is shared or no round is done."""
+    latest, shapes = CheckpointFolder(folder.server).latest(), setup.strategy.wire_shapes()
+    if latest is None or not shapes:
+        return None
+    shared = unflatten(setup.strategy.general_model(latest.state), tuple(shapes), shapes)
+    return {name: shared.get(name, tensor) for name, tensor in start.items()}
