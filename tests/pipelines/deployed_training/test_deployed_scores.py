@@ -174,7 +174,7 @@ def in_process(deployed: Deployed, tmp_path_factory) -> InProcess:
         evaluation.score_site(*here, manifest, place.arrays) for place, manifest in zip(places, manifests, strict=True)
     ]
     volumes = [
-        evaluation.score_volumes(*here, raw, root / "private", root / "predictions", manifest, place.arrays)
+        evaluation.score_volumes(*here, raw, root / "predictions", manifest, place.arrays)
         for place, manifest in zip(places, manifests, strict=True)
         if place.site in VOLUMES
     ]
