@@ -1,4 +1,4 @@
-"""Examples of a site, drawn as its chosen model segments them."""
+"""A figure of a site's example images, segmented by its chosen model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's scores on images of a split, whoever trained it."""
+"""Scores of models on batches of images, and of a site's models on its test images."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from fedsca_pipeline.metrics.images import score_images
 from fedsca_pipeline.model.batch import Batch
 from fedsca_pipeline.model.foundation.model import SegmentationModel
 from fedsca_pipeline.model.heads import predict_masks, truth_masks
-from fedsca_pipeline.model.inference import Forward, predict_logits
+from fedsca_pipeline.model.inference import Forward, image_forward, predict_logits
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from fedsca_pipeline.data.arrays import SiteArrays
-    from fedsca_pipeline.model.foundation.model import SegmentationModel
     from fedsca_pipeline.model.in_turn import ModelsInTurn
 
 
@@ -34,10 +33,16 @@ def score_batches(
     known: Sequence[int] | None = None,
     scored: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the records of ``metrics.score_images`` for all images of ``batches``, in order; none for none.
+    """Return the records of ``metrics.images.score_images`` for all images of ``batches``, in order.
 
-    Only ``known`` classes may be predicted, and only ``scored`` ones have records, in their order; None means all of
-    1..``classes``.
+    Args:
+        model: sets the device and the head, and is in evaluation mode meanwhile.
+        forward: returns a batch's logits.
+        batches: on any device.
+        classes: K.
+        threshold: as in ``heads.predict_masks``.
+        known: classes that may be predicted; None: all of 1..K.
+        scored: classes that have records, in this order; None: all of 1..K.
     """
     device = next(model.parameters()).device
     labels = list(scored or range(1, classes + 1))
@@ -71,12 +76,12 @@ def score_test_images(
     from fedsca_pipeline.evaluation.tables import image_table
 
     site = str(manifest["site"].iloc[0])
-    data, kept = SiteArrays(arrays, manifest), site_models["sites"][site]
+    data, snapshots = SiteArrays(arrays, manifest), site_models["sites"][site]
     tables: dict[str, pd.DataFrame] = {}
     for model, snapshot in SNAPSHOTS.items():
-        if snapshot not in kept and model != "before":
+        if snapshot not in snapshots and model != "before":
             continue
-        if model == "chosen" and "after" in tables and kept["best"]["round"] == kept["last"]["round"]:
+        if model == "chosen" and "after" in tables and snapshots["best"]["round"] == snapshots["last"]["round"]:
             tables[model] = tables["after"].assign(model=model)
             continue
         with reported(in_turn, model, models / site) as network:
@@ -86,11 +91,11 @@ def score_test_images(
 
 
 SNAPSHOTS = {"before": "", "after": "last", "chosen": "best"}
-"""Reported model: the snapshot of a site's that it is, in the order of tables."""
+"""A site's snapshot by reported model, in the order of tables; ``before`` is the foundation."""
 
 
 def reported(in_turn: ModelsInTurn, model: str, folder: Path) -> AbstractContextManager[SegmentationModel]:
-    """Lend one of the reported models of the site whose models are in ``folder``."""
+    """Lend a reported model, a key of ``SNAPSHOTS``, of the site whose models are in ``folder``."""
     if model == "before":
         return in_turn.foundation()
     return in_turn.saved(folder / "last_round" if model == "after" else folder)
@@ -99,7 +104,6 @@ def reported(in_turn: ModelsInTurn, model: str, folder: Path) -> AbstractContext
 def _score(network: Any, data: SiteArrays, classes: int, evaluation: EvaluationConfig) -> list[dict[str, Any]]:
     from fedsca_pipeline.data.arrays import known_classes, scored_classes
     from fedsca_pipeline.federation.site.batches import plain_batches
-    from fedsca_pipeline.model.inference import image_forward
 
     return score_batches(
         network,

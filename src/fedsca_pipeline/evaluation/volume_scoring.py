@@ -1,4 +1,4 @@
-"""Scores of a site's test volumes, and predictions on their own grids."""
+"""Scores of a site's models on its test volumes, and the chosen model's predictions, on the volumes' own grids."""
 
 from __future__ import annotations
 
@@ -41,29 +41,29 @@ def score_test_volumes(
     from fedsca_pipeline.evaluation.volume_tables import volume_table
 
     site = str(manifest["site"].iloc[0])
-    kept = site_models["sites"][site]
+    snapshots = site_models["sites"][site]
     folder = raw_sites / site
     rule = read_site_file(folder).label_rule
     volumes = _TestVolumes(folder, rule, manifest, SiteArrays(arrays, manifest), settings)
-    same = {"best", "last"} <= kept.keys() and kept["best"]["round"] == kept["last"]["round"]
+    same = {"best", "last"} <= snapshots.keys() and snapshots["best"]["round"] == snapshots["last"]["round"]
     tables: dict[str, pd.DataFrame] = {}
     for model, snapshot in SNAPSHOTS.items():
-        if snapshot not in kept and model != "before":
+        if snapshot not in snapshots and model != "before":
             continue
         if model == "after" and same:
-            # It is the chosen one, of which predictions are kept.
+            # It is the chosen model, which also writes predictions.
             continue
         with reported(in_turn, model, models / site) as network:
             scores = volumes.score(network, predictions / site if model == "chosen" else None)
         tables[model] = volume_table(site, model, scores)
     if same:
         tables["after"] = tables["chosen"].assign(model="after")
-    volumes.tidy(predictions / site, written="chosen" in tables)
+    volumes.remove_stale(predictions / site, written="chosen" in tables)
     return pd.concat([tables[model] for model in SNAPSHOTS if model in tables], ignore_index=True)
 
 
 class _TestVolumes:
-    """The test volumes of one site, read anew for each model: one at a time is in memory."""
+    """The test volumes of one site. Each is read again for each model, so only one is in memory at a time."""
 
     def __init__(
         self,
@@ -82,8 +82,8 @@ class _TestVolumes:
         self._known = known_classes(data, settings.preprocessing.classes)
         self._scored = scored_classes(data, settings.preprocessing.classes)
 
-    def score(self, network: SegmentationModel, kept: Path | None) -> dict[str, list[dict[str, Any]]]:
-        """Return the scores of each volume; write what was predicted into the folder ``kept``, if there is one."""
+    def score(self, network: SegmentationModel, predictions: Path | None) -> dict[str, list[dict[str, Any]]]:
+        """Return the scores of each volume; write the predicted label maps to the folder ``predictions`` if given."""
         from fedsca_pipeline.data.readers.volume import write_nifti
         from fedsca_pipeline.metrics.volumes import score_volume
         from fedsca_pipeline.model.site_model import segment_slices
@@ -99,15 +99,15 @@ class _TestVolumes:
                 self._known,
                 self._evaluation.batch_size,
             )
-            if kept is not None:
-                write_nifti(kept / f"{stem}.nii.gz", predicted, slices.volume.affine)
+            if predictions is not None:
+                write_nifti(predictions / f"{stem}.nii.gz", predicted, slices.volume.affine)
             found[stem] = score_volume(
                 predicted, truth, slices.volume.spacing, self._scored, self._evaluation.surface_tolerance
             )
         return found
 
-    def tidy(self, folder: Path, *, written: bool) -> None:
-        """Remove predictions of another run's test volumes."""
+    def remove_stale(self, folder: Path, *, written: bool) -> None:
+        """Remove predictions of earlier runs; ``written``: this run has predictions in ``folder``, which stay."""
         own = {f"{stem}.nii.gz" for stem in self._files} if written else set()
         for file in folder.glob("*.nii.gz"):
             if file.name not in own:
@@ -127,6 +127,6 @@ class _TestVolumes:
             return VolumeSlices(volume, config.volume, config.normalise, config.image_size), truth
         except BrokenSampleError as error:
             raise DataError(
-                f"{self._folder / files['image']}: it or its mask cannot be read any more ({error.unquoted}); put both "
-                "back, or run 'kedro run --pipeline=preprocessing' again"
+                f"{self._folder / files['image']}: the image or its mask can no longer be read ({error.unquoted}); put "
+                "both back, or run 'kedro run --pipeline=preprocessing' again"
             ) from error

@@ -27,8 +27,10 @@ class OneDnnLinear(nn.Linear):
 
 def onednn_is_quicker() -> bool:
     """Return whether this processor is an AMD one with AVX-512 and PyTorch has both MKL and oneDNN."""
-    mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]  # torch has no types here
-    if not (mkl and torch.backends.mkldnn.is_available()):
+    # PyTorch has types for one of the two only.
+    mkl = torch.backends.mkl.is_available()
+    onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not (mkl and onednn):
         return False
     processor = torch.cpu.get_capabilities()
     return "AMD" in processor.get("cpu_name", "") and processor.get("avx512_f", False)
