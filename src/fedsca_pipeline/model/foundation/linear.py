@@ -27,9 +27,9 @@ class OneDnnLinear(nn.Linear):
 
 def onednn_is_quicker() -> bool:
     """Return whether this processor is an AMD one with AVX-512 and PyTorch has both MKL and oneDNN."""
-    # PyTorch has types for one of the two only.
-    mkl = torch.backends.mkl.is_available()
-    onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    # PyTorch has no types for either call.
+    mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not (mkl and onednn):
         return False
     processor = torch.cpu.get_capabilities()

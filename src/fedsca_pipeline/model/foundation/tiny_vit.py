@@ -7,6 +7,7 @@ into their convolutions, since the encoder stays frozen. Shapes: B images, C cha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -157,7 +158,7 @@ class TransformerBlock(nn.Module):
 class Stage(nn.Module):
     """Blocks of one width, then the downsampling to the next stage."""
 
-    def __init__(self, blocks: list[nn.Module], downsample: nn.Module) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*blocks)
         self.downsample = downsample
@@ -185,14 +186,13 @@ class TinyViT(nn.Module):
             Downsample(third, fourth, stride=1),
             nn.Identity(),
         )
-        convolutional: list[nn.Module] = [ConvBlock(first) for _ in range(sizes.depths[0])]
-        windowed: list[list[nn.Module]] = [
+        convolutional = [ConvBlock(first) for _ in range(sizes.depths[0])]
+        windowed = [
             [TransformerBlock(width, heads, window) for _ in range(depth)]
             for width, depth, heads, window in zip(sizes.widths, sizes.depths, sizes.heads, sizes.windows, strict=True)
         ][1:]
-        self.layers = nn.Sequential(
-            *(Stage(blocks, down) for blocks, down in zip([convolutional, *windowed], downsamples, strict=True))
-        )
+        stages: list[Sequence[nn.Module]] = [convolutional, *windowed]
+        self.layers = nn.Sequential(*(Stage(blocks, down) for blocks, down in zip(stages, downsamples, strict=True)))
         self.neck = nn.Sequential(
             nn.Conv2d(fourth, sizes.output, kernel_size=1, bias=False),
             _channel_norm(sizes.output),
