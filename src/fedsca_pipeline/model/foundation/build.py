@@ -178,7 +178,11 @@ def _random_sam_vit(image_size: int) -> tuple[nn.Module, tuple[BlockPaths, ...]]
 
 
 def _decoder_config(**sizes: Any) -> SamMaskDecoderConfig:
-    return SamMaskDecoderConfig(**sizes, layer_norm_eps=DECODER_EPSILON, attn_implementation="sdpa")
+    return SamMaskDecoderConfig(
+        **sizes,
+        layer_norm_eps=DECODER_EPSILON,
+        attn_implementation="sdpa",  # type: ignore[call-arg]  # taken by transformers' base class
+    )
 
 
 _SOURCES: dict[str, Callable[[_Request], _Parts]] = {
