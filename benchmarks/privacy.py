@@ -35,7 +35,7 @@ from nuclei import PROJECT, TRAINING_SITES, _kedro_run
 from rich.console import Console
 from rich.table import Table
 
-from fedsca_pipeline.comparison.cell import Place, run_cell
+from fedsca_pipeline.comparison.cell import CellInputs, run_cell
 from fedsca_pipeline.comparison.plan import Setting, cells, resolve_methods
 from fedsca_pipeline.comparison.results import validation_dice
 from fedsca_pipeline.config import GROUPS, ComparisonConfig
@@ -149,7 +149,7 @@ class _Trial:
         if key in results["cells"] or time.monotonic() > until:
             return
         stamps = [time.process_time()]
-        found = run_cell(self._cell(seed, changes), self._place(), lambda *_: stamps.append(time.process_time()))
+        found = run_cell(self._cell(seed, changes), self._inputs(), lambda *_: stamps.append(time.process_time()))
         # The first interval includes loading, the last is only validation.
         seconds = [after - before for before, after in pairwise(stamps[1:-1])]
         dice = {site: statistics.mean(scores["dice"]) for site, scores in found["sites"].items()}
@@ -179,7 +179,7 @@ class _Trial:
         (cell,) = cells(methods, setting, {"fedsca": methods["fedsca"].rates[0]})
         return cell
 
-    def _place(self) -> Place:
+    def _inputs(self) -> CellInputs:
         arrays = {
             site: SiteArrays(
                 self._root / "05_model_input" / f"{site}.safetensors",
@@ -187,7 +187,7 @@ class _Trial:
             )
             for site in TRAINING_SITES
         }
-        return Place(arrays, self._options.work / "foundations", self._options.work / "cells", code_version())
+        return CellInputs(arrays, self._options.work / "foundations", self._options.work / "cells", code_version())
 
 
 def _seconds(cell: Mapping[str, Any]) -> float:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedsca_pipeline.comparison import cell as cell_module
-from fedsca_pipeline.comparison.cell import Place, run_cell, traffic, training_rows, unseen_halves
+from fedsca_pipeline.comparison.cell import CellInputs, run_cell, traffic, training_rows, unseen_halves
 from fedsca_pipeline.data.arrays import SiteArrays
 from fedsca_pipeline.errors import DataError, FedscaError
 from fedsca_pipeline.evaluation.scoring import score_batches
@@ -38,17 +38,17 @@ class TestTrainingRows:
         assert len(of_seeds) > 1
         assert len(of_sites) > 1
 
-    def test_all_methods_of_a_seed_train_on_the_same_images(self, make_setting, grid, place, trained_on) -> None:
+    def test_all_methods_of_a_seed_train_on_the_same_images(self, make_setting, grid, inputs, trained_on) -> None:
         methods = {"fedsca": {}, "local": {}, "ditto": {}, "centralised": {}}
         setting = make_setting(methods, strategies={"centralised": {"allow_pooling": True}}, train_images=[3])
 
         for cell in grid(setting):
-            run_cell(cell, place, ignore_round)
+            run_cell(cell, inputs, ignore_round)
 
         apart = [found for found in trained_on if POOLED not in found]
         assert len(apart) == 3
         assert apart[0] == apart[1] == apart[2]
-        assert apart[0] == {site: training_rows(place.arrays[site], site, 0, 3) for site in "abc"}
+        assert apart[0] == {site: training_rows(inputs.arrays[site], site, 0, 3) for site in "abc"}
         (pooled,) = (found[POOLED] for found in trained_on if POOLED in found)
         assert pooled == [10 * index + row for index, site in enumerate("abc") for row in apart[0][site]]
 
@@ -131,8 +131,8 @@ def ignore_round(done: int, rounds: int) -> None:
 
 
 @pytest.fixture
-def place(arrays, tmp_path: Path) -> Place:
-    return Place(arrays, Path("unused"), tmp_path / "scratch", "now")
+def inputs(arrays, tmp_path: Path) -> CellInputs:
+    return CellInputs(arrays, Path("unused"), tmp_path / "scratch", "now")
 
 
 @pytest.fixture
@@ -167,14 +167,14 @@ def chosen_models(monkeypatch: pytest.MonkeyPatch) -> dict[str, Snapshot]:
 
 
 @pytest.fixture
-def run_method(make_setting, grid, place) -> Callable[..., dict[str, Any]]:
+def run_method(make_setting, grid, inputs) -> Callable[..., dict[str, Any]]:
     """Run the only cell of one method and return its result; keywords are keys of ``comparison``."""
 
     def run(method: str, own: Mapping[str, Any] | None = None, **comparison: Any) -> dict[str, Any]:
         setting = make_setting(
             {method: own or {}}, reference=method, strategies={"centralised": {"allow_pooling": True}}, **comparison
         )
-        return run_cell(grid(setting)[0], place, ignore_round)
+        return run_cell(grid(setting)[0], inputs, ignore_round)
 
     return run
 
@@ -187,11 +187,13 @@ def numbers(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class TestRunCell:
-    def test_a_cell_scores_every_site_s_test_images_and_leaves_no_scratch_file(self, make_setting, grid, place) -> None:
+    def test_a_cell_scores_every_site_s_test_images_and_leaves_no_scratch_file(
+        self, make_setting, grid, inputs
+    ) -> None:
         (cell,) = grid(make_setting({"fedsca": {}}))
         reported: list[tuple[int, int]] = []
 
-        result = run_cell(cell, place, lambda done, rounds: reported.append((done, rounds)))
+        result = run_cell(cell, inputs, lambda done, rounds: reported.append((done, rounds)))
 
         assert result["description"] == cell.description
         assert (result["fingerprint"], result["code"], result["method"]) == (cell.fingerprint, "now", "fedsca")
@@ -201,16 +203,16 @@ class TestRunCell:
         assert [record["round"] for record in result["rounds"]] == [1, 2, 3]
         assert reported == [(1, 2), (2, 2), (2, 2)]
         assert np.shape(result["rounds"][0]["weights"]) == (3, 3)
-        assert list(place.scratch.iterdir()) == []
+        assert list(inputs.scratch.iterdir()) == []
 
     def test_the_same_cell_gives_the_same_numbers(self, run_method) -> None:
         assert numbers(run_method("fedsca", unseen_sites=["c"], shots=[1])) == numbers(
             run_method("fedsca", unseen_sites=["c"], shots=[1])
         )
 
-    def test_a_stopped_cell_resumes_and_ends_with_the_same_numbers(self, make_setting, grid, place) -> None:
+    def test_a_stopped_cell_resumes_and_ends_with_the_same_numbers(self, make_setting, grid, inputs) -> None:
         (cell,) = grid(make_setting({"fedsca": {}}, base={"federation": {"rounds": 3}}, unseen_sites=["c"], shots=[1]))
-        unbroken = run_cell(cell, place, ignore_round)
+        unbroken = run_cell(cell, inputs, ignore_round)
         trained: list[int] = []
 
         def stop(done: int, rounds: int) -> None:
@@ -218,8 +220,8 @@ class TestRunCell:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run_cell(cell, place, stop)
-        assert not list(place.scratch.rglob("*.partial"))
+            run_cell(cell, inputs, stop)
+        assert not list(inputs.scratch.rglob("*.partial"))
         worked = LocalWorker.work
 
         def count(worker: LocalWorker, payload: bytes, round_: int, *rest: Any) -> bytes:
@@ -228,22 +230,22 @@ class TestRunCell:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(LocalWorker, "work", count)
-            resumed = run_cell(cell, place, ignore_round)
+            resumed = run_cell(cell, inputs, ignore_round)
 
         assert sorted(set(trained)) == [3, 4]
         assert numbers(resumed) == numbers(unbroken)
         assert resumed["traffic"] == pytest.approx(unbroken["traffic"], rel=0.02)
 
-    def test_a_cell_does_not_resume_from_another_code_version(self, make_setting, grid, place) -> None:
+    def test_a_cell_does_not_resume_from_another_code_version(self, make_setting, grid, inputs) -> None:
         (cell,) = grid(make_setting({"local": {}}, reference="local"))
 
         def stop(done: int, rounds: int) -> None:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run_cell(cell, place, stop)
+            run_cell(cell, inputs, stop)
         reported: list[int] = []
-        new = Place(place.arrays, place.foundations, place.scratch, "new")
+        new = CellInputs(inputs.arrays, inputs.foundations, inputs.scratch, "new")
         trained = []
         worked = LocalWorker.work
         with pytest.MonkeyPatch.context() as patch:
@@ -252,17 +254,19 @@ class TestRunCell:
 
         assert sorted(set(trained)) == [1, 2, 3]
         assert result["code"] == "new"
-        assert list(place.scratch.iterdir()) == []
+        assert list(inputs.scratch.iterdir()) == []
 
     def test_a_site_without_test_images_is_named_before_anything_is_trained(
-        self, make_setting, make_site, grid, place
+        self, make_setting, make_site, grid, inputs
     ) -> None:
         empty = SiteArrays(*make_site("b", splits=["train"] * 4 + ["validation"] * 2))
         (cell,) = grid(make_setting({"fedsca": {}}))
 
         with pytest.raises(DataError, match=r"^b: no test image; raise preprocessing\.split\.test"):
-            run_cell(cell, Place({**place.arrays, "b": empty}, place.foundations, place.scratch, "now"), ignore_round)
-        assert not place.scratch.exists()
+            run_cell(
+                cell, CellInputs({**inputs.arrays, "b": empty}, inputs.foundations, inputs.scratch, "now"), ignore_round
+            )
+        assert not inputs.scratch.exists()
 
     def test_a_cell_whose_sites_all_fail_raises_with_the_reason(self, run_method) -> None:
         failing = {"set": {"federation.inject_failures": {site: [2] for site in "abc"}}}
@@ -323,7 +327,9 @@ class TestCentralised:
 
 
 class TestDitto:
-    def test_ditto_is_scored_by_the_personal_model(self, make_setting, grid, place, chosen_models, monkeypatch) -> None:
+    def test_ditto_is_scored_by_the_personal_model(
+        self, make_setting, grid, inputs, chosen_models, monkeypatch
+    ) -> None:
         (cell,) = grid(make_setting({"ditto": {}}, reference="ditto"))
         personal: dict[tuple[str, int], Mapping[str, torch.Tensor]] = {}
         save = SiteStore.save_state
@@ -335,7 +341,7 @@ class TestDitto:
             ),
         )
 
-        result = run_cell(cell, place, ignore_round)
+        result = run_cell(cell, inputs, ignore_round)
 
         for site, found in result["sites"].items():
             model = chosen_models[site].tensors
@@ -389,11 +395,11 @@ class TestUnseen:
         assert [(rows, steps) for rows, _, steps in tuned] == [(sorted(drawn[:count]), 3) for count in (1, 2, 4)]
         assert all(general[0][name].equal(other[name]) for other in general for name in other)
 
-    def test_a_left_out_site_is_tested_and_does_not_train(self, make_setting, grid, place, trained_on) -> None:
+    def test_a_left_out_site_is_tested_and_does_not_train(self, make_setting, grid, inputs, trained_on) -> None:
         setting = make_setting({"local": {}}, reference="local", leave_one_out=True, shots=[1])
         (cell,) = (cell for cell in grid(setting) if cell.left_out == "b")
 
-        result = run_cell(cell, place, ignore_round)
+        result = run_cell(cell, inputs, ignore_round)
 
         assert result["left_out"] == "b"
         assert sorted(result["sites"]) == ["a", "c"]
@@ -402,7 +408,7 @@ class TestUnseen:
 
     @pytest.mark.parametrize("head", ["sigmoid", "softmax"])
     def test_an_ensemble_of_identical_models_is_the_single_model(
-        self, make_setting, grid, place, monkeypatch, head: str
+        self, make_setting, grid, inputs, monkeypatch, head: str
     ) -> None:
         setting = make_setting(
             {"local": {}},
@@ -425,12 +431,12 @@ class TestUnseen:
 
         monkeypatch.setattr(cell_module._Training, "_ensemble", beside)
 
-        found = run_cell(cell, place, ignore_round)["unseen"]["c"]["ensemble"]
+        found = run_cell(cell, inputs, ignore_round)["unseen"]["c"]["ensemble"]
 
         assert [found] == singles
         assert any(found["dice"])
 
-    def test_an_ensemble_averages_probabilities(self, make_setting, grid, place, monkeypatch) -> None:
+    def test_an_ensemble_averages_probabilities(self, make_setting, grid, inputs, monkeypatch) -> None:
         (cell,) = grid(make_setting({"local": {}}, reference="local", unseen_sites=["c"], shots=[1],
                                     release_private=True, base=FAST))  # fmt: skip
         expected = []
@@ -450,14 +456,14 @@ class TestUnseen:
 
         monkeypatch.setattr(cell_module._Training, "_ensemble", by_hand)
 
-        assert run_cell(cell, place, ignore_round)["unseen"]["c"]["ensemble"]["dice"] == expected
+        assert run_cell(cell, inputs, ignore_round)["unseen"]["c"]["ensemble"]["dice"] == expected
 
 
 # With this rate a few steps of a random foundation change its masks.
 FAST = {"training": {"steps_per_round": 20, "learning_rate": 0.03}, "federation": {"rounds": 2}}
 
 
-def test_each_site_is_scored_by_its_chosen_model(make_setting, grid, place, chosen_models) -> None:
+def test_each_site_is_scored_by_its_chosen_model(make_setting, grid, inputs, chosen_models) -> None:
     (cell,) = grid(make_setting({"local": {}}, reference="local", base=FAST))
     training: list[Any] = []
     at_site = cell_module._Training.at_site
@@ -468,12 +474,12 @@ def test_each_site_is_scored_by_its_chosen_model(make_setting, grid, place, chos
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cell_module._Training, "at_site", hold)
-        result = run_cell(cell, place, ignore_round)
+        result = run_cell(cell, inputs, ignore_round)
 
     for site, found in result["sites"].items():
         worker = training[0].worker
         worker.install(chosen_models[site].tensors)
-        batches = plain_batches(place.arrays[site], "test", 8)
+        batches = plain_batches(inputs.arrays[site], "test", 8)
         scores = score_batches(worker.model, training[0].forward, batches, 1, 0.5)
         assert found["dice"] == [round(score["dice"], 5) for score in scores]
         assert found["dice_validation"] == chosen_models[site].dice
@@ -481,21 +487,21 @@ def test_each_site_is_scored_by_its_chosen_model(make_setting, grid, place, chos
 
 class TestSeveralClasses:
     @pytest.fixture
-    def place(self, make_site, tmp_path: Path) -> Place:
+    def inputs(self, make_site, tmp_path: Path) -> CellInputs:
         labels = {"a": (1, 2, 3), "b": (1, 3), "c": (2, 3)}
         arrays = {site: SiteArrays(*make_site(site, seed, labels=labels[site])) for seed, site in enumerate(labels)}
-        return Place(arrays, tmp_path / "foundations", tmp_path / "scratch", "now")
+        return CellInputs(arrays, tmp_path / "foundations", tmp_path / "scratch", "now")
 
     @pytest.mark.parametrize("head", ["sigmoid", "softmax"])
     @pytest.mark.parametrize("method", ["local", "fedavg"])
     def test_every_score_is_the_mean_over_the_site_s_classes(
-        self, make_setting, grid, place, head: str, method: str
+        self, make_setting, grid, inputs, head: str, method: str
     ) -> None:
         base = {**FAST, "preprocessing": {"classes": 3}, "foundation": {"head": head}}
         (cell,) = grid(make_setting({method: {}}, reference=method, base=base, unseen_sites=["c"], shots=[1],
                                     release_private=True))  # fmt: skip
 
-        result = run_cell(cell, place, ignore_round)
+        result = run_cell(cell, inputs, ignore_round)
 
         scores = {"a": result["sites"]["a"], "b": result["sites"]["b"]}
         expected = {"a": {"1", "2", "3"}, "b": {"1", "3"}}
@@ -510,7 +516,7 @@ class TestSeveralClasses:
             assert np.isfinite([*found["dice"], *found["hd95"]]).all()
 
     def test_an_ensemble_averages_each_class_over_the_models_that_predict_it(
-        self, make_setting, grid, place, monkeypatch
+        self, make_setting, grid, inputs, monkeypatch
     ):
         """Every model is most certain of class 2, which site b does not have."""
         base = {"preprocessing": {"classes": 3}}
@@ -525,6 +531,6 @@ class TestSeveralClasses:
 
         monkeypatch.setattr(cell_module, "predict_logits", sure_of_class_2)
 
-        found = run_cell(cell, place, ignore_round)["unseen"]["c"]["ensemble"]
+        found = run_cell(cell, inputs, ignore_round)["unseen"]["c"]["ensemble"]
 
         assert found["dice_by_class"]["2"] == [1.0] * len(found["images"])

@@ -46,7 +46,7 @@ _DIGITS = 5
 
 
 @dataclass(frozen=True)
-class Place:
+class CellInputs:
     """Inputs of every cell: the sites' arrays, the folders of foundations and of checkpoints, and the code version."""
 
     arrays: Mapping[str, SiteArrays]
@@ -55,10 +55,10 @@ class Place:
     code: str
 
 
-def run_cell(cell: Cell, place: Place, on_round: OnRound) -> Result:
+def run_cell(cell: Cell, inputs: CellInputs, on_round: OnRound) -> Result:
     """Train a cell and return its result: JSON values of some kB.
 
-    A run resumes from the checkpoint that a killed attempt with the same code left under ``place.scratch``. A finished
+    A run resumes from the checkpoint that a killed attempt with the same code left under ``inputs.scratch``. A finished
     cell leaves no file there.
 
     Raises:
@@ -66,18 +66,18 @@ def run_cell(cell: Cell, place: Place, on_round: OnRound) -> Result:
         FedscaError: training fails.
     """
     for site in cell.sites:
-        if not len(place.arrays[site].rows("test")):
+        if not len(inputs.arrays[site].rows("test")):
             raise DataError(f"{site}: no test image; raise preprocessing.split.test, or leave the site out")
     started = time.process_time()
     # A cell never resumes from another code version's checkpoint: its numbers would belong to neither version.
-    folder = place.scratch / cell.fingerprint / place.code
+    folder = inputs.scratch / cell.fingerprint / inputs.code
     run = RunConfig(device=cell.description["device"])
     with _tidy(folder), PeakMemory() as peak, deterministic(run, THREADS) as device:
-        trained = _Training(cell, place, folder, device)
+        trained = _Training(cell, inputs, folder, device)
         records = trained.run(on_round)
         result = {
             "fingerprint": cell.fingerprint,
-            "code": place.code,
+            "code": inputs.code,
             "description": dict(cell.description),
             "method": cell.method,
             "left_out": cell.left_out,
@@ -153,10 +153,10 @@ def traffic(records: Sequence[RoundRecord], sites: int) -> dict[str, float | Non
 class _Training:
     """The federation of one cell in this process, and its models."""
 
-    def __init__(self, cell: Cell, place: Place, folder: Path, device: torch.device) -> None:
+    def __init__(self, cell: Cell, inputs: CellInputs, folder: Path, device: torch.device) -> None:
         settings = Settings(**cell.description["configuration"], run=RunConfig(seed=cell.seed))
-        setup = set_up(settings, place.foundations, run=cell.fingerprint, sites=len(cell.sites))
-        self.cell, self.place, self.folder = cell, place, folder
+        setup = set_up(settings, inputs.foundations, run=cell.fingerprint, sites=len(cell.sites))
+        self.cell, self.inputs, self.folder = cell, inputs, folder
         self.preprocessing, self.evaluation = settings.preprocessing, settings.evaluation
         self.federation = setup.settings.federation
         self.strategy, self.layout = setup.strategy, setup.layout
@@ -166,7 +166,7 @@ class _Training:
         self.known = {site: known_classes(arrays, classes) for site, arrays in self.data.items()}
         self.known_anywhere = tuple(sorted(set().union(*self.known.values())))
         if self.strategy.pools:
-            lengths = [len(place.arrays[site]) for site in cell.sites]
+            lengths = [len(inputs.arrays[site]) for site in cell.sites]
             self.data = {POOLED: PooledArrays(list(self.data.values()), lengths)}
         self.worker = setup.worker(device)
         self.forward = image_forward(self.worker.model)
@@ -201,15 +201,15 @@ class _Training:
         if snapshot is None:
             raise DataError(f"{site}: no chosen model, because the site missed every round with validation")
         self.worker.install(snapshot.tensors)
-        arrays = self.place.arrays[site]
+        arrays = self.inputs.arrays[site]
         batches = plain_batches(arrays, "test", self.evaluation.batch_size)
         found = self._scores(arrays, "test", batches, self.known[site])
         return {"round": snapshot.round, "dice_validation": snapshot.dice, **found}
 
     def at_unseen(self, site: str) -> dict[str, Result]:
         """Return the scores at a site that did not train, by what it received (docs/comparison.md)."""
-        test, drawn = unseen_halves(self.place.arrays[site], site, self.cell.seed)
-        arrays = self.place.arrays[site].with_splits({"test": test})
+        test, drawn = unseen_halves(self.inputs.arrays[site], site, self.cell.seed)
+        arrays = self.inputs.arrays[site].with_splits({"test": test})
         general = self._general()
         found: dict[str, Result] = {}
         batches = list(plain_batches(arrays, "test", self.evaluation.batch_size))
@@ -219,7 +219,7 @@ class _Training:
         if self.unseen["release_private"]:
             found["ensemble"] = self._ensemble(arrays, batches)
         for count in self.unseen["shots"]:
-            if count > min(len(drawn), _LARGEST_SHOT * len(self.place.arrays[site])):
+            if count > min(len(drawn), _LARGEST_SHOT * len(self.inputs.arrays[site])):
                 continue
             labelled = arrays.with_splits({"train": drawn[:count]})
             tuned = self.worker.tune(labelled, general, self._private(), self.unseen["steps"], site=site)
@@ -229,7 +229,7 @@ class _Training:
         return found
 
     def _arrays(self, site: str) -> Arrays:
-        arrays = self.place.arrays[site]
+        arrays = self.inputs.arrays[site]
         rows = training_rows(arrays, site, self.cell.seed, self.cell.train_images)
         return arrays.with_splits({"train": rows, "validation": [int(row) for row in arrays.rows("validation")]})
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedsca_pipeline.comparison.cell import Place, Result, run_cell
+from fedsca_pipeline.comparison.cell import CellInputs, Result, run_cell
 from fedsca_pipeline.comparison.plan import Cell
 from fedsca_pipeline.data.arrays import SiteArrays
 from fedsca_pipeline.errors import FedscaError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """What a worker needs to run cells; picklable. ``sites`` is each site's array file and manifest; see ``Place``."""
+    """What a worker needs to run cells, picklable (see ``CellInputs``). ``sites``: each site's array file and manifest."""
 
     sites: Mapping[str, tuple[Path, pd.DataFrame]]
     foundations: Path
@@ -72,5 +72,5 @@ def _with_notes(error: Exception) -> str:
 @contextmanager
 def _start(source: Source, _place: int) -> Iterator[Callable[[Cell, Callable[[RoundDone], None]], Result]]:
     arrays = {site: SiteArrays(*parts) for site, parts in source.sites.items()}
-    place = Place(arrays, source.foundations, source.scratch, source.code)
-    yield lambda cell, report: run_cell(cell, place, lambda done, rounds: report(RoundDone(cell, done, rounds)))
+    inputs = CellInputs(arrays, source.foundations, source.scratch, source.code)
+    yield lambda cell, report: run_cell(cell, inputs, lambda done, rounds: report(RoundDone(cell, done, rounds)))

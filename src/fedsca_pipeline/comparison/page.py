@@ -145,10 +145,10 @@ def _verdict(section: Section, reference: str, methods: Mapping[str, Method]) ->
         ranked = rivals[column].sort_values(ascending=False, kind="stable")
         if len(ranked) < 2:
             continue
-        place, best = list(ranked.index).index(reference) + 1, ranked.index[0]
+        rank, best = list(ranked.index).index(reference) + 1, ranked.index[0]
         own = ranked[reference]
-        text = f"By {what} **{reference}** is {_ordinal(place)} of {len(ranked)} {kind} ({own:.3f}"
-        if place > 1:
+        text = f"By {what} **{reference}** is {_ordinal(rank)} of {len(ranked)} {kind} ({own:.3f}"
+        if rank > 1:
             text += f"; {best} has {ranked[best]:.3f}"
         lines.append(text + ").")
     lines += _ahead(federated, reference)
@@ -355,6 +355,6 @@ def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _ordinal(place: int) -> str:
+def _ordinal(rank: int) -> str:
     names = {1: "first", 2: "second", 3: "third"}
-    return names.get(place, f"number {place}")
+    return names.get(rank, f"number {rank}")
