@@ -12,7 +12,7 @@ import pytest
 from deployed import SITES, Deployed, in_process, same, until
 from mlflow import MlflowClient
 
-from fedsca_pipeline.federation.site.privacy.ledger import KEY, Vault
+from fedsca_pipeline.federation.site.privacy.ledger import KEY, PrivacyLedger
 from fedsca_pipeline.files import read_json, read_tensors
 from fedsca_pipeline.flower.audit.log import read_log
 
@@ -26,14 +26,14 @@ PRIVATE = {
 }
 
 
-def vault(deployed: Deployed, site: str) -> Vault:
-    return Vault(deployed.folder / site / "private" / site)
+def ledger(deployed: Deployed, site: str) -> PrivacyLedger:
+    return PrivacyLedger(deployed.folder / site / "private" / site)
 
 
 def is_in_round(deployed: Deployed, site: str, round_: int) -> bool:
     """Return whether a site has recorded a round in its ledger but has not finished it."""
     states = deployed.folder / site / "07_model_output" / "checkpoints"
-    recorded = any(entry.round == round_ for entry in vault(deployed, site).entries())
+    recorded = any(entry.round == round_ for entry in ledger(deployed, site).entries())
     return recorded and not any(states.rglob(f"state_{round_:05d}.safetensors"))
 
 
@@ -50,10 +50,10 @@ def test_a_private_run_survives_refusals_and_kills_and_spends_each_round_once(ne
         "waiting for hospital_c: training.privacy: the run has epsilon 6 at delta 1e-05, and this site's privacy "
         "allows epsilon 4 at delta 1e-05; lower it to that"
     ) in deployed.output()
-    assert not vault(deployed, "hospital_c").folder.exists()
+    assert not ledger(deployed, "hospital_c").folder.exists()
 
     # The hospital raises its bound, while the coordinator is killed during the round and restarted.
-    until(lambda: all(vault(deployed, site).entries() for site in ("hospital_a", "hospital_b")))
+    until(lambda: all(ledger(deployed, site).entries() for site in ("hospital_a", "hospital_b")))
     os.killpg(coordinator.pid, signal.SIGKILL)
     coordinator.wait()
     assert deployed.federation.stop("hospital_c") == 0
@@ -71,7 +71,7 @@ def test_a_private_run_survives_refusals_and_kills_and_spends_each_round_once(ne
     assert again.wait(600) == 0, deployed.output("again")
 
     for site in SITES:
-        assert [entry.round for entry in vault(deployed, site).entries()] == [1, 2]
+        assert [entry.round for entry in ledger(deployed, site).entries()] == [1, 2]
     check_epsilon_is_reported(deployed)
     check_secrets_stay(deployed)
 
@@ -79,12 +79,12 @@ def test_a_private_run_survives_refusals_and_kills_and_spends_each_round_once(ne
     for site in SITES:
         key = tmp_path / "data" / "private" / site / KEY
         key.parent.mkdir(parents=True)
-        shutil.copy(vault(deployed, site).folder / KEY, key)
+        shutil.copy(ledger(deployed, site).folder / KEY, key)
     run = in_process(deployed, tmp_path / "data", **PRIVATE)
     assert same(deployed.server(3), read_tensors(run / "server" / "round_00003.safetensors"))
     for site in SITES:
         assert same(deployed.model(site), read_tensors(run / "sites" / site / "last.safetensors"))
-        assert vault(deployed, site).entries() == Vault(tmp_path / "data" / "private" / site).entries()
+        assert ledger(deployed, site).entries() == PrivacyLedger(tmp_path / "data" / "private" / site).entries()
     assert privacy_columns(deployed.folder / "data") == privacy_columns(tmp_path / "data")
 
 
@@ -118,14 +118,14 @@ def check_secrets_stay(deployed: Deployed) -> None:
         if path.is_file() and not at_sites & set(path.relative_to(deployed.folder).parts)
     ]
     assert {"mlflow.db", "state.db", "audit.jsonl", "kedro.log"} <= {path.name for path in coordinator}
-    run = vault(deployed, SITES[0]).entries()[0].run
-    noise = vault(deployed, SITES[0]).entries()[0].noise
+    run = ledger(deployed, SITES[0]).entries()[0].run
+    noise = ledger(deployed, SITES[0]).entries()[0].noise
     # The search works: it finds values that are sent.
     assert holding(deployed.recorded_requests(), [run, str(noise), "dice_validation"]) == 3
     assert holding(coordinator, [run]) == 1
     for site in SITES:
-        secret = (vault(deployed, site).folder / KEY).read_text().strip()
-        starts = [entry.start for entry in vault(deployed, site).entries()]
+        secret = (ledger(deployed, site).folder / KEY).read_text().strip()
+        starts = [entry.start for entry in ledger(deployed, site).entries()]
         secrets = [
             *(text for hidden in (secret, *starts) for text in (hidden, bytes.fromhex(hidden))),
             "privacy_ledger",

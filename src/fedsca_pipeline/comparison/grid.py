@@ -46,7 +46,7 @@ class Failed:
 
 def open_grid(source: Source, jobs: int, on_round: Callable[[RoundDone], None]) -> WorkerPool[Cell, Result]:
     """Return a pool of ``jobs`` workers, a context manager. ``on_round`` receives the cells' progress reports."""
-    return WorkerPool(_start, source, places=range(jobs), on_report=on_round)
+    return WorkerPool(_start, source, settings=range(jobs), on_report=on_round)
 
 
 def run_grid(pool: WorkerPool[Cell, Result], cells: Iterable[Cell]) -> Iterator[tuple[Cell, Result | Failed]]:

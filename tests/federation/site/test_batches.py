@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedsca_pipeline.config import AugmentConfig
-from fedsca_pipeline.federation.site.batches import AS_IT_STANDS, VIEWS, SiteBatches, build_augmentation, plain_batches
+from fedsca_pipeline.federation.site.batches import UNCHANGED, VIEWS, SiteBatches, build_augmentation, plain_batches
 from fedsca_pipeline.federation.site.prefix import FeatureCache
 
 PLACE = {"seed": 0, "site": "a", "round_": 1, "epoch": 0}
@@ -102,7 +102,7 @@ def test_an_image_as_it_stands_is_embedded_once(make_site, tmp_path: Path) -> No
         calls.append(1)
         return images.float()
 
-    keys = [(int(row), AS_IT_STANDS) for row in data.rows("validation")]
+    keys = [(int(row), UNCHANGED) for row in data.rows("validation")]
     cache = FeatureCache(tmp_path / "features", keys, (3, 32, 32), 10**9)
     batches = site_batches(data, build_augmentation(AugmentConfig()), cache, embed)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fedsca_pipeline.federation.site.losses import among, build_loss
+from fedsca_pipeline.federation.site.losses import build_loss, over_known_classes
 
 K = 4
 heads = st.sampled_from(("sigmoid", "softmax"))
@@ -81,7 +81,7 @@ def test_classes_that_a_site_lacks_have_no_gradient_and_no_say(head: str, known,
     logits.requires_grad_()
     first = int(head == "softmax")
     absent = [first + label - 1 for label in range(1, K + 1) if label not in known]
-    loss = among(build_loss(head, weight), head, known, K)
+    loss = over_known_classes(build_loss(head, weight), head, known, K)
 
     value = loss(logits, masks, valid)
     value.backward()
@@ -104,7 +104,7 @@ def test_the_loss_is_that_of_a_model_without_the_absent_classes(head: str, known
     present = [*range(first), *(first + label - 1 for label in known)]
     numbered = sum((position * (masks == label) for position, label in enumerate(known, 1)), torch.zeros_like(masks))
 
-    found = among(build_loss(head, 0.5), head, known, K)(logits, masks, valid)
+    found = over_known_classes(build_loss(head, 0.5), head, known, K)(logits, masks, valid)
 
     assert found == build_loss(head, 0.5)(logits[:, present], numbered, valid)
 
@@ -113,8 +113,8 @@ def test_the_loss_is_that_of_a_model_without_the_absent_classes(head: str, known
 def test_a_site_that_has_all_classes_has_the_loss_as_it_is(head: str) -> None:
     loss = build_loss(head, 0.5)
 
-    assert among(loss, head, (1, 2, 3), 3) is loss
-    assert among(loss, head, (1,), 1) is loss
+    assert over_known_classes(loss, head, (1, 2, 3), 3) is loss
+    assert over_known_classes(loss, head, (1,), 1) is loss
 
 
 def test_softmax_probabilities_of_known_classes_sum_to_one() -> None:
@@ -122,6 +122,6 @@ def test_softmax_probabilities_of_known_classes_sum_to_one() -> None:
     logits = torch.tensor([0.3, 1.2, 90.0, 80.0]).view(1, 4, 1, 1)
     masks = torch.ones(1, 1, 1, dtype=torch.uint8)
 
-    found = among(build_loss("softmax", 0.0), "softmax", (1,), 3)(logits, masks, everything(masks))
+    found = over_known_classes(build_loss("softmax", 0.0), "softmax", (1,), 3)(logits, masks, everything(masks))
 
     torch.testing.assert_close(found, F.softplus(torch.tensor(0.3 - 1.2)))

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsca_pipeline.federation.site.steps import PlainSteps
-from fedsca_pipeline.federation.site.worker import phase_lengths
+from fedsca_pipeline.federation.site.steps import PlainSteps, phase_lengths
 from fedsca_pipeline.federation.strategies.base import Strategy, StrategyOptions
 from fedsca_pipeline.federation.strategies.rules import LocalRule, Phase
 from fedsca_pipeline.model.layout import TensorLayout
@@ -122,8 +121,8 @@ class TestRules:
         one = [(kind, 0.25, decoder) for kind in ("penalty", "correct")]
         three = [(kind, 0.75, rest) for _ in range(3) for kind in ("penalty", "correct")]
         assert calls == 3 * (one + three)
-        assert run.store("a").state_at(8).kept["rounds"].item() == 2
-        assert run.store("b").state_at(8).kept["rounds"].item() == 1
+        assert run.store("a").state_at(8).rule_state["rounds"].item() == 2
+        assert run.store("b").state_at(8).rule_state["rounds"].item() == 1
 
     def test_the_rule_of_a_plain_strategy_changes_nothing_and_keeps_nothing(self) -> None:
         rule = Strategy(StrategyOptions(), TensorLayout((), (), {})).local_rule({"x": torch.ones(1)}, {})

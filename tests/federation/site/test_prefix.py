@@ -93,7 +93,7 @@ def test_what_is_kept_comes_back_as_it_was_handed_out(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "site" / "features", [(7, 0), (3, 5)], SHAPE, 10**6)
     features = {key: torch.randn(SHAPE) for key in ((3, 5), (7, 0))}
 
-    handed_out = {key: cache.keep(key, tensor) for key, tensor in features.items()}
+    handed_out = {key: cache.store(key, tensor) for key, tensor in features.items()}
 
     for key, tensor in features.items():
         assert torch.equal(cache.read(key), handed_out[key])
@@ -104,7 +104,7 @@ def test_what_is_kept_comes_back_as_it_was_handed_out(tmp_path: Path) -> None:
 def test_what_was_not_kept_is_not_there(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "features", [(0, 0), (0, 1)], SHAPE, 10**6)
     before = cache.read((0, 1))
-    cache.keep((0, 1), torch.ones(SHAPE))
+    cache.store((0, 1), torch.ones(SHAPE))
 
     assert before is None
     assert cache.read((0, 0)) is None
@@ -117,7 +117,7 @@ def test_the_limit_is_kept_and_the_first_keys_go_first(room: int, kept: int, tmp
     cache = FeatureCache(tmp_path / "features", keys, SHAPE, room)
 
     for key in reversed(keys):
-        cache.keep(key, torch.full(SHAPE, 0.1))
+        cache.store(key, torch.full(SHAPE, 0.1))
 
     assert [cache.read(key) is not None for key in keys] == [index < kept for index in range(4)]
     assert not cache.path.is_file() or cache.path.stat().st_size <= room
@@ -127,13 +127,13 @@ def test_features_too_large_for_fp16_are_handed_out_as_they_are_and_not_kept(tmp
     cache = FeatureCache(tmp_path / "features", [(0, 0)], (2,), 10**6)
     features = torch.tensor([7e4, 1.0])
 
-    assert torch.equal(cache.keep((0, 0), features), features)
+    assert torch.equal(cache.store((0, 0), features), features)
     assert cache.read((0, 0)) is None
 
 
 def test_half_a_write_is_no_entry(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "features", [(0, 0)], SHAPE, 10**6)
-    cache.keep((0, 0), torch.ones(SHAPE))
+    cache.store((0, 0), torch.ones(SHAPE))
     content = cache.path.read_bytes()
 
     for length in (1, len(content) // 2, len(content) - 1):
@@ -149,10 +149,10 @@ def test_a_full_disk_costs_the_cache_and_changes_no_number(
 
     features = [torch.randn(SHAPE), torch.randn(SHAPE)]
     keeps, fails = (FeatureCache(tmp_path / name, [(0, 0), (1, 0)], SHAPE, 10**6) for name in ("keeps", "fails"))
-    wanted = [keeps.keep((row, 0), tensor) for row, tensor in enumerate(features)]
+    wanted = [keeps.store((row, 0), tensor) for row, tensor in enumerate(features)]
     monkeypatch.setattr(prefix.FeatureCache, "_write", full)
 
-    found = [fails.keep((row, 0), tensor) for row, tensor in enumerate(features)]
+    found = [fails.store((row, 0), tensor) for row, tensor in enumerate(features)]
 
     assert all(map(torch.equal, found, wanted))
     assert fails.read((0, 0)) is None

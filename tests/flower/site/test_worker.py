@@ -21,7 +21,7 @@ from fedsca_pipeline.federation.messages.manifest import Manifest
 from fedsca_pipeline.federation.run import code_version, describe_run
 from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
 from fedsca_pipeline.federation.server.rounds import Server
-from fedsca_pipeline.federation.site.privacy.ledger import KEY, LEDGER, Entry, Vault
+from fedsca_pipeline.federation.site.privacy.ledger import KEY, LEDGER, Entry, PrivacyLedger
 from fedsca_pipeline.federation.site.privacy.steps import epsilon_of
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.files import read_tensors, write_bytes
@@ -328,7 +328,7 @@ def test_a_run_within_the_privacy_bound_is_trained_and_recorded_in_the_ledger_of
     assert content["manifest"]["privacy"]["level"] == "image-level"
     assert 0 < content["manifest"]["privacy"]["epsilon"] <= 4
     assert "loss" not in content["manifest"]["metrics"]
-    (entry,) = Vault(work.folder.private / "a").entries()
+    (entry,) = PrivacyLedger(work.folder.private / "a").entries()
     assert (entry.run, entry.round) == (run, 1)
     assert 2 < epsilon_of([entry] * 3, 1e-6) <= 4
 
@@ -343,14 +343,14 @@ def test_a_restarted_site_answers_a_round_with_the_same_bits_and_counts_it_once(
 
     assert hash_tensors(first.tensors) == hash_tensors(second.tensors)
     assert first.manifest.privacy == second.manifest.privacy
-    assert len(Vault(config.work / "private" / "a").entries()) == 1
+    assert len(PrivacyLedger(config.work / "private" / "a").entries()) == 1
 
 
 def test_the_coordinator_gets_the_reason_why_a_site_refuses_a_round_and_continues(
     site_file, configuration, link, scripted, reply, exchange, caplog
 ) -> None:
     config = read_site_config(site_file(privacy=PRIVATE))
-    Vault(config.work / "private" / "a").record(Entry("earlier", 1, "ab" * 32, 16, 0.5, 0.8))
+    PrivacyLedger(config.work / "private" / "a").record(Entry("earlier", 1, "ab" * 32, 16, 0.5, 0.8))
     wanted = configuration()
     wanted["training"]["privacy"] |= PRIVATE
     work = SiteWork(config)
@@ -370,7 +370,7 @@ def test_the_coordinator_gets_the_reason_why_a_site_refuses_a_round_and_continue
     assert "the site's own privacy.epsilon is 4; nothing was trained" in found["a"].reason
     assert found["b"] == b"b1"
     assert found["a"].reason in caplog.text
-    assert len(Vault(config.work / "private" / "a").entries()) == 1
+    assert len(PrivacyLedger(config.work / "private" / "a").entries()) == 1
 
 
 @pytest.mark.parametrize("name", [KEY, LEDGER])
@@ -382,9 +382,9 @@ def test_the_error_about_a_damaged_privacy_ledger_does_not_name_folders_of_the_s
     wanted["training"]["privacy"] |= PRIVATE
     work = SiteWork(config)
     _, asked = first_round(work, wanted)
-    vault = config.work / "private" / "a"
-    vault.mkdir(parents=True)
-    (vault / name).write_text("damaged")
+    ledger = config.work / "private" / "a"
+    ledger.mkdir(parents=True)
+    (ledger / name).write_text("damaged")
 
     with pytest.raises(SiteError) as damaged:
         work.answer("round", 1, asked)

@@ -1,1 +1,1 @@
-"""Fleets: the ways to reach sites, in this process or in others."""
+"""Fleets: what reaches the sites, in this process or in others."""

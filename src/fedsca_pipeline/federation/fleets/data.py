@@ -1,4 +1,4 @@
-"""The sites' cached arrays, loaded when a site first needs them."""
+"""The sites' cached arrays, opened when a site needs them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class SiteData(Mapping[str, SiteArrays]):
-    """Sites' cached arrays, opened anew at each look-up: only those at work are mapped into memory, however many sites.
+    """The sites' cached arrays; each look-up opens the file, so that only sites at work are mapped into memory.
 
     Args:
         sources: site to file and manifest.
 
     Raises:
-        DataError: on making it, and on a look-up: a file is missing, damaged, or not the one its manifest describes.
+        DataError: in the constructor or a look-up: a file is missing, damaged, or not the one its manifest describes.
     """
 
     def __init__(self, sources: Mapping[str, tuple[Path, pd.DataFrame]]) -> None:
@@ -44,11 +44,11 @@ class SiteData(Mapping[str, SiteArrays]):
 
 
 POOLED = "_pooled"
-"""The one site that a strategy with ``pools`` trains at; a folder of that name is no site."""
+"""The only site of a strategy with ``pools``; a folder of this name is never a site."""
 
 
 class PooledData(Mapping[str, PooledArrays]):
-    """All sites' arrays as those of one site, ``POOLED``."""
+    """All sites' arrays as those of the one site ``POOLED``."""
 
     def __init__(self, sites: Mapping[str, SiteArrays]) -> None:
         self._sites = sites

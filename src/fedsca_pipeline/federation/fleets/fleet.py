@@ -1,4 +1,4 @@
-"""The fleet: whatever reaches the sites. The round loop knows this protocol and nothing else of them."""
+"""The fleet protocol: how the round loop reaches the sites."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no answer of a site that can be used, and how many bytes came all the same."""
+    """Why a site has no usable answer, and how many bytes arrived from it."""
 
     reason: str
     bytes_up: int = 0
 
 
 Fault = Callable[[str, bytes], str | None]
-"""Says what is wrong with a site's answer; None: nothing."""
+"""Checks a site's answer when it arrives: returns why it is rejected, or None if it is accepted."""
 
 
 def no_fault(_: str, __: bytes) -> None:
-    """Take every answer."""
+    """Return None: every answer is accepted."""
 
 
 class Fleet(Protocol):
-    """Reaches sites; says nothing about what is sent."""
+    """Delivers messages to sites and returns their answers, without reading either."""
 
     def sites(self) -> Sequence[str]:
-        """Names of the run's sites, sorted, whether or not they can be reached now."""
+        """Return the names of the run's sites, sorted, whether or not they can be reached now."""
         ...
 
     def exchange(
@@ -43,15 +43,16 @@ class Fleet(Protocol):
         grace: float,
         fault: Fault = no_fault,
     ) -> Mapping[str, bytes | Failure]:
-        """Deliver one payload a site and return what came back, one entry a site.
+        """Deliver one payload per site and return one entry per site: its answer, or why there is none.
 
         Args:
             round_: number of the round, from 1.
             payloads: site to message.
-            deadline: seconds until a silent site counts as failed, if the quorum has answered; None waits for ever.
-            quorum: enough replies to stop waiting for the rest after ``grace``; with fewer a fleet whose sites may come
-                back goes on waiting.
-            grace: seconds, from the moment the quorum is there; infinity waits until the deadline.
-            fault: a fleet that waits for a quorum counts an answer that has one as a failure; any other may hand it on.
+            deadline: seconds until a silent site counts as failed, if the quorum has answered; None: no limit.
+            quorum: number of answers after which the fleet waits only ``grace`` longer for the others. Below it, a
+                fleet whose sites can come back continues to wait.
+            grace: seconds after the quorum has answered; infinity waits until the deadline.
+            fault: a fleet that waits for a quorum calls it once per answer, on arrival, and counts a rejected answer as
+                a failure. Other fleets need not call it: the server checks answers that have not been checked.
         """
         ...

@@ -1,4 +1,4 @@
-"""The process that workers are forked from: it imports what they need once, while the run does the same."""
+"""The process that workers are forked from: it imports their modules once, while the run imports its own."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 
-# Apple's frameworks do not survive a fork once they are imported.
+# On macOS imported frameworks break in a forked process.
 METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 
-# With all that it imports: torch, MONAI, PEFT, transformers, some ten CPU seconds.
+# They import torch, MONAI, PEFT and transformers: about ten CPU seconds.
 _PRELOADED = ("fedsca_pipeline.federation.fleets.processes", "fedsca_pipeline.model.foundation.build")
 
-# A training step allocates and frees activations of many MB. By default glibc gives each back to the system and takes
-# it anew, page by page; kept, and in huge pages where the system allows, a step takes less (docs/performance.md).
-# Read when a process starts, so that only workers can have it without the user's help. Other C libraries ignore it.
+# A training step allocates and frees activations of many MB. By default glibc returns each block to the system and
+# allocates it again, page by page; steps are faster if it reuses the memory, in huge pages if the system allows them
+# (docs/performance.md). glibc reads this when a process starts, so only workers can get it without the user's help.
+# Other C libraries ignore it.
 _ALLOCATOR = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
@@ -27,18 +28,18 @@ _ALLOCATOR = {
 
 
 def context() -> BaseContext:
-    """Return the multiprocessing context of workers. Plain ``fork`` is out: torch's threads and CUDA do not survive."""
+    """Return the multiprocessing context of workers; never ``fork``, which breaks torch's threads and CUDA."""
     return multiprocessing.get_context(METHOD)
 
 
 def start() -> None:
-    """Start the fork server if it is not there, and return at once; where workers are spawned, do nothing."""
+    """Start the fork server, if the system has one and it is not running, and return at once."""
     if METHOD != "forkserver":
         return
     from multiprocessing import resource_tracker
     from multiprocessing.forkserver import ensure_running
 
-    # The fork server would start it on its way, which lets interrupts in again.
+    # Otherwise the fork server starts it, and that unblocks interrupts.
     resource_tracker.ensure_running()
     context().set_forkserver_preload(list(_PRELOADED))
     with interrupts_blocked(), _environment(_ALLOCATOR):
@@ -47,7 +48,7 @@ def start() -> None:
 
 @contextmanager
 def interrupts_blocked() -> Iterator[None]:
-    """Hold Ctrl-C back from what this thread starts meanwhile, which inherits that: its parent ends it instead."""
+    """Block Ctrl-C for a block. Processes started in it inherit this; their parent ends them instead."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -57,7 +58,7 @@ def interrupts_blocked() -> Iterator[None]:
 
 @contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Add variables for what is started meanwhile; those that the user has set stay as they are."""
+    """Add environment variables for a block; variables that the user has set stay unchanged."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:

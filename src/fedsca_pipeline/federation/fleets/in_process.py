@@ -14,7 +14,7 @@ from fedsca_pipeline.config import FederationConfig
 from fedsca_pipeline.data.arrays import Arrays
 from fedsca_pipeline.errors import MessageError, SiteError
 from fedsca_pipeline.federation.fleets.fleet import Failure
-from fedsca_pipeline.federation.site.privacy.ledger import Vault
+from fedsca_pipeline.federation.site.privacy.ledger import PrivacyLedger
 from fedsca_pipeline.federation.site.steps import LocalSettings, StepCallback, ignore_step
 from fedsca_pipeline.federation.site.store import SiteStore
 from fedsca_pipeline.federation.site.worker import LocalWorker
@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LocalSites:
-    """The sites on this machine, and what it takes to do their work: what every fleet here is made of.
+    """The sites on this machine with everything their work needs; fleets on one machine are made of it.
 
-    ``model`` is on the CPU, its trainable tensors at their start values; ``folder`` keeps the sites' states; ``device``
-    is the kind of device to compute on; ``threads`` are torch's, for one site; ``private`` is a folder of what sites
-    keep for themselves over all runs, and only differential privacy needs it.
+    ``model`` is on the CPU, its trainable tensors at their start values. ``folder`` holds the sites' states; ``device``
+    is the kind of device to compute on; ``threads`` are torch's threads for one site. ``private`` is the folder of the
+    sites' privacy ledgers, which stay when runs end; only differential privacy needs it.
     """
 
     model: SegmentationModel
@@ -45,23 +45,23 @@ class LocalSites:
     private: Path | None = None
 
     def worker(self, device: torch.device) -> LocalWorker:
-        """Return a worker on ``device``, which takes the model over."""
+        """Return a worker on ``device``; it uses and changes the model itself."""
         return LocalWorker(self.model.to(device), self.layout, self.strategy, self.settings)
 
 
 def open_in_process(
-    config: FederationConfig, here: LocalSites, on_step: StepCallback
+    config: FederationConfig, sites: LocalSites, on_step: StepCallback
 ) -> AbstractContextManager[InProcessFleet]:
-    """Return the fleet ``in_process``; leaving it does nothing."""
-    worker = here.worker(here.device)
-    return nullcontext(InProcessFleet(worker, here.data, here.folder, config.inject_failures, on_step, here.private))
+    """Return the fleet ``in_process``; it starts no process, so leaving its context has no effect."""
+    worker = sites.worker(sites.device)
+    return nullcontext(InProcessFleet(worker, sites.data, sites.folder, config.inject_failures, on_step, sites.private))
 
 
 @dataclass
 class InProcessFleet:
     """All sites on this machine, one after the other, on one model in memory.
 
-    ``deadline`` and ``grace`` mean nothing here, where no site can be silent.
+    It ignores ``deadline`` and ``grace``, because no site can be silent.
     """
 
     worker: LocalWorker
@@ -72,15 +72,15 @@ class InProcessFleet:
     private: Path | None = None
 
     def sites(self) -> Sequence[str]:
-        """Every site there is data of, sorted."""
+        """Return the sites that have data, sorted."""
         return tuple(sorted(self.data))
 
     def store(self, site: str) -> SiteStore:
-        """Return what ``site`` keeps between rounds."""
-        return SiteStore(self.folder / site, Vault(self.private / site) if self.private else None)
+        """Return the files that ``site`` stores between rounds."""
+        return SiteStore(self.folder / site, PrivacyLedger(self.private / site) if self.private else None)
 
     def exchange(self, round_: int, payloads: Mapping[str, bytes], **_: object) -> Mapping[str, bytes | Failure]:
-        """Visit the sites one after the other, in order of their names."""
+        """Return each site's answer; sites work one after the other, sorted by name."""
         return {site: self._visit(round_, site, payload) for site, payload in sorted(payloads.items())}
 
     def _visit(self, round_: int, site: str, payload: bytes) -> bytes | Failure:

@@ -1,6 +1,6 @@
-"""Sites on this machine, several at once: one worker process each, one frozen foundation for all.
+"""Sites on this machine, several at once: each in a worker process, all with one foundation in shared memory.
 
-A worker is an in-process fleet, so that a site's work is the same bits in both.
+A worker is an in-process fleet, so that a site's work gives the same bits in both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fedsca_pipeline.model.adapters import fel
 
 @dataclass(frozen=True)
 class _Visit:
-    """To a worker: one site's payload of one round."""
+    """A worker's task: one site's payload of one round."""
 
     round: int
     site: str
@@ -44,54 +44,56 @@ class _Visit:
 class _Equipment:
     """What every worker starts with.
 
-    ``sites`` is the pickled ``LocalSites``, its model without values (0.1 MB), with ``inject_failures``; ``values`` are
-    the model's, uint8 [bytes] in shared memory.
+    ``pickled`` holds the ``LocalSites``, with a model without values (0.1 MB), and ``inject_failures``; ``values`` are
+    the model's values, uint8 [bytes] in shared memory.
     """
 
-    sites: bytes
+    pickled: bytes
     values: Tensor
 
 
-def open_processes(config: FederationConfig, here: LocalSites, on_step: StepCallback) -> ProcessFleet:
-    """Return the fleet ``processes``, whose workers start when it is entered.
+def open_processes(config: FederationConfig, sites: LocalSites, on_step: StepCallback) -> ProcessFleet:
+    """Return the fleet ``processes``; its workers start when its context is entered.
 
     Raises:
-        ConfigError: a device it asks for is not there, or there is not enough shared memory.
+        ConfigError: a configured device does not exist, or there is too little shared memory.
     """
-    devices = worker_devices(here.device, config, threads=here.threads, cores=available_cores(), sites=len(here.data))
-    return ProcessFleet(here, devices, config.inject_failures, on_step)
+    devices = worker_devices(
+        sites.device, config, threads=sites.threads, cores=available_cores(), sites=len(sites.data)
+    )
+    return ProcessFleet(sites, devices, config.inject_failures, on_step)
 
 
 class ProcessFleet:
-    """All sites on this machine, as many at once as there are workers, those with most training images first.
+    """All sites on this machine, one per worker at a time, those with most training images first.
 
-    A worker that dies is replaced and its site tried once more; where that worker dies, too, the site counts as absent.
-    An error that is not the site's own is raised here, with a note that names the site. ``deadline`` and ``grace`` mean
-    nothing: a worker answers or dies. Workers end when the context is left, and when this process is killed; whatever
-    they write, they write atomically.
+    A worker that dies is replaced and its site tried once more; if the second worker dies too, the site counts as
+    absent. An error other than SiteError and MessageError is raised in this process, with a note that names the site.
+    ``deadline`` and ``grace`` are ignored: a worker answers or dies. Workers end when the context is left or this
+    process is killed; they write files atomically.
 
     Args:
-        here: picklable data (``SiteData``); its model moves into shared memory, where all hold it together.
-        devices: of each worker; on the CPU one ``cpu`` a worker.
+        sites: with picklable data (``SiteData``); the model moves into shared memory.
+        devices: one per worker; on the CPU each is ``cpu``.
         inject_failures: for tests; site to the rounds in which it fails.
-        on_step: is told of every local step, of whichever site.
+        on_step: called after local steps of all sites.
     """
 
     def __init__(
         self,
-        here: LocalSites,
+        sites: LocalSites,
         devices: Sequence[torch.device],
         inject_failures: Mapping[str, Sequence[int]],
         on_step: StepCallback,
     ) -> None:
-        # Every site does as many local epochs, so the images are what makes one longer than another.
-        self._images = {site: len(here.data[site].rows("train")) for site in sorted(here.data)}
-        folder = here.folder
-        values = share(here.model)
-        sites = ForkingPickler.dumps((replace(here, model=without_values(here.model)), dict(inject_failures)))
+        # All sites train for the same number of epochs, so the number of images decides how long each takes.
+        self._images = {site: len(sites.data[site].rows("train")) for site in sorted(sites.data)}
+        folder = sites.folder
+        values = share(sites.model)
+        pickled = ForkingPickler.dumps((replace(sites, model=without_values(sites.model)), dict(inject_failures)))
         self._pool: WorkerPool[_Visit, bytes | Failure] = WorkerPool(
             _start,
-            _Equipment(bytes(sites), values),
+            _Equipment(bytes(pickled), values),
             devices,
             on_report=lambda step: on_step(*step),
             on_death=lambda visit: remove_partial_files(folder / visit.site),
@@ -105,11 +107,11 @@ class ProcessFleet:
         self._pool.__exit__(kind, error, at)
 
     def sites(self) -> Sequence[str]:
-        """Every site there is data of, sorted."""
+        """Return the sites that have data, sorted."""
         return tuple(self._images)
 
     def exchange(self, round_: int, payloads: Mapping[str, bytes], **_: object) -> Mapping[str, bytes | Failure]:
-        """Give every free worker the longest site that still waits, until all have answered."""
+        """Return each site's answer; a free worker takes the waiting site with most training images."""
         longest_first = sorted(payloads, key=lambda site: (-self._images[site], site))
         answers: dict[str, bytes | Failure] = {}
         for visit, answer in self._pool.run(_Visit(round_, site, payloads[site]) for site in longest_first):
@@ -125,10 +127,10 @@ class ProcessFleet:
 
 @contextmanager
 def _start(equipment: _Equipment, device: torch.device) -> Iterator[Work[_Visit, bytes | Failure]]:
-    """Be an in-process fleet on the shared model; steps are reported as the arguments of a ``StepCallback``."""
-    here, inject_failures = _unpacked(equipment, device)
-    with deterministic(RunConfig(device=device.type), here.threads):
-        fleet = InProcessFleet(here.worker(device), here.data, here.folder, inject_failures, private=here.private)
+    """Yield the function that answers a task, by an in-process fleet; reports are the arguments of ``on_step``."""
+    sites, inject_failures = _unpacked(equipment, device)
+    with deterministic(RunConfig.model_validate({"device": device.type}), sites.threads):
+        fleet = InProcessFleet(sites.worker(device), sites.data, sites.folder, inject_failures, private=sites.private)
 
         def answer(visit: _Visit, report: Report) -> bytes | Failure:
             reporting = replace(fleet, on_step=lambda *step: report(step))
@@ -139,30 +141,30 @@ def _start(equipment: _Equipment, device: torch.device) -> Iterator[Work[_Visit,
 
 
 def _unpacked(equipment: _Equipment, device: torch.device) -> tuple[LocalSites, Mapping[str, Sequence[int]]]:
-    # PEFT must know its methods before their names can be read.
+    # PEFT can only unpickle methods that are registered.
     fel.register()
-    here, inject_failures = ForkingPickler.loads(equipment.sites)
+    sites, inject_failures = ForkingPickler.loads(equipment.pickled)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    model = with_values(here.model, equipment.values, device, own=frozenset(here.strategy.trained()))
-    return replace(here, model=model), inject_failures
+    model = with_values(sites.model, equipment.values, device, own=frozenset(sites.strategy.trained()))
+    return replace(sites, model=model), inject_failures
 
 
 def worker_devices(
     device: torch.device, config: FederationConfig, *, threads: int, cores: int, sites: int
 ) -> tuple[torch.device, ...]:
-    """Return the device of each worker process, at least one and at most one for each of a round's sites.
+    """Return the device of each worker process: at least one worker, at most one for each of a round's sites.
 
     Args:
         device: kind of device that the run computes on.
-        config: ``workers`` and ``devices``: ``auto`` takes, on CUDA, every device and one worker on each; on the CPU as
-            many workers as there are cores for; elsewhere one.
+        config: its ``workers`` and ``devices``. ``auto`` means on CUDA all devices and one worker on each, on the CPU
+            as many workers as there are cores for, elsewhere one worker.
         threads: of one site.
         cores: that this process may use.
-        sites: of the whole run.
+        sites: number of sites in the run.
 
     Raises:
-        ConfigError: ``devices`` names one that is not there.
+        ConfigError: a device in ``devices`` does not exist.
     """
     on_cuda = device.type == "cuda"
     if config.devices and not on_cuda:

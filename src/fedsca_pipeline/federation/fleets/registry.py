@@ -1,4 +1,4 @@
-"""The fleets by name, and what each makes of the processor; a fleet's file is imported when it is opened."""
+"""The fleets by name, and the cores each uses; a fleet's module is imported when the fleet is opened."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from fedsca_pipeline.federation.fleets.in_process import LocalSites
     from fedsca_pipeline.federation.site.steps import StepCallback
 
+    Opener = Callable[[FederationConfig, LocalSites, StepCallback], AbstractContextManager[Fleet]]
+
 
 def available_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     # macOS and Windows have no affinity.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -35,12 +37,12 @@ def _workers_at_once(federation: FederationConfig, sites: int) -> int:
 
 
 def _prepare_nothing() -> None:
-    """An in-process fleet needs nothing before it is opened."""
+    """Start no process: only the fleet ``processes`` starts anything before it is opened."""
 
 
 @dataclass(frozen=True)
 class FleetKind:
-    """One fleet: how many sites it trains at once, what it can start early, and the function that opens it."""
+    """One fleet: how many sites it trains at once, what it starts early, and the function that opens it."""
 
     at_once: Callable[[FederationConfig, int], int]
     start_early: Callable[[], None]
@@ -57,8 +59,8 @@ FLEETS: Mapping[str, FleetKind] = MappingProxyType(
 """``federation.fleet`` to its kind; ``opener`` is ``module:function`` in this package."""
 
 
-def refuse_local_sites(_config: FederationConfig, _here: LocalSites, _on_step: StepCallback) -> NoReturn:
-    """Open nothing: a deployed federation's sites are on other machines (docs/deployment.md).
+def refuse_local_sites(_config: FederationConfig, _sites: LocalSites, _on_step: StepCallback) -> NoReturn:
+    """Refuse sites on this machine: those of a deployed federation are on other machines (docs/deployment.md).
 
     Raises:
         ConfigError: always.
@@ -70,25 +72,24 @@ def refuse_local_sites(_config: FederationConfig, _here: LocalSites, _on_step: S
 
 
 def site_threads(run: RunConfig, federation: FederationConfig, sites: int) -> int:
-    """Return the torch threads that *one* site trains with: ``run.threads``, or a fair share of the cores.
+    """Return the number of torch threads that *one* site trains with: ``run.threads``, or its share of the cores.
 
-    They order sums, so they decide a run's numbers, and nothing else of a fleet does.
+    Threads change the order of sums, and so a run's numbers; nothing else about a fleet does.
 
     Args:
-        run: its ``threads`` win where they are given.
-        federation: which fleet, and how many sites it has at work at once.
-        sites: of the whole run.
+        run: its ``threads``, if set, are used as they are.
+        federation: the fleet, and how many sites work at once.
+        sites: number of sites in the run.
     """
     return run.threads or max(1, available_cores() // FLEETS[federation.fleet].at_once(federation, sites))
 
 
-def open_fleet(config: FederationConfig, here: LocalSites, on_step: StepCallback) -> AbstractContextManager[Fleet]:
-    """Return the configured fleet over the sites on this machine, to be entered; leaving it ends its workers.
+def open_fleet(config: FederationConfig, sites: LocalSites, on_step: StepCallback) -> AbstractContextManager[Fleet]:
+    """Return the configured fleet over the sites on this machine, as a context; leaving it ends its workers.
 
     Raises:
-        ConfigError: the devices it asks for are not there.
+        ConfigError: a configured device does not exist.
     """
     module, _, function = FLEETS[config.fleet].opener.partition(":")
-    return getattr(importlib.import_module(f"fedsca_pipeline.federation.fleets.{module}"), function)(
-        config, here, on_step
-    )
+    opener: Opener = getattr(importlib.import_module(f"fedsca_pipeline.federation.fleets.{module}"), function)
+    return opener(config, sites, on_step)

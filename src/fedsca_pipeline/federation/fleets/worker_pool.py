@@ -1,7 +1,7 @@
-"""Processes that work on tasks: one that dies is replaced, one that raises says what, and none outlives this process.
+"""Processes that work on tasks: a worker that dies is replaced, one that raises reports it, none outlives this process.
 
-Every worker has a pipe of its own: one that is killed, at whatever moment, can break no other's. (A queue that all
-share stays locked when its holder dies, which is why this is no ``ProcessPoolExecutor`` beside a progress queue.)
+Every worker has its own pipe, so that a worker that is killed, at whatever moment, breaks no other's. A shared queue
+stays locked if its holder dies, which is why this is not a ``ProcessPoolExecutor`` with a queue for progress.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, replace
 from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -30,55 +31,55 @@ Task = TypeVar("Task")
 Answer = TypeVar("Answer")
 
 Report = Callable[[Any], None]
-"""Tells the parent something that can be pickled, while a task is worked on."""
+"""Sends a picklable value to the parent while a task is worked on."""
 
 Work = Callable[[Task, Report], Answer]
 """Answers one task."""
 
 Start = Callable[[Any, Any], AbstractContextManager[Work[Task, Answer]]]
-"""Makes a worker of a process, out of its equipment and its place."""
+"""Makes a worker of a process, from the equipment of all workers and this worker's own settings."""
 
 
 @dataclass(frozen=True)
 class Died:
-    """The outcome of a task that two workers died of; the reason says how the second did."""
+    """The outcome of a task whose two workers died; the reason is how the second one ended."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Raised:
-    """The outcome of a task that ended in an error, which has the worker's traceback as a note."""
+    """The outcome of a task that raised an error; the worker's traceback is a note of the error."""
 
     error: Exception
 
 
 class WorkerPool(Generic[Task, Answer]):
-    """Worker processes, which start when this is entered and are killed when it is left, whatever they do then.
+    """Worker processes: they start when the context is entered, and are killed, even at work, when it is left.
 
-    They ignore Ctrl-C, log through this process, and end when it is killed. They may have no children.
+    Workers ignore Ctrl-C, log through this process, and end when it is killed. They cannot have child processes.
 
     Args:
-        start: function of a module, called once in every worker with ``equipment`` and its place; what it gives then
-            answers one task after the other.
-        equipment: picklable as an argument of a process, so that tensors may be in shared memory.
-        places: one a worker, picklable: what is its own, such as its device.
-        on_report: is told here of everything that work reports. What it raises, ``run`` raises.
-        on_death: is told of the task that a worker was on, once that worker has ended, before the task is tried again.
+        start: a module's function, called once in every worker with ``equipment`` and the worker's own settings; the
+            function in its context then answers one task after the other.
+        equipment: picklable as an argument of a process, so that tensors can be in shared memory.
+        settings: one entry per worker, picklable, such as the worker's device.
+        on_report: called in this process with everything that work reports; ``run`` raises what it raises.
+        on_death: called with a dead worker's task, before the task is tried again.
     """
 
     def __init__(
         self,
         start: Start[Task, Answer],
         equipment: Any,
-        places: Sequence[Any],
+        settings: Sequence[Any],
         *,
         on_report: Report = lambda _: None,
         on_death: Callable[[Task], None] = lambda _: None,
     ) -> None:
-        # A worker's root logger lets through what this process would, and no more.
+        # A worker's root logger passes on exactly what this process logs.
         self._start = (start, equipment, logger.getEffectiveLevel())
-        self._places = places
+        self._settings = settings
         self._on_report = on_report
         self._on_death = on_death
         self._workers: list[_Worker[Task]] = []
@@ -86,8 +87,8 @@ class WorkerPool(Generic[Task, Answer]):
     def __enter__(self) -> WorkerPool[Task, Answer]:
         forkserver.start()
         with ExitStack() as started:
-            for place in self._places:
-                self._workers.append(_Worker(*self._start, place))
+            for own in self._settings:
+                self._workers.append(_Worker(*self._start, own))
                 started.callback(self._workers[-1].end)
             started.pop_all()
         return self
@@ -98,17 +99,17 @@ class WorkerPool(Generic[Task, Answer]):
         self._workers.clear()
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Answer | Died | Raised]]:
-        """Yield every task with its outcome, in the order in which they end.
+        """Yield every task with its outcome, in the order in which tasks end.
 
-        A worker that dies is replaced and its task tried once more, before any other. One run at a time; of one that is
-        left before its end, workers that are still at a task are replaced by the next.
+        A worker that dies is replaced and its task tried once more, before any other. Only one run is active at a time:
+        if an earlier one was left before its end, the workers that are still busy with it are replaced first.
 
         Args:
-            tasks: picklable, named by their ``str``; asked for the next one only when a worker is free, at the start of
-                the run or after all outcomes so far were taken, so that it may depend on those.
+            tasks: picklable, named by their ``str``. The next one is requested only when a worker is free and all
+                outcomes so far have been yielded, so that it can depend on them.
 
         Raises:
-            Exception: a worker could not start; or a task could not be pickled, an answer not unpickled.
+            Exception: a worker could not start, a task could not be pickled, or an answer could not be unpickled.
         """
         for worker in [worker for worker in self._workers if worker.turn is not None]:
             self._replace(worker)
@@ -124,11 +125,14 @@ class WorkerPool(Generic[Task, Answer]):
             if not busy:
                 return
             for pipe in wait(list(busy)):
-                yield from self._hear(busy[pipe], again)
+                worker = busy[pipe]  # type: ignore[index]
+                if worker.turn is not None:
+                    yield from self._receive(worker, worker.turn, again)
 
-    def _hear(self, worker: _Worker[Task], again: deque[_Turn[Task]]) -> Iterator[tuple[Task, Answer | Died | Raised]]:
-        """Take what a busy worker says next; yield its task's outcome if that was it."""
-        turn = worker.turn
+    def _receive(
+        self, worker: _Worker[Task], turn: _Turn[Task], again: deque[_Turn[Task]]
+    ) -> Iterator[tuple[Task, Answer | Died | Raised]]:
+        """Receive a busy worker's next message; yield its task's outcome, if the message is the outcome."""
         try:
             message = worker.receive()
         except _WorkerDied as death:
@@ -157,12 +161,12 @@ class WorkerPool(Generic[Task, Answer]):
         worker.end()
         if worker.turn is not None:
             self._on_death(worker.turn.task)
-        self._workers[self._workers.index(worker)] = _Worker(*self._start, worker.place)
+        self._workers[self._workers.index(worker)] = _Worker(*self._start, worker.settings)
 
 
 @dataclass(frozen=True)
 class _Turn(Generic[Task]):
-    """A task on its way to a worker, for the first or the second time."""
+    """A task at a worker, in its first or second attempt."""
 
     task: Task
     attempt: int = 1
@@ -175,21 +179,21 @@ class _Ready:
 
 @dataclass(frozen=True)
 class _Reported:
-    """From a worker: what its work told ``Report``."""
+    """From a worker: a value that its work reported."""
 
     report: Any
 
 
 @dataclass(frozen=True)
 class _Answered:
-    """From a worker: the answer to its task; it is free again."""
+    """From a worker: the answer to its task; the worker is free again."""
 
     answer: Any
 
 
 @dataclass(frozen=True)
 class _Failed:
-    """From a worker: what its task raised, and the traceback, which is not pickled with it; it is free again."""
+    """From a worker: what its task raised, and the traceback, which pickle drops; the worker is free again."""
 
     error: Exception
     trace: str
@@ -202,7 +206,7 @@ class _Failed:
 
 @dataclass(frozen=True)
 class _NotStarted:
-    """From a worker, its last: what its start raised."""
+    """From a worker, its last message: what its start raised."""
 
     failed: _Failed
 
@@ -210,42 +214,43 @@ class _NotStarted:
 _Message = _Ready | _Reported | _Answered | _Failed | _NotStarted | logging.LogRecord
 
 
-class _WorkerDied(Exception):  # noqa: N818 - what happened, and no error of this process
-    """A worker's pipe ended; the message says how the worker did."""
+class _WorkerDied(Exception):  # noqa: N818 - an event, not an error of this process
+    """A worker's pipe ended; the message says how the worker ended."""
 
 
 class _Worker(Generic[Task]):
-    """This process's side of one worker: it starts at once, and has a task or is free (``turn`` None)."""
+    """This process's side of one worker, which starts at once; it is free if ``turn`` is None."""
 
-    def __init__(self, start: Start[Task, Any], equipment: Any, log_level: int, place: Any) -> None:
-        self.place = place
+    def __init__(self, start: Start[Task, Any], equipment: Any, log_level: int, settings: Any) -> None:
+        self.settings = settings
         self.turn: _Turn[Task] | None = None
         self._ready = False
         context = forkserver.context()
         self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, start, equipment, log_level, place), daemon=True)
+        arguments = (theirs, start, equipment, log_level, settings)
+        self._process: BaseProcess = context.Process(target=_serve, args=arguments, daemon=True)  # type: ignore[attr-defined]
         with forkserver.interrupts_blocked():
             self._process.start()
         theirs.close()
 
     def give(self, turn: _Turn[Task]) -> None:
-        """Send a free worker its task; where it is still starting, as soon as it is ready."""
+        """Send a free worker its task, or, if it is still starting, wait until it is ready."""
         self.turn = turn
         if self._ready:
             self._send()
 
     def receive(self) -> _Message:
-        """Return what the worker says next.
+        """Return the worker's next message.
 
         Raises:
-            _WorkerDied: there will be no more.
+            _WorkerDied: the worker has ended.
         """
         try:
             pickled = self.pipe.recv_bytes()
         except (EOFError, OSError) as error:
             self._process.join()
             raise _WorkerDied(f"exit code {self._process.exitcode}") from error
-        message = ForkingPickler.loads(pickled)
+        message: _Message = ForkingPickler.loads(pickled)
         if isinstance(message, _Ready):
             self._ready = True
             self._send()
@@ -258,17 +263,19 @@ class _Worker(Generic[Task]):
         self.pipe.close()
 
     def _send(self) -> None:
+        if self.turn is None:
+            return
         pickled = ForkingPickler.dumps(self.turn.task)
-        # One that has died meanwhile is noticed when it is listened to.
+        # If the worker has died, the next receive finds out.
         with suppress(OSError):
             self.pipe.send_bytes(pickled)
 
 
 class _Line:
-    """The worker's end of its pipe, safe to send on from any of its threads.
+    """The worker's end of its pipe; any of its threads can send.
 
-    Where the pipe itself is broken, the parent is gone, and this process ends. It does so here, so that no such error
-    can be taken for one of the work, which may have pipes of its own.
+    If the pipe breaks, the parent has ended, and this process ends at once: an error would look like one of the work,
+    which can have pipes of its own.
     """
 
     def __init__(self, pipe: Connection) -> None:
@@ -294,43 +301,49 @@ class _Line:
 class _LogLine(QueueHandler):
     """Sends log records to the parent, formatted, so that they can be pickled."""
 
+    def __init__(self, line: _Line) -> None:
+        super().__init__(queue=None)  # type: ignore[arg-type]
+        self._line = line
+
     def enqueue(self, record: logging.LogRecord) -> None:
-        self.queue.send(record)
+        self._line.send(record)
 
 
-def _serve(pipe: Connection, start: Start[Any, Any], equipment: Any, log_level: int, place: Any) -> None:
-    """Be a worker: answer tasks until the parent ends this process, or is gone."""
-    # Ctrl-C reaches the whole group; the parent, which gets it too, ends its workers.
+def _serve(pipe: Connection, start: Start[Any, Any], equipment: Any, log_level: int, settings: Any) -> None:
+    """Answer tasks until the parent ends this process, or ends itself: the main function of a worker."""
+    # Ctrl-C reaches the whole process group; the parent gets it too, and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     line = _Line(pipe)
-    # The message alone: level and name travel beside it, and the parent's handlers show them.
+    # The message alone: the record holds level and name, and the parent's handlers show them.
     logging.basicConfig(handlers=[_LogLine(line)], level=log_level, format="%(message)s", force=True)
     logging.captureWarnings(capture=True)
     with ExitStack() as stack:
         try:
-            work = stack.enter_context(start(equipment, place))
+            work = stack.enter_context(start(equipment, settings))
         except Exception as error:
             line.send(_NotStarted(_failed(error)))
             return
         line.send(_Ready())
         while True:
             try:
-                # Neither has a name here: between two tasks nothing of the last stays in memory.
+                # Without variables, so that between two tasks nothing of the last one stays in memory.
                 line.send(_Answered(work(line.receive(), lambda report: line.send(_Reported(report)))))
             except Exception as error:
                 line.send(_failed(error))
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
     os._exit(1)
 
 
 def _failed(error: Exception) -> _Failed:
-    """Return an error that is being handled as one that survives the pipe."""
+    """Return an error that is being handled in a form that can be pickled."""
     try:
-        found = ForkingPickler.loads(ForkingPickler.dumps(error))
-    except Exception:  # a class may ask for more than its message when it is unpickled
-        found = RuntimeError(f"{type(error).__name__}: {error}")
-    return _Failed(found, "".join(traceback.format_exception(error)))
+        picklable = ForkingPickler.loads(ForkingPickler.dumps(error))
+    except Exception:  # some classes need more than a message to be unpickled
+        picklable = RuntimeError(f"{type(error).__name__}: {error}")
+    return _Failed(picklable, "".join(traceback.format_exception(error)))

@@ -1,4 +1,4 @@
-"""The server's large arrays: taken once and used every round, on disk where they would not fit."""
+"""The server's large arrays: allocated once and used in every round; what does not fit in memory is on disk."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class RoundMemory:
-    """Everything of the size of all sites' values that a round needs: ``updates``, ``bases`` [N, V] fp32, ``results``.
+    """All arrays of a round that are as large as all sites' values: ``updates``, ``bases`` [N, V] fp32, ``results``.
 
-    Local models replace the updates that they are made of. Its content is of one round; what is to outlive the round is
-    written to disk before the next one begins. Memory is taken when it is first touched, and kept: fresh pages cost
-    several times what a round computes in them. A round's encoded messages come on top.
+    Local models replace the updates that they are made of. The content belongs to one round; what is needed longer is
+    written to disk before the next round. Memory is allocated at first use and reused: fresh pages cost several times
+    the computation of a round. A round's encoded messages need memory in addition.
     """
 
     updates: Tensor
@@ -33,9 +33,12 @@ class RoundMemory:
 
     @classmethod
     def within(cls, gib: float, folder: Path, n_sites: int, n_values: int) -> RoundMemory:
-        """Return arrays of which as many lie in memory as fit into ``gib``, the others in nameless files in ``folder``.
+        """Return arrays in memory as far as they fit into ``gib``, the others in unnamed files in ``folder``.
 
-        In memory first are those that are read or written most often. Raises OSError where the disk has no room.
+        The arrays that are used most often go into memory first.
+
+        Raises:
+            OSError: the disk has no room.
         """
         shape = (n_sites, n_values)
         size = _BYTES * math.prod(shape)
@@ -46,9 +49,10 @@ class RoundMemory:
 
 
 def mapped(folder: Path, shape: tuple[int, ...]) -> Tensor:
-    """Return zeros, fp32, in a file in ``folder`` that has no name and is gone with the tensor.
+    """Return zeros, fp32, in an unnamed file in ``folder`` that is deleted with the tensor.
 
-    Raises OSError, naming the folder, where the disk has no room: found out later, it would end the process.
+    Raises:
+        OSError: the disk has no room; names the folder. Without this check a later write would kill the process.
     """
     size = _BYTES * math.prod(shape)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
-"""The server's checkpoint: one safetensors file a round, so that a round is either whole on disk or not there.
+"""The server's checkpoint: one safetensors file per round, so that a round is either complete on disk or absent.
 
-What became of a round is in a JSON file of its own, written before: a checkpoint vouches for the records up to its own.
+Each round also has a record, a JSON file that is written before the checkpoint: a checkpoint of round r implies the
+records of rounds 1 to r.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from fedsca_pipeline.errors import ResumeError, WeightsError
 from fedsca_pipeline.federation.strategies.server_step import ServerState
 from fedsca_pipeline.files import read_header, read_json, read_tensors, write_bytes, write_tensors
 
-_KEPT_ROUNDS = 2
+_CHECKPOINTS = 2  # stored at a time
 
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """What is known of one site after one round. Bytes are those of the serialised messages.
+    """One site in one round. Bytes are those of the serialised messages.
 
-    ``dice_validation`` is of the model the site had *before* this round's training, that is of round - 1 (round 0: the
-    foundation); ``dice_local`` is right after local training. Dice lie in [0, 1]. ``epsilon`` is that of all that the
-    site has ever answered (docs/privacy.md). None: not known (absent, rejected, without differential privacy).
+    ``dice_validation`` belongs to the site's model *before* this round's training, that of round - 1 (round 0: the
+    foundation), ``dice_local`` to the model right after local training; both are in [0, 1]. ``epsilon`` covers all the
+    site's answers in all runs (docs/privacy.md). ``absent`` says why the round has no update of the site. None: unknown
+    (absent, rejected, without differential privacy).
     """
 
     bytes_down: int = 0
@@ -63,19 +65,19 @@ class RoundRecord:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RoundRecord:
-        """Undo :meth:`as_json`."""
+        """Return the record that :meth:`as_json` made JSON of."""
         sites = {site: SiteRecord(**record) for site, record in value["sites"].items()}
         return cls(**{**value, "sites": sites, "accepted": tuple(value["accepted"])})
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything the server needs to go on after ``round`` (0: before the first).
+    """Everything the server needs to resume after ``round`` (0: before the first).
 
-    ``aggregates`` [N,V] fp32 is what each site gets next, ``bases`` [N,V] what each is known to hold, ``has_base`` [N];
-    ``answered`` [N] int64 is the last round in which each one's update was accepted, 0 for none.
-    Random streams are derived from seed, site and round (:func:`~fedsca_pipeline.compute.stream_seed`), so
-    there is no generator state to keep.
+    ``aggregates`` [N, V] fp32 is what each site receives next; ``bases`` [N, V] fp32 is what each site holds, if
+    ``has_base`` [N]; ``answered`` [N] int64 is the last round in which each site's update was accepted, 0 for none.
+    There is no generator state: random streams are derived from seed, site and round
+    (:func:`~fedsca_pipeline.compute.stream_seed`).
     """
 
     round: int
@@ -87,19 +89,18 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """The last two rounds of one run, and the records of all."""
+    """The checkpoints of one run's last two rounds, and the records of all rounds."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def save(self, checkpoint: Checkpoint, record: RoundRecord) -> Checkpoint:
-        """Write a round's record, then its checkpoint, each atomically; then drop all checkpoints but the last two.
+        """Write a round's record, then its checkpoint, each atomically; then delete all checkpoints but the last two.
 
-        A record without its checkpoint, of a command that was killed in between, counts for nothing and is written
-        anew.
+        A record without its checkpoint, of a command that was killed in between, is ignored and overwritten.
 
-        Returns the same checkpoint as :meth:`latest` would, its tensors memory-mapped: a run goes on from what a
-        resumed one would start from, and the memory that the checkpoint came in is free again.
+        Returns the checkpoint that :meth:`latest` would return, its tensors memory-mapped: a run continues from exactly
+        what a resumed run starts from, and the arrays of ``checkpoint`` can be reused.
         """
         tensors = {f"state/{name}": t for name, t in checkpoint.state.as_tensors().items()} | {
             "aggregates": checkpoint.aggregates,
@@ -107,16 +108,16 @@ class CheckpointFolder:
             "has_base": checkpoint.has_base,
             "answered": checkpoint.answered,
         }
-        # Not in the checkpoint's header, which is written anew every round and has a limit.
+        # Not in the checkpoint's header: it has a size limit, and would repeat all records in every round.
         write_bytes(self._record(record.round), json.dumps(record.as_json()).encode())
         path = self._checkpoint(checkpoint.round)
         write_tensors(path, tensors, {"checkpoint": json.dumps({"round": checkpoint.round})})
-        for old in self._files()[:-_KEPT_ROUNDS]:
+        for old in self._files()[:-_CHECKPOINTS]:
             old.unlink()
         return replace(_stored(path), round=checkpoint.round)
 
     def latest(self) -> Checkpoint | None:
-        """Return the newest checkpoint, or None where there is none.
+        """Return the newest checkpoint, or None if there is none.
 
         Raises:
             ResumeError: the newest file cannot be read.
@@ -128,15 +129,15 @@ class CheckpointFolder:
             header, stored = read_header(files[-1], "checkpoint"), _stored(files[-1])
         except WeightsError as error:
             raise ResumeError(
-                f"{files[-1]}: this checkpoint cannot be read. Delete it to go on from the round before."
+                f"{files[-1]}: this checkpoint cannot be read. Delete it to resume from the previous round."
             ) from error
         return replace(stored, round=header["round"])
 
     def records(self, last: int) -> Iterator[RoundRecord]:
-        """Yield the records of rounds 1 to ``last``; 0: none. What lies there of later rounds is left alone.
+        """Yield the records of rounds 1 to ``last``, none for 0; records of later rounds are ignored.
 
         Raises:
-            ResumeError: one of them cannot be read.
+            ResumeError: a record cannot be read.
         """
         for round_ in range(1, last + 1):
             path = self._record(round_)
@@ -144,9 +145,9 @@ class CheckpointFolder:
                 record = RoundRecord.from_json(read_json(path))
             except (OSError, ValueError, TypeError, KeyError) as error:
                 cure = (
-                    f"Delete {self._checkpoint(last)} to go on from the round before."
+                    f"Delete {self._checkpoint(last)} to resume from the previous round."
                     if round_ == last
-                    else "Put back a copy (07_model_output/rounds has one), or start anew with --params=force=true."
+                    else "Restore a copy (07_model_output/rounds has one), or restart with --params=force=true."
                 )
                 raise ResumeError(f"{path}: the record of round {round_} cannot be read. {cure}") from error
             yield record
@@ -162,7 +163,7 @@ class CheckpointFolder:
 
 
 def _stored(path: Path) -> Checkpoint:
-    """Return a file's tensors, memory-mapped, as a checkpoint without its round."""
+    """Return a checkpoint with a file's tensors, memory-mapped; its round is 0."""
     tensors = read_tensors(path)
     state = {name.removeprefix("state/"): t for name, t in tensors.items() if name.startswith("state/")}
     return Checkpoint(

@@ -1,1 +1,1 @@
-"""One site's work in a round: local training, validation and what it keeps."""
+"""One site's work in a round: local training, validation, and the files it stores."""

@@ -1,4 +1,4 @@
-"""Batches of one site: seeded order, seeded augmentation, and features from the cache where they are kept."""
+"""Batches of one site: seeded order, seeded augmentation, and features from the cache if they are in it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ from fedsca_pipeline.model.batch import Batch
 Embed = Callable[[Tensor, Tensor], Tensor]
 
 _IMAGE, _GEOMETRY = "image", ("image", "mask", "valid")
-# Where the corners 0 1 / 2 3 of an image come to lie in its eight views, as it stands first.
+# The corners 0 1 / 2 3 of an image in its eight views (flips and quarter turns); the first is the image itself.
 _CORNERS = (
     (0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 3, 2), (1, 3, 0, 2), (2, 0, 3, 1), (2, 3, 0, 1), (3, 1, 2, 0), (3, 2, 1, 0),
 )  # fmt: skip
 VIEWS = range(len(_CORNERS))
-AS_IT_STANDS = 0
+UNCHANGED = 0
 
 
 def build_augmentation(config: AugmentConfig) -> Compose:
-    """MONAI transforms of docs/method.md: flips and quarter turns of all three, intensity jitter of the image."""
+    """Return the MONAI transforms of docs/method.md.
+
+    Image, mask and valid area are flipped and turned together; only the image's intensity is jittered.
+    """
     return Compose(
         [
             RandFlipd(_GEOMETRY, prob=config.flip, spatial_axis=0, allow_missing_keys=True),
@@ -47,21 +50,21 @@ def build_augmentation(config: AugmentConfig) -> Compose:
 
 
 class SiteBatches:
-    """The batches of one site, as the trained part of the model takes them.
+    """The batches of one site, as input of the model's trained part.
 
     Args:
         data: the site's arrays.
         embed: images in 0..255 [B,3,S,S] and valid area [B,S,S] to features [B, ...].
         augmentation: of training images.
-        cache: where the features of the site's (row, view) pairs are kept. Only where ``augmentation`` does nothing but
-            flip and turn may it hold views of training images.
+        cache: features of the site's (row, view) pairs. It may hold views of training images only if ``augmentation``
+            only flips and turns.
     """
 
     def __init__(self, data: Arrays, embed: Embed, augmentation: Compose, cache: FeatureCache) -> None:
         self._data, self._embed, self._augmentation, self._cache = data, embed, augmentation, cache
 
     def count(self, batch_size: int) -> int:
-        """Return how many batches one epoch of training has."""
+        """Return the number of batches in one epoch of training."""
         return -(-len(self._data.rows("train")) // batch_size)
 
     def training(self, batch_size: int, *, seed: int, site: str, round_: int, epoch: int) -> Iterator[Batch]:
@@ -73,18 +76,18 @@ class SiteBatches:
             yield batch
 
     def augmented(self, row: int, seed: int) -> Batch:
-        """Return one training image, a batch of its own, flipped, turned and jittered as ``seed`` says."""
+        """Return one training image as a batch, flipped, turned and jittered by ``seed``."""
         with _plain_tensors():
             return self._augmented(row, seed)
 
     def plain(self, split: str, batch_size: int) -> Iterator[Batch]:
         """Yield a split in manifest order, unaugmented; the last batch may be smaller, an empty split yields none."""
         for rows in _chunks(self._data.rows(split), batch_size):
-            yield _stack([self._as_it_stands(row) for row in rows])
+            yield _stack([self._unchanged(row) for row in rows])
 
-    def _as_it_stands(self, row: int) -> Batch:
+    def _unchanged(self, row: int) -> Batch:
         image, mask, valid = _read(self._data, [row])
-        return Batch(self._features((row, AS_IT_STANDS), lambda: image, valid), mask, valid)
+        return Batch(self._features((row, UNCHANGED), lambda: image, valid), mask, valid)
 
     def _augmented(self, row: int, seed: int) -> Batch:
         image, mask, valid = _read(self._data, [row])
@@ -97,14 +100,15 @@ class SiteBatches:
         return Batch(self._features((row, self._view(seed)), augmented_image, valid), mask, valid)
 
     def _features(self, key: Key, image: Callable[[], Tensor], valid: Tensor) -> Tensor:
-        kept = self._cache.read(key)
-        if kept is None:
-            kept = self._cache.keep(key, self._embed(image(), valid)[0])
-        return kept.unsqueeze(0)
+        features = self._cache.read(key)
+        if features is None:
+            features = self._cache.store(key, self._embed(image(), valid)[0])
+        return features.unsqueeze(0)
 
     def _transformed(self, sample: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-        # The draws depend on the seed alone: whatever is in the sample moves as the rest did.
-        return self._augmentation.set_random_state(seed=seed)(sample)
+        # The draws depend on the seed alone: image, mask and corners all move the same.
+        moved: dict[str, Tensor] = self._augmentation.set_random_state(seed=seed)(sample)
+        return moved
 
     def _view(self, seed: int) -> int:
         corners = self._transformed({"mask": torch.arange(4).view(1, 2, 2)}, seed)["mask"]
@@ -122,7 +126,7 @@ def _chunks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
         yield rows[start : start + size]
 
 
-def _read(data: Arrays, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _read(data: Arrays, rows: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     images, masks, valid = map(torch.from_numpy, data.batch(rows))
     return images, masks, valid
 
@@ -133,7 +137,7 @@ def _stack(samples: Sequence[Batch]) -> Batch:
 
 @contextmanager
 def _plain_tensors() -> Iterator[None]:
-    """Without MONAI's MetaTensor, whose bookkeeping costs more than the transforms; nothing here needs it."""
+    """Disable MONAI's MetaTensor for a block: it costs more time than the transforms themselves."""
     set_track_meta(False)
     try:
         yield

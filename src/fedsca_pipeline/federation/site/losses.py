@@ -1,4 +1,4 @@
-"""The local loss of docs/method.md: Dice plus cross-entropy, on the unpadded area only."""
+"""The local loss of docs/method.md: Dice plus cross-entropy on the unpadded area."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class SegmentationLoss(Protocol):
 def build_loss(head: str, dice_weight: float) -> SegmentationLoss:
     """Return the loss of a head, ``sigmoid`` or ``softmax``.
 
-    ``loss = dice_weight * Dice + (1 - dice_weight) * cross-entropy``; Dice is taken over the batch (an image without
-    foreground then still has a useful gradient) and without the background channel. Pixels outside ``valid`` count
-    for nothing.
+    ``loss = dice_weight * Dice + (1 - dice_weight) * cross-entropy``. Dice is computed over the whole batch, so that an
+    image without foreground still has a useful gradient, and without the background channel. Pixels outside ``valid``
+    are ignored.
     """
     parts = _PARTS[head]
     dice = DiceLoss(include_background=head == "sigmoid", batch=True)
@@ -34,17 +34,18 @@ def build_loss(head: str, dice_weight: float) -> SegmentationLoss:
         area = valid.unsqueeze(1)
         probabilities, truth, cross_entropy = parts(logits, masks.long(), valid)
         overlap = dice(probabilities * area, truth * area)
-        return dice_weight * overlap + (1 - dice_weight) * cross_entropy
+        total: Tensor = dice_weight * overlap + (1 - dice_weight) * cross_entropy
+        return total
 
     return loss
 
 
-def among(loss: SegmentationLoss, head: str, known: Sequence[int], classes: int) -> SegmentationLoss:
-    """Return the loss of a site whose masks show the ``known`` of 1..``classes`` and say nothing of the others.
+def over_known_classes(loss: SegmentationLoss, head: str, known: Sequence[int], classes: int) -> SegmentationLoss:
+    """Return the loss of a site whose masks annotate only the ``known`` of the classes 1..``classes``.
 
-    It is the loss of a model that has the known classes only: the other channels are left out of the softmax, of Dice
-    and of cross-entropy, and their logits have a gradient of exactly 0. Masks may hold known classes only. All known:
-    ``loss`` itself.
+    It is the loss of a model that has only the known classes: softmax, Dice and cross-entropy leave out the other
+    channels, and the gradient of their logits is exactly 0. Masks must hold known classes only. If all classes are
+    known, it is ``loss`` itself.
     """
     if len(known) == classes:
         return loss

@@ -1,4 +1,4 @@
-"""The part of a model that stands before its first adapter: frozen, so what it makes of an image can be kept."""
+"""The frozen encoder prefix: the model before its first trained tensor, whose features of an image can be cached."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Key = tuple[int, int]
 logger = logging.getLogger(__name__)
 
 _FEATURE_BYTES = 2  # fp16
-_FILLED = b"\1"  # ends a slot, so that half a write leaves it empty
+_FILLED = b"\1"  # last byte of a slot, so that a partial write leaves it empty
 
 
 class SplitModel:
-    """A model cut before its first trainable tensor: ``logits(features(images, valid))`` is the model's own forward.
+    """A model cut before its first trained tensor: ``logits(features(images, valid))`` is the model's own forward.
 
-    Where the stem itself is trained, nothing is frozen: features are the normalised pixels, and not worth keeping.
+    If the stem itself is trained, there is no frozen prefix (``has_prefix``), and features are the normalised pixels.
 
     Args:
         model: foundation with adapters attached.
@@ -47,19 +47,19 @@ class SplitModel:
         """Shape of one image's features."""
         parameter = next(self.model.parameters())
         side = self.model.image_size
-        nothing = torch.zeros(1, 3, side, side, device=parameter.device)
-        return tuple(self.features(nothing, nothing[:, 0] > 0).shape[1:])
+        blank = torch.zeros(1, 3, side, side, device=parameter.device)
+        return tuple(self.features(blank, blank[:, 0] > 0).shape[1:])
 
     @torch.no_grad()
     def features(self, images: Tensor, valid: Tensor) -> Tensor:
-        """Return what the frozen prefix makes, [B, ...] float32, of images [B, 3, S, S] in 0..255.
+        """Return the features [B, ...] float32 of images [B, 3, S, S] in 0..255; ``valid`` is bool [B, S, S].
 
-        ``valid`` is bool [B, S, S]. Image by image: what becomes of one must not depend on its company, which differs
-        after a resume. On a CPU it is the quicker way, too (docs/performance.md).
+        Images go through one at a time: the batch must not influence an image's features, because a resumed run has
+        other batches. On a CPU it is also faster (docs/performance.md).
         """
         with autocast(images.device):
             pixels = self.model.normalise(images, valid.unsqueeze(1))
-            return torch.cat([self._prefix(image) for image in pixels.split(1)]).float()
+            return torch.cat([self._prefix(image) for image in torch.split(pixels, 1)]).float()
 
     def logits(self, features: Tensor) -> Tensor:
         """Return the logits [B, C, S, S] of features [B, ...]; gradients flow to the trainable tensors."""
@@ -79,16 +79,16 @@ class SplitModel:
 
 
 class FeatureCache:
-    """Features of one site's images as fp16 in one file, a slot a row and view, filled as they are first met.
+    """A file of one site's features as fp16, with one slot per row and view, filled at first use.
 
-    The file is scratch: whoever starts a run removes what an earlier one left (a machine that lost power may have kept
-    a slot's mark without its values).
+    The file is scratch: a run removes an earlier run's file when it starts, because after a power failure a slot can be
+    marked as filled without its values.
 
     Args:
-        path: the file; made when the first features come.
-        keys: the (row, view) pairs worth keeping, the most wanted first.
+        path: the file; created with the first features.
+        keys: the (row, view) pairs to cache, the most useful first.
         shape: of one image's features, without the batch.
-        max_bytes: the file never grows beyond it, and keeps the first of ``keys``; 0 keeps nothing.
+        max_bytes: the file's largest size; as many of the first ``keys`` as fit have a slot, none for 0.
     """
 
     def __init__(self, path: Path, keys: Sequence[Key], shape: tuple[int, ...], max_bytes: int) -> None:
@@ -99,22 +99,22 @@ class FeatureCache:
         self._disk_is_full = False
 
     def read(self, key: Key) -> Tensor | None:
-        """Return what is kept, float32 on the CPU, or None."""
+        """Return the cached features, float32 on the CPU, or None."""
         slot = self._slots.get(key)
         if slot is None or not self.path.is_file():
             return None
         with self.path.open("rb", buffering=0) as file:
             file.seek(slot * self._slot_bytes)
-            found = bytearray(self._slot_bytes)
-            if file.readinto(found) < len(found) or not found.endswith(_FILLED):
+            content = bytearray(self._slot_bytes)
+            if file.readinto(content) < len(content) or not content.endswith(_FILLED):
                 return None
-        return torch.frombuffer(found, dtype=torch.float16, count=math.prod(self.shape)).reshape(self.shape).float()
+        return torch.frombuffer(content, dtype=torch.float16, count=math.prod(self.shape)).reshape(self.shape).float()
 
-    def keep(self, key: Key, features: Tensor) -> Tensor:
-        """Keep features, and return them as ``read`` will; of a key that is not kept as they are, on the CPU.
+    def store(self, key: Key, features: Tensor) -> Tensor:
+        """Store features if their key has a slot, and return them on the CPU, rounded as ``read`` returns them.
 
-        A full disk costs the cache, not the run: the features are rounded all the same, and met again they are computed
-        again. Features too large for fp16 are handed out as they are, and not kept.
+        Features without a slot, or too large for fp16, are returned as they are. If the disk is full, the run continues
+        without the cache: features are still rounded, and are computed again at each use.
         """
         slot = self._slots.get(key)
         if slot is None:
@@ -126,7 +126,7 @@ class FeatureCache:
             try:
                 self._write(slot, rounded.numpy().tobytes() + _FILLED)
             except OSError as error:
-                logger.warning("%s: features cannot be kept (%s); going on without", self.path, error)
+                logger.warning("%s: features cannot be cached (%s); the run continues without", self.path, error)
                 self._disk_is_full = True
         return rounded.float()
 

@@ -37,7 +37,7 @@ from fedsca_pipeline.federation.export import write_site_models
 from fedsca_pipeline.federation.messages.manifest import outline
 from fedsca_pipeline.federation.run import RunFolder, code_version, data_version
 from fedsca_pipeline.federation.setup import Setup, set_up
-from fedsca_pipeline.federation.site.privacy.ledger import Vault
+from fedsca_pipeline.federation.site.privacy.ledger import PrivacyLedger
 from fedsca_pipeline.federation.site.steps import ignore_step
 from fedsca_pipeline.federation.site.store import SiteStore
 from fedsca_pipeline.federation.site.worker import LocalWorker
@@ -253,8 +253,8 @@ class SiteWork:
         return SiteArrays(self.folder.arrays, self._manifest())
 
     def _store(self, checkpoints: Path, run: str) -> SiteStore:
-        vault = Vault(self.folder.private / self.config.site, self.config.privacy)
-        return SiteStore(RunFolder(checkpoints, run).sites / self.config.site, vault)
+        ledger = PrivacyLedger(self.folder.private / self.config.site, self.config.privacy)
+        return SiteStore(RunFolder(checkpoints, run).sites / self.config.site, ledger)
 
     def _build_learner(self, document: bytes) -> Learner:
         description = documents.read(documents.Description, document)

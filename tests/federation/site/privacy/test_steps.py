@@ -25,23 +25,25 @@ from fedsca_pipeline.federation.messages.manifest import Manifest
 from fedsca_pipeline.federation.site import worker as local
 from fedsca_pipeline.federation.site.batches import plain_batches
 from fedsca_pipeline.federation.site.losses import build_loss
-from fedsca_pipeline.federation.site.privacy.ledger import KEY, LEDGER, Entry, Vault
+from fedsca_pipeline.federation.site.privacy.ledger import KEY, LEDGER, Entry, PrivacyLedger
 from fedsca_pipeline.federation.site.privacy.optimizer import NoisyOptimizer
 from fedsca_pipeline.federation.site.privacy.steps import (
     PrivateSteps,
+    RoundPlan,
     Units,
     draw,
     epsilon_of,
     noise_multiplier,
     unit_gradient,
 )
-from fedsca_pipeline.federation.site.steps import ignore_step
+from fedsca_pipeline.federation.site.steps import ignore_step, phase_lengths
 from fedsca_pipeline.federation.site.store import SiteStore
-from fedsca_pipeline.federation.site.worker import LocalWorker, phase_lengths
+from fedsca_pipeline.federation.site.worker import LocalWorker
 from fedsca_pipeline.model.layout import hash_tensors
 
 PRIVATE = {"privacy": PrivacyConfig(epsilon=8.0)}
 ENTRY = Entry("run", 1, "a" * 64, steps=4, rate=0.5, noise=1.0)
+ONE_STEP = RoundPlan(site="a", run="run", round=1, steps=1, rounds=1, batch_size=5)
 
 
 def payload(worker: LocalWorker, round_: int = 1, *, shift: float = 0.0, site: str = "a") -> bytes:
@@ -52,14 +54,20 @@ def payload(worker: LocalWorker, round_: int = 1, *, shift: float = 0.0, site: s
 
 @pytest.fixture
 def answer(make_site, tmp_path: Path) -> Callable[..., Message]:
-    """Have site a answer a payload, always from the same disk unless ``folder`` or ``vault`` says otherwise."""
+    """Return site a's answer to a payload; the state and the ledger are the same each time unless given."""
     data = make_site("a")
 
     def work(
-        worker: LocalWorker, message: bytes, round_: int = 1, *, folder: str = "state", vault: Vault | None = None,
-        arrays: SiteArrays | None = None, on_step: Any = ignore_step,
-    ) -> Message:  # fmt: skip
-        store = SiteStore(tmp_path / folder, vault or Vault(tmp_path / "vault"))
+        worker: LocalWorker,
+        message: bytes,
+        round_: int = 1,
+        *,
+        folder: str = "state",
+        ledger: PrivacyLedger | None = None,
+        arrays: SiteArrays | None = None,
+        on_step: Any = ignore_step,
+    ) -> Message:
+        store = SiteStore(tmp_path / folder, ledger or PrivacyLedger(tmp_path / "private"))
         return decode(worker.work(message, round_, "a", arrays or data, store, on_step))
 
     return work
@@ -243,9 +251,8 @@ def test_a_step_of_a_round_is_the_plain_one_where_nothing_is_cut_and_there_is_no
     data, (parameter_name, *_) = make_site("a"), make_worker().parameters
     worker = make_worker(batch_size=5)
     private = PrivateSteps(
-        PrivacyConfig(epsilon=8.0, clip=1e9), data, Vault(tmp_path), {}, run="run", round_=1, steps=1, rounds=1,
-        batch_size=5, site="a", device=torch.device("cpu"),
-    )  # fmt: skip
+        PrivacyConfig(epsilon=8.0, clip=1e9), data, PrivacyLedger(tmp_path), ONE_STEP, {}, torch.device("cpu")
+    )
     private.entry = replace(private.entry, noise=0.0)
     images = list(plain_batches(data, "train", 1))
     _, total = gradients_of(worker, data)
@@ -297,38 +304,38 @@ def test_without_sampling_it_is_the_gaussian_mechanism_of_the_textbook() -> None
 
 
 def test_an_answer_is_written_down_once(tmp_path: Path) -> None:
-    vault = Vault(tmp_path / "a")
+    ledger = PrivacyLedger(tmp_path / "a")
 
     for entry in (ENTRY, replace(ENTRY, round=2), ENTRY):
-        vault.record(entry)
+        ledger.record(entry)
 
-    assert vault.entries() == (ENTRY, replace(ENTRY, round=2))
+    assert ledger.entries() == (ENTRY, replace(ENTRY, round=2))
 
 
 def test_randomness_is_the_same_for_the_same_start_and_needs_the_secret(tmp_path: Path) -> None:
-    one, other = Vault(tmp_path / "one"), Vault(tmp_path / "other")
+    one, other = PrivacyLedger(tmp_path / "one"), PrivacyLedger(tmp_path / "other")
     drawn = one.draws("start", "noise").random(4).tolist()
 
-    assert Vault(tmp_path / "one").draws("start", "noise").random(4).tolist() == drawn
+    assert PrivacyLedger(tmp_path / "one").draws("start", "noise").random(4).tolist() == drawn
     for different in (one.draws("another", "noise"), one.draws("start", "sampling"), other.draws("start", "noise")):
         assert different.random(4).tolist() != drawn
 
 
-def test_nobody_else_may_read_the_vault(tmp_path: Path) -> None:
-    Vault(tmp_path / "a").draws("start", "noise")
+def test_nobody_else_may_read_the_ledger(tmp_path: Path) -> None:
+    PrivacyLedger(tmp_path / "a").draws("start", "noise")
 
     assert (tmp_path / "a").stat().st_mode & 0o077 == 0
     assert (tmp_path / "a" / KEY).stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.parametrize("name", [KEY, LEDGER])
-def test_a_damaged_vault_stops_the_round_instead_of_forgetting(answer, make_worker, tmp_path: Path, name: str) -> None:
-    worker, vault = make_worker(**PRIVATE), Vault(tmp_path / "damaged")
-    vault.folder.mkdir()
-    (vault.folder / name).write_text('[{"run": 1')
+def test_a_damaged_ledger_stops_the_round_instead_of_forgetting(answer, make_worker, tmp_path: Path, name: str) -> None:
+    worker, ledger = make_worker(**PRIVATE), PrivacyLedger(tmp_path / "damaged")
+    ledger.folder.mkdir()
+    (ledger.folder / name).write_text('[{"run": 1')
 
     with pytest.raises(SiteError, match=name):
-        answer(worker, payload(worker), vault=vault)
+        answer(worker, payload(worker), ledger=ledger)
 
 
 # A site's rounds
@@ -341,7 +348,7 @@ def test_the_same_payload_gets_the_same_bits_and_is_counted_once(answer, make_wo
 
     assert same(first, second)
     assert first.manifest.privacy == second.manifest.privacy
-    assert len(Vault(tmp_path / "vault").entries()) == 1
+    assert len(PrivacyLedger(tmp_path / "private").entries()) == 1
 
 
 def test_another_base_in_the_same_round_has_other_noise_and_is_counted(answer, make_worker, tmp_path: Path) -> None:
@@ -350,7 +357,7 @@ def test_another_base_in_the_same_round_has_other_noise_and_is_counted(answer, m
 
     first, second = answer(worker, payload(worker)), answer(worker, payload(worker, shift=1e-6))
 
-    entries = Vault(tmp_path / "vault").entries()
+    entries = PrivacyLedger(tmp_path / "private").entries()
     assert len({entry.start for entry in entries}) == 2
     change = max((first.tensors[name] - second.tensors[name]).abs().max().item() for name in first.tensors)
     assert change > 1e-4
@@ -359,14 +366,14 @@ def test_another_base_in_the_same_round_has_other_noise_and_is_counted(answer, m
 
 def test_a_round_that_is_answered_again_with_another_secret_counts_anew(answer, make_worker, tmp_path: Path) -> None:
     """Two answers with noise of their own tell more than one."""
-    worker, vault = make_worker(settings={"rounds": 9}, **PRIVATE), Vault(tmp_path / "vault")
+    worker, ledger = make_worker(settings={"rounds": 9}, **PRIVATE), PrivacyLedger(tmp_path / "private")
     first = answer(worker, payload(worker))
-    (vault.folder / KEY).unlink()
+    (ledger.folder / KEY).unlink()
 
     second = answer(worker, payload(worker))
 
     assert not same(first, second)
-    assert [entry.round for entry in vault.entries()] == [1, 1]
+    assert [entry.round for entry in ledger.entries()] == [1, 1]
     assert second.manifest.privacy.epsilon > first.manifest.privacy.epsilon
 
 
@@ -375,13 +382,13 @@ def test_whatever_else_differs_has_other_noise_too(
     answer, make_worker, make_site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
     """A coordinator that renames one run as another, or asks anew after a change, must not meet the same noise."""
-    options: dict[str, Any] = {"vault": Vault(tmp_path / "x")}
+    options: dict[str, Any] = {"ledger": PrivacyLedger(tmp_path / "x")}
     training: dict[str, Any] = dict(PRIVATE)
     worker = make_worker(settings={"rounds": 9}, **PRIVATE)
-    answer(worker, payload(worker, 2), 2, vault=options["vault"])
+    answer(worker, payload(worker, 2), 2, ledger=options["ledger"])
     match changed:
         case "secret":
-            options["vault"] = Vault(tmp_path / "y")
+            options["ledger"] = PrivacyLedger(tmp_path / "y")
         case "data":
             options["arrays"] = make_site("b", seed=3)
         case "clip":
@@ -389,14 +396,14 @@ def test_whatever_else_differs_has_other_noise_too(
         case "processor":
             monkeypatch.setattr(local, "get_cpu_capability", lambda: "another")
         case "private tensors":
-            answer(worker, payload(worker, 1), 1, vault=options["vault"])
+            answer(worker, payload(worker, 1), 1, ledger=options["ledger"])
     other = make_worker(settings={"rounds": 9}, **training)
     if changed == "seed":
         other.settings = replace(other.settings, seed=1)
 
     answer(other, payload(other, 2), 2, **options)
 
-    *_, first, last = [entry for path in "xy" for entry in Vault(tmp_path / path).entries() if entry.round == 2]
+    *_, first, last = [entry for path in "xy" for entry in PrivacyLedger(tmp_path / path).entries() if entry.round == 2]
     assert first.start != last.start
 
 
@@ -408,7 +415,7 @@ def test_a_round_beyond_the_run_s_epsilon_is_refused_untrained(answer, make_work
         answer(worker, payload(worker, shift=0.1), on_step=lambda *step: steps.append(step))
 
     assert not steps
-    assert len(Vault(tmp_path / "vault").entries()) == 1
+    assert len(PrivacyLedger(tmp_path / "private").entries()) == 1
 
 
 @pytest.mark.parametrize(
@@ -422,25 +429,25 @@ def test_a_round_beyond_the_run_s_epsilon_is_refused_untrained(answer, make_work
 def test_over_all_runs_a_site_gives_no_more_than_its_owner_allows(
     answer, make_worker, tmp_path: Path, bound: PrivacyBound | None, budget: float | None, named: str
 ) -> None:
-    vault = Vault(tmp_path / "bounded", bound)
-    vault.record(replace(ENTRY, run="earlier", noise=0.7))
+    ledger = PrivacyLedger(tmp_path / "bounded", bound)
+    ledger.record(replace(ENTRY, run="earlier", noise=0.7))
     worker = make_worker(privacy=PrivacyConfig(epsilon=8.0, budget=budget))
 
     with pytest.raises(SiteError, match=named):
-        answer(worker, payload(worker), vault=vault)
+        answer(worker, payload(worker), ledger=ledger)
 
 
 def test_what_was_spent_in_earlier_runs_is_told_too(answer, make_worker, tmp_path: Path) -> None:
-    vault = Vault(tmp_path / "used")
-    vault.record(replace(ENTRY, run="earlier"))
+    ledger = PrivacyLedger(tmp_path / "used")
+    ledger.record(replace(ENTRY, run="earlier"))
     worker = make_worker(**PRIVATE)
 
-    spent = answer(worker, payload(worker), vault=vault).manifest.privacy
+    spent = answer(worker, payload(worker), ledger=ledger).manifest.privacy
 
-    assert spent.epsilon == pytest.approx(epsilon_of(vault.entries(), 1e-5))
+    assert spent.epsilon == pytest.approx(epsilon_of(ledger.entries(), 1e-5))
     assert spent.epsilon > 8
     assert (spent.level, spent.delta) == ("image-level", 1e-5)
-    assert spent.noise_multiplier == vault.entries()[-1].noise
+    assert spent.noise_multiplier == ledger.entries()[-1].noise
 
 
 def test_a_round_counts_from_its_first_step_on_and_once_when_it_is_asked_for_again(
@@ -454,11 +461,11 @@ def test_a_round_counts_from_its_first_step_on_and_once_when_it_is_asked_for_aga
 
     with pytest.raises(MemoryError):
         answer(worker, payload(worker), on_step=break_off)
-    broken = Vault(tmp_path / "vault").entries()
+    broken = PrivacyLedger(tmp_path / "private").entries()
     answer(worker, payload(worker))
 
     assert len(broken) == 1
-    assert Vault(tmp_path / "vault").entries() == broken
+    assert PrivacyLedger(tmp_path / "private").entries() == broken
 
 
 def test_nothing_that_was_computed_on_training_images_is_told(answer, make_worker) -> None:
@@ -475,7 +482,7 @@ def test_without_privacy_a_message_does_not_speak_of_it(answer, make_worker, tmp
 
     assert "loss" in reply.manifest.metrics
     assert "privacy" not in reply.manifest.as_json()
-    assert not (tmp_path / "vault").exists()
+    assert not (tmp_path / "private").exists()
 
 
 @pytest.mark.parametrize("strategy", ["fedsca", "fedprox", "scaffold", "ditto", "fedrep", "fedavg"])
@@ -484,11 +491,11 @@ def test_every_strategy_hands_its_optimiser_noised_gradients_alone(
 ) -> None:
     """With all the noise there is and no unit's gradient to speak of, every tensor that trains moves all the same."""
     worker = make_worker(strategy, settings={"rounds": 1}, privacy=PrivacyConfig(epsilon=0.5, clip=1e-3))
-    store = SiteStore(tmp_path / "a", Vault(tmp_path / "vault"))
+    store = SiteStore(tmp_path / "a", PrivacyLedger(tmp_path / "private"))
 
     reply = decode(worker.work(payload(worker), 1, "a", make_site("a"), store, ignore_step))
 
-    (entry,) = store.vault.entries()
+    (entry,) = store.ledger.entries()
     assert reply.manifest.privacy.epsilon <= 0.5
     assert entry.steps == sum(phase_lengths(worker.phases, 3))
     state = store.state_at(1)
@@ -503,9 +510,8 @@ def test_a_pull_is_added_after_the_noise_and_is_not_cut(make_worker, make_site, 
     """One step from a point far from what was received: FedProx' gradient, mu times the distance, is there in full."""
     parameter = torch.full((3,), 2.0, requires_grad=True)
     private = PrivateSteps(
-        PrivacyConfig(epsilon=8.0, clip=0.5), make_site("a"), Vault(tmp_path), {}, run="run", round_=1, steps=1,
-        rounds=1, batch_size=5, site="a", device=torch.device("cpu"),
-    )  # fmt: skip
+        PrivacyConfig(epsilon=8.0, clip=0.5), make_site("a"), PrivacyLedger(tmp_path), ONE_STEP, {}, torch.device("cpu")
+    )
     private.entry = replace(private.entry, noise=0.0)
     corrected: list[Tensor] = []
     step = private.stepper(torch.optim.SGD([parameter], lr=1.0))

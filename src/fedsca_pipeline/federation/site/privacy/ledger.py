@@ -1,4 +1,4 @@
-"""What a site keeps for differential privacy, over all runs and for itself: a secret, and the ledger of its answers."""
+"""A site's privacy ledger: over all runs, the answers it gave, and the secret that its noise is drawn from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEY, LEDGER = "privacy.key", "privacy_ledger.json"
 class Entry:
     """One answer: ``steps`` of the Gaussian mechanism with ``noise`` times the clip norm, on units drawn at ``rate``.
 
-    ``start`` stands for all that decided the answer, the site's secret included: the same start is the same answer.
+    ``start`` identifies everything that decided the answer, including the site's secret: equal starts, equal answers.
     """
 
     run: str
@@ -34,20 +34,20 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Vault:
-    """One folder a site, which outlives every run.
+class PrivacyLedger:
+    """One folder per site, which stays when runs end.
 
-    ``bound``: what the site's owner allows over all runs; None: no more than each run's own.
+    ``bound`` is the limit that the site's owner sets over all runs; None: only each run's own limits apply.
     """
 
     folder: Path
     bound: PrivacyBound | None = None
 
     def entries(self) -> tuple[Entry, ...]:
-        """Return what the site has answered, oldest first.
+        """Return the site's answers, oldest first.
 
         Raises:
-            SiteError: the ledger is damaged.
+            SiteError: the ledger's file is damaged.
         """
         path = self.folder / LEDGER
         if not path.is_file():
@@ -56,19 +56,19 @@ class Vault:
             return _ENTRIES.validate_python(read_json(path))
         except (ValueError, ValidationError) as error:
             raise SiteError(
-                f"{path.name}: the site's ledger cannot be read ({type(error).__name__}); nobody knows what has been "
-                "given away, so restore it from a copy"
+                f"{path.name}: the site's privacy ledger cannot be read ({type(error).__name__}), so what the site has "
+                "spent is unknown; restore the file from a copy"
             ) from error
 
     def record(self, entry: Entry) -> None:
-        """Write an answer down before it is worked out; one that is there already is not written again."""
+        """Add an answer, before it is computed; one that is in the ledger is not added again."""
         entries = self.entries()
         if (after := with_entry(entries, entry)) != entries:
             self._open()
             write_json(self.folder / LEDGER, [asdict(one) for one in after])
 
     def keyed(self, start: str) -> str:
-        """Return 64 hex digits that stand for ``start`` and the site's secret: an answer with another one counts anew.
+        """Return 64 hex digits over ``start`` and the site's secret: with another secret an answer counts again.
 
         Raises:
             SiteError: the secret is damaged.
@@ -76,12 +76,12 @@ class Vault:
         return self._digest(start, "ledger").hex()
 
     def draws(self, start: str, purpose: str) -> np.random.Generator:
-        """Return a stream of randomness that nobody knows who does not have the site's secret; the same for the same.
+        """Return the random stream of ``start`` and ``purpose``, which only the site's secret reveals.
 
         Raises:
             SiteError: the secret is damaged.
         """
-        # torch's CPU generator keeps 32 bits of a seed, which anyone could try one after the other.
+        # torch's CPU generator uses 32 bits of a seed, few enough to try them all.
         return np.random.Generator(np.random.Philox(key=int.from_bytes(self._digest(start, purpose)[:16], "big")))
 
     def _digest(self, start: str, purpose: str) -> bytes:
@@ -89,10 +89,10 @@ class Vault:
         try:
             secret = read_or_create_secret(self.folder / KEY)
         except ValueError as error:
-            # The coordinator hears it, and has no business with the site's folders.
+            # The coordinator receives this message, so it names no folder of the site.
             raise SiteError(
-                f"{KEY}: the site's secret is damaged; restore it from a copy, or delete it: with another one the "
-                "rounds to come are other ones, and one that is answered again counts anew"
+                f"{KEY}: the site's secret is damaged; restore it from a copy, or delete it: a new secret changes the "
+                "rounds to come, and a round that is answered again counts again"
             ) from error
         return hmac.new(secret, f"{purpose}\0{start}".encode(), hashlib.sha256).digest()
 
@@ -102,7 +102,7 @@ class Vault:
 
 
 def with_entry(entries: Sequence[Entry], entry: Entry) -> tuple[Entry, ...]:
-    """Return the entries with one more, unless it is among them."""
+    """Return the entries with ``entry`` at the end, unless it is among them."""
     return tuple(entries) if entry in entries else (*entries, entry)
 
 

@@ -1,4 +1,7 @@
-"""Opacus' optimiser with the site's own noise. Imported where differential privacy is on, for Opacus takes seconds."""
+"""Opacus' optimiser with noise from the site's secret.
+
+It is imported only with differential privacy, because importing Opacus takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ import torch
 from opacus.optimizers import DPOptimizer
 
 
-class NoisyOptimizer(DPOptimizer):
-    """Cuts each unit's gradient, sums, adds Gaussian noise and divides by the expected number of units, as Opacus does.
+class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
+    """Clips each unit's gradient, sums, adds Gaussian noise and divides by the expected number of units, as Opacus.
 
-    The noise is drawn from ``draws`` instead of a torch generator, which keeps no more than 32 bits of its seed.
+    The noise comes from ``draws``, not from a torch generator, which uses only 32 bits of its seed.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, draws: np.random.Generator, **options: float) -> None:
@@ -19,13 +22,14 @@ class NoisyOptimizer(DPOptimizer):
 
     @property
     def params(self) -> list[torch.nn.Parameter]:
-        """What moves; a tensor whose rate is 0 would use up a part of the norm for nothing."""
+        """The parameters with a learning rate above 0; the others would only use up a part of the clip norm."""
         groups = (group for group in self.param_groups if group.get("initial_lr", group["lr"]) > 0)
         return [parameter for group in groups for parameter in group["params"]]
 
     def add_noise(self) -> None:
-        """Put the noised sum of the cut gradients into each parameter's ``grad``."""
+        """Set each parameter's ``grad`` to the noised sum of the clipped gradients."""
         scale = self.noise_multiplier * self.max_grad_norm
         for parameter in self.params:
             noise = self._draws.standard_normal(parameter.shape, dtype=np.float32) * np.float32(scale)
-            parameter.grad = parameter.summed_grad + torch.from_numpy(np.asarray(noise)).to(parameter.summed_grad)
+            summed: torch.Tensor = parameter.summed_grad  # type: ignore[attr-defined]
+            parameter.grad = summed + torch.from_numpy(np.asarray(noise)).to(summed)

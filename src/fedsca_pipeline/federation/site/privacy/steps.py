@@ -1,8 +1,8 @@
 """Differential privacy inside a site: DP-SGD over its patients, or images, with Opacus (docs/privacy.md).
 
-Abadi et al., *Deep Learning with Differential Privacy*, CCS 2016. Each step draws every unit with the same probability,
-cuts the gradient of each drawn one to a norm, adds Gaussian noise to the sum and divides by the expected number drawn.
-A unit is a subject of the site's training images, and gives one of its images, drawn anew in each step.
+Abadi et al., *Deep Learning with Differential Privacy*, CCS 2016, algorithm 1. Each step draws every unit with the same
+probability, clips each drawn unit's gradient to a norm, adds Gaussian noise to the sum and divides by the expected
+number of drawn units. A unit is a subject of the site's training images; each step uses one of its images, at random.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from fedsca_pipeline.errors import SiteError
 from fedsca_pipeline.federation.messages.manifest import PrivacyLevel, PrivacySpent
 from fedsca_pipeline.federation.site.batches import SiteBatches
 from fedsca_pipeline.federation.site.losses import SegmentationLoss
-from fedsca_pipeline.federation.site.privacy.ledger import Entry, Vault, with_entry
+from fedsca_pipeline.federation.site.privacy.ledger import Entry, PrivacyLedger, with_entry
+from fedsca_pipeline.federation.site.steps import Correction, Penalty, Step
 from fedsca_pipeline.model.batch import Batch
 
 logger = logging.getLogger(__name__)
@@ -38,16 +39,16 @@ _CHUNK = 64
 
 @dataclass(frozen=True)
 class Units:
-    """Whom the guarantee is for: the rows of each unit, and what the guarantee is called."""
+    """The units that the guarantee protects: the rows of each, and the guarantee's level."""
 
     rows: tuple[tuple[int, ...], ...]
     level: PrivacyLevel
 
     @classmethod
     def of(cls, data: Arrays) -> Units:
-        """Return the subjects of the training images.
+        """Return the subjects of the training images as units.
 
-        It is image-level where no subject has two image files, for then nobody may have said who is who.
+        The level is image-level if no subject has two image files: the site may then have named no patients.
         """
         rows: dict[str, list[int]] = defaultdict(list)
         images: dict[str, set[str]] = defaultdict(set)
@@ -59,25 +60,25 @@ class Units:
 
 
 def draw(units: Sequence[Sequence[int]], rate: float, draws: np.random.Generator) -> list[int]:
-    """Return the rows of one step: of each unit, with probability ``rate``, one of its rows. May be none."""
-    drawn = np.flatnonzero(draws.random(len(units)) < rate)
-    return [units[unit][draws.integers(len(units[unit]))] for unit in drawn]
+    """Return the rows of one step: each unit gives one of its rows with probability ``rate``. Can be empty."""
+    drawn = np.flatnonzero(draws.random(len(units)) < rate).tolist()
+    return [units[unit][int(draws.integers(len(units[unit])))] for unit in drawn]
 
 
 @cache
 def noise_multiplier(epsilon: float, delta: float, rate: float, steps: int) -> float:
-    """Return the least noise, in clip norms, whose ``steps`` cost at most ``epsilon`` at ``delta``: Opacus' answer."""
+    """Return the smallest noise, in clip norms, whose ``steps`` cost at most ``epsilon`` at ``delta``, from Opacus."""
     from opacus.accountants.utils import get_noise_multiplier
 
-    with _orders_as_they_are():
-        found = get_noise_multiplier(
+    with _default_orders():
+        noise = get_noise_multiplier(
             target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps, accountant="rdp"
         )
-    return float(found)
+    return float(noise)
 
 
 def epsilon_of(entries: Sequence[Entry], delta: float) -> float:
-    """Return the epsilon of all these answers together, by Opacus' Renyi accountant; 0 for none."""
+    """Return the epsilon of these answers together, by Opacus' Renyi accountant; 0 for no answer."""
     from opacus.accountants import RDPAccountant
 
     if not entries:
@@ -87,13 +88,13 @@ def epsilon_of(entries: Sequence[Entry], delta: float) -> float:
         steps[entry.noise, entry.rate] += entry.steps
     accountant = RDPAccountant()
     accountant.history = [(noise, rate, count) for (noise, rate), count in steps.items()]
-    with _orders_as_they_are():
+    with _default_orders():
         return float(accountant.get_epsilon(delta))
 
 
 @contextmanager
-def _orders_as_they_are() -> Iterator[None]:
-    """Without Opacus' warning that an order beyond the ones it tries might give a lower epsilon: its own is a bound."""
+def _default_orders() -> Iterator[None]:
+    """Silence Opacus' warning that an order outside its defaults might give a lower epsilon; its value is a bound."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Optimal order is the")
         yield
@@ -105,61 +106,62 @@ def data_digest(data: Arrays) -> str:
     rows = data.rows("train")
     for start in range(0, len(rows), _CHUNK):
         for part in data.batch(rows[start : start + _CHUNK]):
-            digest.update(np.ascontiguousarray(part))
+            digest.update(np.ascontiguousarray(part))  # type: ignore[arg-type]
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class RoundPlan:
+    """The size of a private round: ``steps`` of ``batch_size`` units on average; epsilon is spread over ``rounds``."""
+
+    site: str
+    run: str
+    round: int
+    steps: int
+    rounds: int
+    batch_size: int
+
+
 class PrivateSteps:
-    """The local steps of one site in one round, differentially private.
+    """The differentially private local steps of one site in one round.
 
     Args:
         config: with an epsilon.
         data: of the site.
-        vault: of the site.
-        place: all that decides the round but for data and noise: the same place is the same answer.
-        run: its name.
-        round_: of the run.
-        steps: of this round.
-        rounds: of the run; epsilon is spread over them.
-        batch_size: units expected in a step.
-        site: its name, for errors.
+        ledger: of the site.
+        plan: the round's size.
+        inputs: everything that decides the round's answer except data and noise: equal inputs give equal noise.
         device: of the model.
 
     Raises:
-        SiteError: the round would cost more than the run or the site's owner allows, or the vault is damaged.
+        SiteError: the round would cost more than the run or the site's owner allows, or the ledger is damaged.
     """
 
     def __init__(
         self,
         config: PrivacyConfig,
         data: Arrays,
-        vault: Vault,
-        place: Mapping[str, str],
-        *,
-        run: str,
-        round_: int,
-        steps: int,
-        rounds: int,
-        batch_size: int,
-        site: str,
+        ledger: PrivacyLedger,
+        plan: RoundPlan,
+        inputs: Mapping[str, str],
         device: torch.device,
     ) -> None:
         if config.epsilon is None:
-            raise ValueError("there is no privacy without an epsilon")
-        self._config, self._vault, self._site, self._device = config, vault, site, device
+            raise ValueError("differential privacy needs an epsilon")
+        self._config, self._ledger, self._site, self._device = config, ledger, plan.site, device
         self.units = Units.of(data)
-        self.rate = min(1.0, batch_size / len(self.units.rows))
-        noise = noise_multiplier(config.epsilon, config.delta, self.rate, rounds * steps)
-        start = hashlib.sha256(json.dumps([dict(place), data_digest(data)], sort_keys=True).encode()).hexdigest()
-        self.entry = Entry(run, round_, vault.keyed(start), steps, self.rate, noise)
-        self.epsilon = self._affordable()
-        self._sampling, self._noise = (vault.draws(start, purpose) for purpose in ("sampling", "noise"))
-        self.seed = int(vault.draws(start, "dropout").integers(2**32))
+        self.rate = min(1.0, plan.batch_size / len(self.units.rows))
+        noise = noise_multiplier(config.epsilon, config.delta, self.rate, plan.rounds * plan.steps)
+        start = hashlib.sha256(json.dumps([dict(inputs), data_digest(data)], sort_keys=True).encode()).hexdigest()
+        self.entry = Entry(plan.run, plan.round, ledger.keyed(start), plan.steps, self.rate, noise)
+        self.epsilon = self._affordable_epsilon()
+        self._sampling, self._noise = (ledger.draws(start, purpose) for purpose in ("sampling", "noise"))
+        self.seed = int(ledger.draws(start, "dropout").integers(2**32))
 
-    def _affordable(self) -> float:
-        """Return the epsilon of all that the site has answered, this round included, or refuse it."""
-        config, bound = self._config, self._vault.bound
-        entries = with_entry(self._vault.entries(), self.entry)
+    def _affordable_epsilon(self) -> float:
+        """Return the epsilon of all the site's answers, this round included; SiteError if it is above a limit."""
+        config, bound = self._config, self._ledger.bound
+        entries = with_entry(self._ledger.entries(), self.entry)
         total = epsilon_of(entries, config.delta)
         limits = [
             ("training.privacy.epsilon", config.epsilon, [e for e in entries if e.run == self.entry.run], config.delta),
@@ -175,13 +177,13 @@ class PrivateSteps:
         return total
 
     def batches(self, batches: SiteBatches) -> Iterator[Sequence[Batch]]:
-        """Yield, without end, the images of a step, each a batch of its own; often fewer or more, or none."""
+        """Yield the images of each step, one batch per image, without end; their number varies and can be 0."""
         while True:
             rows = draw(self.units.rows, self.rate, self._sampling)
             yield [batches.augmented(row, int(self._sampling.integers(2**32))) for row in rows]
 
-    def stepper(self, optimiser: torch.optim.Optimizer) -> Callable[..., None]:
-        """Return the step with an optimiser of gradients, which it hands noised ones."""
+    def stepper(self, optimiser: torch.optim.Optimizer) -> Step:
+        """Return the step that gives ``optimiser`` noised gradients; its loss stays private."""
         from fedsca_pipeline.federation.site.privacy.optimizer import NoisyOptimizer
 
         noisy = NoisyOptimizer(
@@ -196,30 +198,30 @@ class PrivateSteps:
             forward: Callable[[Batch], Tensor],
             images: Sequence[Batch],
             loss_of: SegmentationLoss,
-            penalty: Callable[[], Tensor | None],
-            correct: Callable[[], None],
+            penalty: Penalty,
+            correct: Correction,
         ) -> None:
             noisy.zero_grad(set_to_none=True)
             for image in images:
                 gradients = unit_gradient(forward, image.to(self._device), loss_of, noisy.params)
                 for parameter, gradient in zip(noisy.params, gradients, strict=True):
-                    parameter.grad_sample = gradient.unsqueeze(0)
+                    parameter.grad_sample = gradient.unsqueeze(0)  # type: ignore[attr-defined]
                 noisy.signal_skip_step()
                 noisy.pre_step()
                 noisy.zero_grad(set_to_none=True)
             for parameter in noisy.params:
-                parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)
+                parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)  # type: ignore[attr-defined]
             noisy.pre_step()
-            # What follows sees noised gradients only: it costs no privacy.
+            # From here on, only noised gradients are used, which costs no privacy.
             _add_gradient(penalty(), noisy.params)
             correct()
             optimiser.step()
 
         return step
 
-    def settle(self) -> PrivacySpent:
-        """Enter the round in the site's ledger, and return what to tell of it."""
-        self._vault.record(self.entry)
+    def record(self) -> PrivacySpent:
+        """Record the round in the site's privacy ledger, and return what the site has spent."""
+        self._ledger.record(self.entry)
         logger.info(
             "%s: %s epsilon %.2f at delta %g with round %d (noise multiplier %.3f)",
             self._site, self.units.level, self.epsilon, self._config.delta, self.entry.round, self.entry.noise,
@@ -230,20 +232,22 @@ class PrivateSteps:
 def unit_gradient(
     forward: Callable[[Batch], Tensor], image: Batch, loss_of: SegmentationLoss, parameters: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Return the gradient of one image's loss by each parameter; all zero where any value is not finite.
+    """Return the gradient of one image's loss by each parameter; all zeros if any value is not finite.
 
-    A pass an image: the decoder uses its tokens without calling a module, which Opacus' hooks cannot see.
+    One pass per image: the decoder uses its tokens without calling a module, so Opacus' hooks do not see them.
     """
     with autocast(image.inputs.device):
         logits = forward(image)
-    found = torch.autograd.grad(loss_of(logits, image.masks, image.valid), parameters, materialize_grads=True)
-    # One image that overflows would make everything NaN, and that would tell that it is there.
-    return list(found) if all(gradient.isfinite().all() for gradient in found) else [torch.zeros_like(g) for g in found]
+    gradients = torch.autograd.grad(loss_of(logits, image.masks, image.valid), parameters, materialize_grads=True)
+    # An image that overflows would make the whole sum NaN, and so reveal that it is there.
+    if all(gradient.isfinite().all() for gradient in gradients):
+        return list(gradients)
+    return [torch.zeros_like(gradient) for gradient in gradients]
 
 
 def _add_gradient(penalty: Tensor | None, parameters: Sequence[Tensor]) -> None:
     if penalty is None:
         return
-    found = torch.autograd.grad(penalty, parameters, materialize_grads=True)
-    for parameter, gradient in zip(parameters, found, strict=True):
-        parameter.grad += gradient
+    gradients = torch.autograd.grad(penalty, parameters, materialize_grads=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad += gradient  # type: ignore[operator]
