@@ -119,13 +119,13 @@ def _model(adapters: AdaptersConfig | None, classes: int = 1, head: str = "sigmo
 
 @pytest.fixture
 def make_layout() -> Callable[..., TensorLayout]:
-    """Return the layout of a fresh model; of a worker's own nothing can be told once its strategy has frozen some."""
+    """Return the layout of a fresh model; a worker's own model may have frozen tensors."""
     return lambda adapters=None: tensor_layout(_model(adapters))
 
 
 @dataclass
 class Federation:
-    """One run in this process: what was said in it, and what it left."""
+    """One run in this process: its messages, and what it stored."""
 
     worker: LocalWorker
     layout: TensorLayout
@@ -154,11 +154,11 @@ class Federation:
         return CheckpointFolder(self.folder / "server").latest()
 
     def last(self, site: str) -> dict[str, torch.Tensor]:
-        """The tensors of the model that the site was last judged by."""
+        """Return the tensors of the site's last validated model."""
         return self.store(site).snapshot("last").tensors
 
     def bits(self) -> dict[str, torch.Tensor]:
-        """All that a run may differ in."""
+        """Return all tensors of the run: messages, last models and the checkpoint."""
         said = {
             f"{kind}/{place}/{name}": tensor
             for kind, messages in (("sent", self.sent), ("replies", self.replies))
@@ -172,9 +172,10 @@ class Federation:
 
 @pytest.fixture
 def federate(make_worker, make_layout, make_site, tmp_path: Path) -> Callable[..., Federation]:
-    """Run a whole federation of tiny sites in this process, or go on with that of ``folder``.
+    """Return a function that runs a federation of tiny sites in this process, or resumes that of ``folder``.
 
-    Sites do no work in rounds where they are ``absent``; in those where they are ``lost`` they do, and no answer comes.
+    Sites do no work in the rounds in which they are ``absent``; in those in which they are ``lost`` they work, and
+    their answer does not arrive.
     Other keywords are ``make_worker``'s.
     """
 

@@ -1,4 +1,4 @@
-"""What workers are forked from: its allocator, and that nothing of it stays in this process."""
+"""The fork server: its allocator settings, and that this process stays unchanged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedsca_pipeline.federation.fleets import forkserver
 
 
 @pytest.mark.skipif(forkserver.METHOD != "forkserver", reason="workers are not forked here")
-def test_workers_keep_their_memory_and_know_no_ctrl_c_and_this_process_is_as_it_was() -> None:
+def test_workers_reuse_memory_and_ignore_ctrl_c_and_this_process_is_unchanged() -> None:
     before = dict(os.environ)
 
     forkserver.start()

@@ -45,7 +45,7 @@ def sources(write_site) -> dict[str, Any]:
 
 @pytest.fixture
 def here(make_worker, sources, tmp_path: Path) -> Callable[..., LocalSites]:
-    """Make the sites of this machine, on a fresh model, with states in a folder."""
+    """Return a function that makes local sites with a fresh model and their states in a folder."""
 
     def make(folder: str = "states", device: str = "cpu", **options: Any) -> LocalSites:
         worker = make_worker(**options)
@@ -65,7 +65,7 @@ def here(make_worker, sources, tmp_path: Path) -> Callable[..., LocalSites]:
 
 @pytest.fixture
 def opened() -> Iterator[Callable[..., Fleet]]:
-    """Open fleets that are closed after the test."""
+    """Return a function that opens a fleet, which is closed after the test."""
     with ExitStack() as stack:
 
         def open_(sites: LocalSites, on_step=ignore_step, **config: Any) -> Fleet:
@@ -80,7 +80,7 @@ def start_values(sites: LocalSites) -> dict[str, torch.Tensor]:
 
 
 def payloads(sites: LocalSites, names=SITES, *, value: float | None = None, addressed: str = "") -> dict[str, bytes]:
-    """First-round messages: start values, or ``value`` everywhere; ``addressed`` to another site where it is given."""
+    """Return first-round messages of start values, or of ``value`` everywhere; ``addressed`` names another site."""
     start = start_values(sites)
     shared = {name: start[name] for name in sites.strategy.shared()}
     if value is not None:
@@ -117,7 +117,7 @@ def tensors(answer: bytes | Failure) -> dict[str, torch.Tensor]:
     ],
     ids=lambda adapters: adapters.method,
 )
-def test_a_run_is_the_same_bits_in_one_process_and_in_several(here, opened, tmp_path: Path, adapters) -> None:
+def test_a_run_gives_the_same_bits_in_one_process_and_in_several(here, opened, tmp_path: Path, adapters) -> None:
     results = []
     for name in sorted(FLEETS.keys() - {"flower"}):
         sites = here(name, adapters=adapters)
@@ -142,7 +142,7 @@ def test_a_run_is_the_same_bits_in_one_process_and_in_several(here, opened, tmp_
     assert files == other_files
 
 
-def test_the_foundation_is_in_memory_once_and_stays_as_it_was(here, opened) -> None:
+def test_the_foundation_is_in_memory_once_and_does_not_change(here, opened) -> None:
     sites = here()
     fleet = opened(sites)
     before = {name: tensor.clone() for name, tensor in sites.model.named_parameters()}
@@ -255,11 +255,11 @@ def test_any_other_error_is_raised_here_and_names_the_site(here, opened, tmp_pat
     assert "In b, round 1:" in raised.value.__notes__[0]
 
 
-def test_leaving_the_fleet_ends_its_workers_at_once_though_they_are_at_work(here) -> None:
+def test_leaving_the_fleet_ends_its_workers_at_once_even_at_work(here) -> None:
     sites = here(local_epochs=100)
 
     class Interrupted(BaseException):
-        """As Ctrl-C would."""
+        """Stands for Ctrl-C."""
 
     def interrupt(*_: object) -> None:
         raise Interrupted
@@ -271,7 +271,7 @@ def test_leaving_the_fleet_ends_its_workers_at_once_though_they_are_at_work(here
     assert workers() == set()
 
 
-def test_no_data_is_open_that_nobody_works_on(here, sources) -> None:
+def test_only_data_in_use_is_open(here, sources) -> None:
     data = SiteData(sources)
 
     def mapped() -> str:
@@ -287,7 +287,7 @@ def test_no_data_is_open_that_nobody_works_on(here, sources) -> None:
     assert path not in mapped()
 
 
-def test_a_device_that_is_not_there_is_named(here, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_does_not_exist_is_named(here, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="numbers CUDA devices, but this run is on cpu"):
         open_fleet(FederationConfig(**PROCESSES, devices=[1]), here(), ignore_step)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

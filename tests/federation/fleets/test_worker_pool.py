@@ -30,7 +30,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """A task that says itself what is to be done."""
+    """A task that holds the function to call."""
 
     name: str
     do: Callable[..., Any]
@@ -54,7 +54,7 @@ def start(equipment: str, place: str) -> Iterator[Work[Job, Any]]:
 
 
 def equipped() -> None:
-    """Stands for the answer that ``start`` gives itself."""
+    """Stands for the answer that ``start`` itself gives."""
 
 
 def double(report: Report, number: int) -> int:
@@ -77,7 +77,7 @@ def warn(report: Report, words: str) -> None:
 
 
 def meet(report: Report, mine: Path, other: Path) -> None:
-    """End only where another worker is at work, too."""
+    """End only if another worker is at work too."""
     mine.touch()
     while not other.exists():
         time.sleep(0.005)
@@ -110,7 +110,7 @@ def report_lambda(report: Report) -> None:
 
 
 class TwoArgumentsError(Exception):
-    """Cannot be unpickled: it hands one argument on and wants two."""
+    """Cannot be unpickled: it passes on one argument and needs two."""
 
     def __init__(self, first: str, second: str) -> None:
         super().__init__(f"{first} and {second}")
@@ -143,12 +143,12 @@ def test_every_task_is_answered_whatever_the_number_of_workers() -> None:
             assert outcomes(opened) == {}
 
 
-def test_a_worker_has_its_equipment_and_its_place() -> None:
+def test_a_worker_has_the_equipment_and_its_own_settings() -> None:
     with pool(["north"]) as opened:
         assert outcomes(opened, Job("equipped", equipped)) == {"equipped": ("equipment", "north")}
 
 
-def test_tasks_are_worked_on_at_once_and_answers_come_as_they_end(tmp_path: Path) -> None:
+def test_tasks_run_at_the_same_time_and_answers_come_as_they_end(tmp_path: Path) -> None:
     first, second, end = tmp_path / "first", tmp_path / "second", tmp_path / "end"
     jobs = [Job("waits", meet, (first, end)), Job("meets", meet, (second, first)), Job("ends", meet, (end, first))]
 
@@ -156,7 +156,7 @@ def test_tasks_are_worked_on_at_once_and_answers_come_as_they_end(tmp_path: Path
         assert [job.name for job, _ in opened.run(jobs)] in (["meets", "ends", "waits"], ["meets", "waits", "ends"])
 
 
-def test_a_task_is_asked_for_when_a_worker_is_free_and_may_depend_on_the_answers() -> None:
+def test_a_task_is_requested_when_a_worker_is_free_and_can_depend_on_the_answers() -> None:
     answers = [1]
 
     def until_100() -> Iterator[Job]:
@@ -170,7 +170,7 @@ def test_a_task_is_asked_for_when_a_worker_is_free_and_may_depend_on_the_answers
     assert answers == [1, 2, 4, 8, 16, 32, 64, 128]
 
 
-def test_no_more_tasks_are_asked_for_than_workers_are_free() -> None:
+def test_no_more_tasks_are_requested_than_workers_are_free() -> None:
     asked: list[int] = []
     jobs = (asked.append(number) or Job(f"double {number}", double, (number,)) for number in range(9))
 
@@ -182,25 +182,25 @@ def test_no_more_tasks_are_asked_for_than_workers_are_free() -> None:
 
 
 def test_a_task_whose_worker_dies_is_tried_once_more_before_any_other(tmp_path: Path, caplog) -> None:
-    told: list[str] = []
+    dead: list[str] = []
     jobs = [Job("first", process), Job("dies", die, (tmp_path, 1)), Job("last", process)]
 
-    with pool(on_death=lambda job: told.append(job.name)) as opened:
+    with pool(on_death=lambda job: dead.append(job.name)) as opened:
         answered = {job.name: outcome for job, outcome in opened.run(jobs)}
         assert workers() == {answered["last"]}
 
     assert list(answered) == ["first", "dies", "last"]
     assert answered["dies"] == "attempt 2"
     assert answered["first"] != answered["last"]
-    assert told == ["dies"]
+    assert dead == ["dies"]
     assert "dies: its worker died (exit code 7); it is tried once more" in caplog.text
 
 
 def test_a_task_whose_worker_dies_twice_is_lost_and_the_others_are_not(tmp_path: Path) -> None:
-    told: list[str] = []
+    dead: list[str] = []
     jobs = [Job("dies", die, (tmp_path, 9)), *(Job(f"double {number}", double, (number,)) for number in range(3))]
 
-    with pool(2, on_death=lambda job: told.append(job.name)) as opened:
+    with pool(2, on_death=lambda job: dead.append(job.name)) as opened:
         answered = outcomes(opened, *jobs)
         assert len(workers()) == 2
 
@@ -210,11 +210,11 @@ def test_a_task_whose_worker_dies_twice_is_lost_and_the_others_are_not(tmp_path:
         "double 1": 2,
         "double 2": 4,
     }
-    assert told == ["dies", "dies"]
+    assert dead == ["dies", "dies"]
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_task_that_raises_is_an_outcome_and_its_worker_goes_on() -> None:
+def test_a_task_that_raises_is_an_outcome_and_its_worker_continues() -> None:
     jobs = [Job("before", process), Job("bad", fail, (OSError, 2, "gone")), Job("after", process)]
 
     with pool() as opened:
@@ -228,7 +228,7 @@ def test_a_task_that_raises_is_an_outcome_and_its_worker_goes_on() -> None:
 
 
 @pytest.mark.parametrize("kind", [EOFError, BrokenPipeError, ConnectionResetError])
-def test_an_error_of_a_task_s_own_pipes_is_not_taken_for_the_end_of_the_worker(kind: type[Exception]) -> None:
+def test_an_error_of_a_task_s_own_pipes_does_not_end_the_worker(kind: type[Exception]) -> None:
     with pool() as opened:
         answered = outcomes(opened, Job("bad", fail, (kind, "mine")), Job("good", double, (1,)))
 
@@ -237,7 +237,7 @@ def test_an_error_of_a_task_s_own_pipes_is_not_taken_for_the_end_of_the_worker(k
     assert answered["good"] == 2
 
 
-def test_what_cannot_travel_is_an_error_of_its_task() -> None:
+def test_a_value_that_cannot_be_pickled_is_an_error_of_its_task() -> None:
     with pool() as opened:
         answered = outcomes(
             opened,
@@ -265,7 +265,7 @@ def test_reports_arrive_in_order_and_before_the_answer() -> None:
     assert heard == [0, 1, 2, ("three", "counted"), 0, 1, ("two", "counted")]
 
 
-def test_workers_log_here(caplog) -> None:
+def test_workers_log_through_this_process(caplog) -> None:
     caplog.set_level(logging.INFO)
 
     with pool() as opened:
@@ -274,19 +274,19 @@ def test_workers_log_here(caplog) -> None:
     assert [record.message for record in caplog.records if record.name == "a.worker"] == ["take care"]
 
 
-def test_what_a_worker_s_start_raises_is_raised_here() -> None:
+def test_an_error_of_a_worker_s_start_is_raised_here() -> None:
     with pytest.raises(ValueError, match="no equipment here") as raised, pool(["raises"]) as opened:
         outcomes(opened, Job("never", process))
 
     assert raised.value.__notes__[0].startswith("In a worker's start:\nTraceback")
 
 
-def test_a_task_is_lost_where_no_worker_survives_its_start() -> None:
+def test_a_task_is_lost_if_no_worker_survives_its_start() -> None:
     with pool(["dies"]) as opened:
         assert outcomes(opened, Job("never", process)) == {"never": Died("its worker died twice (exit code 3)")}
 
 
-def test_workers_live_from_run_to_run_and_end_with_the_pool() -> None:
+def test_workers_stay_between_runs_and_end_with_the_pool() -> None:
     with pool(2) as opened:
         running = workers()
         assert len(running) == 2
@@ -296,9 +296,9 @@ def test_workers_live_from_run_to_run_and_end_with_the_pool() -> None:
     assert workers() == set()
 
 
-def test_workers_end_though_they_are_at_work_when_an_error_leaves_the_pool() -> None:
+def test_workers_end_even_at_work_when_an_error_leaves_the_pool() -> None:
     class Interrupted(BaseException):
-        """As Ctrl-C would."""
+        """Stands for Ctrl-C."""
 
         @classmethod
         def now(cls, _: object) -> Self:
@@ -310,17 +310,17 @@ def test_workers_end_though_they_are_at_work_when_an_error_leaves_the_pool() -> 
     assert workers() == set()
 
 
-def test_a_worker_that_a_run_left_at_work_is_replaced_in_the_next() -> None:
-    told: list[str] = []
+def test_a_worker_that_is_busy_with_an_earlier_run_is_replaced() -> None:
+    dead: list[str] = []
 
-    with pool(2, on_death=lambda job: told.append(job.name)) as opened:
+    with pool(2, on_death=lambda job: dead.append(job.name)) as opened:
         for job, _ in opened.run([Job("holds", hold), Job("ends", process)]):
             assert job.name == "ends"
             break
         answered = outcomes(opened, *(Job(str(number), double, (number,)) for number in range(4)))
 
     assert answered == {"0": 0, "1": 2, "2": 4, "3": 6}
-    assert told == ["holds"]
+    assert dead == ["holds"]
 
 
 def alive(pid: int) -> bool:

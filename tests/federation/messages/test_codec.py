@@ -1,4 +1,4 @@
-"""Wire messages: round trips, everything malformed, and what check() says."""
+"""Messages: round trips, malformed messages, and the faults that check() names."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class TestRoundTrip:
                 bound = tensor.abs().max().double() / 127 * 0.5001 + 1e-35
                 assert (message.tensors[name].double() - tensor.double()).abs().max() <= bound
 
-    def test_int8_takes_whole_multiples_of_the_scale_as_they_are_and_zeros_as_zeros(self):
+    def test_int8_returns_multiples_of_the_scale_and_zeros_exactly(self):
         tensors = {"a": torch.tensor([-127.0, 3.0, 127.0]), "b": torch.zeros(2)}
 
         assert_same(decode(encode(replace(MANIFEST, dtype="int8"), tensors)).tensors, tensors)
@@ -87,7 +87,7 @@ class TestRoundTrip:
 
         assert long - short == pytest.approx(80_000 * values, abs=16)
 
-    def test_no_tensors_at_all_is_a_message(self):
+    def test_a_message_can_have_no_tensors(self):
         assert decode(encode(MANIFEST, {})).tensors == {}
 
     def test_the_bytes_do_not_depend_on_the_order_of_the_tensors(self):
@@ -95,7 +95,7 @@ class TestRoundTrip:
 
         assert encode(MANIFEST, {"a": a, "b": b}) == encode(MANIFEST, {"b": b, "a": a})
 
-    def test_views_of_one_vector_parameters_and_transposes_travel(self):
+    def test_views_parameters_and_transposes_can_be_sent(self):
         vector = torch.arange(6.0)
         tensors = {"a": vector[:2], "b": vector[2:], "c": vector.reshape(2, 3).T, "d": torch.nn.Parameter(vector)}
 
@@ -105,7 +105,7 @@ class TestRoundTrip:
         assert decoded["b"].tolist() == [2, 3, 4, 5]
         assert decoded["d"].tolist() == vector.tolist()
 
-    def test_nan_travels_in_floats_so_that_the_server_can_say_who_sent_it(self):
+    def test_nan_can_be_sent_in_floats_so_that_the_server_can_name_the_sender(self):
         sent = {"x": torch.tensor([torch.nan, 1.0])}
 
         assert decode(encode(replace(MANIFEST, dtype="fp16"), sent)).tensors["x"].isnan().tolist() == [True, False]
@@ -113,7 +113,7 @@ class TestRoundTrip:
 
 class TestCompression:
     @given(tensors_of(**wide(65504)), st.sampled_from(["fp32", "fp16", "int8"]))
-    def test_what_arrives_is_the_same_either_way_and_so_are_the_bytes_sent_twice(self, tensors, dtype):
+    def test_compression_changes_no_value_and_gives_the_same_bytes_twice(self, tensors, dtype):
         manifest = replace(MANIFEST, dtype=dtype)
 
         plain, packed = decode(encode(manifest, tensors, "none")), decode(encode(manifest, tensors, "zstd"))
@@ -122,7 +122,7 @@ class TestCompression:
         assert_same(packed.tensors, plain.tensors)
         assert encode(manifest, tensors, "zstd") == encode(manifest, dict(reversed(tensors.items())), "zstd")
 
-    def test_zeros_and_the_header_cost_next_to_nothing(self):
+    def test_zeros_and_the_header_compress_to_almost_nothing(self):
         tensors = {f"encoder.layers.{index}.adapter.weight": torch.zeros(1000) for index in range(20)}
 
         assert len(encode(MANIFEST, tensors, "zstd")) < len(encode(MANIFEST, tensors, "none")) / 50
@@ -135,7 +135,7 @@ class TestCompression:
             decode(whole[: data.draw(st.integers(0, len(whole) - 1))])
 
     @given(st.binary(max_size=200))
-    def test_garbage_after_the_mark_of_a_frame_is_refused(self, garbage):
+    def test_garbage_after_a_frame_s_header_is_refused(self, garbage):
         with pytest.raises(MessageError):
             decode(zstandard.FRAME_HEADER + garbage)
 
@@ -161,14 +161,14 @@ class TestCompression:
 
         assert peak < 2**20
 
-    def test_a_frame_that_does_not_say_its_size_is_refused(self):
+    def test_a_frame_that_does_not_state_its_size_is_refused(self):
         silent = zstandard.ZstdCompressor(write_content_size=False).compress(encode(MANIFEST, {}))
 
         with pytest.raises(MessageError, match="does not state its decompressed size"):
             decode(silent)
 
     @pytest.mark.parametrize("claimed", [1_000, 60_000])
-    def test_a_frame_that_lies_about_its_size_is_refused(self, claimed):
+    def test_a_frame_that_states_a_wrong_size_is_refused(self, claimed):
         frame = bytearray(zstandard.compress(np.random.default_rng(0).bytes(10_000)))
         # Bytes 5 and 6 hold the size, less 256, of a frame of this size.
         assert zstandard.frame_content_size(bytes(frame)) == int.from_bytes(frame[5:7], "little") + 256
@@ -177,7 +177,7 @@ class TestCompression:
         with pytest.raises(MessageError, match="cannot be decompressed"):
             decode(bytes(frame))
 
-    def test_what_follows_the_frame_is_refused(self):
+    def test_bytes_after_the_frame_are_refused(self):
         with pytest.raises(MessageError, match="cannot be decompressed"):
             decode(encode(MANIFEST, {}, "zstd") + b"more")
 
@@ -198,7 +198,7 @@ class TestMostBytes:
 
         assert len(encode(manifest, tensors)) <= most_bytes(shapes)
 
-    def test_names_as_long_as_a_deep_models_fit(self):
+    def test_the_long_names_of_a_deep_model_fit(self):
         tensors = {f"encoder.{'base_model.model.' * 12}{index}": torch.zeros(0) for index in range(1000)}
 
         assert len(encode(replace(MANIFEST, dtype="int8"), tensors)) <= most_bytes(dict.fromkeys(tensors, (0,)))
@@ -241,7 +241,7 @@ class TestMalformed:
             decode(save({"x": torch.ones(1)}, metadata=metadata))
 
     @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100_000, '{"kind": "update"}'])
-    def test_a_manifest_that_is_not_one_is_refused(self, text):
+    def test_a_malformed_manifest_is_refused(self, text):
         with pytest.raises(MessageError, match="manifest"):
             decode(save({}, metadata={"manifest": text}))
 
@@ -280,7 +280,7 @@ class TestMalformed:
     @pytest.mark.parametrize(
         "scale", [torch.tensor(-1.0), torch.tensor(torch.nan), torch.tensor(torch.inf), torch.ones(2)]
     )
-    def test_a_senseless_scale_is_refused(self, scale):
+    def test_an_invalid_scale_is_refused(self, scale):
         with pytest.raises(MessageError, match="x: its int8 scale"):
             decode(blob({"x": torch.ones(2, dtype=torch.int8), "x::scale": scale}, dtype="int8"))
 
@@ -303,7 +303,7 @@ class TestCheck:
     }
     tensors: ClassVar = {"x": torch.zeros(2, 3)}
 
-    def test_what_was_expected_passes(self):
+    def test_an_expected_message_passes(self):
         message = decode(encode(MANIFEST, self.tensors))
 
         check(message, **self.expected)
@@ -325,7 +325,7 @@ class TestCheck:
         with pytest.raises(MessageError, match=said):
             check(Message(replace(MANIFEST, **manifest), self.tensors), **self.expected)
 
-    def test_a_count_that_is_known_must_be_that(self):
+    def test_a_known_sample_count_must_match(self):
         check(Message(MANIFEST, self.tensors), **self.expected, samples=MANIFEST.samples)
         with pytest.raises(MessageError, match=f"sample count is {MANIFEST.samples}, expected 7000"):
             check(Message(MANIFEST, self.tensors), **self.expected, samples=7000)
@@ -347,7 +347,7 @@ class TestCheck:
 
         check(message, **{**self.expected, "kind": "aggregate"})
 
-    def test_all_that_differs_is_said_at_once(self):
+    def test_all_differences_are_named_at_once(self):
         with pytest.raises(MessageError, match=r"round is 9.*missing tensors"):
             check(Message(replace(MANIFEST, round=9), {}), **self.expected)
 
@@ -374,7 +374,7 @@ class TestHash:
     def test_values_shapes_and_names_all_count(self, other):
         assert hash_tensors({"a": torch.zeros(2, 3), "b": torch.zeros(2)}) != hash_tensors(other)
 
-    def test_what_survives_the_wire_keeps_its_hash(self):
+    def test_a_decoded_tensor_has_the_hash_of_what_was_sent(self):
         sent = {"a": torch.randn(3, 4), "b": torch.randn(5)}
         base = as_decoded(sent, "fp16")
 
@@ -426,7 +426,7 @@ class TestTensorLayout:
         assert self.layout.size(()) == 0
 
 
-def test_what_a_site_says_of_its_privacy_travels() -> None:
+def test_a_message_holds_the_privacy_that_a_site_has_spent() -> None:
     said = PrivacySpent("patient-level", epsilon=2.5, delta=1e-5, noise_multiplier=1.25)
     manifest = replace(MANIFEST, privacy=said)
 
@@ -435,7 +435,7 @@ def test_what_a_site_says_of_its_privacy_travels() -> None:
 
 
 @pytest.mark.parametrize("change", [{"level": "site-level"}, {"epsilon": "2"}, {"epsilon": math.inf}, {"more": 1}])
-def test_privacy_of_another_form_is_refused(change: dict) -> None:
+def test_a_malformed_privacy_field_is_refused(change: dict) -> None:
     said = {"level": "image-level", "epsilon": 2.5, "delta": 1e-5, "noise_multiplier": 1.0} | change
     values = MANIFEST.as_json() | {"privacy": said}
     blob = save({}, metadata={"manifest": json.dumps(values)})

@@ -1,4 +1,4 @@
-"""The server's large arrays: where they lie, and that it makes no difference."""
+"""The server's large arrays, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ONE_ARRAY = SITES * VALUES * 4 / 2**30
 
 @pytest.fixture
 def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of the arrays that were put on disk."""
+    """Shapes of the arrays on disk."""
     shapes = []
 
     def noted(folder, shape):
@@ -28,7 +28,7 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(("fit", "files"), [(0, 3), (0.9, 3), (1, 2), (2.5, 1), (3, 0)])
-def test_only_what_fits_lies_in_memory(fit: float, files: int, on_disk, tmp_path: Path) -> None:
+def test_arrays_that_do_not_fit_in_memory_go_to_disk(fit: float, files: int, on_disk, tmp_path: Path) -> None:
     taken = RoundMemory.within(fit * ONE_ARRAY, tmp_path, SITES, VALUES)
 
     assert on_disk == [(SITES, VALUES)] * files
@@ -44,7 +44,7 @@ def test_a_mapped_array_leaves_no_file_behind(tmp_path: Path) -> None:
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_where_nothing_is_shared_nothing_is_taken(on_disk, tmp_path: Path) -> None:
+def test_no_memory_is_allocated_if_no_tensor_is_shared(on_disk, tmp_path: Path) -> None:
     assert RoundMemory.within(0.0, tmp_path, SITES, 0).updates.shape == (SITES, 0)
     assert on_disk == []
 

@@ -33,7 +33,7 @@ def checkpoint(round_: int) -> Checkpoint:
 
 
 def saved(folder: Path, *rounds: int) -> CheckpointFolder:
-    """A folder into which these rounds were saved, one after the other."""
+    """Return a folder in which these rounds were saved, one after the other."""
     found = CheckpointFolder(folder)
     for round_ in rounds:
         found.save(checkpoint(round_), record(round_))
@@ -49,7 +49,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     assert found.state.memory.isnan().all()
 
 
-def test_what_save_returns_is_what_was_stored_and_shares_no_memory_with_what_was_given(tmp_path: Path) -> None:
+def test_save_returns_the_stored_checkpoint_in_memory_of_its_own(tmp_path: Path) -> None:
     given = checkpoint(3)
 
     kept = CheckpointFolder(tmp_path).save(given, record(3))
@@ -66,7 +66,7 @@ def test_writing_to_a_loaded_checkpoint_does_not_change_its_file(tmp_path: Path)
     assert torch.equal(folder.latest().aggregates, checkpoint(3).aggregates)
 
 
-def test_the_same_checkpoint_is_the_same_bytes(tmp_path: Path) -> None:
+def test_equal_checkpoints_are_equal_bytes(tmp_path: Path) -> None:
     for name in ("first", "second"):
         saved(tmp_path / name, 3)
 
@@ -97,7 +97,7 @@ def test_the_record_of_every_round_stays(tmp_path: Path) -> None:
     assert list(folder.records(0)) == []
 
 
-def test_of_a_round_whose_checkpoint_is_not_there_the_record_does_not_count(tmp_path: Path, monkeypatch) -> None:
+def test_a_record_without_its_checkpoint_is_ignored(tmp_path: Path, monkeypatch) -> None:
     folder = saved(tmp_path, 1, 2)
     monkeypatch.setattr("fedsca_pipeline.federation.server.checkpoint.write_tensors", killed)
 
@@ -116,8 +116,8 @@ def killed(*_: object) -> None:
 @pytest.mark.parametrize(
     ("round_", "cure"),
     [
-        (2, r"Put back a copy .*or start anew with --params=force=true"),
-        (3, r"Delete .*round_00003\.safetensors to go on"),
+        (2, r"Restore a copy .*or restart with --params=force=true"),
+        (3, r"Delete .*round_00003\.safetensors to resume"),
     ],
 )
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text('{"round": ')], ids=["gone", "cut"])
@@ -129,14 +129,14 @@ def test_a_damaged_record_is_named_with_the_cure(tmp_path: Path, round_: int, cu
         list(folder.records(3))
 
 
-def test_only_the_last_two_rounds_stay(tmp_path: Path) -> None:
+def test_only_the_last_two_checkpoints_stay(tmp_path: Path) -> None:
     saved(tmp_path, *range(1, 5))
 
     found = sorted(path.name for path in tmp_path.glob("*.*"))
     assert found == ["round_00003.safetensors", "round_00004.safetensors"]
 
 
-def test_there_is_none_at_first(tmp_path: Path) -> None:
+def test_a_new_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert CheckpointFolder(tmp_path / "missing").latest() is None
 
 
@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_is_named_with_the_cure(tmp_path: Path) -> None:
     damaged = tmp_path / "round_00004.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:100])
 
-    with pytest.raises(ResumeError, match=r"round_00004.*Delete it to go on from the round before"):
+    with pytest.raises(ResumeError, match=r"round_00004.*Delete it to resume from the previous round"):
         folder.latest()
 
     damaged.unlink()

@@ -31,7 +31,7 @@ DIRECTIONS = {
 
 
 class FakeFleet:
-    """Sites that step in a fixed direction from what they hold, without a model; faults can be scripted."""
+    """Sites without a model whose updates have a fixed direction; faults can be scripted."""
 
     def __init__(self, faults: Mapping[tuple[str, int], Callable[[Message], bytes | Failure]] | None = None) -> None:
         self.faults = faults or {}
@@ -109,7 +109,7 @@ def test_bytes_are_those_of_the_serialised_messages(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wire_dtype", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("participation", [1.0, 0.6])
-def test_a_run_broken_off_after_any_round_ends_in_the_same_state(
+def test_a_run_stopped_after_any_round_and_resumed_ends_in_the_same_state(
     wire_dtype: str, participation: float, tmp_path: Path
 ) -> None:
     config = {"wire_dtype": wire_dtype, "participation": participation, "rounds": 5}
@@ -148,7 +148,7 @@ def test_sites_hold_exactly_what_the_server_believes_they_hold(tmp_path: Path) -
     latest = CheckpointFolder(tmp_path).latest()
     assert latest.round == 5
     assert all(message.manifest.relative == (round_ > 1) for round_, _, message in fleet.received)
-    # The checkpoint of the last training round knows what was decoded in it; `final` added one more difference.
+    # The checkpoint holds the bases of the last training round; the final round sent one more difference.
     final = {site: message.tensors["low"] for round_, site, message in fleet.received if round_ == 5}
     for index, site in enumerate(SITES):
         assert torch.equal(latest.bases[index] + final[site], fleet.held[site]["low"])
@@ -163,7 +163,7 @@ def test_int8_differences_stay_close_to_full_precision(tmp_path: Path) -> None:
     torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02)
 
 
-def test_a_failed_site_counts_as_absent_and_the_others_result_is_as_if_it_had_not_been_there(tmp_path: Path) -> None:
+def test_a_failed_site_counts_as_absent(tmp_path: Path) -> None:
     faults = {("c", 2): lambda reply: Failure("power cut")}
 
     records = list(server(FakeFleet(faults), tmp_path).rounds())
@@ -204,7 +204,7 @@ def test_a_broken_reply_is_rejected_and_changes_nothing_for_the_others(fault: st
 @pytest.mark.parametrize(
     ("strategy", "wire_dtype"), [("fedsca", "int8"), ("fedsca", "fp16"), ("scaffold", "fp32"), ("ditto", "fp16")]
 )
-def test_a_round_whose_answer_is_lost_leaves_nothing_anywhere_not_even_at_its_site(
+def test_a_lost_answer_leaves_no_trace_at_the_server_or_its_site(
     strategy: str, wire_dtype: str, federate, make_site
 ) -> None:
     data = {name: make_site(name, seed) for seed, name in enumerate(SITES)}
@@ -221,9 +221,7 @@ def test_a_round_whose_answer_is_lost_leaves_nothing_anywhere_not_even_at_its_si
             assert same(one, other)
 
 
-def test_a_run_taken_up_from_an_older_checkpoint_knows_nothing_of_what_came_after(
-    federate, make_site, tmp_path: Path
-) -> None:
+def test_a_run_resumed_from_an_older_checkpoint_ignores_later_rounds(federate, make_site, tmp_path: Path) -> None:
     data = {name: make_site(name, seed) for seed, name in enumerate(SITES)}
     expected = federate("fedsca", rounds=5, data=data, absent={"c": [3, 4]})
     first = federate("fedsca", rounds=2, data=data)
@@ -246,7 +244,7 @@ def test_a_run_taken_up_from_an_older_checkpoint_knows_nothing_of_what_came_afte
 
 @pytest.mark.parametrize("writer", ["write_bytes", "write_tensors"])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_run_killed_before_or_after_the_record_of_a_round_ends_as_an_unbroken_one(
+def test_a_run_killed_before_or_after_a_record_and_resumed_ends_in_the_same_state(
     federate, make_site, monkeypatch, writer: str, count: int
 ) -> None:
     data = {name: make_site(name, seed) for seed, name in enumerate(SITES)}
@@ -275,7 +273,7 @@ def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> 
     return one.keys() == other.keys() and all(tensor.equal(other[name]) for name, tensor in one.items())
 
 
-def test_below_the_quorum_the_round_fails_and_the_checkpoint_before_it_stands(tmp_path: Path) -> None:
+def test_below_the_quorum_the_round_fails_and_the_previous_checkpoint_stays(tmp_path: Path) -> None:
     faults = {(site, 2): lambda reply: Failure("network down") for site in ("a", "b")}
 
     with pytest.raises(NoValidSite, match=r"round 2: 1 valid replies.*quorum asks for 2.*a: network down"):
@@ -286,7 +284,7 @@ def test_below_the_quorum_the_round_fails_and_the_checkpoint_before_it_stands(tm
     assert [record.round for record in records] == [1, 2, 3, 4]
 
 
-def test_no_site_at_all_fails_the_round_too(tmp_path: Path) -> None:
+def test_a_round_without_any_reply_fails(tmp_path: Path) -> None:
     faults = {(site, 1): lambda reply: Failure("network down") for site in SITES}
 
     with pytest.raises(NoValidSite, match="0 valid replies"):
@@ -295,7 +293,7 @@ def test_no_site_at_all_fails_the_round_too(tmp_path: Path) -> None:
     assert CheckpointFolder(tmp_path).latest() is None
 
 
-def test_participation_draws_the_nearest_number_of_sites_and_others_over_time(tmp_path: Path) -> None:
+def test_participation_draws_the_nearest_number_of_sites_and_different_ones_over_time(tmp_path: Path) -> None:
     drawn = server(FakeFleet(), tmp_path, participation=0.6)
 
     rounds = [drawn.participants(round_) for round_ in range(1, 30)]
@@ -305,7 +303,7 @@ def test_participation_draws_the_nearest_number_of_sites_and_others_over_time(tm
     assert rounds == [drawn.participants(round_) for round_ in range(1, 30)]
 
 
-def test_a_site_that_was_absent_is_brought_up_to_date_before_it_trains_again(tmp_path: Path) -> None:
+def test_an_absent_site_receives_the_latest_aggregate_before_it_trains_again(tmp_path: Path) -> None:
     fleet = FakeFleet({("c", 2): lambda reply: Failure("holiday")})
 
     list(server(fleet, tmp_path, strategy="fedavg").rounds())
@@ -327,7 +325,9 @@ def test_local_sends_no_tensor_at_all(tmp_path: Path) -> None:
     assert all(message.tensors == {} for _, _, message in fleet.received)
 
 
-def test_all_sites_on_one_model_give_the_same_bits_as_each_on_its_own(make_worker, make_site, tmp_path: Path) -> None:
+def test_sites_on_one_model_give_the_same_bits_as_sites_on_models_of_their_own(
+    make_worker, make_site, tmp_path: Path
+) -> None:
     data = {name: make_site(name, seed) for seed, name in enumerate(SITES)}
     together = make_worker()
 

@@ -14,7 +14,7 @@ some = st.sets(st.integers(1, K), min_size=1).map(sorted)
 
 
 def drawn(head: str, known: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits of K classes, masks of the known ones and background, and a valid area."""
+    """Return logits of K classes, masks of the known classes and background, and a valid area."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, K + (head == "softmax"), 6, 6, generator=generator)
     masks = torch.tensor([0, *known])[torch.randint(0, len(known) + 1, (2, 6, 6), generator=generator)]
@@ -26,7 +26,7 @@ def everything(masks: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("head", "channels"), [("sigmoid", 2), ("softmax", 3)])
-def test_a_perfect_prediction_costs_nothing_and_a_wrong_one_costs_much(head: str, channels: int) -> None:
+def test_the_loss_of_a_perfect_prediction_is_near_zero_and_of_a_wrong_one_is_large(head: str, channels: int) -> None:
     masks = torch.randint(0, 3, (2, 16, 16), generator=torch.Generator().manual_seed(0))
     one_hot = F.one_hot(masks, 3).movedim(-1, 1).float()
     perfect = 40 * (one_hot[:, 3 - channels :] - 0.5)
@@ -37,7 +37,7 @@ def test_a_perfect_prediction_costs_nothing_and_a_wrong_one_costs_much(head: str
 
 
 @pytest.mark.parametrize(("head", "channels"), [("sigmoid", 1), ("softmax", 2)])
-def test_what_stands_on_the_padding_changes_nothing(head: str, channels: int) -> None:
+def test_the_padding_does_not_change_the_loss(head: str, channels: int) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, channels, 8, 8, generator=generator)
     masks = torch.randint(0, 2, (2, 8, 8), generator=generator)
@@ -76,7 +76,9 @@ def test_an_empty_mask_has_a_finite_loss_and_gradient() -> None:
 
 @settings(max_examples=40)
 @given(head=heads, known=some, seed=st.integers(0, 99), weight=st.sampled_from((0.0, 0.5, 1.0)))
-def test_classes_that_a_site_lacks_have_no_gradient_and_no_say(head: str, known, seed: int, weight: float) -> None:
+def test_classes_that_a_site_lacks_have_no_gradient_and_do_not_change_the_loss(
+    head: str, known, seed: int, weight: float
+) -> None:
     logits, masks, valid = drawn(head, known, seed)
     logits.requires_grad_()
     first = int(head == "softmax")
@@ -110,7 +112,7 @@ def test_the_loss_is_that_of_a_model_without_the_absent_classes(head: str, known
 
 
 @pytest.mark.parametrize("head", ["sigmoid", "softmax"])
-def test_a_site_that_has_all_classes_has_the_loss_as_it_is(head: str) -> None:
+def test_a_site_that_has_all_classes_has_the_unchanged_loss(head: str) -> None:
     loss = build_loss(head, 0.5)
 
     assert over_known_classes(loss, head, (1, 2, 3), 3) is loss
@@ -118,7 +120,7 @@ def test_a_site_that_has_all_classes_has_the_loss_as_it_is(head: str) -> None:
 
 
 def test_softmax_probabilities_of_known_classes_sum_to_one() -> None:
-    """One class of three, the others far ahead: cross-entropy is that of two channels."""
+    """With one known class of three, cross-entropy is that of two channels, however large the other logits."""
     logits = torch.tensor([0.3, 1.2, 90.0, 80.0]).view(1, 4, 1, 1)
     masks = torch.ones(1, 1, 1, dtype=torch.uint8)
 

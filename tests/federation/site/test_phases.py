@@ -1,4 +1,4 @@
-"""How long a round is, when it is validated, and tuning for an unseen site."""
+"""The length of a round, when it is validated, and tuning for an unseen site."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EPOCH = 3  # batches of two of five images
 
 
 class Rule(LocalRule):
-    """Tells of every call, and keeps a count of rounds."""
+    """Records every call, and stores the number of rounds."""
 
     def __init__(self, received, state, calls) -> None:
         super().__init__(received, state)
@@ -39,29 +39,29 @@ def batches_of(worker, data):
     from fedsca_pipeline.federation.site.batches import SiteBatches
     from fedsca_pipeline.federation.site.prefix import FeatureCache
 
-    return SiteBatches(data, worker._embed, worker.augmentation, FeatureCache(Path("no file"), (), (), 0))
+    return SiteBatches(data, worker._embed, worker.augmentation, FeatureCache(Path("unused"), (), (), 0))
 
 
 @pytest.mark.parametrize("steps", [1, 2, EPOCH, 7])
-def test_a_round_has_the_steps_asked_for_however_many_images(steps: int, federate) -> None:
-    told: list[torch.Tensor] = []
+def test_a_round_has_the_configured_steps_whatever_the_number_of_images(steps: int, federate) -> None:
+    losses: list[torch.Tensor] = []
 
     def watch(worker) -> None:
         run_phase = worker._run_phase
-        worker._run_phase = lambda *given: run_phase(*given[:-1], lambda loss: (told.append(loss), given[-1](loss)))
+        worker._run_phase = lambda *given: run_phase(*given[:-1], lambda loss: (losses.append(loss), given[-1](loss)))
 
     run = federate("fedavg", rounds=1, steps_per_round=steps, local_epochs=9, change=watch)
 
     assert run.replies[1, "a"].manifest.metrics["steps"] == steps
-    assert len(told) == 2 * steps
+    assert len(losses) == 2 * steps
 
 
-def test_epochs_go_on_with_new_augmentation(make_worker, make_site) -> None:
+def test_each_epoch_has_new_augmentation(make_worker, make_site) -> None:
     worker, data = make_worker(steps_per_round=7), make_site("a")
     batches = batches_of(worker, data)
 
-    way = PlainSteps(worker.settings, "a", 1, worker.device)
-    found = list(islice(way.batches(batches), 2 * EPOCH))
+    plain = PlainSteps(worker.settings, "a", 1, worker.device)
+    found = list(islice(plain.batches(batches), 2 * EPOCH))
 
     for epoch in range(2):
         expected = list(batches.training(2, seed=0, site="a", round_=1, epoch=epoch))
@@ -71,7 +71,7 @@ def test_epochs_go_on_with_new_augmentation(make_worker, make_site) -> None:
     assert not all(torch.equal(one.masks, other.masks) for one, other in zip(found, found[EPOCH:], strict=False))
 
 
-def test_steps_and_epochs_are_the_same_where_the_numbers_agree(federate) -> None:
+def test_steps_and_epochs_give_the_same_bits_if_their_numbers_agree(federate) -> None:
     by_steps = federate("fedsca", steps_per_round=2 * EPOCH).bits()
     by_epochs = federate("fedsca", local_epochs=2).bits()
 
@@ -79,7 +79,7 @@ def test_steps_and_epochs_are_the_same_where_the_numbers_agree(federate) -> None
 
 
 @pytest.mark.parametrize(("every", "rounds"), [(1, 2), (2, 3), (2, 4), (3, 4), (100, 3)])
-def test_models_of_every_nth_round_are_validated_and_those_of_the_last(every: int, rounds: int, federate) -> None:
+def test_models_of_every_nth_round_and_of_the_last_are_validated(every: int, rounds: int, federate) -> None:
     run = federate("fedavg", rounds=rounds, steps_per_round=1, settings={"validate_every": every})
 
     # A record holds the validation of the round before, and that right after its own training.
@@ -93,7 +93,7 @@ def test_models_of_every_nth_round_are_validated_and_those_of_the_last(every: in
     assert run.store("a").snapshot("best").round in {*range(every, rounds, every), rounds}
 
 
-def test_validation_changes_no_weight_and_that_after_training_can_be_left_out(federate) -> None:
+def test_validation_changes_no_weight_and_can_be_disabled_after_training(federate) -> None:
     often = federate("ditto", settings={"validate_every": 1})
     seldom = federate("ditto", settings={"validate_every": 9, "validate_after_training": False})
 
@@ -104,7 +104,7 @@ def test_validation_changes_no_weight_and_that_after_training_can_be_left_out(fe
 
 
 class TestRules:
-    def test_a_rule_is_asked_once_a_step_for_the_tensors_of_its_phase_and_keeps_what_it_wants(self, federate) -> None:
+    def test_a_rule_is_called_once_per_step_with_its_phase_s_tensors_and_stores_its_state(self, federate) -> None:
         calls: list[tuple] = []
 
         def ruled(worker) -> None:
@@ -124,7 +124,7 @@ class TestRules:
         assert run.store("a").state_at(8).rule_state["rounds"].item() == 2
         assert run.store("b").state_at(8).rule_state["rounds"].item() == 1
 
-    def test_the_rule_of_a_plain_strategy_changes_nothing_and_keeps_nothing(self) -> None:
+    def test_the_default_rule_changes_nothing_and_stores_nothing(self) -> None:
         rule = Strategy(StrategyOptions(), TensorLayout((), (), {})).local_rule({"x": torch.ones(1)}, {})
         x = torch.zeros(1, requires_grad=True)
         x.grad = torch.ones(1)
@@ -135,7 +135,7 @@ class TestRules:
         assert x.grad.item() == 1.0
         assert rule.next_state() == rule.extra_tensors() == {}
 
-    def test_what_a_rule_breaks_fails_the_site(self, federate) -> None:
+    def test_a_rule_state_that_is_not_finite_fails_the_site(self, federate) -> None:
         class Broken(LocalRule):
             def next_state(self):
                 return {"x": torch.tensor([torch.nan])}
@@ -168,12 +168,12 @@ class TestTuning:
         assert moved
         assert moved <= set(names)
 
-    def test_no_step_moves_nothing(self, make_worker, make_site) -> None:
+    def test_zero_steps_change_no_tensor(self, make_worker, make_site) -> None:
         start, _, found = self.tuned(make_worker, make_site("new"), steps=0)
 
         assert all(torch.equal(found[name], start[name]) for name in start)
 
-    def test_it_gives_the_same_bits_again_whatever_was_drawn_before(self, make_worker, make_site) -> None:
+    def test_tuning_gives_the_same_bits_whatever_was_drawn_before(self, make_worker, make_site) -> None:
         data = make_site("new")
 
         one = self.tuned(make_worker, data)[2]
@@ -183,14 +183,14 @@ class TestTuning:
         assert all(torch.equal(one[name], other[name]) for name in one)
 
     @pytest.mark.parametrize("strategy", ["fedprox", "scaffold", "ditto", "fedrep"])
-    def test_no_strategy_has_a_say_in_it(self, strategy: str, make_worker, make_site) -> None:
+    def test_the_strategy_does_not_change_tuning(self, strategy: str, make_worker, make_site) -> None:
         data = make_site("new")
 
         plain, other = self.tuned(make_worker, data)[2], self.tuned(make_worker, data, strategy=strategy)[2]
 
         assert all(torch.equal(plain[name], other[name]) for name in plain)
 
-    def test_it_learns_from_the_training_images_and_from_no_others(self, make_worker, make_site) -> None:
+    def test_tuning_uses_training_images_only(self, make_worker, make_site) -> None:
         data = make_site("new")
         few, whole = data.with_splits({"train": [0, 1]}), data.with_splits({"train": [0, 1], "test": [2, 3, 4, 5]})
 
@@ -200,7 +200,7 @@ class TestTuning:
         assert all(torch.equal(one[name], other[name]) for name in one)
         assert any(not torch.equal(one[name], different[name]) for name in one)
 
-    def test_a_worker_that_has_tuned_works_on_as_before(self, federate, make_site) -> None:
+    def test_tuning_does_not_change_later_rounds(self, federate, make_site) -> None:
         def tune_first(worker) -> None:
             worker.tune(make_site("new"), worker.initial, worker.decoder, 2, site="new")
 
@@ -210,12 +210,12 @@ class TestTuning:
 
 
 @given(st.floats(0.05, 0.95), st.integers(2, 40))
-def test_two_parts_of_a_round_have_its_steps_together(share: float, steps: int) -> None:
+def test_two_phases_share_the_steps_of_a_round(share: float, steps: int) -> None:
     lengths = phase_lengths([Phase(("a",), share), Phase(("b",), 1 - share)], steps)
 
     assert min(lengths) >= 1
     assert sum(lengths) == steps + (round(share * steps) in (0, steps))
 
 
-def test_a_personal_copy_has_as_many_steps_again() -> None:
+def test_a_personal_copy_has_as_many_steps_as_the_model() -> None:
     assert phase_lengths([Phase(("a",)), Phase(("a",), personal=True)], 7) == [7, 7]

@@ -42,7 +42,7 @@ def some_images(device: str = "cpu"):
     ],
     ids=["fel", "lora", "high lora", "sam"],
 )
-def test_the_two_parts_are_the_model(architecture: str, adapters: AdaptersConfig, device: str) -> None:
+def test_prefix_and_rest_together_are_the_model(architecture: str, adapters: AdaptersConfig, device: str) -> None:
     if not getattr(torch, device).is_available():
         pytest.skip(f"no {device} here")
     model = trainable_model(architecture, adapters, device)
@@ -79,7 +79,7 @@ def test_no_gradient_is_lost_by_the_cut() -> None:
         assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
-def test_features_of_an_image_do_not_depend_on_its_company() -> None:
+def test_features_of_an_image_do_not_depend_on_its_batch() -> None:
     model = trainable_model("tiny_vit", AdaptersConfig(width=4))
     split = SplitModel(model, tensor_layout(model).efficient)
     images, valid = some_images()
@@ -89,7 +89,7 @@ def test_features_of_an_image_do_not_depend_on_its_company() -> None:
     assert all(torch.equal(together[i : i + 1], split.features(images[i : i + 1], valid[i : i + 1])) for i in range(3))
 
 
-def test_what_is_kept_comes_back_as_it_was_handed_out(tmp_path: Path) -> None:
+def test_cached_features_are_read_as_store_returned_them(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "site" / "features", [(7, 0), (3, 5)], SHAPE, 10**6)
     features = {key: torch.randn(SHAPE) for key in ((3, 5), (7, 0))}
 
@@ -101,7 +101,7 @@ def test_what_is_kept_comes_back_as_it_was_handed_out(tmp_path: Path) -> None:
         assert handed_out[key].dtype == torch.float32
 
 
-def test_what_was_not_kept_is_not_there(tmp_path: Path) -> None:
+def test_an_empty_slot_is_read_as_none(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "features", [(0, 0), (0, 1)], SHAPE, 10**6)
     before = cache.read((0, 1))
     cache.store((0, 1), torch.ones(SHAPE))
@@ -112,7 +112,7 @@ def test_what_was_not_kept_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("room", "kept"), [(0, 0), (SLOT_BYTES - 1, 0), (2 * SLOT_BYTES, 2), (10**6, 4)])
-def test_the_limit_is_kept_and_the_first_keys_go_first(room: int, kept: int, tmp_path: Path) -> None:
+def test_the_file_stays_below_its_limit_and_caches_the_first_keys(room: int, kept: int, tmp_path: Path) -> None:
     keys = [(0, 0), (5, 1), (5, 2), (9, 0)]
     cache = FeatureCache(tmp_path / "features", keys, SHAPE, room)
 
@@ -123,7 +123,7 @@ def test_the_limit_is_kept_and_the_first_keys_go_first(room: int, kept: int, tmp
     assert not cache.path.is_file() or cache.path.stat().st_size <= room
 
 
-def test_features_too_large_for_fp16_are_handed_out_as_they_are_and_not_kept(tmp_path: Path) -> None:
+def test_features_too_large_for_fp16_are_returned_unchanged_and_not_cached(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "features", [(0, 0)], (2,), 10**6)
     features = torch.tensor([7e4, 1.0])
 
@@ -131,7 +131,7 @@ def test_features_too_large_for_fp16_are_handed_out_as_they_are_and_not_kept(tmp
     assert cache.read((0, 0)) is None
 
 
-def test_half_a_write_is_no_entry(tmp_path: Path) -> None:
+def test_a_partial_write_leaves_the_slot_empty(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "features", [(0, 0)], SHAPE, 10**6)
     cache.store((0, 0), torch.ones(SHAPE))
     content = cache.path.read_bytes()
@@ -141,7 +141,7 @@ def test_half_a_write_is_no_entry(tmp_path: Path) -> None:
         assert cache.read((0, 0)) is None
 
 
-def test_a_full_disk_costs_the_cache_and_changes_no_number(
+def test_a_full_disk_disables_the_cache_and_changes_no_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*_):

@@ -49,7 +49,7 @@ def test_only_the_last_three_states_stay_on_disk(tmp_path: Path) -> None:
     ]
 
 
-def test_a_state_of_an_earlier_round_than_others_there_is_kept(tmp_path: Path) -> None:
+def test_the_state_of_an_earlier_round_is_stored_beside_later_ones(tmp_path: Path) -> None:
     store = SiteStore(tmp_path / "a")
     for round_ in (6, 7, 8, 1, 2):
         store.save_state(state(round_), answered=round_ - 1)
@@ -58,7 +58,7 @@ def test_a_state_of_an_earlier_round_than_others_there_is_kept(tmp_path: Path) -
     assert store.state_at(1).round == 1
 
 
-def test_of_rounds_that_do_not_count_no_state_stays_and_those_before_them_do(tmp_path: Path) -> None:
+def test_states_of_rounds_that_were_not_accepted_are_deleted_and_earlier_ones_stay(tmp_path: Path) -> None:
     store = SiteStore(tmp_path / "a")
     for round_ in (1, 2, 3):
         store.save_state(state(round_), answered=round_ - 1)
@@ -68,7 +68,7 @@ def test_of_rounds_that_do_not_count_no_state_stays_and_those_before_them_do(tmp
     assert [store.state_at(round_).round for round_ in (7, 6, 3, 2)] == [7, 3, 3, 2]
 
 
-def test_a_snapshot_carries_its_round_and_dice(tmp_path: Path) -> None:
+def test_a_snapshot_holds_its_round_and_dice(tmp_path: Path) -> None:
     store = SiteStore(tmp_path / "a")
     store.save_snapshot("best", Snapshot(4, 0.75, {"w": torch.ones(3)}))
 
@@ -79,7 +79,7 @@ def test_a_snapshot_carries_its_round_and_dice(tmp_path: Path) -> None:
     assert store.snapshot("last") is None
 
 
-def test_the_best_of_a_round_that_is_done_again_does_not_stand_in_its_own_way(tmp_path: Path) -> None:
+def test_the_best_dice_of_a_repeated_round_is_ignored_in_that_round(tmp_path: Path) -> None:
     store = SiteStore(tmp_path / "a")
     store.save_snapshot("best", Snapshot(4, 0.75, {}))
 

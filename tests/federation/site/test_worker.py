@@ -22,7 +22,7 @@ from fedsca_pipeline.model.layout import hash_tensors
 
 
 def payload(worker: LocalWorker, round_: int = 1, *, kind: str = "aggregate", site: str = "a", tensors=None) -> bytes:
-    """The message of a round to a site whose update of the round before was used."""
+    """Return a round's message to a site whose previous update was accepted."""
     tensors = tensors or {name: worker.initial[name] for name in worker.shared}
     manifest = Manifest(
         kind=kind,
@@ -61,7 +61,7 @@ def test_the_same_payload_twice_gets_the_same_answer(make_worker, make_site, tmp
     assert first.manifest.metrics["loss"] == second.manifest.metrics["loss"]
 
 
-def test_a_site_is_not_touched_by_another_one_on_the_same_model(make_worker, make_site, tmp_path: Path) -> None:
+def test_sites_on_the_same_model_do_not_influence_each_other(make_worker, make_site, tmp_path: Path) -> None:
     worker, first, other = make_worker(), make_site("a", seed=1), make_site("b", seed=2)
     alone = decode(worker.work(payload(worker), 1, "a", first, SiteStore(tmp_path / "alone"), ignore_step))
 
@@ -81,7 +81,7 @@ def test_the_foundation_stays_frozen(make_worker, make_site, tmp_path: Path) -> 
     assert all(torch.equal(p, frozen[n]) for n, p in worker.model.named_parameters() if n in frozen)
 
 
-def test_private_tensors_go_on_from_the_last_round_and_shared_ones_from_the_aggregate(
+def test_private_tensors_come_from_the_last_round_and_shared_ones_from_the_aggregate(
     make_worker, make_site, tmp_path: Path
 ) -> None:
     worker, data, store = make_worker(learning_rate=1e-12), make_site("a"), SiteStore(tmp_path / "a")
@@ -108,7 +108,7 @@ def test_a_final_payload_trains_nothing_and_sends_no_tensor(make_worker, make_si
     assert store.snapshot("best").round == 1
 
 
-def test_the_best_model_is_kept_and_a_worse_one_does_not_replace_it(make_worker, make_site, tmp_path: Path) -> None:
+def test_the_best_model_is_stored_and_a_worse_one_does_not_replace_it(make_worker, make_site, tmp_path: Path) -> None:
     worker, data, store = make_worker(), make_site("a"), SiteStore(tmp_path / "a")
     for round_ in (1, 2, 3):
         worker.work(payload(worker, round_), round_, "a", data, store, ignore_step)
@@ -121,7 +121,7 @@ def test_the_best_model_is_kept_and_a_worse_one_does_not_replace_it(make_worker,
     assert store.snapshot("last").round == 3
 
 
-def test_kept_moments_change_the_next_round_and_only_private_tensors_keep_them(
+def test_stored_moments_change_the_next_round_and_belong_to_private_tensors_only(
     make_worker, make_site, tmp_path: Path
 ) -> None:
     data, replies = make_site("a"), []
@@ -136,7 +136,7 @@ def test_kept_moments_change_the_next_round_and_only_private_tensors_keep_them(
     assert not all(torch.equal(replies[1].tensors[n], replies[3].tensors[n]) for n in replies[1].tensors)
 
 
-def test_int8_keeps_what_rounding_took_for_the_next_update(make_worker, make_site, tmp_path: Path) -> None:
+def test_int8_stores_the_rounding_error_for_the_next_update(make_worker, make_site, tmp_path: Path) -> None:
     worker, data, store = make_worker(wire_dtype="int8"), make_site("a"), SiteStore(tmp_path / "a")
 
     reply = decode(worker.work(payload(worker), 1, "a", data, store, ignore_step))
@@ -147,7 +147,7 @@ def test_int8_keeps_what_rounding_took_for_the_next_update(make_worker, make_sit
         torch.testing.assert_close(reply.tensors[name] + state.residual[name], exact, rtol=0, atol=1e-6)
 
 
-def test_a_difference_is_refused_by_a_site_that_holds_nothing(make_worker, make_site, tmp_path: Path) -> None:
+def test_a_site_without_a_base_refuses_a_difference(make_worker, make_site, tmp_path: Path) -> None:
     worker, data = make_worker(), make_site("a")
     tensors = {name: worker.initial[name] for name in worker.shared}
     manifest = Manifest(
@@ -155,7 +155,7 @@ def test_a_difference_is_refused_by_a_site_that_holds_nothing(make_worker, make_
         metrics={},
     )  # fmt: skip
 
-    with pytest.raises(SiteError, match="nothing to add it to"):
+    with pytest.raises(SiteError, match="no base to add it to"):
         worker.work(encode(manifest, tensors), 1, "a", data, SiteStore(tmp_path / "a"), ignore_step)
 
 
@@ -174,7 +174,7 @@ def test_a_payload_for_another_site_is_refused(make_worker, make_site, tmp_path:
         worker.work(payload(worker, site="b"), 1, "a", data, SiteStore(tmp_path / "a"), ignore_step)
 
 
-def test_a_loss_that_is_not_finite_fails_the_site_and_leaves_its_state(make_worker, make_site, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_fails_the_site_and_stores_no_state(make_worker, make_site, tmp_path: Path) -> None:
     worker, data, store = make_worker(), make_site("a"), SiteStore(tmp_path / "a")
     ruined = {name: torch.full_like(worker.initial[name], 1e38) for name in worker.shared}
 
@@ -195,7 +195,7 @@ def test_dropout_draws_the_same_again_whatever_was_drawn_in_between(make_worker,
     assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in first.tensors)
 
 
-def test_tensors_that_the_last_step_ruined_fail_the_site_and_are_not_kept(
+def test_tensors_that_are_not_finite_after_the_last_step_fail_the_site_and_are_not_stored(
     make_worker, make_site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker, data, store = make_worker(batch_size=5), make_site("a"), SiteStore(tmp_path / "a")
@@ -207,7 +207,7 @@ def test_tensors_that_the_last_step_ruined_fail_the_site_and_are_not_kept(
     assert store.state_at(1) is None
 
 
-def test_an_update_that_does_not_fit_the_wire_is_not_kept_either(make_worker, make_site, tmp_path: Path) -> None:
+def test_an_update_that_does_not_fit_the_wire_dtype_is_not_stored(make_worker, make_site, tmp_path: Path) -> None:
     worker, data, store = make_worker(wire_dtype="fp16", learning_rate=1.0), make_site("a"), SiteStore(tmp_path / "a")
     far = {name: torch.full_like(worker.initial[name], 1e30) for name in worker.shared}
     monkey = worker._train
@@ -223,7 +223,7 @@ def test_an_update_that_does_not_fit_the_wire_is_not_kept_either(make_worker, ma
     assert store.state_at(1) is None
 
 
-def test_a_site_that_finds_no_kept_features_gives_the_same_answer(make_worker, make_site, tmp_path: Path) -> None:
+def test_a_site_without_cached_features_gives_the_same_answer(make_worker, make_site, tmp_path: Path) -> None:
     worker, data, store = make_worker(cache_bytes=10**8), make_site("a"), SiteStore(tmp_path / "a")
     worker.work(payload(worker), 1, "a", data, store, ignore_step)
 
@@ -234,7 +234,7 @@ def test_a_site_that_finds_no_kept_features_gives_the_same_answer(make_worker, m
     assert all(torch.equal(kept.tensors[name], computed.tensors[name]) for name in kept.tensors)
 
 
-def test_jittered_images_are_not_kept(make_worker, make_site, tmp_path: Path) -> None:
+def test_features_of_jittered_images_are_not_cached(make_worker, make_site, tmp_path: Path) -> None:
     sizes = {}
     for intensity in (0.0, 0.5):
         worker = make_worker(cache_bytes=10**8, augment={"intensity": intensity})
@@ -261,7 +261,7 @@ def test_training_lowers_the_loss(make_worker, make_site, tmp_path: Path) -> Non
 
 
 def plain_losses(worker: LocalWorker, data: SiteArrays, tmp_path: Path) -> list[float]:
-    """Losses of a round as anyone would write it: the whole model, every image anew, AdamW as it comes."""
+    """Return the losses of a plain training loop: the whole model, every image computed each time, AdamW without options."""
     training, model = worker.settings.training, worker.model
     batches = SiteBatches(
         data, lambda images, _: images, build_augmentation(training.augment), FeatureCache(tmp_path / "no", [], (), 0)
@@ -288,7 +288,7 @@ def plain_losses(worker: LocalWorker, data: SiteArrays, tmp_path: Path) -> list[
     return losses
 
 
-# Kept features are fp16, of which one rounding is 5e-4; without them only the order of sums differs.
+# Cached features are fp16, whose rounding error is 5e-4; without the cache only the order of sums differs.
 @pytest.mark.parametrize(("cache_bytes", "tolerance"), [(0, 1e-5), (10**8, 5e-3)])
 def test_the_losses_are_those_of_a_plain_loop(cache_bytes, tolerance, make_worker, make_site, tmp_path: Path) -> None:
     training = {"local_epochs": 4, "learning_rate": 1e-3, "warmup_steps": 4}
@@ -342,7 +342,7 @@ def _layout(worker: LocalWorker):
 
 
 @pytest.mark.parametrize("head", ["sigmoid", "softmax"])
-def test_what_draws_a_class_that_a_site_lacks_is_not_trained_there(make_worker, make_site, tmp_path, head) -> None:
+def test_the_output_of_a_class_that_a_site_lacks_is_not_trained(make_worker, make_site, tmp_path, head) -> None:
     worker = make_worker("fedavg", classes=3, head=head, weight_decay=0.0)
     worker.work(payload(worker), 1, "a", make_site("a", labels=(1, 3)), SiteStore(tmp_path / "a"), ignore_step)
     first = int(head == "softmax")
@@ -376,9 +376,7 @@ def test_validation_dice_is_over_the_classes_that_the_site_has(make_worker, make
     assert mean_dice(worker.model, truth_but_class_2_everywhere, batches, (1, 2, 3), 0.5) < 1.0
 
 
-def test_a_site_with_nothing_but_empty_masks_to_learn_from_learns_that_no_class_is_there(
-    make_worker, make_site, tmp_path
-) -> None:
+def test_a_site_with_empty_masks_only_still_trains(make_worker, make_site, tmp_path) -> None:
     worker, data = make_worker(classes=3), make_site("a", labels=(0,))
 
     reply = decode(worker.work(payload(worker), 1, "a", data, SiteStore(tmp_path / "a"), ignore_step))

@@ -203,7 +203,7 @@ class LocalWorker:
 
     def _batches(self, data: Arrays, store: SiteStore) -> SiteBatches:
         validation = [(int(row), UNCHANGED) for row in data.rows("validation")]
-        # Jittered intensities are drawn anew for each use, so there is nothing to cache.
+        # Jittered intensities are drawn for each use, so there is nothing to cache.
         views = () if self.settings.training.augment.intensity else VIEWS
         training = [(int(row), view) for row in data.rows("train") for view in views]
         max_bytes = self.settings.cache_bytes if self.split.has_prefix else 0

@@ -95,7 +95,7 @@ def test_images_of_one_patient_are_one_unit_and_the_guarantee_is_patient_level(w
     assert sorted(units.rows) == [(0, 2, 4), (1,), (3,)]
 
 
-def test_where_every_subject_has_one_image_it_is_image_level(make_site) -> None:
+def test_the_guarantee_is_image_level_if_every_subject_has_one_image(make_site) -> None:
     units = Units.of(make_site("a"))
 
     assert units.level == "image-level"
@@ -113,7 +113,7 @@ def test_slices_of_one_volume_are_one_unit_that_is_an_image(write_site) -> None:
     assert (units.level, units.rows) == ("image-level", ((0, 1, 2, 3, 4),))
 
 
-def test_sites_that_are_pooled_share_no_patient(write_site) -> None:
+def test_pooled_sites_share_no_patient(write_site) -> None:
     sites = [with_subjects(*write_site(name), ["p", "p", "q", "r", "s"]) for name in ("a", "b")]
 
     units = Units.of(PooledArrays(sites, [len(site) for site in sites]))
@@ -147,7 +147,7 @@ def test_every_patient_is_drawn_at_the_same_rate_whatever_number_of_images_they_
     assert np.all(abs(counts / steps - 0.25) < 5 * math.sqrt(0.25 * 0.75 / steps))
 
 
-def test_steps_without_anybody_occur_and_rate_one_draws_all() -> None:
+def test_a_step_can_draw_no_unit_and_rate_one_draws_all() -> None:
     draws = np.random.default_rng(0)
 
     assert [] in [draw([[0], [1]], 0.1, draws) for _ in range(20)]
@@ -158,7 +158,7 @@ def test_steps_without_anybody_occur_and_rate_one_draws_all() -> None:
 
 
 def gradients_of(worker: LocalWorker, data: SiteArrays) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """One image's gradients each, and those of the sum of their losses, by one pass over the whole batch."""
+    """Return the gradients of each image, and those of the summed losses from one pass over the whole batch."""
     loss, parameters = build_loss("sigmoid", 0.5), list(worker.parameters.values())
     forward = lambda batch: worker.model(worker.model.normalise(batch.inputs, batch.valid.unsqueeze(1)))  # noqa: E731
     images = list(plain_batches(data, "train", 1))
@@ -193,7 +193,7 @@ def noisy(parameters: list[Tensor], noise: float, *, clip: float = 1.0, expected
 
 @given(st.lists(st.floats(-50, 50), min_size=3, max_size=12), st.floats(0.1, 10))
 @settings(deadline=None)
-def test_nobody_moves_the_model_further_than_the_clip_norm(values: list[float], clip: float) -> None:
+def test_no_unit_moves_the_model_further_than_the_clip_norm(values: list[float], clip: float) -> None:
     parameters = [torch.zeros(2, requires_grad=True), torch.zeros(1, requires_grad=True)]
     optimiser = noisy(parameters, 0.0, clip=clip, expected=1.0)
     first, second = torch.tensor(values[:2]), torch.tensor(values[2:3])
@@ -208,7 +208,7 @@ def test_nobody_moves_the_model_further_than_the_clip_norm(values: list[float], 
     torch.testing.assert_close(moved, -torch.cat([first, second]) * (clip / (norm + 1e-6)).clamp(max=1))
 
 
-def test_the_noise_has_the_spread_that_the_accountant_is_told_also_where_nobody_was_drawn() -> None:
+def test_the_noise_has_the_accountant_s_deviation_even_if_no_unit_was_drawn() -> None:
     parameter = torch.zeros(100_000, requires_grad=True)
     optimiser = noisy([parameter], 1.5, clip=2.0, expected=4.0)
     parameter.grad_sample = torch.zeros(0, 100_000)
@@ -220,7 +220,7 @@ def test_the_noise_has_the_spread_that_the_accountant_is_told_also_where_nobody_
     assert abs(parameter.detach().mean().item()) < 5 * 0.75 / math.sqrt(100_000)
 
 
-def test_a_tensor_that_does_not_move_takes_no_part_in_the_norm() -> None:
+def test_a_tensor_that_does_not_train_is_left_out_of_the_norm() -> None:
     moving, still = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
     plain = torch.optim.SGD([{"params": [moving], "lr": 1.0}, {"params": [still], "lr": 0.0}])
     optimiser = NoisyOptimizer(
@@ -234,7 +234,7 @@ def test_a_tensor_that_does_not_move_takes_no_part_in_the_norm() -> None:
     assert not still.any()
 
 
-def test_an_image_that_overflows_counts_for_nothing_instead_of_spoiling_the_sum(make_worker, make_site) -> None:
+def test_an_image_that_overflows_has_a_zero_gradient(make_worker, make_site) -> None:
     worker, (image, *_) = make_worker(), plain_batches(make_site("a"), "train", 1)
     parameters = list(worker.parameters.values())
     forward = lambda batch: worker.model(batch.inputs.float()) * math.inf  # noqa: E731
@@ -244,10 +244,8 @@ def test_an_image_that_overflows_counts_for_nothing_instead_of_spoiling_the_sum(
     assert not any(gradient.any() for gradient in found)
 
 
-def test_a_step_of_a_round_is_the_plain_one_where_nothing_is_cut_and_there_is_no_noise(
-    make_worker, make_site, tmp_path: Path
-) -> None:
-    """Of Opacus' chain of single images, skipped steps and the empty last one."""
+def test_a_private_step_without_clipping_and_noise_is_the_plain_step(make_worker, make_site, tmp_path: Path) -> None:
+    """It checks Opacus' sequence of single images, skipped steps and the empty last one."""
     data, (parameter_name, *_) = make_site("a"), make_worker().parameters
     worker = make_worker(batch_size=5)
     private = PrivateSteps(
@@ -274,7 +272,7 @@ def test_a_step_of_a_round_is_the_plain_one_where_nothing_is_cut_and_there_is_no
 @pytest.mark.parametrize(
     ("epsilon", "rate", "steps"), [(0.5, 0.25, 64), (2.0, 0.05, 8), (8.0, 1.0, 1), (30.0, 1.0, 64)]
 )
-def test_a_run_costs_what_it_was_given_and_not_much_less(epsilon: float, rate: float, steps: int) -> None:
+def test_a_run_spends_its_epsilon_and_not_much_less(epsilon: float, rate: float, steps: int) -> None:
     noise = noise_multiplier(epsilon, 1e-5, rate, steps)
 
     spent = epsilon_of([replace(ENTRY, steps=steps, rate=rate, noise=noise)], 1e-5)
@@ -282,15 +280,15 @@ def test_a_run_costs_what_it_was_given_and_not_much_less(epsilon: float, rate: f
     assert 0.9 * epsilon <= spent <= epsilon
 
 
-def test_rounds_cost_together_what_their_steps_cost_in_one() -> None:
+def test_rounds_cost_as_much_as_their_steps_in_one_round() -> None:
     rounds = [replace(ENTRY, round=number) for number in range(1, 5)]
 
     assert epsilon_of(rounds, 1e-5) == pytest.approx(epsilon_of([replace(ENTRY, steps=16)], 1e-5))
     assert epsilon_of(rounds, 1e-5) > epsilon_of(rounds[:3], 1e-5) > epsilon_of([], 1e-5) == 0
 
 
-def test_without_sampling_it_is_the_gaussian_mechanism_of_the_textbook() -> None:
-    """RDP of order a is a / (2 sigma^2); Mironov's conversion of 2017 is no lower than Opacus'."""
+def test_without_sampling_it_is_the_gaussian_mechanism() -> None:
+    """RDP of order a is a / (2 sigma^2); Mironov's conversion (2017) is an upper bound of Opacus'."""
     sigma, delta = 3.0, 1e-5
     orders = np.linspace(1.1, 60, 2000)
     classic = (orders / (2 * sigma**2) + math.log(1 / delta) / (orders - 1)).min()
@@ -300,10 +298,10 @@ def test_without_sampling_it_is_the_gaussian_mechanism_of_the_textbook() -> None
     assert 0.7 * classic < spent <= classic
 
 
-# What a site keeps
+# The ledger
 
 
-def test_an_answer_is_written_down_once(tmp_path: Path) -> None:
+def test_an_answer_is_recorded_once(tmp_path: Path) -> None:
     ledger = PrivacyLedger(tmp_path / "a")
 
     for entry in (ENTRY, replace(ENTRY, round=2), ENTRY):
@@ -321,7 +319,7 @@ def test_randomness_is_the_same_for_the_same_start_and_needs_the_secret(tmp_path
         assert different.random(4).tolist() != drawn
 
 
-def test_nobody_else_may_read_the_ledger(tmp_path: Path) -> None:
+def test_only_the_owner_can_read_the_ledger(tmp_path: Path) -> None:
     PrivacyLedger(tmp_path / "a").draws("start", "noise")
 
     assert (tmp_path / "a").stat().st_mode & 0o077 == 0
@@ -329,7 +327,7 @@ def test_nobody_else_may_read_the_ledger(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [KEY, LEDGER])
-def test_a_damaged_ledger_stops_the_round_instead_of_forgetting(answer, make_worker, tmp_path: Path, name: str) -> None:
+def test_a_damaged_ledger_or_secret_stops_the_round(answer, make_worker, tmp_path: Path, name: str) -> None:
     worker, ledger = make_worker(**PRIVATE), PrivacyLedger(tmp_path / "damaged")
     ledger.folder.mkdir()
     (ledger.folder / name).write_text('[{"run": 1')
@@ -341,7 +339,7 @@ def test_a_damaged_ledger_stops_the_round_instead_of_forgetting(answer, make_wor
 # A site's rounds
 
 
-def test_the_same_payload_gets_the_same_bits_and_is_counted_once(answer, make_worker, tmp_path: Path) -> None:
+def test_the_same_payload_gets_the_same_bits_and_counts_once(answer, make_worker, tmp_path: Path) -> None:
     worker = make_worker(**PRIVATE)
 
     first, second = answer(worker, payload(worker)), answer(worker, payload(worker))
@@ -351,8 +349,8 @@ def test_the_same_payload_gets_the_same_bits_and_is_counted_once(answer, make_wo
     assert len(PrivacyLedger(tmp_path / "private").entries()) == 1
 
 
-def test_another_base_in_the_same_round_has_other_noise_and_is_counted(answer, make_worker, tmp_path: Path) -> None:
-    """Else the difference of two answers would be without noise."""
+def test_another_base_in_the_same_round_gets_other_noise_and_counts(answer, make_worker, tmp_path: Path) -> None:
+    """With equal noise, the difference of two answers would have none."""
     worker = make_worker(settings={"rounds": 9}, **PRIVATE)
 
     first, second = answer(worker, payload(worker)), answer(worker, payload(worker, shift=1e-6))
@@ -364,8 +362,8 @@ def test_another_base_in_the_same_round_has_other_noise_and_is_counted(answer, m
     assert second.manifest.privacy.epsilon > first.manifest.privacy.epsilon
 
 
-def test_a_round_that_is_answered_again_with_another_secret_counts_anew(answer, make_worker, tmp_path: Path) -> None:
-    """Two answers with noise of their own tell more than one."""
+def test_a_round_answered_again_with_another_secret_counts_again(answer, make_worker, tmp_path: Path) -> None:
+    """Two answers with independent noise reveal more than one."""
     worker, ledger = make_worker(settings={"rounds": 9}, **PRIVATE), PrivacyLedger(tmp_path / "private")
     first = answer(worker, payload(worker))
     (ledger.folder / KEY).unlink()
@@ -378,10 +376,10 @@ def test_a_round_that_is_answered_again_with_another_secret_counts_anew(answer, 
 
 
 @pytest.mark.parametrize("changed", ["seed", "clip", "secret", "data", "private tensors", "processor"])
-def test_whatever_else_differs_has_other_noise_too(
+def test_any_other_difference_gets_other_noise(
     answer, make_worker, make_site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
-    """A coordinator that renames one run as another, or asks anew after a change, must not meet the same noise."""
+    """A coordinator that renames a run, or repeats a round after a change, must not get the same noise."""
     options: dict[str, Any] = {"ledger": PrivacyLedger(tmp_path / "x")}
     training: dict[str, Any] = dict(PRIVATE)
     worker = make_worker(settings={"rounds": 9}, **PRIVATE)
@@ -407,7 +405,7 @@ def test_whatever_else_differs_has_other_noise_too(
     assert first.start != last.start
 
 
-def test_a_round_beyond_the_run_s_epsilon_is_refused_untrained(answer, make_worker, tmp_path: Path) -> None:
+def test_a_round_beyond_the_run_s_epsilon_is_refused_before_it_trains(answer, make_worker, tmp_path: Path) -> None:
     worker, steps = make_worker(**PRIVATE), []
     answer(worker, payload(worker))
 
@@ -426,7 +424,7 @@ def test_a_round_beyond_the_run_s_epsilon_is_refused_untrained(answer, make_work
         (PrivacyBound(epsilon=8.0, delta=1e-12), 40.0, "at delta 1e-12, and the site's own"),
     ],
 )
-def test_over_all_runs_a_site_gives_no_more_than_its_owner_allows(
+def test_a_site_spends_no_more_over_all_runs_than_its_owner_allows(
     answer, make_worker, tmp_path: Path, bound: PrivacyBound | None, budget: float | None, named: str
 ) -> None:
     ledger = PrivacyLedger(tmp_path / "bounded", bound)
@@ -437,7 +435,7 @@ def test_over_all_runs_a_site_gives_no_more_than_its_owner_allows(
         answer(worker, payload(worker), ledger=ledger)
 
 
-def test_what_was_spent_in_earlier_runs_is_told_too(answer, make_worker, tmp_path: Path) -> None:
+def test_a_message_includes_the_privacy_spent_in_earlier_runs(answer, make_worker, tmp_path: Path) -> None:
     ledger = PrivacyLedger(tmp_path / "used")
     ledger.record(replace(ENTRY, run="earlier"))
     worker = make_worker(**PRIVATE)
@@ -450,10 +448,8 @@ def test_what_was_spent_in_earlier_runs_is_told_too(answer, make_worker, tmp_pat
     assert spent.noise_multiplier == ledger.entries()[-1].noise
 
 
-def test_a_round_counts_from_its_first_step_on_and_once_when_it_is_asked_for_again(
-    answer, make_worker, tmp_path: Path
-) -> None:
-    """What breaks off says, by breaking off, something of the images."""
+def test_a_round_counts_from_its_first_step_and_once_if_it_is_repeated(answer, make_worker, tmp_path: Path) -> None:
+    """A round that fails reveals, by failing, something about the images."""
     worker = make_worker(**PRIVATE)
 
     def break_off(*_: Any) -> None:
@@ -468,16 +464,16 @@ def test_a_round_counts_from_its_first_step_on_and_once_when_it_is_asked_for_aga
     assert PrivacyLedger(tmp_path / "private").entries() == broken
 
 
-def test_nothing_that_was_computed_on_training_images_is_told(answer, make_worker) -> None:
-    worker, told = make_worker(**PRIVATE), []
+def test_no_metric_of_the_training_images_is_sent(answer, make_worker) -> None:
+    worker, reported = make_worker(**PRIVATE), []
 
-    reply = answer(worker, payload(worker), on_step=lambda *step: told.append(step))
+    reply = answer(worker, payload(worker), on_step=lambda *step: reported.append(step))
 
     assert set(reply.manifest.metrics) == {"dice_validation", "dice_local", "steps", "seconds"}
-    assert {loss for *_, loss in told} == {None}
+    assert {loss for *_, loss in reported} == {None}
 
 
-def test_without_privacy_a_message_does_not_speak_of_it(answer, make_worker, tmp_path: Path) -> None:
+def test_without_privacy_a_message_has_no_privacy_field(answer, make_worker, tmp_path: Path) -> None:
     reply = answer(make_worker(), payload(make_worker()))
 
     assert "loss" in reply.manifest.metrics
@@ -486,10 +482,10 @@ def test_without_privacy_a_message_does_not_speak_of_it(answer, make_worker, tmp
 
 
 @pytest.mark.parametrize("strategy", ["fedsca", "fedprox", "scaffold", "ditto", "fedrep", "fedavg"])
-def test_every_strategy_hands_its_optimiser_noised_gradients_alone(
+def test_every_strategy_gives_its_optimiser_noised_gradients_only(
     make_worker, make_site, tmp_path: Path, strategy: str
 ) -> None:
-    """With all the noise there is and no unit's gradient to speak of, every tensor that trains moves all the same."""
+    """With large noise and almost no gradient, every tensor that trains still moves."""
     worker = make_worker(strategy, settings={"rounds": 1}, privacy=PrivacyConfig(epsilon=0.5, clip=1e-3))
     store = SiteStore(tmp_path / "a", PrivacyLedger(tmp_path / "private"))
 
@@ -506,8 +502,8 @@ def test_every_strategy_hands_its_optimiser_noised_gradients_alone(
         assert not torch.equal(ends[name], worker.initial[name]), name
 
 
-def test_a_pull_is_added_after_the_noise_and_is_not_cut(make_worker, make_site, tmp_path: Path) -> None:
-    """One step from a point far from what was received: FedProx' gradient, mu times the distance, is there in full."""
+def test_a_penalty_is_added_after_the_noise_and_is_not_clipped(make_worker, make_site, tmp_path: Path) -> None:
+    """One step far from the received tensors has the whole gradient of FedProx, mu times the distance."""
     parameter = torch.full((3,), 2.0, requires_grad=True)
     private = PrivateSteps(
         PrivacyConfig(epsilon=8.0, clip=0.5), make_site("a"), PrivacyLedger(tmp_path), ONE_STEP, {}, torch.device("cpu")
@@ -522,7 +518,7 @@ def test_a_pull_is_added_after_the_noise_and_is_not_cut(make_worker, make_site, 
     torch.testing.assert_close(parameter.detach(), torch.full((3,), -198.0))
 
 
-def test_opacus_is_not_imported_where_it_is_off() -> None:
+def test_opacus_is_not_imported_without_privacy() -> None:
     code = "import sys, fedsca_pipeline.federation.site.worker; sys.exit('opacus' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
