@@ -261,7 +261,7 @@ def test_training_lowers_the_loss(make_worker, make_site, tmp_path: Path) -> Non
 
 
 def plain_losses(worker: LocalWorker, data: SiteArrays, tmp_path: Path) -> list[float]:
-    """Return the losses of a plain training loop: the whole model, every image computed each time, AdamW without options."""
+    """Return the losses of a plain training loop: the whole model for every image, AdamW without options."""
     training, model = worker.settings.training, worker.model
     batches = SiteBatches(
         data, lambda images, _: images, build_augmentation(training.augment), FeatureCache(tmp_path / "no", [], (), 0)
