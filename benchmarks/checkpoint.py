@@ -92,12 +92,12 @@ def _server(options: argparse.Namespace, root: Path) -> Server:
     strategy = build_strategy("fedsca", {}, layout)
     cache_bytes = int(training.feature_cache * 2**30 / len(found))
     worker = LocalWorker(
-        model, layout, strategy, LocalSettings("benchmark", 0, 1, "fp16", 8, 0.5, training, cache_bytes=cache_bytes)
+        model, strategy, LocalSettings("benchmark", 0, 1, "fp16", 8, 0.5, training, cache_bytes=cache_bytes)
     )
     fleet = InProcessFleet(worker, SiteData(found), root / "sites")
     folder = CheckpointFolder(root / "server")
     config = FederationConfig(rounds=options.rounds)
-    return Server(fleet, strategy, layout, worker.initial, config, run="benchmark", seed=0, folder=folder)
+    return Server(fleet, strategy, worker.initial, config, run="benchmark", seed=0, folder=folder)
 
 
 @contextmanager

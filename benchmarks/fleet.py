@@ -110,7 +110,7 @@ def _sites(options: argparse.Namespace, data: SiteData, folder: Path, threads: i
     settings = LocalSettings("benchmark", 0, 1, "fp16", 8, 0.5, training, cache_bytes=cache_bytes)
     layout = tensor_layout(model)
     strategy = build_strategy("fedsca", {}, layout)
-    return LocalSites(model, layout, strategy, settings, data, folder, torch.device("cpu"), threads)
+    return LocalSites(model, strategy, settings, data, folder, torch.device("cpu"), threads)
 
 
 def _payloads(here: LocalSites) -> dict[str, bytes]:

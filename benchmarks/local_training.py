@@ -206,7 +206,7 @@ def _project(model: SegmentationModel, data: SiteArrays, folder: Path) -> Callab
     """Return a function that trains one round by ``LocalWorker.work``; the site's aggregate is its own local model."""
     settings = LocalSettings(RUN, SEED, 1, "fp32", 8, 0.5, TRAINING, cache_bytes=2**32)
     layout = tensor_layout(model)
-    worker = LocalWorker(model, layout, build_strategy("fedsca", {}, layout), settings)
+    worker = LocalWorker(model, build_strategy("fedsca", {}, layout), settings)
     store = SiteStore(folder)
     shared = {name: worker.initial[name] for name in worker.shared}
 

@@ -221,12 +221,11 @@ def _project_round(options: argparse.Namespace, data: dict[str, SiteArrays]) -> 
     layout = tensor_layout(model)
     strategy = build_strategy("fedsca", {}, layout)
     settings = LocalSettings("benchmark", 0, 1, "fp16", 8, 0.5, TrainingConfig())
-    worker = LocalWorker(model, layout, strategy, settings)
+    worker = LocalWorker(model, strategy, settings)
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         server = Server(
             InProcessFleet(worker, data, Path(folder) / "sites"),
             strategy,
-            layout,
             worker.initial,
             FederationConfig(rounds=1),
             run="benchmark",

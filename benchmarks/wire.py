@@ -145,13 +145,12 @@ def _rounds(
     model = _model(options)
     layout = tensor_layout(model)
     strategy = build_strategy("fedsca", {}, layout)
-    worker = LocalWorker(model, layout, strategy, LocalSettings("benchmark", 0, 1, dtype, 8, 0.5, TrainingConfig()))
+    worker = LocalWorker(model, strategy, LocalSettings("benchmark", 0, 1, dtype, 8, 0.5, TrainingConfig()))
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         fleet = RecordingFleet(worker, data, Path(folder) / "sites")
         server = Server(
             fleet,
             strategy,
-            layout,
             worker.initial,
             FederationConfig(rounds=options.rounds, wire_dtype=dtype),
             run="benchmark",

@@ -106,7 +106,7 @@ def make_worker() -> Callable[..., LocalWorker]:
             **settings or {},
         )
         layout = tensor_layout(model)
-        return LocalWorker(model, layout, build_strategy(strategy, options or {}, layout), alike)
+        return LocalWorker(model, build_strategy(strategy, options or {}, layout), alike)
 
     return make
 
@@ -202,9 +202,7 @@ def federate(make_worker, make_layout, make_site, tmp_path: Path) -> Callable[..
         found = Federation(worker, make_layout(adapters), fleet, folder, lost or {})
         config = FederationConfig(rounds=rounds, wire_dtype=wire_dtype)
         checkpoints = CheckpointFolder(folder / "server")
-        server = Server(
-            found, worker.strategy, found.layout, worker.initial, config, run="run", seed=0, folder=checkpoints
-        )
+        server = Server(found, worker.strategy, worker.initial, config, run="run", seed=0, folder=checkpoints)
         found.records += server.rounds()
         return found
 

@@ -182,7 +182,6 @@ class _Training:
                 private=self.folder / "private",
             ),
             self.strategy,
-            self.layout,
             self.worker.initial,
             self.federation,
             run=self.cell.fingerprint,

@@ -37,7 +37,7 @@ class Setup:
 
     def worker(self, device: torch.device) -> LocalWorker:
         """Return a worker on ``device``. It moves the model there."""
-        return LocalWorker(self.model.to(device), self.layout, self.strategy, self.local)
+        return LocalWorker(self.model.to(device), self.strategy, self.local)
 
 
 def set_up(settings: Settings, foundations: Path, *, run: str, sites: int) -> Setup:

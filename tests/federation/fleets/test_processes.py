@@ -24,7 +24,6 @@ from fedsca_pipeline.federation.messages.manifest import Manifest
 from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
 from fedsca_pipeline.federation.server.rounds import Server
 from fedsca_pipeline.federation.site.steps import ignore_step
-from fedsca_pipeline.model.adapters.attach import tensor_layout
 from fedsca_pipeline.model.layout import hash_tensors
 
 SITES = ("a", "b", "c")
@@ -51,7 +50,6 @@ def here(make_worker, sources, tmp_path: Path) -> Callable[..., LocalSites]:
         worker = make_worker(**options)
         return LocalSites(
             worker.model,
-            tensor_layout(worker.model),
             worker.strategy,
             worker.settings,
             SiteData(sources),
@@ -76,7 +74,7 @@ def opened() -> Iterator[Callable[..., Fleet]]:
 
 def start_values(sites: LocalSites) -> dict[str, torch.Tensor]:
     named = dict(sites.model.named_parameters())
-    return {name: named[name].detach().clone() for name in sites.layout.shapes}
+    return {name: named[name].detach().clone() for name in sites.strategy.layout.shapes}
 
 
 def payloads(sites: LocalSites, names=SITES, *, value: float | None = None, addressed: str = "") -> dict[str, bytes]:
@@ -125,7 +123,6 @@ def test_a_run_gives_the_same_bits_in_one_process_and_in_several(here, opened, t
         server = Server(
             opened(sites, fleet=name),
             sites.strategy,
-            sites.layout,
             start,
             FederationConfig(rounds=2, wire_dtype="fp32"),
             run="run",

@@ -41,14 +41,14 @@ class Job:
 
 
 @contextmanager
-def start(equipment: str, place: str) -> Iterator[Work[Job, Any]]:
-    if place == "raises":
+def start(equipment: str, settings: str) -> Iterator[Work[Job, Any]]:
+    if settings == "raises":
         raise ValueError(f"no {equipment} here")
-    if place == "dies":
+    if settings == "dies":
         os._exit(3)
 
     def work(job: Job, report: Report) -> Any:
-        return job.do(report, *job.arguments) if job.do is not equipped else (equipment, place)
+        return job.do(report, *job.arguments) if job.do is not equipped else (equipment, settings)
 
     yield work
 
@@ -121,8 +121,8 @@ class Unreadable:
         return fail, (None, EOFError, "cannot be unpickled")
 
 
-def pool(places: int | list[str] = 1, **hooks: Any) -> WorkerPool[Job, Any]:
-    names = places if isinstance(places, list) else [f"place {number}" for number in range(places)]
+def pool(workers: int | list[str] = 1, **hooks: Any) -> WorkerPool[Job, Any]:
+    names = workers if isinstance(workers, list) else [f"worker {number}" for number in range(workers)]
     return WorkerPool(start, "equipment", names, **hooks)
 
 
@@ -137,8 +137,8 @@ def workers() -> set[int]:
 def test_every_task_is_answered_whatever_the_number_of_workers() -> None:
     jobs = [Job(f"double {number}", double, (number,)) for number in range(7)]
 
-    for places in (1, 3):
-        with pool(places) as opened:
+    for count in (1, 3):
+        with pool(count) as opened:
             assert outcomes(opened, *jobs) == {f"double {number}": 2 * number for number in range(7)}
             assert outcomes(opened) == {}
 

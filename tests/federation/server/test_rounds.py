@@ -17,7 +17,6 @@ from fedsca_pipeline.federation.server import checkpoint
 from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
 from fedsca_pipeline.federation.server.rounds import Server
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.model.adapters.attach import tensor_layout
 from fedsca_pipeline.model.layout import TensorLayout, hash_tensors
 
 LAYOUT = TensorLayout(blocks=(("low",), ("high",)), decoder=("head",), shapes={"low": (3,), "high": (2,), "head": (1,)})
@@ -75,7 +74,6 @@ def server(fleet, folder: Path, **config) -> Server:
     return Server(
         fleet,
         build_strategy(strategy, options, LAYOUT),
-        LAYOUT,
         INITIAL,
         FederationConfig(**{"rounds": 3, "wire_dtype": "fp32", **config}),
         run="run",
@@ -349,7 +347,6 @@ def test_sites_on_one_model_give_the_same_bits_as_sites_on_models_of_their_own(
         run = Server(
             fleet,
             together.strategy,
-            tensor_layout(together.model),
             together.initial,
             FederationConfig(rounds=2, wire_dtype="fp32"),
             run="run",

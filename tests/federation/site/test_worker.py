@@ -328,17 +328,11 @@ def test_a_round_runs_on_an_accelerator(device: str, make_worker, make_site, tmp
     except ConfigError as error:
         pytest.skip(str(error))  # says which device is not here
     worker = make_worker()
-    moved = LocalWorker(worker.model.to(device), _layout(worker), worker.strategy, worker.settings)
+    moved = LocalWorker(worker.model.to(device), worker.strategy, worker.settings)
 
     reply = decode(moved.work(payload(moved), 1, "a", make_site("a"), SiteStore(tmp_path / "a"), ignore_step))
 
     assert reply.manifest.metrics["loss"] > 0
-
-
-def _layout(worker: LocalWorker):
-    from fedsca_pipeline.model.adapters.attach import tensor_layout
-
-    return tensor_layout(worker.model)
 
 
 @pytest.mark.parametrize("head", ["sigmoid", "softmax"])

@@ -80,7 +80,6 @@ def run(
     server = Server(
         FlowerFleet(link, config, absent=absent, clock=clock, sleep=clock.sleep),
         build_strategy("fedsca", {}, LAYOUT),
-        LAYOUT,
         {name: torch.zeros(2) for name in LAYOUT.shapes},
         FederationConfig(rounds=3, wire_dtype="fp32", compression="none", **federation),
         run="run",

@@ -109,7 +109,6 @@ def test_the_foundation_is_loaded_once_for_training_export_and_test_of_a_run(
                 link, config.model_copy(update={"sites": ["a"]}), opening=opening, clock=clock, sleep=clock.sleep
             ),
             strategy,
-            layout,
             start_values(model, strategy.shared()),
             FederationConfig(rounds=3),
             run=description["fingerprint"],

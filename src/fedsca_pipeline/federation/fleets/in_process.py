@@ -20,7 +20,6 @@ from fedsca_pipeline.federation.site.store import SiteStore
 from fedsca_pipeline.federation.site.worker import LocalWorker
 from fedsca_pipeline.federation.strategies.base import Strategy
 from fedsca_pipeline.model.foundation.model import SegmentationModel
-from fedsca_pipeline.model.layout import TensorLayout
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,6 @@ class LocalSites:
     """
 
     model: SegmentationModel
-    layout: TensorLayout
     strategy: Strategy
     settings: LocalSettings
     data: Mapping[str, Arrays]
@@ -46,7 +44,7 @@ class LocalSites:
 
     def worker(self, device: torch.device) -> LocalWorker:
         """Return a worker on ``device``; it uses and changes the model itself."""
-        return LocalWorker(self.model.to(device), self.layout, self.strategy, self.settings)
+        return LocalWorker(self.model.to(device), self.strategy, self.settings)
 
 
 def open_in_process(

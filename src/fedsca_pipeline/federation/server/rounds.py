@@ -23,7 +23,7 @@ from fedsca_pipeline.federation.server.checkpoint import Checkpoint, CheckpointF
 from fedsca_pipeline.federation.server.replies import RoundReplies, Sent
 from fedsca_pipeline.federation.strategies.base import Strategy
 from fedsca_pipeline.federation.strategies.server_step import Aggregation, ServerState
-from fedsca_pipeline.model.layout import TensorLayout, flatten, hash_tensors, unflatten
+from fedsca_pipeline.model.layout import flatten, hash_tensors, unflatten
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +34,7 @@ class Server:
     Args:
         fleet: reaches the sites.
         strategy: the federated method.
-        layout: the model's trainable tensors.
-        initial: their start values, by name, fp32.
+        initial: start values of the model's trainable tensors, by name, fp32.
         config: the ``federation`` parameters.
         run: the run's fingerprint, part of every message.
         seed: of the participation draw.
@@ -47,7 +46,6 @@ class Server:
         self,
         fleet: Fleet,
         strategy: Strategy,
-        layout: TensorLayout,
         initial: Mapping[str, Tensor],
         config: FederationConfig,
         *,
@@ -58,7 +56,6 @@ class Server:
     ) -> None:
         self.fleet, self.strategy, self.config = fleet, strategy, config
         self.run, self.seed, self.folder, self.samples = run, seed, folder, samples
-        self.layout = layout
         self.sites = tuple(fleet.sites())
         self.shapes = strategy.wire_shapes()
         self.names = tuple(self.shapes)

@@ -43,7 +43,7 @@ from fedsca_pipeline.model.batch import Batch
 from fedsca_pipeline.model.foundation.model import SegmentationModel
 from fedsca_pipeline.model.heads import predict_masks, truth_masks
 from fedsca_pipeline.model.inference import Forward, predict_logits
-from fedsca_pipeline.model.layout import TensorLayout, hash_tensors, sha256_tensors
+from fedsca_pipeline.model.layout import hash_tensors, sha256_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -70,23 +70,19 @@ class LocalWorker:
     """Does any site's local work on one model in memory: sites share the foundation and differ in tensors and data.
 
     Args:
-        model: foundation with adapters attached, on its device.
-        layout: the model's trainable tensors, at their start values, which every site starts from.
+        model: foundation with adapters attached, on its device, its trainable tensors at their start values.
         strategy: decides which tensors train and cross the wire, and how a local step differs.
         settings: the run's settings.
     """
 
-    def __init__(
-        self, model: SegmentationModel, layout: TensorLayout, strategy: Strategy, settings: LocalSettings
-    ) -> None:
+    def __init__(self, model: SegmentationModel, strategy: Strategy, settings: LocalSettings) -> None:
         self.model = model
-        self.layout = layout
         self.strategy = strategy
         self.settings = settings
         self.shared = strategy.shared()
         self.phases = strategy.phases()
         self.shapes = strategy.wire_shapes()
-        self.decoder = frozenset(layout.decoder)
+        self.decoder = frozenset(strategy.layout.decoder)
         trained = frozenset(strategy.trained())
         self.parameters = {name: p for name, p in model.named_parameters() if name in trained}
         self.initial = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}

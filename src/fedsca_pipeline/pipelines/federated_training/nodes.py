@@ -50,7 +50,6 @@ def train(
         start = start_values(setup.model, setup.strategy.shared())
         sites = LocalSites(
             setup.model,
-            setup.layout,
             setup.strategy,
             setup.local,
             PooledData(data) if setup.strategy.pools else data,

@@ -102,7 +102,6 @@ def serve(
     server = Server(
         fleet,
         setup.strategy,
-        setup.layout,
         start,
         setup.settings.federation,
         run=folder.fingerprint,
