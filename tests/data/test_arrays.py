@@ -168,7 +168,6 @@ def test_a_manifest_of_other_images_is_refused(path: Path, manifest: pd.DataFram
         SiteArrays(path, manifest.iloc[:5])
 
 
-
 def test_a_manifest_that_splits_the_same_images_otherwise_is_refused(path: Path, manifest: pd.DataFrame) -> None:
     other = manifest.assign(split=list(reversed(manifest["split"])))
 

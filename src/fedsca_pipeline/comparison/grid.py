@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """What a worker needs to run cells, picklable (see ``CellInputs``). ``sites``: each site's array file and manifest."""
+    """What a worker needs to run cells, picklable (see ``CellInputs``); ``sites``: array file and manifest by site."""
 
     sites: Mapping[str, tuple[Path, pd.DataFrame]]
     foundations: Path
