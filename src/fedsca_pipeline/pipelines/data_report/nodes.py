@@ -24,7 +24,7 @@ def inspect_for(site: str) -> Callable[..., tuple[Any, dict[str, Any], Any]]:
 
     def inspect(
         raw_sites: Path,
-        demo_sites_summary: dict[str, Any],
+        _demo_sites_summary: dict[str, Any],
         previous_manifest: Any,
         preprocessing: PreprocessingConfig,
         run: RunConfig,

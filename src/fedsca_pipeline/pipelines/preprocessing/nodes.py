@@ -15,7 +15,7 @@ def prepare_for(site: str) -> Callable[..., tuple[Any, Any, dict[str, Any]]]:
     def prepare(
         raw_sites: Path,
         model_input: Path,
-        demo_sites_summary: dict[str, Any],
+        _demo_sites_summary: dict[str, Any],
         previous_manifest: Any,
         preprocessing: PreprocessingConfig,
         run: RunConfig,
