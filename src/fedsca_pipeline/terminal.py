@@ -73,15 +73,17 @@ def render_volume_table(table: FinalTable) -> Table:
     return _by_site("Chosen models by volume, on the volumes' own grids", table, _VOLUME_COLUMNS, caption)
 
 
-# Heading and format of each column.
-_VOLUME_COLUMNS = {
+Columns = Mapping[str, tuple[str, Callable[[Any], str]]]
+"""Heading and format of each column of a final table."""
+
+_VOLUME_COLUMNS: Columns = {
     "volume Dice": ("Dice", "{:.3f}".format),
     "volume HD95 mm": ("HD95\n(mm)", "{:.1f}".format),
     "volume ASD mm": ("ASD\n(mm)", "{:.2f}".format),
     "volume NSD": ("NSD", "{:.3f}".format),
     "volumes": ("volumes", str),
 }
-_COLUMNS = {
+_COLUMNS: Columns = {
     "Dice before": ("Dice\nbefore", "{:.3f}".format),
     "Dice after": ("Dice\nafter", "{:.3f}".format),
     "Dice chosen": ("Dice\nchosen", "{:.3f}".format),
@@ -108,7 +110,7 @@ def _view(title: str, caption: str | None = None) -> Table:
 def _by_site(
     title: str,
     table: FinalTable,
-    columns: Mapping[str, tuple[str, Callable[[Any], str]]],
+    columns: Columns,
     caption: str | None = None,
 ) -> Table:
     view = _view(title, caption)

@@ -425,7 +425,7 @@ class TestUnseen:
         ensemble = cell_module._Training._ensemble
 
         def beside(training: Any, arrays: SiteArrays, batches: Any) -> dict[str, Any]:
-            training.worker.install(training._store("a").snapshot("best").tensors)
+            training.worker.install(training._chosen("a").tensors)
             singles.append(training._scores(arrays, "test", batches, (1,)))
             return ensemble(training, arrays, batches)
 
@@ -446,7 +446,7 @@ class TestUnseen:
             model, forward = training.worker.model, training.forward
             parts = []
             for site in cell.sites:
-                training.worker.install(training._store(site).snapshot("best").tensors)
+                training.worker.install(training._chosen(site).tensors)
                 with torch.inference_mode():
                     parts.append([torch.sigmoid(forward(batch)) for batch in batches])
             means = iter([torch.logit(sum(part) / len(part)) for part in zip(*parts, strict=True)])

@@ -28,7 +28,7 @@ from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder, Round
 from fedsca_pipeline.federation.server.rounds import Server
 from fedsca_pipeline.federation.setup import set_up
 from fedsca_pipeline.federation.site.batches import plain_batches
-from fedsca_pipeline.federation.site.store import SiteStore
+from fedsca_pipeline.federation.site.store import SiteStore, Snapshot
 from fedsca_pipeline.files import remove_partial_files
 from fedsca_pipeline.model.batch import Batch
 from fedsca_pipeline.model.heads import known_logits
@@ -75,7 +75,7 @@ def run_cell(cell: Cell, inputs: CellInputs, on_round: OnRound) -> Result:
     with _tidy(folder), PeakMemory() as peak, deterministic(run, THREADS) as device:
         trained = _Training(cell, inputs, folder, device)
         records = trained.run(on_round)
-        result = {
+        result: Result = {
             "fingerprint": cell.fingerprint,
             "code": inputs.code,
             "description": dict(cell.description),
@@ -196,9 +196,7 @@ class _Training:
 
     def at_site(self, site: str) -> Result:
         """Return the chosen model's scores on the site's test images, with its round and validation Dice."""
-        snapshot = self._store(site).snapshot("best")
-        if snapshot is None:
-            raise DataError(f"{site}: no chosen model, because the site missed every round with validation")
+        snapshot = self._chosen(site)
         self.worker.install(snapshot.tensors)
         arrays = self.inputs.arrays[site]
         batches = plain_batches(arrays, "test", self.evaluation.batch_size)
@@ -232,13 +230,17 @@ class _Training:
         rows = training_rows(arrays, site, self.cell.seed, self.cell.train_images)
         return arrays.with_splits({"train": rows, "validation": [int(row) for row in arrays.rows("validation")]})
 
-    def _store(self, site: str) -> SiteStore:
-        return SiteStore(self.folder / "sites" / (POOLED if self.strategy.pools else site))
+    def _chosen(self, site: str) -> Snapshot:
+        """Return the site's chosen model; for pooled data, the only one."""
+        snapshot = SiteStore(self.folder / "sites" / (POOLED if self.strategy.pools else site)).snapshot("best")
+        if snapshot is None:
+            raise DataError(f"{site}: no chosen model, because the site missed every round with validation")
+        return snapshot
 
     def _general(self) -> dict[str, Tensor]:
         """Return the start values with the mean of the latest local models; for pooled data, the chosen model."""
         if self.strategy.pools:
-            return dict(self._store(POOLED).snapshot("best").tensors)
+            return dict(self._chosen(POOLED).tensors)
         shapes = self.strategy.wire_shapes()
         latest = CheckpointFolder(self.folder / "server").latest()
         if not shapes or latest is None:
@@ -258,7 +260,7 @@ class _Training:
         known = dict.fromkeys(self.cell.sites, self.known_anywhere) if self.strategy.pools else self.known
         total: list[Tensor] = []
         for site in self.cell.sites:
-            self.worker.install(self._store(site).snapshot("best").tensors)
+            self.worker.install(self._chosen(site).tensors)
             given = [
                 probability(known_logits(logits, head, known[site])).cpu()
                 for _, logits in predict_logits(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle, pairwise, product
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -262,7 +263,7 @@ def _style_bytes(axes: Axes, sent: NDArray[np.float64], positions: NDArray[np.fl
         position = positions.min()
         edge = position * 2.4
         axes.axvspan(limits[0], edge, color=ABSENT, alpha=0.55, linewidth=0, zorder=0)
-        name = {"ha": "center", "fontsize": 8.5, "color": INK, "transform": axes.get_xaxis_transform()}
+        name: dict[str, Any] = {"ha": "center", "fontsize": 8.5, "color": INK, "transform": axes.get_xaxis_transform()}
         axes.text(position, 0.012, "sends nothing", **name)
         # The axis has no meaning inside the band.
         axes.set_xticks([tick for tick in axes.get_xticks() if tick > edge])
@@ -285,7 +286,7 @@ def _label_points(axes: Axes, points: NDArray[np.float64], names: Sequence[str],
 
     A line ties a name to its point if they are not side by side. If no position is free, names overlap.
     """
-    renderer = FigureCanvasAgg(axes.figure).get_renderer()
+    renderer = FigureCanvasAgg(axes.get_figure(root=True)).get_renderer()
     pixel = axes.figure.dpi / 72
     positions, corners = axes.transData.transform(points), axes.transData.transform(steps)
     frame = axes.get_window_extent(renderer)
@@ -300,7 +301,7 @@ def _label_points(axes: Axes, points: NDArray[np.float64], names: Sequence[str],
         free = [box for box in boxes if _inside(box, frame) and not box.count_overlaps(taken)]
         box = (free or boxes)[0]
         taken.append(box)
-        _move(label, position, box, pixel)
+        _move(axes, label, position, box, pixel)
 
 
 def _candidates(position: NDArray[np.float64], width: float, height: float, pixel: float) -> list[Bbox]:
@@ -318,13 +319,13 @@ def _inside(box: Bbox, frame: Bbox) -> bool:
     return frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
 
 
-def _move(label: Annotation, position: NDArray[np.float64], box: Bbox, pixel: float) -> None:
+def _move(axes: Axes, label: Annotation, position: NDArray[np.float64], box: Bbox, pixel: float) -> None:
     """Move a name into its box; draw a line to its point if the box is not beside it."""
     label.set_position(((box.x0 - position[0]) / pixel, (box.y0 - position[1]) / pixel))
     nearest = np.clip(position, (box.x0, box.y0), (box.x1, box.y1))
     if np.hypot(*(nearest - position)) > 9 * pixel:
         end = ((nearest[0] - position[0]) / pixel, (nearest[1] - position[1]) / pixel)
-        label.axes.annotate(
+        axes.annotate(
             "", label.xy, end, textcoords="offset points", arrowprops={"arrowstyle": "-", "color": _OTHER, "lw": 0.6}
         )
 

@@ -191,7 +191,7 @@ def _intervals(
         points.append(values.mean(axis=(1, 2)))
         drawn.append(_draw(values, weights, generator))
     point, sample = _statistics(np.array(points)), _statistics(np.array(drawn))
-    record = {}
+    record: dict[str, float] = {}
     for name in statistics:
         low, high = np.percentile(sample[name], _LEVELS)
         record |= {name: float(point[name]), f"{name}_low": float(low), f"{name}_high": float(high)}

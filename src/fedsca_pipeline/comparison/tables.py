@@ -197,7 +197,8 @@ def _rows(table: pd.DataFrame) -> list[_Row]:
 
 def _cells(table: pd.DataFrame, column: _Column) -> list[_Cell]:
     """Return one column's cells. Every value that prints like the best one is marked as best."""
-    texts = [_texts(*row, column) for row in table[[column.name, f"{column.name}_low", f"{column.name}_high"]].values]
+    numbers = table[[column.name, f"{column.name}_low", f"{column.name}_high"]].to_numpy(dtype=float)
+    texts = [_texts(value, low, high, column) for value, low, high in numbers]
     known = table[column.name].dropna()
     best = _shown(column.best(known), column) if len(known) else None
     return [_Cell(shown, rest, (shown, unit) == best) for shown, unit, rest in texts]

@@ -15,6 +15,6 @@ class AtomicCSVDataset(AtomicSave, CSVDataset):
 class PreviousCSVDataset(CSVDataset):
     """The table of an earlier run: lets a node read its own last output."""
 
-    def load(self) -> pd.DataFrame | None:  # type: ignore[override]  # wider: None too
+    def load(self) -> pd.DataFrame | None:
         """Return the table, or None if there is no file yet."""
         return super().load() if self._exists() else None

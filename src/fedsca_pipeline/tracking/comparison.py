@@ -104,7 +104,7 @@ class ComparisonTracker(MlflowWriter):
 
     def figures(self, figures: Mapping[str, Figure]) -> None:
         """Log figures; the keys are their paths without suffix."""
-        if self._client is None:
+        if self._client is None or self.run_id is None:
             return
         with self._reported():
             for path, figure in figures.items():
@@ -112,7 +112,7 @@ class ComparisonTracker(MlflowWriter):
 
     def close(self, status: str) -> None:
         """End the parent run with ``FINISHED``, ``FAILED`` or ``KILLED``."""
-        if self._client is None:
+        if self._client is None or self.run_id is None:
             return
         with self._reported():
             self._client.set_terminated(self.run_id, status)
