@@ -179,15 +179,15 @@ class SiteWork:
         folder.overlays.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder.overlays)
         remove_partial_files(checkpoints)
-        kept = index["sites"][self.config.site]
+        saved = index["sites"][self.config.site]
         return documents.write(
             documents.Scores(
                 site=self.config.site,
                 run=run,
                 means=rows_of(documents.Means, site_means(scores, names)),
                 volumes=rows_of(documents.VolumeMeans, site_volume_means(volumes, names)),
-                rounds={name: entry["round"] for name, entry in kept.items()},
-                dice_validation={name: entry["dice_validation"] for name, entry in kept.items()},
+                rounds={name: entry["round"] for name, entry in saved.items()},
+                dice_validation={name: entry["dice_validation"] for name, entry in saved.items()},
             )
         )
 
