@@ -20,7 +20,7 @@ import numpy as np
 from fedsca_pipeline.config import DataReportConfig, PreprocessingConfig
 from fedsca_pipeline.data.preprocessing.report import site_report
 from fedsca_pipeline.data.preprocessing.samples import Planes, Sample, read_samples
-from fedsca_pipeline.data.preprocessing.selection import settle
+from fedsca_pipeline.data.preprocessing.selection import select_samples
 from fedsca_pipeline.data.preprocessing.split import SPLITS
 from fedsca_pipeline.data.site_folder.identifiers import open_site
 from fedsca_pipeline.data.site_folder.pairing import Broken, Pair, pair_files
@@ -123,29 +123,29 @@ def inspect_site(
     files = _files(raw / site)
     site_file = files.site_file
     samples, hashes = _read(files, config, progress)
-    settled = settle(site, samples, files.broken, site_file, config, seed, previous_manifest)
+    selection = select_samples(site, samples, files.broken, site_file, config, seed, previous_manifest)
     # If there was nothing to read, refusals for a lack of images only repeat the reason.
-    refusals = files.refusals + (settled.refusals if files.pairs or files.broken else [])
-    used = [samples[row] for row in settled.rows]
+    refusals = files.refusals + (selection.refusals if files.pairs or files.broken else [])
+    used = [samples[row] for row in selection.rows]
     images = [
         {
             "image": samples[row].pair.image,
-            "split": settled.splits.get(samples[row].pair.image, ""),
+            "split": selection.splits.get(samples[row].pair.image, ""),
             "hash": hashes[row],
             "subject": subject_hash(samples[row].subject),
         }
-        for row in settled.rows
+        for row in selection.rows
     ]
     groups = _near_duplicates(images, options.near_duplicate_bits)
     facts = {
-        **site_report(raw, site, files.found, used, files.broken, settled, site_file, config, seed),
+        **site_report(raw, site, files.found, used, files.broken, selection, site_file, config, seed),
         "refusals": [_plain(refusal, raw / site) for refusal in refusals],
-        **_own_facts(used, images, groups, files, config, settled.splits, previous_manifest),
+        **_own_facts(used, images, groups, files, config, selection.splits, previous_manifest),
     }
     order = np.random.default_rng([seed, *site.encode()]).permutation(len(used))
     thumbnails, embedded = order[: options.thumbnails], order[: options.embedded_images * options.embedding]
     duplicates = {member for group in groups[:_GROUPS_SHOWN] for member in group.members[:_MEMBERS_SHOWN]}
-    read = partial(_pictures, used, files=files, config=config, splits=settled.splits)
+    read = partial(_pictures, used, files=files, config=config, splits=selection.splits)
     pictures, copies = read({*thumbnails, *embedded}, _clearest), read(duplicates, _middle)
     return Inspection(
         facts,

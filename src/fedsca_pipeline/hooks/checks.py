@@ -13,7 +13,7 @@ from kedro.pipeline import Pipeline
 from pydantic import ValidationError
 
 from fedsca_pipeline.config import Parameters, read_parameters
-from fedsca_pipeline.data.site_folder.discovery import DEMO_SITES, discover_sites, settle_sites
+from fedsca_pipeline.data.site_folder.discovery import DEMO_SITES, discover_sites, place_finished_sites
 from fedsca_pipeline.errors import ConfigError, DataError, ResumeError, faults_by_key
 from fedsca_pipeline.federation.strategies import check_names
 from fedsca_pipeline.hooks.up_to_date import describe_now, is_whole_run, raise_if_up_to_date
@@ -44,7 +44,7 @@ class ParameterHooks:
         raw = context.project_path / catalog["raw_sites"]["path"]
         raw_folder.set(raw)
         deployed.set(_is_deployed(self._parameters))
-        settle_sites(raw)
+        place_finished_sites(raw)
 
     @hook_impl
     def after_catalog_created(self, catalog: DataCatalog) -> None:

@@ -17,7 +17,7 @@ from fedsca_pipeline.data.site_folder.discovery import (
     SITES_READY,
     discover_sites,
     fingerprint_site,
-    settle_sites,
+    place_finished_sites,
 )
 from fedsca_pipeline.errors import DataError
 
@@ -100,7 +100,7 @@ def test_a_kill_between_the_moves_is_made_good_by_the_next_command(demo: Path, t
         (tmp_path / SITES_READY).mkdir(exist_ok=True)
         (tmp_path / site).rename(tmp_path / SITES_READY / site)
 
-    settle_sites(tmp_path)
+    place_finished_sites(tmp_path)
 
     assert discover_sites(tmp_path) == DEMO_SITES
     assert not (tmp_path / SITES_READY).exists()

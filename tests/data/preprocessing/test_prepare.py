@@ -333,7 +333,7 @@ def test_many_files_with_one_fault_are_one_line_that_says_where_each_is(raw: Pat
     assert common.startswith(f"  30 files alike ({names}, ...): image without a mask; add masks/x00.png")
     assert single.startswith(f"  {SITE}/masks/p0_0.png: unknown label value 7")
     assert f"08_reporting/data_report/{SITE}.json" in where
-    assert cure.startswith("Mend them")
+    assert cure.startswith("Fix them")
 
 
 def test_too_few_usable_images_stop_the_run_also_in_quarantine(raw: Path) -> None:
@@ -420,7 +420,7 @@ def test_counts_beyond_what_is_there_are_cut_and_said(raw: Path) -> None:
     report = prepare(raw, CONFIG.model_copy(update={"split": SplitConfig(validation=3, test=30)})).report
 
     assert [report["counts"][split] for split in ("validation", "test", "train")] == [3, 6, 1]
-    assert report["warnings"] == ["split: 30 test images were asked for, 6 could be had"]
+    assert report["warnings"] == ["split: 30 test images requested, 6 available"]
 
 
 def test_overrides_hold_for_their_site_only(raw: Path) -> None:
@@ -471,7 +471,7 @@ def test_under_other_settings_the_split_is_drawn_anew_and_said(raw: Path, change
     after = prepare(raw, config, seed=int(change == "seed"), previous_manifest=before)
 
     pd.testing.assert_frame_equal(after.manifest, prepare(raw, config, seed=int(change == "seed")).manifest)
-    assert any("drawn anew" in warning for warning in after.report["warnings"])
+    assert any("drawn again" in warning for warning in after.report["warnings"])
 
 
 def test_a_foreign_previous_manifest_does_not_bind(raw: Path) -> None:

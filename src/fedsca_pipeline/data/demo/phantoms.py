@@ -13,7 +13,7 @@ _BACKGROUND, _PARENCHYMA, _RIM, _CYST, _VESSEL, _LESION = 0.02, 0.40, 0.54, 0.15
 
 @dataclass(frozen=True)
 class Phantom:
-    """What there is to see, before a scanner sees it.
+    """A phantom before a scanner acquires it.
 
     ``tissue`` is float64 [S, S] in 0..1, ``inside`` bool [S, S] is the body, ``lesions`` bool [S, S] the truth.
     """
@@ -32,13 +32,13 @@ def make_phantom(
     radius: tuple[float, float],
     extent: float = 1.0,
 ) -> Phantom:
-    """Draw a phantom of ``size`` x ``size`` pixels.
+    """Return a phantom of ``size`` x ``size`` pixels.
 
     Args:
         size: pixels of a side.
         anatomy: stream for body, organs and vessels; the same start gives the same patient.
         view: stream for lesions, cysts and texture.
-        lesions: how many; 0 gives an empty truth.
+        lesions: their number; 0 gives an empty truth.
         radius: smallest and largest lesion radius, as a share of half the side.
         extent: half the side in body units; below 1 the field of view lies within the body.
     """
@@ -90,7 +90,7 @@ class _Canvas:
     def blob(
         self, rng: np.random.Generator, centre: tuple[float, float], radius: float, *, wobble: float
     ) -> np.ndarray:
-        """A turned ellipse with a wavy outline: distance from the centre, 1 on the outline. The area stays pi r^2."""
+        """Return the distance from the centre of a turned, wavy ellipse, 1 on its outline. Its area is pi r^2."""
         turn, stretch = rng.uniform(0.0, np.pi), np.sqrt(rng.uniform(0.72, 1.0))
         dy, dx = self._y - centre[0], self._x - centre[1]
         along = (dx * np.cos(turn) + dy * np.sin(turn)) * stretch
@@ -100,25 +100,25 @@ class _Canvas:
         for order in range(2, 7):
             outline += rng.normal(0.0, wobble / order) * np.cos(order * turns + rng.uniform(0.0, 2.0 * np.pi))
         reach = np.interp(np.arctan2(across, along), turns, np.maximum(outline, 0.5))
-        return np.hypot(along, across) / (radius * reach)
+        return np.asarray(np.hypot(along, across) / (radius * reach))
 
     def cover(self, blob: np.ndarray, edge: float) -> np.ndarray:
-        """Opacity 0..1 of a blob with a soft edge about ``edge`` body units wide."""
-        return ndimage.gaussian_filter((blob < 1.0).astype(np.float64), edge * self._pixels)
+        """Return the opacity 0..1 of a blob with a soft edge about ``edge`` body units wide."""
+        return np.asarray(ndimage.gaussian_filter((blob < 1.0).astype(np.float64), edge * self._pixels))
 
     def band(self, blob: np.ndarray, inner: float, outer: float) -> np.ndarray:
-        """Opacity of the ring between two levels of a blob."""
+        """Return the opacity of the ring between two levels of a blob."""
         ring = ((blob >= inner) & (blob < outer)).astype(np.float64)
-        return ndimage.gaussian_filter(ring, 0.004 * self._pixels)
+        return np.asarray(ndimage.gaussian_filter(ring, 0.004 * self._pixels))
 
     def noise(self, rng: np.random.Generator, scale: float) -> np.ndarray:
-        """Smooth noise of mean 0 and standard deviation 1; ``scale`` is its grain in body units."""
+        """Return smooth noise of mean 0 and standard deviation 1; ``scale`` is its grain in body units."""
         grain = max(scale * self._pixels, 0.5)
         field = ndimage.gaussian_filter(rng.standard_normal(self._x.shape), grain, mode="wrap", truncate=3.0)
-        return (field - field.mean()) / field.std()
+        return np.asarray((field - field.mean()) / field.std())
 
     def vessel(self, rng: np.random.Generator, radius: float) -> np.ndarray:
-        """Opacity of a bending tube across the body."""
+        """Return the opacity of a bent tube across the body."""
         heading = rng.uniform(0.0, 2.0 * np.pi)
         start = 0.8 * np.array([np.cos(heading), np.sin(heading)])
         steps = np.linspace(0.0, 1.0, 6)[:, None]
@@ -133,7 +133,7 @@ class _Canvas:
         if not seen.any():
             return np.zeros(self._x.shape)
         distance = ndimage.distance_transform_edt(line) / self._pixels
-        return np.clip((radius - distance) * self._pixels + 0.5, 0.0, 1.0)
+        return np.asarray(np.clip((radius - distance) * self._pixels + 0.5, 0.0, 1.0))
 
 
 def _paint(tissue: np.ndarray, opacity: np.ndarray, level: np.ndarray | float) -> np.ndarray:
@@ -148,7 +148,7 @@ def _somewhere(rng: np.random.Generator, reach: float) -> tuple[float, float]:
 def _free_place(
     rng: np.random.Generator, taken: list[tuple[float, float, float]], radius: float, reach: float
 ) -> tuple[float, float]:
-    """Find a centre that clears the blobs before it (touching is fine), or the best of 40 tries, and note it."""
+    """Return, and add to ``taken``, a centre whose blob overlaps no earlier one, or the best of 40 tries."""
 
     def clearance(place: tuple[float, float]) -> float:
         return min((np.hypot(place[0] - y, place[1] - x) - r - radius for y, x, r in taken), default=np.inf)

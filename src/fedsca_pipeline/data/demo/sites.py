@@ -1,8 +1,7 @@
-"""Four demonstration sites: one phantom anatomy with lesions, seen by four different scanners.
+"""Four demonstration sites: phantoms of one anatomy with lesions, acquired by four scanners.
 
-The phantom is the same everywhere; what differs is how it is acquired: contrast, colour, blur, noise, bias field, field
-of view, and how large and how many the lesions are. Nothing but training tells lesions from the cysts and vessels
-beside them, so the foundation alone cannot do the task.
+Sites differ in contrast, colour, blur, noise, bias field, field of view, and in size and number of lesions. Lesions
+resemble the cysts and vessels beside them, so the foundation fails at the task without training.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from PIL import Image
 from fedsca_pipeline.config import DemoSitesConfig
 from fedsca_pipeline.data.demo.phantoms import Phantom, make_phantom
 from fedsca_pipeline.data.readers.common import split_name
-from fedsca_pipeline.data.site_folder.discovery import DEMO_SITES, SITES_READY, discover_sites, settle_sites
+from fedsca_pipeline.data.site_folder.discovery import DEMO_SITES, SITES_READY, discover_sites, place_finished_sites
 from fedsca_pipeline.data.site_folder.pairing import SUFFIXES
 from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.files import write_bytes
@@ -31,11 +30,11 @@ _EMPTY_EVERY = 10
 
 @dataclass(frozen=True)
 class _Scanner:
-    """One site's way of seeing the phantom.
+    """The acquisition at one site.
 
-    ``lesions`` is their smallest and largest number, ``radius`` their size as a share of half the side, ``extent`` half
-    the side in body units, ``acquire`` turns a phantom and a seed into uint8 [S, S] or [S, S, 3] and the bool [S, S]
-    that the field of view shows.
+    ``lesions`` is the smallest and largest number of lesions, ``radius`` their size as a share of half the side,
+    ``extent`` half the side in body units. ``acquire`` turns a phantom and a seed into uint8 [S, S] or [S, S, 3], and
+    bool [S, S], the field of view.
     """
 
     shift: str
@@ -48,16 +47,16 @@ class _Scanner:
 def write_demo_sites(raw: Path, config: DemoSitesConfig) -> dict[str, dict[str, Any]]:
     """Write the four sites of ``DEMO_SITES`` as PNG site folders, if there is no site under ``raw`` yet.
 
-    All are built beside their place and renamed into it, so a killed run leaves no half site. Same configuration, same
-    bytes. Where there are sites already nothing is touched.
+    The sites are built in a hidden folder and renamed, so a killed run leaves no half site. The same configuration
+    gives the same bytes. Existing sites are never changed.
 
     Returns:
-        Per site ``images``, their number, and ``shift``, what sets the site apart (for sites found: that it was there).
+        Per site ``images``, their number, and ``shift``, how the site differs ("already there" for an existing site).
 
     Raises:
-        DataError: there are folders, but none is a site: the user meant to bring data of their own.
+        DataError: there are folders, but none is a site: the user probably meant to use their own data.
     """
-    settle_sites(raw)
+    place_finished_sites(raw)
     if present := discover_sites(raw):
         return {site: {"images": _count(raw / site / "images"), "shift": "already there"} for site in present}
     if folders := sorted(path.name for path in raw.glob("[!._]*") if path.is_dir()):
@@ -74,7 +73,7 @@ def write_demo_sites(raw: Path, config: DemoSitesConfig) -> dict[str, dict[str, 
         workshop.rename(raw / SITES_READY)
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
-    settle_sites(raw)
+    place_finished_sites(raw)
     return {site: {"images": config.images_per_site, "shift": _SCANNERS[site].shift} for site in DEMO_SITES}
 
 
@@ -86,7 +85,7 @@ def _count(folder: Path) -> int:
 
 def _write_site(folder: Path, index: int, scanner: _Scanner, config: DemoSitesConfig) -> None:
     for number in range(config.images_per_site):
-        # Every third subject has two images, so that the split by subject has something to do.
+        # Every third subject has two images, so that the split by subject matters.
         subject, view = 3 * (number // 4) + min(number % 4, 2), 1 + (number % 4 == 3)
         body = np.random.default_rng([config.seed, index, subject])
         rng = np.random.default_rng([config.seed, index, subject, view])
@@ -112,7 +111,7 @@ def _ct(phantom: Phantom, seed: int) -> tuple[np.ndarray, np.ndarray]:
     from skimage import exposure, filters, util
 
     image = filters.gaussian(phantom.tissue, 1.0)
-    # Low dose: noise of the size of a few pixels, as after reconstruction.
+    # Low dose: noise with a grain of a few pixels, as after reconstruction.
     grain = filters.gaussian(util.random_noise(np.zeros_like(image), "gaussian", rng=seed, var=1.0, clip=False), 0.7)
     image = exposure.rescale_intensity(image + 0.06 * grain, in_range=(0.05, 0.95), out_range=(0.0, 1.0))
     seen = _disc(image.shape[0], 1.0)
@@ -169,7 +168,7 @@ def _disc(size: int, radius: float) -> np.ndarray:
 
 
 def _sector(size: int) -> np.ndarray:
-    """The fan of a curved probe above the image."""
+    """Return the fan of a curved probe above the image."""
     axis = np.linspace(-1.0, 1.0, size)
     y, x = axis[:, None] + 2.1, axis[None, :]
     reach = np.hypot(y, x)

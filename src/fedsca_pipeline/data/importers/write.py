@@ -21,7 +21,7 @@ from fedsca_pipeline.data.importers.pseudonyms import NAMES, Pseudonyms
 from fedsca_pipeline.data.importers.sample import Sample
 from fedsca_pipeline.data.readers.common import BrokenSampleError, split_name
 from fedsca_pipeline.data.readers.volume import Volume, write_nifti
-from fedsca_pipeline.data.site_folder.discovery import SITES_READY, settle_sites
+from fedsca_pipeline.data.site_folder.discovery import SITES_READY, place_finished_sites
 from fedsca_pipeline.data.site_folder.pairing import Broken, list_faults
 from fedsca_pipeline.errors import DataError, RefusedImportError, counted
 from fedsca_pipeline.files import write_bytes
@@ -62,7 +62,7 @@ def import_sites(
     """
     if not source.is_dir():
         raise DataError(f"source: {source} is not a folder; unpack the data set there, or name where it is")
-    settle_sites(raw)
+    place_finished_sites(raw)
     samples = [replace(sample, site=_site_name(sample.site)) for sample in importer.find(source)]
     if importer.regroup is None:
         _refuse_existing(raw, {sample.site for sample in samples})
@@ -84,7 +84,7 @@ def import_sites(
         workshop.rename(raw / SITES_READY)
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
-    settle_sites(raw)
+    place_finished_sites(raw)
     return summary
 
 

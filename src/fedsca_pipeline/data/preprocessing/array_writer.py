@@ -1,4 +1,4 @@
-"""A site's arrays to disk row by row, in memory for one row however many there are."""
+"""A site's arrays to disk, row by row; one row is in memory."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from safetensors import safe_open
 from fedsca_pipeline.data.manifest import manifest_digest
 from fedsca_pipeline.files import move, name_the_file
 
-# Room for length and header, so that rows have their place before their number is known. The format allows a header to
-# end in blanks; https://huggingface.co/docs/safetensors/index#format.
+# Bytes for length and header, so that rows can be written before their number is known. The format allows a header to
+# end in blanks: https://huggingface.co/docs/safetensors/index#format.
 _LENGTH, _START = 8, 512
-# Bytes of masks that wait in memory; more of them wait on the disk.
+# Bytes of masks that are buffered in memory; more are buffered on disk.
 _FEW = 2**22
 
 
 class ArraysFile(Mapping[str, np.ndarray]):
-    """A finished file of arrays that has no place yet; not moved to one, it goes with the last that refers to it.
+    """A finished file of arrays, to be moved to its place; otherwise it is deleted with this object.
 
-    As a mapping it reads the named array anew at each look-up, as a whole.
+    As a mapping, each look-up reads the whole named array from the file.
     """
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
@@ -39,7 +39,7 @@ class ArraysFile(Mapping[str, np.ndarray]):
         self._clean = weakref.finalize(self, shutil.rmtree, path.parent, ignore_errors=True)
 
     def move_to(self, path: Path) -> None:
-        """Rename the file over ``path``, atomically; both are on one disk. Missing parent folders are made."""
+        """Rename the file to ``path`` on the same disk, atomically. Missing parent folders are made."""
         path.parent.mkdir(parents=True, exist_ok=True)
         move(self._path, path)
         self._path = path
@@ -59,14 +59,13 @@ class ArraysFile(Mapping[str, np.ndarray]):
 
 
 class ArraysWriter:
-    """Writes the file that ``SiteArrays`` reads, as rows come; a context manager.
+    """Writes the file that ``SiteArrays`` reads, row by row; a context manager.
 
-    The file grows in a hidden folder within ``folder``, which is removed if the block fails. Images go to their place
-    at once; masks wait elsewhere, because where they begin depends on the number of images: in memory while they are
-    few, then in a second file.
+    The file grows in a hidden folder within ``folder``, which is removed if the block fails. Images are written in
+    place. Masks follow all images in the file, so they are buffered: first in memory, then in a second file.
 
     Args:
-        folder: on the disk where the file shall end up.
+        folder: on the disk where the file will be.
         name: of the site.
         side: S, of the padded square in pixels.
     """
@@ -89,7 +88,7 @@ class ArraysWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for file in (self._images, self._masks):
-            # After a failed write, closing fails for the same reason, which is on its way already.
+            # After a failed write, closing fails for the same reason, which is already raised.
             with suppress(OSError):
                 file.close()
         if error is not None:
@@ -111,14 +110,14 @@ class ArraysWriter:
         self._sizes.append((height, width))
 
     def finish(self, keep: Sequence[int], manifest: pd.DataFrame) -> ArraysFile:
-        """Complete the file with the rows ``keep`` (rising) and no others, described by ``manifest``.
+        """Return the finished file, with the rows ``keep`` (ascending) only, and the digest of ``manifest``.
 
         Raises:
             OSError: the disk is full; it names the file.
         """
         with name_the_file(self._path):
             if len(keep) < len(self._sizes):
-                # Rows only ever move towards the start, so none is overwritten before it has been read.
+                # Rows only move towards the start, so each is read before it is overwritten.
                 for place, row in enumerate(keep):
                     image = _row(self._images, _START, row, self._image.nbytes)
                     self._images.seek(_START + place * self._image.nbytes)

@@ -18,7 +18,7 @@ from fedsca_pipeline.data.manifest import MANIFEST_DTYPES
 from fedsca_pipeline.data.preprocessing.array_writer import ArraysFile, ArraysWriter
 from fedsca_pipeline.data.preprocessing.report import site_report
 from fedsca_pipeline.data.preprocessing.samples import Sample, read_samples
-from fedsca_pipeline.data.preprocessing.selection import Settled, settle
+from fedsca_pipeline.data.preprocessing.selection import Selection, select_samples
 from fedsca_pipeline.data.site_folder.identifiers import open_site
 from fedsca_pipeline.data.site_folder.pairing import Broken, by_fault, pair_files
 from fedsca_pipeline.errors import DataError
@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PreparedSite:
-    """What the later stages need of one site.
+    """One site, ready for training.
 
-    ``manifest`` has one row an image, or slice of a volume, in stem order, with the columns of ``MANIFEST_DTYPES``:
-    ``split`` is train, validation, test or unused; ``classes`` a JSON list of the classes in the resized mask;
+    ``manifest`` has one row per image, or slice of a volume, in stem order, with the columns of ``MANIFEST_DTYPES``:
+    ``split`` is train, validation, test or unused; ``classes`` is a JSON list of the classes in the resized mask;
     ``height`` and ``width`` are the valid area in the arrays; paths are relative to the site folder; ``volume`` is the
     stem of a slice's volume, "" for a flat image, whose ``slice`` is -1. ``arrays`` is a finished file of ``images``
     uint8 [N, 3, S, S], ``masks`` uint8 [N, S, S] (0 background, 1..K, padding 0), ``sizes`` int32 [N, 2] and
@@ -53,13 +53,13 @@ def prepare_site(
     *,
     scratch: Path | None = None,
 ) -> PreparedSite:
-    """Read, check, split and resize one site's images, in memory for one image, or volume, however many there are.
+    """Read, check, split and resize one site's images, one image or volume in memory, and log the outcome.
 
-    The arrays grow in a hidden folder within ``scratch``, which is on the disk where they shall end up (left out: in
-    the system's folder for temporary files).
+    The arrays grow in a hidden folder within ``scratch``, on the disk where they will be. Default: the system's folder
+    for temporary files.
 
-    Subjects in ``previous_manifest`` keep their split while seed, split settings and group rule are the same; under
-    other settings all are drawn anew, which the report's warnings say.
+    Subjects in ``previous_manifest`` keep their split while seed, split settings and group rule stay the same. With
+    other settings the split is drawn again, and the report warns of it.
 
     Raises:
         OSError: the disk is full.
@@ -82,14 +82,14 @@ def prepare_site(
                 writer.append(image, mask)
             samples.append(sample)
 
-        settled = settle(site, samples, broken, site_file, config, seed, previous_manifest)
-        if settled.refusals:
-            raise DataError(settled.refusals[0])
-        rows = _array_rows(samples, settled)
-        samples = [samples[row] for row in settled.rows]
-        manifest = _manifest(site, samples, settled)
+        selection = select_samples(site, samples, broken, site_file, config, seed, previous_manifest)
+        if selection.refusals:
+            raise DataError(selection.refusals[0])
+        rows = _array_rows(samples, selection)
+        samples = [samples[row] for row in selection.rows]
+        manifest = _manifest(site, samples, selection)
         arrays = writer.finish(rows, manifest)
-    report = site_report(raw, site, found, samples, broken, settled, site_file, config, seed)
+    report = site_report(raw, site, found, samples, broken, selection, site_file, config, seed)
     _log_outcome(site, report["counts"]["used"], broken)
     return PreparedSite(manifest, arrays, report)
 
@@ -102,21 +102,21 @@ def _log_outcome(site: str, used: int, broken: Sequence[Broken]) -> None:
         logger.warning("%s: each file is listed in the site's report.json below 02_intermediate", site)
 
 
-def _array_rows(samples: Sequence[Sample], settled: Settled) -> list[int]:
-    """Return which of the rows that all samples filled, one after the other, are kept."""
+def _array_rows(samples: Sequence[Sample], selection: Selection) -> list[int]:
+    """Return the rows to keep, among the rows that all samples wrote one after the other."""
     starts = np.cumsum([0, *(len(sample.planes) for sample in samples)])
-    return [int(starts[row]) + plane for row in settled.rows for plane in settled.planes[samples[row].pair.image]]
+    return [int(starts[row]) + plane for row in selection.rows for plane in selection.planes[samples[row].pair.image]]
 
 
-def _manifest(site: str, samples: Sequence[Sample], settled: Settled) -> pd.DataFrame:
-    kept = [(sample, plane) for sample in samples for plane in settled.planes[sample.pair.image]]
+def _manifest(site: str, samples: Sequence[Sample], selection: Selection) -> pd.DataFrame:
+    kept = [(sample, plane) for sample in samples for plane in selection.planes[sample.pair.image]]
     rows = [
         {
             "site": site,
             "subject": sample.subject,
             "image": sample.pair.image,
             "mask": sample.pair.mask,
-            "split": settled.splits[sample.pair.image],
+            "split": selection.splits[sample.pair.image],
             "label_map": json.dumps(sample.label_map),
             "classes": json.dumps(sample.planes[plane]),
             "sha256": sample.sha256,
@@ -128,7 +128,7 @@ def _manifest(site: str, samples: Sequence[Sample], settled: Settled) -> pd.Data
             "volume": sample.pair.stem if sample.is_volume else "",
             "slice": plane if sample.is_volume else -1,
             "row": row,
-            "split_settings": settled.settings,
+            "split_settings": selection.settings,
         }
         for row, (sample, plane) in enumerate(kept)
     ]

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedsca_pipeline.config import PreprocessingConfig
 from fedsca_pipeline.data.preprocessing.samples import Sample
-from fedsca_pipeline.data.preprocessing.selection import Settled, _is_empty, _split_settings
+from fedsca_pipeline.data.preprocessing.selection import Selection, _is_empty, _split_settings
 from fedsca_pipeline.data.preprocessing.split import SPLITS
 from fedsca_pipeline.data.site_folder.discovery import fingerprint_site
 from fedsca_pipeline.data.site_folder.pairing import Broken
@@ -25,16 +25,16 @@ def site_report(
     found: int,
     samples: Sequence[Sample],
     broken: Sequence[Broken],
-    settled: Settled,
+    selection: Selection,
     site_file: SiteFile,
     config: PreprocessingConfig,
     seed: int,
 ) -> dict[str, Any]:
-    """Return the data report (docs/data.md), JSON-able, of the samples that are kept; there may be none.
+    """Return the JSON-able report (docs/data.md) of the samples that are used; there may be none.
 
     ``hashed_names`` says whether names and subjects are salted hashes, which an import wrote.
     """
-    splits = list(settled.splits.values())
+    splits = list(selection.splits.values())
     read = {sample.pair.image: sample.sha256 for sample in samples}
     read |= {sample.pair.mask: sample.mask_sha256 for sample in samples}
     return {
@@ -49,18 +49,18 @@ def site_report(
         },
         "empty_masks": sum(_is_empty(sample) for sample in samples),
         **_summary(samples, config.classes),
-        **_volumes(samples, settled),
+        **_volumes(samples, selection),
         "split": {
             **_split_settings(site, config, seed, site_file),
-            "settings": settled.settings,
-            "drawn": settled.drawn,
-            "fingerprint": fingerprint(sorted(settled.splits.items())),
+            "settings": selection.settings,
+            "drawn": selection.drawn,
+            "fingerprint": fingerprint(sorted(selection.splits.items())),
         },
         "spacing": list(site_file.spacing) if site_file.spacing else None,
         "notes": site_file.notes,
         "hashed_names": site_file.hashed_names,
         "broken": [entry.as_dict() for entry in broken],
-        "warnings": settled.warnings,
+        "warnings": selection.warnings,
     }
 
 
@@ -77,15 +77,15 @@ def _summary(samples: Sequence[Sample], classes: int) -> dict[str, Any]:
     }
 
 
-def _volumes(samples: Sequence[Sample], settled: Settled) -> dict[str, Any]:
-    """Return what there is to say of volumes only; nothing where there is none."""
+def _volumes(samples: Sequence[Sample], selection: Selection) -> dict[str, Any]:
+    """Return the facts about volumes; empty without volumes."""
     volumes = [sample for sample in samples if sample.is_volume]
     if not volumes:
         return {}
     slices: Counter[str] = Counter()
     for sample in volumes:
-        kept = settled.planes[sample.pair.image]
-        slices[settled.splits.get(sample.pair.image, "unused")] += len(kept)
+        kept = selection.planes[sample.pair.image]
+        slices[selection.splits.get(sample.pair.image, "unused")] += len(kept)
         slices["left_out"] += len(sample.planes) - len(kept)
     spacing = np.array([sample.spacing for sample in volumes])
     return {

@@ -1,4 +1,4 @@
-"""An image file and its mask as rows of the arrays: a flat image is one row, a volume one row a slice."""
+"""An image file and its mask as rows of the arrays: one row for a flat image, one row per slice for a volume."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedsca_pipeline.data.site_folder.pairing import Broken, Pair
 from fedsca_pipeline.data.site_folder.site_file import SiteFile
 from fedsca_pipeline.files import sha256_path
 
-# Raw values kept of an image: over a site's images they are thousands.
+# Raw values sampled per image; over a site's images they are thousands.
 _VALUES = 64
 
 
@@ -31,10 +31,10 @@ _VALUES = 64
 class Sample:
     """A usable image file and its mask, without their pixels.
 
-    ``original`` is height and width, ``fitted`` those in the arrays, ``intensity`` raw extremes, ``values`` a few raw
-    values from all over the image, float32. ``class_pixels`` counts raw pixels of the classes 0..K; ``planes`` are
-    those of 1..K that each resized slice of the mask shows, a flat image being one. ``spacing`` of a volume is mm from
-    slice to slice, row to row and column to column.
+    ``original`` is height and width, ``fitted`` height and width in the arrays, ``intensity`` the raw extremes,
+    ``values`` a few raw values from all over the image, float32. ``class_pixels`` counts raw pixels of the classes
+    0..K. ``planes`` lists the classes of 1..K in each resized slice of the mask; a flat image is one slice. ``spacing``
+    of a volume is mm from slice to slice, row to row and column to column.
     """
 
     pair: Pair
@@ -43,7 +43,7 @@ class Sample:
     sha256: str
     mask_sha256: str
     pixels: bytes
-    """Digest of the decoded image: a copy saved in another format is a copy too."""
+    """Digest of the decoded image: a copy in another format has the same."""
     original: tuple[int, int]
     fitted: tuple[int, int]
     intensity: tuple[float, float]
@@ -61,20 +61,20 @@ class Sample:
 
     @property
     def classes(self) -> tuple[int, ...]:
-        """The classes, of 1..K, that the resized mask shows, sorted."""
+        """The sorted classes, of 1..K, in the resized mask."""
         return tuple(sorted({label for plane in self.planes for label in plane}))
 
 
 Planes = Iterable[tuple[np.ndarray, np.ndarray]]
-"""What a sample is in the arrays: image uint8 [3, h, w] and mask uint8 [h, w] of each of its rows."""
+"""A sample in the arrays: image uint8 [3, h, w] and mask uint8 [h, w] of each of its rows."""
 
 
 def read_samples(
     folder: Path, pairs: Sequence[Pair], site_file: SiteFile, config: PreprocessingConfig, broken: list[Broken]
 ) -> Iterator[tuple[Sample, Planes]]:
-    """Yield the usable samples, one at a time, with what they are in the arrays; list the others in ``broken``.
+    """Yield the usable samples with their planes, one at a time; add the others to ``broken``.
 
-    Planes are made when they are asked for, from the image in memory: ask for them before the next sample.
+    Planes are computed on demand from the image in memory, so use them before the next sample.
     """
     for pair in pairs:
         outcome = _read(folder, site_file, config, pair)
@@ -93,7 +93,7 @@ def _read(folder: Path, site_file: SiteFile, config: PreprocessingConfig, pair: 
         file = pair.mask
         if is_volume(pair.mask) != is_volume(pair.image):
             raise BrokenSampleError(
-                f"of {pair.image} and its mask one is a volume, one is flat",
+                f"of {pair.image} and its mask one is a volume, the other flat",
                 "export both as volumes, or both slice by slice",
             )
         mask, label_map = kind.read_mask(files[1], image, site_file.label_rule, config.classes)
@@ -113,7 +113,7 @@ def _read(folder: Path, site_file: SiteFile, config: PreprocessingConfig, pair: 
 
 
 def _within(folder: Path, reason: str) -> str:
-    """Return what a library says of a file without where that lies: the report is read elsewhere, too."""
+    """Return a library's message without the folder's path, since reports are also read elsewhere."""
     return reason.replace(f"{folder}{os.sep}", "").replace(f"{repr(str(folder))[1:-1]}{os.sep}", "")
 
 
@@ -183,7 +183,7 @@ def _volume_sample(
 
 
 def _digest(image: np.ndarray, values: np.ndarray) -> bytes:
-    """Identify a decoded image by shape, type and those of its values that tell it."""
+    """Return a digest of a decoded image: its shape, type and distinct channels."""
     digest = hashlib.sha256(f"{image.shape}{image.dtype}".encode())
     digest.update(np.ascontiguousarray(values).data)
     return digest.digest()
@@ -208,7 +208,7 @@ def _lost(class_pixels: np.ndarray, occurring: Iterable[Sequence[int]], side: in
 
 @dataclass(frozen=True)
 class _Kind:
-    """How flat images, or volumes, are read: the image, its mask as classes on its grid, and both as a sample.
+    """Functions for flat images, or for volumes: read the image, read its mask as classes, make the sample.
 
     ``read_mask`` receives the mask's file, and the image that ``read_image`` returned.
     """

@@ -1,4 +1,4 @@
-"""Which samples of a site are used, and in which split."""
+"""Select the samples of a site that are used, and their splits."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from fedsca_pipeline.data.preprocessing.split import draw_split, split_targets
 from fedsca_pipeline.data.readers.common import split_name
 from fedsca_pipeline.data.site_folder.pairing import Broken, list_faults
 from fedsca_pipeline.data.site_folder.site_file import SiteFile
-from fedsca_pipeline.errors import DataError
+from fedsca_pipeline.errors import DataError, counted
 from fedsca_pipeline.files import fingerprint
 
 
 @dataclass(frozen=True)
-class Settled:
-    """What becomes of the samples that were read.
+class Selection:
+    """The samples that are used, their splits, and the reasons why the site cannot train.
 
-    ``rows`` are those to keep, in order; ``splits`` is by image path, empty where none could be drawn; ``planes`` are,
-    by image path too, which rows of the sample stay in the arrays: of a training volume not every empty slice;
-    ``settings`` and ``drawn`` say by what and how splits were drawn. ``refusals`` say why the site cannot train, with
-    the cure, the first reason first.
+    ``rows`` are the samples to use, in order. ``splits`` is by image path, empty if no split can be drawn. ``planes``,
+    by image path, are the slices that stay in the arrays: a training volume drops some empty slices. ``settings`` is
+    the fingerprint of the split settings; ``drawn`` is new, kept or anew. ``refusals`` are the reasons, each with its
+    cure, in order of importance.
     """
 
     rows: list[int]
@@ -41,7 +41,7 @@ class Settled:
     refusals: list[str]
 
 
-def settle(
+def select_samples(
     site: str,
     samples: Sequence[Sample],
     broken: list[Broken],
@@ -49,12 +49,12 @@ def settle(
     config: PreprocessingConfig,
     seed: int,
     previous_manifest: pd.DataFrame | None,
-) -> Settled:
-    """Drop copies across subjects, which join ``broken``, and draw the splits; say why the site would be refused."""
+) -> Selection:
+    """Return the selection: copies across subjects are dropped and added to ``broken``, and splits are drawn."""
     settings = fingerprint(_split_settings(site, config, seed, site_file))
     previous, drawn, warnings = _previous(previous_manifest, settings)
     warnings += [f"{sample.pair.image}: {warning}" for sample in samples for warning in sample.warnings]
-    rows, copies = _settle_duplicates(samples, set(previous["image"]), broken)
+    rows, copies = _drop_copies(samples, set(previous["image"]), broken)
     kept = [samples[row] for row in rows]
     warnings += copies + _unused_subjects(site_file, kept, broken)
     refusals = _refusals(site, config, kept, broken)
@@ -66,7 +66,7 @@ def settle(
         except DataError as error:
             refusals.append(str(error))
     planes = {sample.pair.image: _planes_to_keep(site, sample, splits, config, seed) for sample in kept}
-    return Settled(rows, splits, planes, settings, drawn, warnings, refusals)
+    return Selection(rows, splits, planes, settings, drawn, warnings, refusals)
 
 
 def _planes_to_keep(
@@ -82,10 +82,10 @@ def _is_empty(sample: Sample) -> bool:
     return not sample.class_pixels[1:].any()
 
 
-def _settle_duplicates(samples: Sequence[Sample], known: set[str], broken: list[Broken]) -> tuple[list[int], list[str]]:
-    """Keep identical images within one subject only: no image may stand in two splits.
+def _drop_copies(samples: Sequence[Sample], known: set[str], broken: list[Broken]) -> tuple[list[int], list[str]]:
+    """Return the rows without copies across subjects, in order, and warnings: no image may be in two splits.
 
-    Returns the rows to keep, in order, and warnings. Among subjects the one that had its split already is kept.
+    Of several subjects, the one in the previous manifest is used, else the first.
     """
     copies = defaultdict(list)
     for row, sample in enumerate(samples):
@@ -101,7 +101,7 @@ def _settle_duplicates(samples: Sequence[Sample], known: set[str], broken: list[
                 Broken(
                     samples[row].pair.image,
                     f"the same picture as {samples[first].pair.image}, of another subject",
-                    "delete one of them, or give both one subject in site.yml",
+                    "delete one, or give both one subject in site.yml",
                 )
             )
         if len(kept) > 1:
@@ -122,8 +122,8 @@ def _refusals(site: str, config: PreprocessingConfig, samples: Sequence[Sample],
     found = []
     if broken and config.on_bad_sample == "fail":
         found.append(
-            f"site {site}: {len(broken)} file{'s' * (len(broken) > 1)} cannot be used:{listing}\n"
-            "Mend them, or set preprocessing.on_bad_sample: quarantine to go on without them."
+            f"site {site}: {counted(len(broken), 'file')} cannot be used:{listing}\n"
+            "Fix them, or set preprocessing.on_bad_sample: quarantine to leave them out."
         )
     if len(samples) < config.min_images:
         found.append(
@@ -150,19 +150,19 @@ def _split_settings(site: str, config: PreprocessingConfig, seed: int, site_file
 
 
 def _previous(manifest: pd.DataFrame | None, settings: str) -> tuple[dict[str, list[Any]], str, list[str]]:
-    """Return the columns of a previous manifest if it binds this split, how the split comes about, and warnings."""
+    """Return the columns of a previous manifest if its split stays valid, how the split is drawn, and warnings."""
     nothing: dict[str, list[Any]] = {name: [] for name in MANIFEST_DTYPES}
     if manifest is None or manifest.empty:
         return nothing, "new", []
     if "split_settings" in manifest and (manifest["split_settings"] == settings).all():
         return manifest.to_dict("list"), "kept", []
-    return nothing, "anew", ["the seed, split settings or group rule changed: validation and test were drawn anew"]
+    return nothing, "anew", ["the seed, split settings or group rule changed: validation and test were drawn again"]
 
 
 def _draw(
     site: str, samples: Sequence[Sample], config: PreprocessingConfig, seed: int, previous: Mapping[str, list[Any]]
 ) -> dict[str, str]:
-    """Split by image path; an earlier image is known by its subject, its path or its content."""
+    """Return the split by image path; subject, path or content identify an image of the previous manifest."""
     subjects = {sample.pair.image: sample.subject for sample in samples}
     images = dict(zip(previous["image"], previous["split"], strict=True))
     sides: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -177,7 +177,7 @@ def _draw(
         if len(earlier) > 1:
             raise DataError(
                 f"site {site}: subject {sample.subject} ({sample.pair.image}) was in {' and '.join(sorted(earlier))} "
-                "before its images were regrouped; undo that, or delete the site's stored manifest to draw anew"
+                "before its images were regrouped; undo that, or delete the site's stored manifest to draw a new split"
             )
         if earlier:
             known[sample.subject] = earlier.pop()
@@ -196,7 +196,7 @@ def _shortfalls(site: str, config: PreprocessingConfig, splits: Mapping[str, str
     counts = Counter(splits.values())
     wanted = {"validation": config.split.validation, "test": config.split.test, **config.split.overrides.get(site, {})}
     return [
-        f"split: {value:g} {split} images were asked for, {counts[split]} could be had"
+        f"split: {value:g} {split} images requested, {counts[split]} available"
         for split, value in wanted.items()
         if value >= 1 and counts[split] != value
     ]

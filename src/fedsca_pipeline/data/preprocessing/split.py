@@ -108,16 +108,16 @@ def _cap_training(
     images = defaultdict(list)
     for image in sorted(subjects):
         images[subjects[image]].append(image)
-    settled = {image: split for image, split in known_images.items() if split in ("train", "unused")}
+    earlier = {image: split for image, split in known_images.items() if split in ("train", "unused")}
     free = float("inf") if max_train is None else max_train
-    free -= sum(settled.get(image) == "train" for image in subjects if side[subjects[image]] == "train")
+    free -= sum(earlier.get(image) == "train" for image in subjects if side[subjects[image]] == "train")
     result = {}
     for subject in order:
         for image in images[subject]:
             split = side[subject]
             if split == "train":
-                split = settled.get(image) or ("train" if free > 0 else "unused")
-                free -= split == "train" and image not in settled
+                split = earlier.get(image) or ("train" if free > 0 else "unused")
+                free -= split == "train" and image not in earlier
             result[image] = split
     return result
 

@@ -1,4 +1,4 @@
-"""What all readers share: limits, suffixes and the error for a broken sample."""
+"""Limits, suffixes, checks and the error for a broken sample, shared by all readers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 from fedsca_pipeline.errors import DataError
 
 MAX_PIXELS = 2**25
-"""Pixels above which a file is taken for a decompression bomb: with it, no image takes a gibibyte of memory."""
+"""Most pixels of an image; a larger one counts as a decompression bomb. No image takes a gibibyte of memory."""
 
 
 class BrokenSampleError(DataError):
     """One file cannot be used: ``reason`` says why, ``cure`` what to do about it.
 
-    ``quoted``, what a parser or the file itself says, ends the reason in brackets; ``unquoted`` is the reason without
-    it, for where a file may name its patient.
+    ``quoted``, text from a parser or from the source, ends the reason in brackets. ``unquoted`` is the reason without
+    it, for a source that may name patients.
     """
 
     def __init__(self, reason: str, cure: str, quoted: str = "") -> None:
@@ -31,7 +31,7 @@ class BrokenSampleError(DataError):
 
 
 def finite_values(values: np.ndarray) -> np.ndarray:
-    """Return an image's values as they are.
+    """Return an image's values unchanged.
 
     Raises:
         BrokenSampleError: some are NaN or infinite.
@@ -57,15 +57,15 @@ def whole_numbers(values: np.ndarray) -> np.ndarray:
 
 
 def refuse_lossy_mask(path: Path) -> None:
-    """Do nothing for a mask whose format keeps labels.
+    """Check that a mask's format keeps labels.
 
     Raises:
-        BrokenSampleError: a JPEG, whose compression alters them.
+        BrokenSampleError: it is a JPEG, whose compression alters them.
     """
     if path.suffix.lower() in LOSSY:
         raise BrokenSampleError(
             "a JPEG mask: its compression alters labels",
-            "export the mask as PNG or TIFF; of two classes, set mask_threshold in the site's site.yml",
+            "export the mask as PNG or TIFF; for two classes, set mask_threshold in the site's site.yml",
         )
 
 
@@ -75,20 +75,20 @@ def split_name(name: str) -> tuple[str, str]:
     if lower.endswith(DOUBLE_SUFFIXES):
         suffix = next(double for double in DOUBLE_SUFFIXES if lower.endswith(double))
     else:
-        # Asked ten times a file, and a Path takes six times as long.
+        # Called ten times per file; a Path takes six times as long.
         suffix = os.path.splitext(lower)[1]  # noqa: PTH122
     return name[: len(name) - len(suffix)], suffix
 
 
 def no_reader(suffix: str, known: Iterable[str]) -> BrokenSampleError:
-    """Return the error for a file format that nobody reads; ``known`` are the suffixes to name."""
+    """Return the error for a file without a reader; ``known`` are the suffixes to name."""
     return BrokenSampleError(
         f"no reader for {suffix or 'a file without suffix'}", f"convert it to one of {', '.join(known)}"
     )
 
 
 def check_not_empty(path: Path) -> None:
-    """Do nothing where the file holds something.
+    """Check that a file is not empty.
 
     Raises:
         BrokenSampleError: it is empty.
@@ -99,7 +99,7 @@ def check_not_empty(path: Path) -> None:
 
 
 def unreadable(error: Exception) -> BrokenSampleError:
-    """Return what a parser's error means for the user."""
+    """Return a parser's error as a broken sample."""
     detail = " ".join(str(error).split()) or type(error).__name__
     return BrokenSampleError("cannot be read", COPY_AGAIN, quoted=detail[:200])
 
@@ -116,7 +116,7 @@ DOUBLE_SUFFIXES = (".nii.gz",)
 LOSSY = (".jpg", ".jpeg")
 
 
-# What Pillow, tifffile and numpy raise on damaged input: the parsers reach these from any byte of a file.
+# Errors of Pillow, tifffile and numpy on damaged input; any byte of a file can cause them.
 UNREADABLE = (
     OSError,
     ValueError,

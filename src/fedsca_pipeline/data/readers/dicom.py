@@ -1,7 +1,7 @@
 """DICOM files to arrays: frames, series and multi-frame files, and segmentations (SEG) on the grid of their image.
 
-pydicom decodes, through its plug-ins, and highdicom knows where frames lie. No value of a data set ever gets into an
-error, a warning or a log line from here: any of them may name the patient.
+pydicom decodes, through its plug-ins; highdicom gives the positions of frames. No error, warning or log line from here
+contains a value of a data set, since any value may name the patient.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DicomHeader:
-    """What a file says of itself before its pixels; ``patient`` is issuer and PatientID, empty where it names none."""
+    """The header of a file; ``patient`` is issuer and PatientID, empty without a PatientID."""
 
     patient: str
     frames: int
 
 
 def read_header(path: Path) -> DicomHeader | None:
-    """Read what pairing and grouping need; None where the file is no DICOM file that can be read."""
+    """Return patient and number of frames of a file; None if it cannot be read as DICOM."""
     try:
         with _discreet():
             header = _dataset(path, pixels=False)
@@ -47,11 +47,12 @@ def read_header(path: Path) -> DicomHeader | None:
 
 @dataclass(frozen=True)
 class Relations:
-    """What a file says of itself and of which others it belongs to.
+    """A file's identifiers, and those of the files that it refers to.
 
-    ``patient`` is issuer and PatientID, empty where it names none; ``instance`` and ``series`` are its own identifiers.
-    ``placed`` tells whether its one frame has a position in space. Of a segmentation ``segments`` are the labels by
-    number, and ``sources`` the identifiers of the series and instances that it was drawn on; of others they are empty.
+    ``patient`` is issuer and PatientID, empty without a PatientID; ``instance`` and ``series`` are the file's
+    identifiers. ``placed``: its one frame has a position in space. For a segmentation, ``segments`` are the labels by
+    number, and ``sources`` the identifiers of the series and instances that it was drawn on; for other files both are
+    empty.
     """
 
     patient: str
@@ -65,7 +66,7 @@ class Relations:
 
 
 def read_relations(path: Path) -> Relations:
-    """Read what grouping the files of an export needs; no pixels are decoded.
+    """Return a file's relations to the other files of an export; no pixels are decoded.
 
     Raises:
         BrokenSampleError: the file cannot be read as DICOM.
@@ -93,9 +94,9 @@ def read_relations(path: Path) -> Relations:
 def read_frame(path: Path) -> np.ndarray:
     """Read a file of one frame: grey [H, W] or RGB [H, W, 3].
 
-    Grey values are rescaled (slope and intercept, or the file's modality table) to floats, and MONOCHROME1, where the
-    lowest value is white, is inverted over the range that its bits can hold. Grey without a rescale keeps its integers.
-    Palettes and YBR become RGB.
+    Grey values are rescaled (slope and intercept, or the file's modality table) to floats; without a rescale they keep
+    their integers. MONOCHROME1, where the lowest value is white, is inverted over the range of its bits. Palettes and
+    YBR become RGB.
 
     Raises:
         BrokenSampleError: unreadable, no image, of several frames, cut off, larger than ``MAX_PIXELS``, or marked as
@@ -109,10 +110,10 @@ def read_frame(path: Path) -> np.ndarray:
 
 
 def read_series(folder: Path) -> Volume:
-    """Read a folder of single-frame files of one series as ``read_series_files`` does. Hidden files are passed over.
+    """Read a folder of single-frame files of one series, see ``read_series_files``. Hidden files are skipped.
 
     Raises:
-        BrokenSampleError: as there; the folder is empty, or holds a folder or a link that leads out of it.
+        BrokenSampleError: as ``read_series_files``; the folder is empty, or holds a folder or a link out of it.
     """
     with _discreet():
         return read_series_files(files_of_series(folder))
@@ -121,8 +122,8 @@ def read_series(folder: Path) -> Volume:
 def read_series_files(files: Sequence[Path]) -> Volume:
     """Read the single-frame files of one series: voxels [X, Y, Z] = [column, row, slice].
 
-    Values are those of ``read_frame``, in grey. Slices are sorted by where they lie along their normal, whatever the
-    files are called.
+    Values are those of ``read_frame``, in grey. Slices are sorted by their position along the normal, whatever the
+    files' names.
 
     Raises:
         BrokenSampleError: a file is as in ``read_frame``; the files are of several series, sizes, orientations or
@@ -134,7 +135,7 @@ def read_series_files(files: Sequence[Path]) -> Volume:
         rows, columns = _size(headers[0])
         check_voxels((columns, rows, len(headers)))
         order, affine = _stack([_plane(header) for header in headers], headers[0])
-        # Slice after slice in memory, as they come: each is written in one piece.
+        # Slices are contiguous in memory, so that each is written in one piece.
         slices = np.empty((len(headers), rows, columns), np.result_type(*map(_kind, headers)))
         for place, index in enumerate(order):
             dataset = _numbered(index, files[index], pixels=True)
@@ -143,10 +144,10 @@ def read_series_files(files: Sequence[Path]) -> Volume:
 
 
 def read_multiframe(path: Path) -> Volume:
-    """Read a file whose frames lie evenly in space: voxels [X, Y, Z] = [column, row, slice]; it may be one alone.
+    """Read a file of one or more evenly spaced frames: voxels [X, Y, Z] = [column, row, slice].
 
     Raises:
-        BrokenSampleError: as of ``read_series``; frames without a position (a film) are none of a volume.
+        BrokenSampleError: as ``read_series``; frames without a position (a film) are no volume.
     """
     with _discreet():
         dataset = _image(path, pixels=True)
@@ -159,7 +160,7 @@ def read_multiframe(path: Path) -> Volume:
         if "PerFrameFunctionalGroupsSequence" not in dataset:
             raise BrokenSampleError(
                 f"{count} frames without positions in space, as a film has",
-                "save each frame as an image of its own, with a mask of its own",
+                "save each frame as an image, with its own mask",
             )
         planes = [_plane(dataset, frame) for frame in range(count)]
         order, affine = _stack(planes, dataset)
@@ -172,11 +173,10 @@ def read_multiframe(path: Path) -> Volume:
 
 
 def read_segmentation(path: Path, image: Volume, values: Mapping[int, int] | None = None) -> Volume:
-    """Read a DICOM SEG on the grid of ``image``: uint16 [X, Y, Z], a voxel's value is the number of its segment.
+    """Read a DICOM SEG on the grid of ``image``: uint16 [X, Y, Z], the number of each voxel's segment.
 
-    ``values`` has other values for segments, by number; those that it does not name become 0. Frames are laid where
-    they lie in space, so order, orientation and left-out empty frames do not matter. Where segments overlap the higher
-    value wins.
+    ``values`` maps segment numbers to other values; unnamed segments become 0. Frames are placed by their position in
+    space, so order, orientation and omitted empty frames do not matter. Where segments overlap, the higher value wins.
 
     Raises:
         BrokenSampleError: unreadable, no SEG, fractional, of another frame of reference, or not on the image's grid.
@@ -194,8 +194,8 @@ def read_segmentation(path: Path, image: Volume, values: Mapping[int, int] | Non
 def read_frame_segmentation(path: Path, image: Path, values: Mapping[int, int] | None = None) -> np.ndarray:
     """Read the DICOM SEG of a single frame: uint16 [H, W], as ``read_segmentation``.
 
-    Where the image has a position, so have its segments, and those that lie elsewhere are left out. Where it has none
-    (ultrasound, endoscopy), the SEG must name it as its source and have its size.
+    If the image has a position, segments at other positions are left out. If it has none (ultrasound, endoscopy), the
+    SEG must name it as its source and have its size.
 
     Raises:
         BrokenSampleError: as of ``read_segmentation``, or the SEG is of another image.
@@ -252,7 +252,7 @@ class _SegmentationFrames:
         return int(self._seg.number_of_frames)
 
     def labels(self, frame: int) -> np.ndarray:
-        """Return the values of a frame's segments, uint16 [H, W], 0 where there is none."""
+        """Return the values of a frame's segments, uint16 [H, W]; 0 is background."""
         stored = self._seg.get_stored_frame(frame, as_index=True)
         if stored.shape != self._shape:
             raise ValueError("a frame of another size than the header says")
@@ -261,11 +261,11 @@ class _SegmentationFrames:
         return (stored != 0).astype(np.uint16) * self._values[self._segment_number(frame)]
 
     def affine(self, frame: int) -> np.ndarray:
-        """Return what takes (column, row, 0, 1) of a frame to mm, RAS+."""
+        """Return the affine from (column, row, 0, 1) of a frame to mm, RAS+."""
         return _plane(self._seg, frame)
 
     def check_reference(self, frame_of_reference: object) -> None:
-        """Refuse a frame of reference that is another than the image's, where both name theirs."""
+        """Check that segmentation and image have one frame of reference, if both name theirs."""
         own = self._seg.get("FrameOfReferenceUID")
         if own and frame_of_reference and str(own) != str(frame_of_reference):
             raise BrokenSampleError(
@@ -273,7 +273,7 @@ class _SegmentationFrames:
             )
 
     def check_source(self, instance: object) -> None:
-        """Refuse a segmentation that was not drawn on this instance, or on others too."""
+        """Check that the segmentation was drawn on this instance, and on no other."""
         if {str(uid) for _, _, uid in self._seg.get_source_image_uids()} != {str(instance)}:
             raise BrokenSampleError(
                 "was not drawn on its image alone", "export the segmentation of this very image, one file an image"
@@ -286,7 +286,7 @@ class _SegmentationFrames:
 
 
 def _lay(voxels: np.ndarray, labels: np.ndarray, to_index: np.ndarray, elsewhere: str = "refused") -> None:
-    """Put a frame's labels [H, W] where ``to_index``, of (column, row, 0, 1), says; the higher label stays."""
+    """Write a frame's labels [H, W] into ``voxels``, by the affine from (column, row, 0, 1); the higher label stays."""
     rows, columns = np.nonzero(labels)
     if not len(rows):
         return
@@ -314,7 +314,7 @@ def _frame_of_reference(dataset: Dataset) -> str | None:
 
 
 def _stack(planes: Sequence[np.ndarray], header: Dataset) -> tuple[list[int], np.ndarray]:
-    """Return the order of planes along their normal, and what takes (column, row, place in order, 1) to mm, RAS+."""
+    """Return the planes' order along their normal, and the affine from (column, row, place, 1) to mm, RAS+."""
     from highdicom.spatial import get_volume_positions
 
     first = planes[0]
@@ -363,7 +363,7 @@ def _uneven(planes: Sequence[np.ndarray]) -> BrokenSampleError:
 
 
 def _plane(dataset: Dataset, frame: int | None = None) -> np.ndarray:
-    """Return what takes (column, row, 0, 1) of a frame, counted from 0, to mm, RAS+."""
+    """Return the affine from (column, row, 0, 1) of a frame, numbered from 0, to mm, RAS+."""
     from highdicom.spatial import PixelToReferenceTransformer
 
     if frame is None and not {"ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"} <= set(dataset.dir()):
@@ -383,7 +383,7 @@ def _normal(plane: np.ndarray) -> np.ndarray:
 
 
 def _thickness(header: Dataset) -> float:
-    """Return mm from one slice to the next, of a slice that has none; 1 where the file does not say."""
+    """Return the spacing in mm of a single slice, by its header. Default: 1."""
     stated = (header.get("SpacingBetweenSlices"), header.get("SliceThickness"))
     return next((abs(float(value)) for value in stated if value and math.isfinite(float(value))), 1.0)
 
@@ -401,12 +401,14 @@ def _check_one_series(headers: Sequence[Dataset]) -> None:
     for header in headers:
         _check_grey(header)
     if any(_frames(header) > 1 for header in headers):
-        raise BrokenSampleError("a file of several frames in a series", "put it beside the folder, as one file")
+        raise BrokenSampleError(
+            "a file of several frames in a series", "move it out of the folder: it is a volume of its own"
+        )
 
 
 def _check_grey(dataset: Dataset) -> None:
     if int(dataset.get("SamplesPerPixel") or 1) > 1 or dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
-        raise BrokenSampleError("a volume in colour", "save each frame as an image of its own, with a mask of its own")
+        raise BrokenSampleError("a volume in colour", "save each frame as an image, with its own mask")
 
 
 def files_of_series(folder: Path) -> list[Path]:
@@ -414,7 +416,7 @@ def files_of_series(folder: Path) -> list[Path]:
     inside = folder.resolve()
     files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "DICOMDIR")
     if not files:
-        raise BrokenSampleError("an empty folder", "put the files of one DICOM series into it, or take it away")
+        raise BrokenSampleError("an empty folder", "put the files of one DICOM series into it, or delete it")
     if any(path.is_dir() for path in files):
         raise BrokenSampleError("a folder within the folder of a series", "give each series a folder of its own")
     if not all(path.resolve().is_relative_to(inside) for path in files):
@@ -423,7 +425,7 @@ def files_of_series(folder: Path) -> list[Path]:
 
 
 def _numbered(index: int, path: Path, *, pixels: bool) -> Dataset:
-    """Read a file of a series; what is wrong with it names it by its place, since its name may name the patient."""
+    """Read a file of a series; an error names it by its place, since its name may name the patient."""
     try:
         with _discreet():
             return _image(path, pixels=pixels)
@@ -432,7 +434,7 @@ def _numbered(index: int, path: Path, *, pixels: bool) -> Dataset:
 
 
 def _image(path: Path, *, pixels: bool) -> Dataset:
-    """Read a file and check what its header promises, before anything is decoded."""
+    """Read a file and check its header, before anything is decoded."""
     dataset = _dataset(path, pixels=pixels)
     rows, columns = _size(dataset)
     if rows * columns > MAX_PIXELS:
@@ -453,13 +455,13 @@ def _dataset(path: Path, *, pixels: bool) -> Dataset:
     if path.stat().st_size == 0:
         raise BrokenSampleError("the file is empty", COPY_AGAIN)
     if read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
-        # pydicom would inflate it whole, and few bytes can hold gigabytes.
+        # pydicom would inflate the whole file, and a few bytes can hold gigabytes.
         raise BrokenSampleError("a deflated DICOM file", "export it uncompressed, or with its pixels compressed")
     return dcmread(path, stop_before_pixels=not pixels)
 
 
 def _segment_labels(header: Dataset) -> dict[int, str]:
-    """Return labels by number; a label map may list its background, 0, too."""
+    """Return labels by number, without the background, 0, which a label map may list."""
     labels = {int(item.SegmentNumber): str(item.SegmentLabel) for item in header.SegmentSequence}
     return {number: label for number, label in labels.items() if number}
 
@@ -473,7 +475,7 @@ def _patient(dataset: Dataset) -> str:
 def _size(dataset: Dataset) -> tuple[int, int]:
     rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
     if rows < 1 or columns < 1:
-        raise BrokenSampleError("a DICOM file that holds no image", "take it away, or put an image in its place")
+        raise BrokenSampleError("a DICOM file that holds no image", "delete it, or put an image in its place")
     return rows, columns
 
 
@@ -496,7 +498,7 @@ def _frame(dataset: Dataset) -> np.ndarray:
 
 
 def _decoder(syntax: UID) -> str:
-    """Return the plug-in to decode with; pydicom's own choice could be one that damaged files bring down."""
+    """Return the plug-in that decodes; pydicom's default may be one that crashes on damaged files."""
     from pydicom.pixels import get_decoder
 
     if not syntax.is_encapsulated:
@@ -511,7 +513,7 @@ def _decoder(syntax: UID) -> str:
 
 
 def _check_streams(dataset: Dataset) -> None:
-    """Refuse compressed frames that state another size than the header: decoders allocate what a frame states."""
+    """Check that compressed frames state the header's size, since decoders allocate what a frame states."""
     from pydicom.encaps import generate_frames
 
     if not dataset.file_meta.TransferSyntaxUID.is_encapsulated or "PixelData" not in dataset:
@@ -527,7 +529,7 @@ def _check_streams(dataset: Dataset) -> None:
 
 
 def _stated_size(frame: bytes) -> tuple[int, int] | None:
-    """Return rows and columns that a JPEG, JPEG-LS or JPEG 2000 code stream states; None of anything else."""
+    """Return the rows and columns that a JPEG, JPEG-LS or JPEG 2000 code stream states; None for other streams."""
     if (start := frame.find(_JPEG_2000)) >= 0:
         right, bottom, left, top = struct.unpack_from(">4I", frame, start + 8)
         return bottom - top, right - left
@@ -539,13 +541,13 @@ def _stated_size(frame: bytes) -> tuple[int, int] | None:
         if marker in _JPEG_SIZES:
             rows, columns = struct.unpack_from(">2H", frame, place + 5)
             return rows, columns
-        # A byte that fills up, or a marker with its length.
+        # A fill byte, or a marker with its length.
         place += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", frame, place + 2)[0]
     raise ValueError("a JPEG stream that states no size")
 
 
 def _values(stored: np.ndarray, dataset: Dataset, rescale: Dataset) -> np.ndarray:
-    """Return what stored pixels mean; ``rescale`` holds slope and intercept, or the modality table."""
+    """Return the values of stored pixels; ``rescale`` holds slope and intercept, or the modality table."""
     from pydicom.pixels import apply_color_lut, apply_modality_lut
 
     if stored.ndim == 3:
@@ -562,7 +564,7 @@ def _values(stored: np.ndarray, dataset: Dataset, rescale: Dataset) -> np.ndarra
 
 
 def _kind(dataset: Dataset, rescale: Dataset | None = None) -> np.dtype:
-    """Return the number type of a grey frame's values: its own, or floats that hold its bits."""
+    """Return the number type of a grey frame's values: the stored type, or floats that hold its bits."""
     bits = int(dataset.BitsAllocated)
     if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset or _is_rescaled(rescale or dataset):
         return np.dtype(np.float32 if bits <= 16 else np.float64)
@@ -581,7 +583,7 @@ def _is_rescaled(dataset: Dataset) -> bool:
 
 
 def _rescale(dataset: Dataset, frame: int) -> Dataset:
-    """Return what holds the rescale of a frame of a multi-frame file."""
+    """Return the item that holds the rescale of a frame of a multi-frame file."""
     groups = (dataset.PerFrameFunctionalGroupsSequence[frame], *dataset.get("SharedFunctionalGroupsSequence", ()))
     found = (group.get("PixelValueTransformationSequence") for group in groups)
     return next((sequence[0] for sequence in found if sequence), dataset)
@@ -594,7 +596,7 @@ def _stored_range(dataset: Dataset) -> tuple[int, int]:
 
 @contextmanager
 def _discreet() -> Iterator[None]:
-    """Keep a file's values out of what others see: pydicom and highdicom put them into warnings, log and errors."""
+    """Suppress a file's values, which pydicom and highdicom put into warnings, log and errors."""
     from pydicom.errors import BytesLengthException, InvalidDicomError
 
     try:
@@ -606,9 +608,10 @@ def _discreet() -> Iterator[None]:
 
 
 class _Silence:
-    """No warning, and no log line of the libraries, while any thread is within.
+    """Suppresses warnings, and log lines of the libraries, while any thread is within.
 
-    Warnings are filtered for the whole process, so that the first to come closes them and the last to leave opens them.
+    Warnings are filtered for the whole process: the first thread that enters disables them, the last that leaves
+    enables them.
     """
 
     def __init__(self, *loggers: str) -> None:
@@ -635,19 +638,19 @@ class _Silence:
 
 
 _SILENCE = _Silence("pydicom", "highdicom", "pylibjpeg", "libjpeg", "openjpeg")
-# In this order. Without gdcm, which damaged files ended the process in, and pylibjpeg-rle, which panicked.
+# In this order. Without gdcm, which crashed the process on damaged files, and pylibjpeg-rle, which panicked.
 _PLUGINS = ("pydicom", "pylibjpeg", "pyjpegls", "pillow")
 _LPS_TO_RAS: Any = np.diag([-1.0, -1.0, 1.0, 1.0])
 # Segmentation Storage and Label Map Segmentation Storage.
 _SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
-# Of a pixel: how far from a voxel's centre a segment's pixel may lie.
+# In pixels: the largest distance of a segment's pixel from a voxel's centre.
 _OFF_GRID = 0.1
-# Of a pixel, over one step: how far two slices' axes may differ.
+# In pixels, over one step: the largest difference of two slices' axes.
 _TURNED = 1e-3
-# Relative, as highdicom has it.
+# Relative, as in highdicom.
 _UNEVEN = 0.01
 _GAP = 1.5
 _SAME_PLACE = 1e-3
 _JPEG, _JPEG_2000 = b"\xff\xd8", b"\xff\x4f\xff\x51"
-# Start of frame, SOF0 to SOF15 without the markers between that are none, and JPEG-LS.
+# Start of frame: SOF0 to SOF15 without the other markers in between, and JPEG-LS.
 _JPEG_SIZES = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})

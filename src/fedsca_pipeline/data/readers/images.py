@@ -29,7 +29,7 @@ _MAX_BYTES = 6 * MAX_PIXELS
 def read_image(path: Path) -> np.ndarray:
     """Read an image as [H, W] (grey) or [H, W, 3] (RGB), in the file's own number type.
 
-    Alpha is dropped, palettes become colours, and the EXIF orientation of a photograph is applied, so a mask has to be
+    Alpha is dropped, palettes become colours, and the EXIF orientation of a photograph is applied: its mask has to be
     drawn on the upright image.
 
     Raises:
@@ -84,10 +84,10 @@ def _read_pillow(path: Path, labels: bool) -> np.ndarray:
     with Image.open(path) as image:
         if image.width * image.height > MAX_PIXELS:
             raise _bomb()
-        # An MPO is a photograph with previews of itself.
+        # An MPO is a photograph with previews.
         if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
             raise BrokenSampleError(
-                f"an animation of {frames} frames", "save each frame as an image of its own, with a mask of its own"
+                f"an animation of {frames} frames", "save each frame as an image, with its own mask"
             )
         if image.mode in ("RGB", "RGBA") and len(image.tile) == 1 and "16B" in str(image.tile[0].args):
             return _read_png_16bit_colour(path)
@@ -109,8 +109,8 @@ def _plain(image: Image.Image, labels: bool) -> Image.Image:
 def _read_png_16bit_colour(path: Path) -> np.ndarray:
     """Read a 16 bit colour PNG exactly; Pillow alone would keep its upper eight bits.
 
-    Each pass decodes one byte of every sample: ``RGB;16B`` is the upper one, ``RGB;16L`` the lower. Grey with alpha
-    is four bytes a pixel, which is what an RGBA pixel is too.
+    Each pass decodes one byte of every sample: ``RGB;16B`` the upper one, ``RGB;16L`` the lower. Grey with alpha has
+    four bytes per pixel, as RGBA has.
     """
 
     def decode(rawmode: Callable[[str], str]) -> np.ndarray:
@@ -134,7 +134,7 @@ def _read_tiff(path: Path, labels: bool) -> np.ndarray:
     with tifffile.TiffFile(path) as file:
         if len(file.pages) != 1:
             raise BrokenSampleError(
-                f"a TIFF of {len(file.pages)} pages", "save each page as an image of its own, with a mask of its own"
+                f"a TIFF of {len(file.pages)} pages", "save each page as an image, with its own mask"
             )
         page = file.pages.first
         if page.imagewidth * page.imagelength > MAX_PIXELS or page.nbytes > _MAX_BYTES:

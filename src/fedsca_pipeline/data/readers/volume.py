@@ -13,7 +13,7 @@ from fedsca_pipeline.data.readers.common import BrokenSampleError
 from fedsca_pipeline.files import atomic_path
 
 MAX_VOXELS = 2**29
-"""Values above which a header is taken for damaged: 512 x 512 x 2048, over all modalities."""
+"""Most values of a volume over all modalities, 512 x 512 x 2048; a header that states more counts as damaged."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Volume:
 
     ``voxels`` is [X, Y, Z], or [X, Y, Z, M] of M modalities, in the file's values after its own scaling; ``affine``
     float64 [4, 4] takes a voxel's index to mm in the patient's right, anterior and superior direction (RAS+), as in
-    nibabel. ``frame_of_reference`` is DICOM's identifier of where the affine's origin is, known here alone.
+    nibabel. ``frame_of_reference`` is DICOM's identifier of the affine's origin; it never leaves memory.
     """
 
     voxels: np.ndarray
@@ -31,7 +31,7 @@ class Volume:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Voxels along X, Y and Z."""
+        """Numbers of voxels along X, Y and Z."""
         x, y, z = self.voxels.shape[:3]
         return x, y, z
 
@@ -43,10 +43,10 @@ class Volume:
 
 
 def check_grid(mask: Volume, image: Volume) -> None:
-    """Do nothing where a mask lies on its image's grid.
+    """Check that a mask lies on its image's grid.
 
     Raises:
-        BrokenSampleError: another shape, or a corner more than a tenth of the smallest spacing away.
+        BrokenSampleError: its shape differs, or a corner is more than a tenth of the smallest spacing away.
     """
     if mask.shape != image.shape:
         raise BrokenSampleError(
@@ -70,7 +70,7 @@ def write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
 
 
 def check_voxels(shape: Sequence[int], most: int = MAX_VOXELS) -> None:
-    """Do nothing where an array of this shape can be a volume. To be asked before anything of that size is allocated.
+    """Check, before memory is allocated, that an array of this shape can be a volume.
 
     Raises:
         BrokenSampleError: it has no voxels, more than ``most``, or not two to four axes.
@@ -90,7 +90,7 @@ def check_voxels(shape: Sequence[int], most: int = MAX_VOXELS) -> None:
 
 
 def _largest_distance(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> float:
-    """mm between where two affines put the same voxel, the largest over the corners of the grid."""
+    """Return the largest distance in mm of a grid's corners between two affines."""
     corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(shape) - 1)
     difference = one - other
     return float(np.linalg.norm(corners @ difference[:3, :3].T + difference[:3, 3], axis=1).max())

@@ -30,14 +30,23 @@ from fedsca_pipeline.data.readers.volume import MAX_VOXELS, Volume, check_grid, 
 
 
 def is_volume(name: str) -> bool:
-    """Whether a file of this name, or path, is read as a volume."""
+    """Return whether a file of this name, or path, is read as a volume."""
     return split_name(name)[1] in {*IMAGE_READERS, *MASK_READERS}
 
 
 def read_volume(path: Path) -> Volume:
-    """Read an image volume; a folder is a DICOM series.
+    """Return an image volume from NIfTI, NRRD, MetaImage or DICOM; a folder is a DICOM series.
 
     A two-dimensional file is a volume of one slice, and a fourth axis of length 1 is dropped.
+
+    >>> import tempfile
+    >>> from fedsca_pipeline.data.readers.volume import write_nifti
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "ct.nii.gz")
+    ...     write_nifti(path, np.zeros((4, 5, 3), np.int16), affine=np.diag([0.5, 0.5, 2.0, 1.0]))
+    ...     volume = read_volume(path)
+    >>> volume.shape, volume.spacing
+    ((4, 5, 3), (0.5, 0.5, 2.0))
 
     Raises:
         BrokenSampleError: unreadable, of no known format, above ``MAX_VOXELS``, of colours, with more than four axes,
@@ -54,7 +63,7 @@ def read_volume(path: Path) -> Volume:
 def read_volume_mask(path: Path, image: Volume) -> np.ndarray:
     """Read the mask of ``image`` as integers [X, Y, Z] on its grid, before any label map.
 
-    A mask that has the image's voxels in another order (converters of DICOM to NIfTI turn rows round) is turned back.
+    A mask with the image's voxels in another order of axes, as converters from DICOM to NIfTI write it, is turned.
 
     Raises:
         BrokenSampleError: as of ``read_volume``, not of whole numbers, or not on the image's grid: another shape, or a
@@ -80,7 +89,7 @@ def _turned(volume: Volume, affine: np.ndarray) -> Volume:
 
 
 def most_voxels(path: Path) -> int:
-    """Return how many voxels a file of this size may hold: compressed air is one thing, a bomb another."""
+    """Return the most voxels that a file of this size may hold, so that a compressed bomb is refused."""
     return min(MAX_VOXELS, max(_ALWAYS, _VOXELS_A_BYTE * path.stat().st_size))
 
 
@@ -116,7 +125,7 @@ def _checked(volume: Volume) -> Volume:
 
 
 def _read_nifti(path: Path, most: int) -> Volume:
-    """Read a NIfTI with the affine that nibabel finds; MONAI's reader bends one that its pixdim contradicts."""
+    """Read a NIfTI with nibabel's affine; MONAI's reader changes one that pixdim contradicts."""
     import nibabel
     from monai.data.image_reader import NibabelReader
     from nibabel.filebasedimages import ImageFileError
@@ -125,7 +134,7 @@ def _read_nifti(path: Path, most: int) -> Volume:
     try:
         image = nibabel.load(path)
         shape = tuple(image.shape)
-        # NIfTI's vectors: a fifth axis after a time axis of length 1.
+        # Vectors in NIfTI: a fifth axis after a time axis of length 1.
         check_voxels(shape[:3] + shape[4:] if len(shape) == 5 and shape[3] == 1 else shape, most)
         mm = _NIFTI_UNITS[image.header.get_xyzt_units()[0]]
         reader = NibabelReader()
@@ -136,10 +145,10 @@ def _read_nifti(path: Path, most: int) -> Volume:
 
 
 def _read_nrrd(path: Path, most: int) -> Volume:
-    """Read a NRRD, whose modalities may stand first or last.
+    """Read a NRRD, with modalities first or last.
 
-    MONAI's reader gives the content; geometry is found here, since MONAI's fails on a fourth axis and takes a header in
-    left-anterior-superior for one in RAS+.
+    MONAI's reader gives the content. The geometry is computed here, since MONAI fails on a fourth axis and reads
+    left-anterior-superior as RAS+.
     """
     import nrrd
     from monai.data.image_reader import NrrdReader
@@ -156,7 +165,7 @@ def _read_nrrd(path: Path, most: int) -> Volume:
 
 
 def _nrrd_geometry(voxels: np.ndarray, header: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Return voxels with the modalities last, and the affine in RAS+."""
+    """Return voxels with modalities last, and the affine in RAS+."""
     space = header.get("space", "left-posterior-superior").lower()
     units = set(header.get("space units", ())) - {"mm", ""}
     if space not in _NRRD_SPACES or units or "space directions" not in header:
@@ -194,12 +203,12 @@ def _read_meta_image(path: Path, most: int) -> Volume:
     affine = np.eye(4)
     size = found["affine"].shape[0] - 1
     affine[:size, :size], affine[:size, 3] = found["affine"][:size, :size], found["affine"][:size, size]
-    # ITK's memory goes with its image.
+    # ITK frees its memory with its image.
     return Volume(np.array(voxels), affine)
 
 
 def _meta_image_header(path: Path) -> dict[str, str]:
-    """Return the text header of a MetaImage; it ends with the name of the file that holds the voxels."""
+    """Return the text header of a MetaImage; its last entry names the file of the voxels."""
     with path.open("rb") as stream:
         head = stream.read(_META_HEADER)
     text, end, name = head.partition(b"ElementDataFile")
@@ -216,28 +225,28 @@ def _read_dicom(path: Path) -> Volume:
 
 
 def _image(read: Callable[[Path, int], Volume]) -> Callable[[Path], Volume]:
-    """Return an image reader of a format that any program may have compressed."""
+    """Return an image reader for a format that may be compressed."""
     return lambda path: read(path, most_voxels(path))
 
 
 def _alone(read: Callable[[Path, int], Volume]) -> Callable[[Path, Volume], Volume]:
-    """Return a mask reader of a format whose masks have a geometry of their own; an empty one packs into nothing."""
+    """Return a mask reader; an empty mask compresses to almost nothing, so its limit is the image's size."""
     return lambda path, image: read(path, max(_ALWAYS, math.prod(image.shape)))
 
 
 def _detached(data: Any) -> BrokenSampleError:
     return BrokenSampleError(
-        "a header whose voxels are in another file", "save header and voxels as one file", quoted=str(data)
+        "a header with its voxels in another file", "save header and voxels as one file", quoted=str(data)
     )
 
 
 _FLAT = 1e-3
 _META_HEADER = 2**16
-# Skull-stripped heads, the best compressed images there are, hold some ten voxels in a byte of their file.
+# Skull-stripped heads, which compress best, hold about ten voxels per byte of their file.
 _ALWAYS, _VOXELS_A_BYTE = 2**25, 100
-# mm of a unit; files that do not say are in mm, as viewers take them.
+# mm per unit; files without a unit are in mm, as in viewers.
 _NIFTI_UNITS: Mapping[str, float] = MappingProxyType({"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001})
-# What turns an axis of the named space into RAS+.
+# Signs that turn the axes of a named space to RAS+.
 _NRRD_SPACES: Mapping[str, tuple[float, float, float]] = MappingProxyType(
     {
         "right-anterior-superior": (1.0, 1.0, 1.0),
@@ -257,9 +266,9 @@ _PLAIN_READERS: Mapping[str, Callable[[Path, int], Volume]] = MappingProxyType(
 IMAGE_READERS: Mapping[str, Callable[[Path], Volume]] = MappingProxyType(
     {suffix: _image(read) for suffix, read in _PLAIN_READERS.items()}
 )
-"""Suffix to a function of a path. What it cannot parse it lets raise one of ``readers.UNREADABLE``."""
+"""Suffix to a function of a path, which may raise any of ``UNREADABLE``."""
 
 MASK_READERS: Mapping[str, Callable[[Path, Volume], Volume]] = MappingProxyType(
     {suffix: _alone(read) for suffix, read in _PLAIN_READERS.items()}
 )
-"""Suffix to a function of a path and the image's volume, whose grid a format may need to lay out its content."""
+"""Suffix to a function of a path and the image's volume."""

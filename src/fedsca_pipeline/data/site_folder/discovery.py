@@ -1,4 +1,4 @@
-"""Which sites there are, and what their raw content is. Standard library only: it runs at every start-up."""
+"""Names and fingerprints of the raw sites. Standard library only: it runs at every start-up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedsca_pipeline.errors import DataError
 DEMO_SITES: tuple[str, ...] = ("harbour_ct", "meadow_mri", "summit_ultrasound", "valley_endoscopy")
 
 SITES_READY = ".sites.ready"
-"""Where sites that were written together stand before they are moved into place one after the other."""
+"""Folder of finished sites that were written together, before each is moved into place."""
 
 VOLUME_SUFFIXES: tuple[str, ...] = (".nii", ".nii.gz", ".nrrd", ".mha")
 """Suffixes of image files that are read as volumes."""
@@ -25,7 +25,7 @@ _SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 def discover_sites(raw: Path) -> tuple[str, ...]:
     """Return the sorted names of the folders under ``raw`` that hold ``images/`` or ``masks/``.
 
-    Hidden folders and those that start with an underscore are passed over. A missing or empty ``raw`` gives ().
+    Folders that start with a dot or an underscore are skipped. A missing or empty ``raw`` gives ().
 
     Raises:
         DataError: a site folder's name is not letters, digits, ``_`` and ``-`` (it names data sets, nodes and files).
@@ -45,7 +45,7 @@ def discover_sites(raw: Path) -> tuple[str, ...]:
 
 
 def demonstration_sites(raw: Path) -> list[str]:
-    """Return which of the demonstration sites are there, by name."""
+    """Return the names of the demonstration sites in ``raw``."""
     return [site for site in DEMO_SITES if (raw / site).is_dir()]
 
 
@@ -57,8 +57,8 @@ def may_hold_volumes(folder: Path) -> bool:
     )
 
 
-def settle_sites(raw: Path) -> None:
-    """Move finished sites into place; after a kill in between, the next command's call ends it."""
+def place_finished_sites(raw: Path) -> None:
+    """Move finished sites into place; after a kill, the next command completes the move."""
     ready = raw / SITES_READY
     if ready.is_dir():
         for site in sorted(ready.iterdir()):
@@ -69,9 +69,9 @@ def settle_sites(raw: Path) -> None:
 def fingerprint_site(raw: Path, site: str, known: Mapping[str, str] = MappingProxyType({})) -> str:
     """Return 16 hex digits of the SHA-256 over every file's relative name and content, in name order.
 
-    Hidden files are passed over. A file that cannot be read, or lies elsewhere, counts by its name: what is wrong with
-    it is for the data report to say. A missing or empty site folder has a fingerprint too. ``known`` are SHA-256 of
-    files that have been read already, by name relative to the site folder.
+    Hidden files are skipped. A file that cannot be read, or lies elsewhere, counts by its name; the data report says
+    what is wrong with it. A missing or empty site folder has a fingerprint too. ``known`` are SHA-256 of files already
+    read, by name relative to the site folder.
     """
     folder = raw / site
     digest = hashlib.sha256()
@@ -83,12 +83,12 @@ def fingerprint_site(raw: Path, site: str, known: Mapping[str, str] = MappingPro
 
 
 def is_own_file(path: Path, home: Path) -> bool:
-    """Whether a path leads to a file within ``home``: nothing else may be opened, and a pipe would never end."""
+    """Return whether a path leads to a file within ``home``; nothing else may be opened, and a pipe would block."""
     return path.is_file() and not leads_out(path, home)
 
 
 def leads_out(path: Path, home: Path) -> bool:
-    """Whether a path in ``home`` is a link to what is not; one that leads nowhere within is none."""
+    """Return whether a path in ``home`` is a link to something outside; a broken link within is not."""
     # Path.resolve raises on a link that leads to itself.
     return path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(home))
 

@@ -1,4 +1,4 @@
-"""A site's label rule: which values of its masks are which class."""
+"""A site's label rule: the classes of its masks' values."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _COLOUR = re.compile(r"#[0-9a-f]{6}")
 
 @dataclass(frozen=True)
 class LabelRule:
-    """How a site's masks are to be read; without anything, values are classes, and 255 beside nothing but 0 is 1.
+    """How a site's masks are read. Default: values are classes, and a mask of 0 and 255 only has class 1 at 255.
 
-    ``numbers``: value or palette index to class; numbers that are not named stay as they are. ``colours``: ``#rrggbb``
-    to class; where there are any, RGB and palette masks are read by colour, and black is background if it is not named.
-    ``threshold``: class 1 from this grey value on, and nothing else matters.
+    ``numbers``: value or palette index to class; other numbers stay as they are. ``colours``: ``#rrggbb`` to class; if
+    there are any, RGB and palette masks are read by colour, and unnamed black is background. ``threshold``: class 1
+    from this grey value on, whatever the other rules.
     """
 
     numbers: Mapping[int, int] = field(default_factory=dict)
@@ -24,10 +24,10 @@ class LabelRule:
 
 
 def number_of(colour: str) -> int:
-    """Return 0xRRGGBB of ``#rrggbb``.
+    """Return ``#rrggbb`` as 0xRRGGBB.
 
     Raises:
-        ValueError: it is not written so.
+        ValueError: it is written in another form.
     """
     if not _COLOUR.fullmatch(colour.lower()):
         raise ValueError(f"{colour!r} is not a colour; write '#rrggbb', in quotes")
@@ -35,5 +35,5 @@ def number_of(colour: str) -> int:
 
 
 def colour_of(number: int) -> str:
-    """Return ``#rrggbb`` of 0xRRGGBB."""
+    """Return 0xRRGGBB as ``#rrggbb``."""
     return f"#{number:06x}"

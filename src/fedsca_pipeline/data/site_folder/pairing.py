@@ -1,4 +1,4 @@
-"""Which image belongs to which mask: by stem, and nothing left out in silence."""
+"""Pairs of image and mask by stem; every other file is listed as broken."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fedsca_pipeline.data.site_folder.discovery import leads_out
 from fedsca_pipeline.errors import DataError
 
 SUFFIXES: tuple[str, ...] = (*READERS, *IMAGE_READERS)
-"""Of every file that is read, flat images first."""
+"""Suffixes of all files that are read, flat images first."""
 
-# In what is said of a file: what another with the same fault has differently.
+# Parts of a message in which two files with the same fault differ.
 _VARYING = re.compile(r"\b(images|masks)/\S+|'[^']*'|\d+")
 
-# Of several files with one fault those called by name, and of faults those told at once.
-_NAMED, _TOLD = 3, 20
+# Files named per fault, and faults listed in one message.
+_NAMED, _LISTED = 3, 20
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Broken:
 
     @classmethod
     def of(cls, file: str, error: BrokenSampleError) -> Broken:
-        """Name the file of a reader's error, which may quote what the file says."""
+        """Return the entry for a file and its reader's error, whose quotes are escaped."""
         return cls(file, shown(error.reason), shown(error.cure))
 
     def __str__(self) -> str:
@@ -48,9 +48,9 @@ class Broken:
 
 
 def by_fault(broken: Sequence[Broken], home: str = "") -> list[Broken]:
-    """Return one entry a fault, the commonest first; of several files ``file`` is their number and the first names.
+    """Return one entry per fault, the commonest first; for several files ``file`` is their number and first names.
 
-    Reasons, and cures, that differ in numbers, file names or what is quoted are one fault, told by its first file.
+    Reasons, and cures, that differ in numbers, file names or quotes only are one fault, described by its first file.
     ``home`` is put before each name.
     """
     faults: dict[str, list[Broken]] = defaultdict(list)
@@ -60,11 +60,11 @@ def by_fault(broken: Sequence[Broken], home: str = "") -> list[Broken]:
 
 
 def list_faults(broken: Sequence[Broken], home: str, everywhere: str) -> str:
-    """Return an indented line a fault (``by_fault``); ``everywhere`` says where every file is, if there are many."""
+    """Return an indented line per fault (``by_fault``); ``everywhere`` says where all files are listed, if many."""
     faults = by_fault(broken, home)
-    lines = [str(fault) for fault in faults[:_TOLD]]
-    if len(faults) > _TOLD:
-        lines.append(f"... and {len(faults) - _TOLD} more faults")
+    lines = [str(fault) for fault in faults[:_LISTED]]
+    if len(faults) > _LISTED:
+        lines.append(f"... and {len(faults) - _LISTED} more faults")
     if len(broken) > _NAMED:
         lines.append(f"(each file: {everywhere})")
     return "".join(f"\n  {line}" for line in lines)
@@ -80,7 +80,7 @@ def _together(entries: Sequence[Broken], home: str) -> Broken:
 
 
 def shown(name: str) -> str:
-    """Return a name as it can be shown: what would break a line, steer a terminal or be no character is escaped."""
+    """Return a name with unprintable characters escaped, which could break a line or control a terminal."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in name
     )
@@ -114,7 +114,7 @@ def pair_files(folder: Path) -> tuple[list[Pair], list[Broken]]:
             pairs.append(Pair(stem, here[0], there[0]))
         elif not there:
             suffix = ".nii.gz" if is_volume(here[0]) else ".png"
-            cure = f"add masks/{stem}{suffix} (all zero if it shows none) or take the image away"
+            cure = f"add masks/{stem}{suffix} (all zero if it shows none) or delete the image"
             broken.extend(Broken(file, "image without a mask", cure) for file in here)
         elif not here:
             broken.extend(Broken(file, "mask without an image", f"add images/{stem}.* or rename it") for file in there)
@@ -127,15 +127,15 @@ def pair_files(folder: Path) -> tuple[list[Pair], list[Broken]]:
 
 def _by_stem(folder: Path, kind: str, inside: Path, broken: list[Broken]) -> dict[str, list[str]]:
     if not (folder / kind).is_dir():
-        raise DataError(f"{folder}: no {kind} folder; put the site's {kind} into {folder / kind}, one file an image")
+        raise DataError(f"{folder}: no {kind} folder; put the site's {kind} into {folder / kind}, one file per image")
     found: dict[str, list[str]] = defaultdict(list)
-    # Asking the system about every part of every path takes its time; within a folder only a link can lead elsewhere.
+    # Resolving every path is slow; within a folder only a link can lead elsewhere.
     elsewhere = not (folder / kind).resolve().is_relative_to(inside)
     entries = [entry for entry in os.scandir(folder / kind) if not entry.name.startswith(".")]
     for entry in sorted(entries, key=attrgetter("name")):
         file = f"{kind}/{entry.name}"
         stem, suffix = split_name(entry.name)
-        # An entry knows what it is without asking the system; of a link that leads to itself it would raise.
+        # A directory entry knows its type without a system call, but raises for a link to itself.
         place = Path(entry) if entry.is_symlink() else entry
         if leads_out(place, inside) if isinstance(place, Path) else elsewhere:
             broken.append(Broken(shown(file), "a link that leads out of the site folder", "copy the file itself here"))
@@ -144,15 +144,15 @@ def _by_stem(folder: Path, kind: str, inside: Path, broken: list[Broken]) -> dic
         else:
             found[stem].append(file)
     if not entries:
-        raise DataError(f"{folder / kind}: no files; put the site's {kind} there, one file an image")
+        raise DataError(f"{folder / kind}: no files; put the site's {kind} there, one file per image")
     return found
 
 
 def _unusable(entry: Path | os.DirEntry[str], kind: str, suffix: str) -> BrokenSampleError | None:
-    """Return what is wrong with an entry of images/ or masks/ before it is opened."""
+    """Return the fault of an entry of images/ or masks/ that is seen before it is opened."""
     if not entry.name.isprintable():
         return BrokenSampleError(
-            "its name holds characters that cannot be shown", "rename it, and what pairs with it, in plain letters"
+            "its name holds unprintable characters", "rename it, and its partner, in plain letters"
         )
     if entry.is_dir():
         return BrokenSampleError(f"a folder within {kind}/ is not read", f"move its files up into {kind}/")

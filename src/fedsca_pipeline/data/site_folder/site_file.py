@@ -1,4 +1,4 @@
-"""``site.yml``: what a site says about its own files."""
+"""``site.yml``: a site's label map, subjects, spacing and notes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fedsca_pipeline.errors import DataError
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-# Bytes: a line of `subjects` for each of 200,000 images.
+# Bytes: enough for `subjects` of 200,000 images.
 _LARGEST = 2**24
 
 Class = Annotated[int, Field(ge=0, le=254)]
 
 
 class SiteFile(BaseModel):
-    """The optional keys of ``site.yml``; without the file, every image is a subject of its own."""
+    """The optional keys of ``site.yml``. Without the file, every image is its own subject."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -33,12 +33,14 @@ class SiteFile(BaseModel):
         description="raw value or colour '#rrggbb': class; values not named stay as they are",
     )
     mask_threshold: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="of masks of two values: from this grey value on class 1"
+        None, gt=0, allow_inf_nan=False, description="for masks of two values: class 1 from this grey value on"
     )
-    group: str | None = Field(None, description="regular expression; its one group over the stem is the subject")
+    group: str | None = Field(
+        None, description="regular expression with one group, which finds the subject in the stem"
+    )
     subjects: dict[str, str] | None = Field(None, description="stem: subject, for every image")
     spacing: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = Field(
-        None, description="mm a pixel: [row, column]"
+        None, description="mm per pixel: [row, column]"
     )
     notes: str = ""
     hide_names: bool = Field(
@@ -87,7 +89,7 @@ class SiteFile(BaseModel):
 
     @property
     def label_rule(self) -> LabelRule:
-        """How the site's masks are read."""
+        """The rule by which the site's masks are read."""
         return LabelRule(
             numbers={key: number for key, number in self.label_map.items() if isinstance(key, int)},
             colours={key: number for key, number in self.label_map.items() if isinstance(key, str)},
@@ -96,15 +98,15 @@ class SiteFile(BaseModel):
 
     @property
     def split_rule(self) -> str | None:
-        """What says whose an image is; None: every image is a subject of its own."""
+        """The rule that names subjects; None: every image is its own subject."""
         return "subjects of site.yml" if self.subjects is not None else self.group
 
     def subject(self, stem: str) -> str:
         """Return the subject of an image.
 
         Raises:
-            BrokenSampleError: there is a rule, and it does not cover this stem (guessing could leak a patient from
-                training into test).
+            BrokenSampleError: the rule does not cover this stem (a guess could leak a patient from training into
+                test).
         """
         if self.subjects is not None:
             if stem not in self.subjects:
@@ -115,7 +117,7 @@ class SiteFile(BaseModel):
         match = re.search(self.group, stem)
         if match is None or not match.group(1):
             raise BrokenSampleError(
-                f"site.yml's group rule {self.group!r} finds no subject in {stem!r}", "mend the rule or the file name"
+                f"site.yml's group rule {self.group!r} finds no subject in {stem!r}", "fix the rule or the file name"
             )
         return match.group(1)
 
@@ -133,7 +135,7 @@ def _label_key(raw: int | str) -> int | str:
 def read_site_file(folder: Path, *, terse: bool = False) -> SiteFile:
     """Read ``site.yml`` of a site folder; the defaults if there is none.
 
-    ``terse``: an error quotes nothing of what the file says, for stems and subjects may name patients.
+    ``terse``: errors quote nothing from the file, since stems and subjects may name patients.
 
     Raises:
         DataError: it is not YAML, or a key is unknown or wrong; the message names the file and the key.
@@ -146,7 +148,7 @@ def read_site_file(folder: Path, *, terse: bool = False) -> SiteFile:
     if not is_own_file(path, folder):
         raise DataError(f"{path}: not a file of this site; put the file itself there, or delete it")
     if path.stat().st_size > _LARGEST:
-        raise DataError(f"{path}: larger than {_LARGEST:,} bytes, which is no site.yml; mend or delete it")
+        raise DataError(f"{path}: larger than {_LARGEST:,} bytes, which is no site.yml; fix or delete it")
     try:
         # A stem such as 0012 stays 0012.
         content = yaml.load(path.read_text("utf-8"), Loader=yaml.BaseLoader)  # noqa: S506 - makes str, list, dict alone
@@ -157,7 +159,7 @@ def read_site_file(folder: Path, *, terse: bool = False) -> SiteFile:
         raise DataError(f"{path}: {problems}. Known keys: {known}") from (None if terse else error)
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         detail = type(error).__name__ if terse else " ".join(str(error).split())
-        cure = "mend it (a colour needs quotes: '#ff0000'), or delete it"
+        cure = "fix it (a colour needs quotes: '#ff0000'), or delete it"
         raise DataError(f"{path}: not readable YAML ({detail}); {cure}") from (None if terse else error)
 
 
@@ -166,6 +168,6 @@ def _problem(detail: ErrorDetails) -> str:
 
 
 def _problem_without_values(detail: ErrorDetails) -> str:
-    """Name the key alone where it is one of ours; what stands below it, or in its place, may be a patient's name."""
+    """Return the fault with a known key only; other text may be a patient's name."""
     key = detail["loc"][0] if detail["loc"] else None
     return f"{key if key in SiteFile.model_fields else 'a key'}: not as it has to be ({detail['type']})"
