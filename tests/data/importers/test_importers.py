@@ -501,7 +501,7 @@ class TestFolders:
             ({"patterns": [{"images": "{stem}.png"}]}, r"patterns\.0\.masks"),
             (
                 {"patterns": [{"images": "{a}", "masks": "m", "site": "x"}]},
-                r"stem is made of \{stem\}, which images does",
+                r"stem contains \{stem\}, which images lacks",
             ),
             ({"patterns": [{"images": "i", "masks": "m"}], "colour": {}}, "colour: Extra"),
             ({"patterns": [{"images": "i", "masks": "m"}], "classes": ["a", "b"]}, "several classes need values"),
@@ -657,7 +657,7 @@ class TestRefusals:
         [
             (
                 '{"shapes": [{"label": "macula", "points": [[1, 1], [4, 1], [4, 4]]}]}',
-                "an outline named 'macula' means",
+                "an outline has a name that this layout lacks",
             ),
             ('{"shapes": [{"label": "disc", "points": [[1, 1], [NaN, 1], [4, 4]]}]}', "corners that are no numbers"),
             ('{"shapes": [{"points": [[1, 1]]}]}', "cannot be read"),
@@ -695,7 +695,7 @@ class TestRefusals:
     def test_a_value_that_means_nothing_is_named(self, imported, tmp_path) -> None:
         files = {"D/train/ROIs/image/1.png": photograph(), "D/train/ROIs/mask/1.png": two_valued(77)}
 
-        with pytest.raises(DataError, match="mask values 77 mean nothing in this layout, which has 0, 128, 255"):
+        with pytest.raises(DataError, match="mask values 77 are unknown to this layout, which has 0, 128, 255"):
             imported("fundus_dofe", tree(tmp_path / "source", files))
 
 

@@ -193,7 +193,7 @@ class TestFeTS:
         source = self.source(tmp_path / "fets", "FeTS2022_00000")
         (source / "FeTS2022_00000" / "partitioning_1.csv").write_text("Partition_ID,Subject_ID\n2,FeTS2022_00000\n")
 
-        with pytest.raises(DataError, match=r"2 files partitioning_1\.csv .*unpack the data set whole"):
+        with pytest.raises(DataError, match=r"2 files partitioning_1\.csv .*unpack the whole data set"):
             imported("fets2022", source)
 
     def test_a_damaged_modality_is_named_with_its_file(self, imported, tmp_path) -> None:
@@ -431,7 +431,7 @@ class TestBidsByFolders:
             {"derivatives/lesions/sub-02/anat/sub-02_label-L_mask.nii.gz": labelled(1, 2)},
         )
 
-        with pytest.raises(DataError, match="mask values 1, 2 where one beside 0 was expected; say by values"):
+        with pytest.raises(DataError, match="mask values 1, 2 where one beside 0 was expected; name their classes by values"):
             imported("folders", source)
 
 

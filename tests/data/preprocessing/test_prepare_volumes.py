@@ -169,7 +169,7 @@ def test_image_and_mask_of_different_kinds_and_grids_are_broken(raw: Path) -> No
     nibabel.save(nibabel.Nifti1Image(np.asanyarray(mask.dataobj), np.diag([0.8, 0.8, 5.0, 1.0])), masks / "v1.nii.gz")
     (masks / "v2.nii.gz").unlink()
     reasons = broken(raw)
-    assert "one is a volume, one is flat" in reasons["masks/v0.png"]
+    assert "one is a volume, the other flat" in reasons["masks/v0.png"]
     assert "lies elsewhere than its image" in reasons["masks/v1.nii.gz"]
     assert reasons["images/v2.nii.gz"] == "image without a mask"
 

@@ -108,14 +108,14 @@ def test_links_to_nowhere_and_pipes_are_broken_and_not_opened(folder: Path) -> N
         ("\u202ex", r"\u202ex"),
     ],
 )
-def test_names_that_cannot_be_shown_are_refused_and_shown_escaped(folder: Path, name: str, escaped: str) -> None:
+def test_unprintable_names_are_refused_and_shown_escaped(folder: Path, name: str, escaped: str) -> None:
     (folder / "images" / f"{name}.png").touch()
     (folder / "masks" / f"{name}.png").touch()
 
     broken = reasons(folder)
 
-    assert "cannot be shown" in broken[f"images/{escaped}.png"]
-    assert "cannot be shown" in broken[f"masks/{escaped}.png"]
+    assert "unprintable" in broken[f"images/{escaped}.png"]
+    assert "unprintable" in broken[f"masks/{escaped}.png"]
     assert [pair.stem for pair in pair_files(folder)[0]] == ["a", "b"]
 
 

@@ -1,9 +1,8 @@
-"""What an importer is: patterns that say which files of a source are images of which site, and how they are read.
+"""Importers: patterns that name the images and masks of a source, and functions that read them.
 
-A pattern is a path relative to the source with ``{placeholders}``: ``{site}/images/{stem}.png``. A placeholder stands
-for one or more characters within one name, and for the same characters wherever it comes again; ``*`` stands for any
-characters within a name, ``**/`` for any folders. ``[ab]`` and ``?`` are those characters themselves. Suffixes match in
-small and capital letters.
+A pattern is a path relative to the source with ``{placeholders}``: ``{site}/images/{stem}.png``. A placeholder matches
+one or more characters within one name, and the same characters wherever it occurs again. ``*`` matches any characters
+within a name, ``**/`` any folders. ``[ab]`` and ``?`` are plain characters. Suffixes match in any case.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ _TOKEN = re.compile(r"\{(\w*)\}|(\*\*/)|(\*)")
 
 
 Watch = Callable[[Sequence[Path]], Iterable[Path]]
-"""Passes files on one by one, and may show how far that is: ``rich.progress.track`` is one, and so is ``iter``."""
+"""Yields files one by one, and may show the progress, as ``rich.progress.track`` does. ``iter`` shows none."""
 
 
 @dataclass(frozen=True)
 class Patterns:
-    """One way in which images and masks lie in a source.
+    """One arrangement of images and masks in a source.
 
-    ``site``, ``stem`` and ``subject`` are made of the placeholders of ``images``; those of ``masks`` have the values
-    that they have there. ``site`` may be a plain word. A mask may be missing only with ``empty_without_mask``, and is
-    made of several files only with ``joined``. An image that several patterns match is taken by the first that has
-    its mask.
+    ``site``, ``stem`` and ``subject`` are made of the placeholders of ``images``; ``site`` may be a plain word.
+    Placeholders of ``masks`` have their values in ``images``. A mask may be missing only with ``empty_without_mask``,
+    and may be several files only with ``joined``. If several patterns match an image, the first that has its mask is
+    used.
     """
 
     images: str
@@ -54,7 +53,7 @@ class Patterns:
         for name in ("site", "stem", "subject"):
             if unknown := _placeholders(getattr(self, name)) - known:
                 raise ConfigError(
-                    f"{self.images}: {name} is made of {{{min(unknown)}}}, which images does not have; "
+                    f"{self.images}: {name} contains {{{min(unknown)}}}, which images lacks; "
                     f"it has {', '.join(sorted(known)) or 'none'}"
                 )
 
@@ -90,23 +89,23 @@ class Importer:
     spacing: tuple[float, float] | None = None
 
     def merge(self, name: str) -> Importer:
-        """Return an importer whose one class ``name`` is all that is not background."""
+        """Return an importer with the one class ``name``, which is everything but background."""
         return replace(self, classes=(name,), merged=True)
 
     def picture(self, sample: Sample) -> Picture:
-        """Read a sample.
+        """Return a sample's image and mask.
 
         Raises:
-            UnusableError: a file of it, and what is wrong with that.
+            UnusableError: the broken file, and what is wrong with it.
         """
         picture = self.read(sample, sample.label or self.label)
         return replace(picture, mask=(picture.mask > 0).astype(np.uint8)) if self.merged else picture
 
     def find(self, source: Path) -> list[Sample]:
-        """Return the samples below ``source``, by site and stem.
+        """Return the samples below ``source``, sorted by site and stem.
 
         Raises:
-            DataError: there is none, or a table in the source cannot be used.
+            DataError: there are none, or a table in the source cannot be used.
         """
         samples = _samples(source, self.patterns)
         try:
@@ -126,7 +125,7 @@ class Importer:
 
 
 def match_files(names: Iterable[str], pattern: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield those of the names (POSIX paths) that match, each with the values of the pattern's placeholders.
+    """Yield the names (POSIX paths) that match, each with the values of the pattern's placeholders.
 
     Raises:
         ConfigError: the pattern has a placeholder without a name.
@@ -138,7 +137,7 @@ def match_files(names: Iterable[str], pattern: str) -> Iterator[tuple[str, dict[
 
 
 def _there(source: Path) -> str:
-    """Say what files a source has, by suffix alone: names may name patients."""
+    """Return what files a source has, by suffix only, since names may name patients."""
     suffixes = Counter(split_name(path.name)[1] for path in visible_files(source))
     listed = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in suffixes.most_common(5))
     return f"are other files ({listed})" if listed else "is no file"
@@ -161,7 +160,7 @@ def _of_pattern(source: Path, names: Iterable[str], pattern: Patterns) -> Iterat
         masks[tuple(values[key] for key in shared)].append(name)
     taken = {name for found in masks.values() for name in found}
     for name, values in match_files(names, pattern.images):
-        # A pattern such as {stem}.png for images matches {stem}_mask.png, too.
+        # A pattern such as {stem}.png for images also matches {stem}_mask.png.
         if name in taken:
             continue
         own = masks.get(tuple(values[key] for key in shared), [])

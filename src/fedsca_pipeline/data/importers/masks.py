@@ -1,4 +1,4 @@
-"""From mask files as published to classes. Each function makes what ``Importer.label`` wants."""
+"""Published mask files to classes. Each public function returns a ``Label``."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Image = np.ndarray | Volume
 """[H, W] or [H, W, 3], or a volume."""
 
 Label = Callable[[tuple[Path, ...], Image], np.ndarray]
-"""Mask files and their image to uint8 classes of its shape, without channels; 0 background. No file gives zeros."""
+"""Mask files and their image to uint8 classes of its shape, without channels; 0 is background. No file: zeros."""
 
 Outlines = Callable[[Path], Iterable[tuple[str, np.ndarray]]]
-"""A file to the names and corners, float [N, 2] of x and y in pixels, of what is outlined in it."""
+"""A file to its outlines: names and corners, float [N, 2] of x and y in pixels."""
 
 
 def from_files(read: Callable[[Path, Image], np.ndarray]) -> Label:
-    """Return a label of what ``read`` makes of each file and the image, uint8 classes; several files are joined.
+    """Return a label that joins what ``read`` returns for each file and the image, uint8 classes.
 
-    Where they overlap, the higher class is the one inside (a cup in its disc).
+    Where files overlap, the higher class is on top (a cup in its disc).
     """
 
     def label(paths: tuple[Path, ...], image: Image) -> np.ndarray:
@@ -40,27 +40,27 @@ def from_files(read: Callable[[Path, Image], np.ndarray]) -> Label:
 
 
 def two_values() -> Label:
-    """Foreground is what is at least half the type's largest value, in the mean of the channels.
+    """Return a label whose foreground is at least half the type's largest value, in the mean of the channels.
 
-    For masks that JPEG compression has blurred, and those whose values are 0 and 1 in one file and 0 and 255 in the
-    next: where no value is above 1, all above 0 is foreground. One that holds nothing but low values, 2 and more,
-    numbers classes or objects, and is refused. Several files are joined. A volume's mask has one value beside 0.
+    It suits masks blurred by JPEG compression, and masks of 0 and 1 in one file and 0 and 255 in the next: if no value
+    is above 1, everything above 0 is foreground. A mask of low values only, 2 and more, numbers classes or objects, and
+    is refused. Several files are joined. A volume's mask has one value beside 0.
     """
     return from_files(lambda path, image: _one_value(path, image) if _solid(image) else _black_or_white(path))
 
 
 def coloured() -> Label:
-    """Foreground is where any channel is at least half the type's largest value: kinds painted in colours on black."""
+    """Return a label for kinds in colours on black: foreground is any channel of at least half the largest value."""
     return from_files(lambda path, _: _upper_half(_brightest(read_image(path))))
 
 
 def objects() -> Label:
-    """Foreground is all but 0, background: masks that number their objects. Several files are joined."""
+    """Return a label for masks that number their objects: all but 0 is foreground. Several files are joined."""
     return from_files(lambda path, image: (_numbers(path, image) > 0).astype(np.uint8))
 
 
 def seen_values(classes: Mapping[int, int]) -> Label:
-    """The grey value as seen, a palette resolved and equal colour channels taken as one, is a key of ``classes``."""
+    """Return a label by grey value, with palettes resolved and equal colour channels as one; keys of ``classes``."""
 
     def read(path: Path, image: Image) -> np.ndarray:
         return to_classes(_numbers(path, image) if _solid(image) else _one_channel(read_image(path)), classes)
@@ -69,20 +69,20 @@ def seen_values(classes: Mapping[int, int]) -> Label:
 
 
 def stored_values(classes: Mapping[int, int]) -> Label:
-    """The number as stored, an index where there is a palette, is a key of ``classes``."""
+    """Return a label by stored number, or palette index; keys of ``classes``."""
     return from_files(lambda path, image: to_classes(_numbers(path, image), classes))
 
 
 def colours(classes: Mapping[str, int]) -> Label:
-    """The colour ``#rrggbb``, of 8 bit channels, is a key of ``classes``; black is background if it is not named."""
+    """Return a label by colour ``#rrggbb`` of 8 bit channels; keys of ``classes``, and unnamed black is background."""
     named = {0: 0, **{number_of(colour): number for colour, number in classes.items()}}
     return from_files(lambda path, _: to_classes(packed(read_image(path)), named, write=colour_of))
 
 
 def file_a_class(endings: Mapping[str, int]) -> Label:
-    """Each class has a file of its own, told by how its name ends, in which it is the upper half of the range.
+    """Return a label for one file per class, by the end of its name; foreground is the upper half of the range.
 
-    A mask lacks no class's file: one that shows none of it is there, and empty.
+    Every class needs its file, if only an empty one.
     """
 
     half = from_files(lambda path, _: _upper_half(_grey(read_image(path))))
@@ -92,7 +92,7 @@ def file_a_class(endings: Mapping[str, int]) -> Label:
         for ending, number in endings.items():
             own = [path for path in paths if path.name.endswith(ending)]
             if not own:
-                raise BrokenSampleError(f"its mask *{ending} is missing", "add it, or take the image away")
+                raise BrokenSampleError(f"its mask *{ending} is missing", "add it, or delete the image")
             mask = np.maximum(mask, half(tuple(own), image) * np.uint8(number))
         return mask
 
@@ -100,9 +100,9 @@ def file_a_class(endings: Mapping[str, int]) -> Label:
 
 
 def polygons(outlines: Outlines, classes: Mapping[str, int]) -> Label:
-    """Filled outlines, whose names, whatever their case, are keys of ``classes``; 0 is not drawn.
+    """Return a label of filled outlines; their names, in any case, are keys of ``classes``. Class 0 is not drawn.
 
-    Where they overlap, the higher class is on top.
+    Where outlines overlap, the higher class is on top.
     """
 
     def label(paths: tuple[Path, ...], image: Image) -> np.ndarray:
@@ -114,11 +114,12 @@ def polygons(outlines: Outlines, classes: Mapping[str, int]) -> Label:
                 number = classes.get(name.strip().lower())
                 if number is None:
                     raise BrokenSampleError(
-                        f"an outline named {name!r} means nothing in this layout, which has {', '.join(classes)}",
-                        "look whether the file is of this data set",
+                        f"an outline has a name that this layout lacks; it has {', '.join(classes)}",
+                        "check that the file is of this data set",
+                        quoted=repr(name),
                     )
                 if not np.isfinite(corners).all():
-                    raise BrokenSampleError(f"an outline of {name} with corners that are no numbers", "mend the file")
+                    raise BrokenSampleError("an outline with corners that are no numbers", "fix the file", quoted=name)
                 if number:
                     inside = polygon(corners[:, 1], corners[:, 0], mask.shape)
                     mask[inside] = np.maximum(mask[inside], number)
@@ -131,14 +132,14 @@ def to_classes(values: np.ndarray, classes: Mapping[int, int], write: Callable[[
     """Return uint8 classes for whole numbers, all of which must be keys of ``classes``.
 
     Raises:
-        BrokenSampleError: some are not; the message lists them as ``write`` does.
+        BrokenSampleError: some are not; ``write`` formats them in the message.
     """
     mask, unknown = look_up(values, classes)
     if unknown:
         raise BrokenSampleError(
-            f"mask values {listed(unknown, write)} mean nothing in this layout, which has "
+            f"mask values {listed(unknown, write)} are unknown to this layout, which has "
             f"{', '.join(map(write, sorted(classes)))}",
-            "look whether the file is a mask of this data set",
+            "check that the file is a mask of this data set",
         )
     return mask
 
@@ -160,7 +161,7 @@ def _one_value(path: Path, image: Image) -> np.ndarray:
     if len(values := np.unique(numbers[numbers != 0])) > 1:
         raise BrokenSampleError(
             f"mask values {', '.join(map(str, values[:5]))} where one beside 0 was expected",
-            "say by values in a layout file which is which class",
+            "name their classes by values in a layout file",
         )
     return (numbers != 0).astype(np.uint8)
 
@@ -168,13 +169,13 @@ def _one_value(path: Path, image: Image) -> np.ndarray:
 def _black_or_white(path: Path) -> np.ndarray:
     grey = _grey(read_image(path))
     mask = _upper_half(grey)
-    # What compression makes of a black mask is dark, too.
+    # Compression makes a black mask slightly grey.
     if not mask.any() and grey.any() and split_name(path.name)[1] not in LOSSY:
         values = np.unique(grey[grey > 0])
         raise BrokenSampleError(
             f"mask values {listed(values.tolist(), str)}, the largest below half of what its type can hold: numbers of "
             "classes or objects",
-            "say in a layout file, by values or objects, what they mean",
+            "name their meaning by values or objects in a layout file",
         )
     return mask
 

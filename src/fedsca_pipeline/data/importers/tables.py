@@ -1,4 +1,4 @@
-"""Tables and lists that a data set comes with. No name in them leads out of the source."""
+"""Tables and lists of a data set. No name in them may lead out of the source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MACOS = "__MACOSX"
 def visible_files(source: Path, pattern: str = "*") -> list[Path]:
     """Return the files below ``source`` whose names match a glob pattern, sorted.
 
-    Hidden ones are left out, and so is what macOS adds to archives: each has a file's name, and none of its content.
+    Hidden files, and files that macOS adds to archives, are skipped.
     """
     return [
         path
@@ -29,31 +29,31 @@ def find_file(source: Path, pattern: str) -> Path:
     """Return the one file below ``source`` whose name matches a glob pattern.
 
     Raises:
-        DataError: there is none, or several, or it is a link that leads out of the source.
+        DataError: there is none, or several, or it is a link out of the source.
     """
     found = visible_files(source, pattern)
     if len(found) != 1:
         names = ", ".join(path.relative_to(source).as_posix() for path in found[:3])
         raise DataError(
             f"{source}: {f'{len(found)} files {pattern} ({names})' if found else f'no file {pattern}'}; "
-            "unpack the data set whole, into a folder of its own"
+            "unpack the whole data set into its own folder"
         )
     check_inside(source, found[0])
     return found[0]
 
 
 def check_inside(source: Path, file: Path) -> None:
-    """Do nothing where a file lies in the source.
+    """Check that a file lies in the source.
 
     Raises:
-        DataError: it is a link that leads out of it.
+        DataError: it is a link out of the source.
     """
     if not file.resolve().is_relative_to(source.resolve()):
         raise DataError(f"{file}: a link that leads out of the source; copy the file itself there")
 
 
 def listed_file(table: Path, name: str) -> Path:
-    """Return the path of a file that a list names relative to its own folder, whether it is there or not.
+    """Return the path of a file that a list names relative to its folder; the file may be missing.
 
     Raises:
         DataError: the name is absolute, or goes up.
@@ -66,12 +66,12 @@ def listed_file(table: Path, name: str) -> Path:
 
 
 def read_table(path: Path, key: str, columns: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Read a CSV, or TSV, with a head row as ``key``'s value to the row, all of it text without outer blanks.
+    """Return the rows of a CSV, or TSV, with a header, by their value of ``key``; text without outer blanks.
 
-    What a short row lacks is empty text.
+    Missing cells of a short row are empty text.
 
     Raises:
-        DataError: it is no readable CSV, a column is missing, or a key comes twice.
+        DataError: the file is no readable CSV, a column is missing, or a key occurs twice.
     """
     try:
         # utf-8-sig: spreadsheets start their files with a byte order mark.

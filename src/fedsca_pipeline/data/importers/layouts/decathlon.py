@@ -1,4 +1,4 @@
-"""A task of the Medical Segmentation Decathlon, or what else comes with its ``dataset.json``.
+"""A task of the Medical Segmentation Decathlon, or another data set with its ``dataset.json``.
 
 ``training`` lists images and masks, ``labels`` and ``modality`` name classes and modalities. One site, or what
 ``import_options.site`` finds in the stems; ``import_options.subject`` likewise.
@@ -20,7 +20,7 @@ from fedsca_pipeline.data.importers.masks import stored_values
 from fedsca_pipeline.data.importers.sample import Sample
 from fedsca_pipeline.data.importers.tables import find_file, listed_file
 from fedsca_pipeline.data.readers.common import BrokenSampleError, split_name
-from fedsca_pipeline.errors import ConfigError, DataError
+from fedsca_pipeline.errors import ConfigError, DataError, faults_by_key
 
 
 class _Pair(BaseModel):
@@ -39,7 +39,7 @@ class _Task(BaseModel):
 
 
 def configure(source: Path, options: Mapping[str, str], __: Watch) -> Importer:
-    """Make the importer of the one task in the source.
+    """Return the importer of the one task in the source.
 
     Raises:
         ConfigError: an option is no regular expression with one group.
@@ -49,7 +49,7 @@ def configure(source: Path, options: Mapping[str, str], __: Watch) -> Importer:
     try:
         task = _Task.model_validate(json.loads(path.read_bytes()))
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:3])
+        problems = "; ".join(faults_by_key(error)[:3])
         raise DataError(f"{path}: not a dataset.json of the Decathlon ({problems})") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable JSON ({' '.join(str(error).split())})") from error
@@ -74,7 +74,7 @@ def _listed(
         image, mask = listed_file(path, pair.image), listed_file(path, pair.label)
         missing = [file.name for file in (image, mask) if not file.is_file()]
         fault = (
-            BrokenSampleError("dataset.json lists a missing file", "unpack the data set whole", quoted=missing[0])
+            BrokenSampleError("dataset.json lists a missing file", "unpack the whole data set", quoted=missing[0])
             if missing
             else None
         )
@@ -83,7 +83,7 @@ def _listed(
 
 
 def _finder(option: str, options: Mapping[str, str], otherwise: str | None = None) -> Callable[[str], str]:
-    """Return what takes the option's one group out of a stem, or gives ``otherwise``, or the stem."""
+    """Return a function of a stem: the option's one group in it. Default: ``otherwise``, or the stem."""
     rule = options.get(option)
     if rule is None:
         return lambda stem: otherwise or stem
@@ -92,12 +92,12 @@ def _finder(option: str, options: Mapping[str, str], otherwise: str | None = Non
     except re.error as error:
         raise ConfigError(f"import_options.{option}: {rule!r} is not a regular expression: {error}") from error
     if compiled.groups != 1:
-        raise ConfigError(f"import_options.{option}: {rule!r} has {compiled.groups} groups; one is what is taken")
+        raise ConfigError(f"import_options.{option}: {rule!r} has {compiled.groups} groups; it needs one")
 
     def find(stem: str) -> str:
         match = compiled.search(stem)
         if match is None or not match[1]:
-            raise DataError(f"import_options.{option}: {rule!r} finds nothing in {stem!r}; mend the rule")
+            raise DataError(f"import_options.{option}: {rule!r} finds nothing in {stem!r}; fix the rule")
         return match[1]
 
     return find

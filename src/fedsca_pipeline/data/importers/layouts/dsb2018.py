@@ -1,6 +1,6 @@
 """Data Science Bowl 2018, stage 1 (BBBC038): ``stage1_train/<id>/images/<id>.png``, one mask file a nucleus.
 
-No lab is named. A site is an acquisition group, told by frame size, colour and background, as in docs/nuclei.md.
+No lab is named. A site is an acquisition group, by frame size, colour and background, as in docs/nuclei.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _COLOURED, _VIOLET = 3.0, 25.0
 
 
 def acquisition(image: np.ndarray) -> str:
-    """Name the group of an image, uint8 [H, W] or [H, W, 3]: kind and frame width, such as ``fluo_256``."""
+    """Return the group of an image, uint8 [H, W] or [H, W, 3]: kind and frame width, such as ``fluo_256``."""
     width = image.shape[1]
     grey = image if image.ndim == 2 else image.mean(axis=2)
     if image.ndim == 2 or np.ptp(image, axis=2).mean() < _COLOURED:

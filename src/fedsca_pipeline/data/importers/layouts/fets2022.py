@@ -35,7 +35,7 @@ def _partitioned(source: Path, samples: list[Sample], *, partitioning: str) -> I
         partition = table.get(sample.subject, {}).get("Partition_ID")
         fault = sample.fault
         if missing := [image.name for image in images if not image.is_file()]:
-            fault = BrokenSampleError("a modality is missing", "unpack the data set whole", quoted=missing[0])
+            fault = BrokenSampleError("a modality is missing", "unpack the whole data set", quoted=missing[0])
         elif not partition:
             fault = BrokenSampleError(f"partitioning_{partitioning}.csv does not name it", TAKE_THE_TABLE)
         yield replace(sample, site=f"Partition_{(partition or 'none').zfill(2)}", images=images, fault=fault)
@@ -58,7 +58,7 @@ def read_modalities(sample: Sample, label: Label) -> Picture:
 
 
 def configure(_: Path, options: Mapping[str, str], __: Watch) -> Importer:
-    """Choose the table of partitions.
+    """Return the importer with the chosen table of partitions.
 
     Raises:
         ConfigError: there is no such table.

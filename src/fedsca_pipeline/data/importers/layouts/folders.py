@@ -1,4 +1,4 @@
-"""Any folder, by a small YAML file of patterns: ``import_options.layout``, by default ``import.yml`` in the source."""
+"""Any folder, by a YAML file of patterns: ``import_options.layout``. Default: ``import.yml`` in the source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedsca_pipeline.data.importers.sample import Sample
 from fedsca_pipeline.data.importers.tables import check_inside, listed_file, read_table
 from fedsca_pipeline.data.readers.common import BrokenSampleError
 from fedsca_pipeline.data.site_folder.label_rule import number_of
-from fedsca_pipeline.errors import ConfigError
+from fedsca_pipeline.errors import ConfigError, faults_by_key
 
 Class = Annotated[int, Field(ge=0, le=254)]
 
@@ -34,7 +34,7 @@ class _Part(BaseModel):
 
 
 class _Table(BaseModel):
-    """A CSV or TSV below the source, a row a subject; ``key`` is its column of what ``subject`` of the patterns is."""
+    """A CSV or TSV below the source, one row per subject; ``key`` is the column of the patterns' ``subject``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,7 +43,7 @@ class _Table(BaseModel):
     site: str
 
     def sites(self, source: Path, samples: list[Sample]) -> Iterator[Sample]:
-        """Give each sample the site in its subject's row; one without is broken."""
+        """Yield each sample with the site of its subject's row; without a row it is broken."""
         path = listed_file(source / "import.yml", self.file)
         check_inside(source, path)
         rows = read_table(path, self.key, (self.site,))
@@ -61,15 +61,15 @@ class _Table(BaseModel):
 
 
 class Layout(BaseModel):
-    """The keys of a layout file; what masks are is said by one of ``values``, ``indices``, ``colours``, ``objects``."""
+    """The keys of a layout file. One of ``values``, ``indices``, ``colours`` and ``objects`` describes the masks."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     patterns: tuple[_Part, ...] = Field(min_length=1)
     table: _Table | None = None
     classes: tuple[str, ...] = ("foreground",)
-    values: dict[int, Class] | None = Field(None, description="grey value as seen: class")
-    indices: dict[int, Class] | None = Field(None, description="number as stored (palette index): class")
+    values: dict[int, Class] | None = Field(None, description="visible grey value: class")
+    indices: dict[int, Class] | None = Field(None, description="stored number (palette index): class")
     colours: dict[str, Class] | None = Field(None, description="'#rrggbb': class")
     objects: bool = Field(False, description="whether masks number their objects, and all but 0 is foreground")
     title: str = "a folder of your own"
@@ -94,7 +94,7 @@ class Layout(BaseModel):
         return self
 
     def label(self) -> Label:
-        """Return what reads the masks; two values, and foreground from the half on, where nothing else is said."""
+        """Return the label of the masks. Default: two values, foreground from half the range on."""
         if self.objects:
             return objects()
         if self.values is not None:
@@ -107,7 +107,7 @@ class Layout(BaseModel):
 
 
 def configure(source: Path, options: Mapping[str, str], __: Watch) -> Importer:
-    """Make the importer that the layout file describes.
+    """Return the importer that the layout file describes.
 
     Raises:
         ConfigError: the file is missing, not YAML, or has a wrong key; the message names both.
@@ -124,10 +124,8 @@ def configure(source: Path, options: Mapping[str, str], __: Watch) -> Importer:
             refine=layout.table.sites if layout.table else None,
         )
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, fault['loc'])) or 'layout'}: {fault['msg']}" for fault in error.errors()
-        )
-        raise ConfigError(f"{path}: {problems}. Known keys: {', '.join(Layout.model_fields)}") from error
+        faults = "; ".join(faults_by_key(error))
+        raise ConfigError(f"{path}: {faults}. Known keys: {', '.join(Layout.model_fields)}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except FileNotFoundError as error:

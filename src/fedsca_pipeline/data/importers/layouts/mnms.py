@@ -1,7 +1,7 @@
 """Cardiac MRI of several centres and vendors (M&Ms): ``<code>/<code>_sa.nii.gz`` and ``_sa_gt``, films of volumes.
 
-The table says which two frames are labelled, end diastole and end systole; each becomes a volume. What lies in
-``Unlabeled`` has masks without content, and is left out.
+The table names the two labelled frames, end diastole and end systole; each becomes a volume. ``Unlabeled`` has empty
+masks and is skipped.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def read_frame(sample: Sample, _: Label | None) -> Picture:
 
 
 def configure(_: Path, options: Mapping[str, str], __: Watch) -> Importer:
-    """Choose whether a site is a centre or a vendor.
+    """Return the importer whose sites are centres, or vendors.
 
     Raises:
         ConfigError: it is neither.

@@ -177,7 +177,7 @@ def _classes(mask: Path, file: Path, image: Image, rule: LabelRule) -> np.ndarra
         return by_number(values, rule.numbers, _MOST)[0]
     if is_volume(mask.name) != isinstance(image, Volume):
         raise BrokenSampleError(
-            "of image and mask one is a volume, one is flat", "export both as volumes, or both slice by slice"
+            "of image and mask one is a volume, the other flat", "export both as volumes, or both slice by slice"
         )
     if isinstance(image, Volume):
         return read_volume_classes(mask, image, rule, _MOST)[0]
