@@ -431,7 +431,9 @@ class TestBidsByFolders:
             {"derivatives/lesions/sub-02/anat/sub-02_label-L_mask.nii.gz": labelled(1, 2)},
         )
 
-        with pytest.raises(DataError, match="mask values 1, 2 where one beside 0 was expected; name their classes by values"):
+        with pytest.raises(
+            DataError, match="mask values 1, 2 where one beside 0 was expected; name their classes by values"
+        ):
             imported("folders", source)
 
 
