@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -18,8 +20,17 @@ from fedsca_pipeline.comparison.figures import (
     site_boxes,
 )
 from fedsca_pipeline.comparison.page import Section, describe_versions, render_page
-from fedsca_pipeline.comparison.plan import Cell, Method, Setting, cells, unique
-from fedsca_pipeline.comparison.results import Frames, Result, frames
+from fedsca_pipeline.comparison.plan import (
+    Cell,
+    Method,
+    Setting,
+    cells,
+    resolve_methods,
+    setting_of,
+    tuning_cells,
+    unique,
+)
+from fedsca_pipeline.comparison.results import Frames, Result, code_at_work, frames, rates_of, read_known
 from fedsca_pipeline.comparison.statistics import bootstrap, paired_tests
 from fedsca_pipeline.comparison.tables import method_table, render_html
 from fedsca_pipeline.config import PreprocessingConfig
@@ -120,6 +131,23 @@ class Comparison:
             if method.ablation is not None:
                 found.setdefault(method.ablation, []).append(name)
         return found
+
+
+def report_of(plan: Mapping[str, Any], finished: Path) -> tuple[dict[str, str], Report]:
+    """Return the names of a plan's cells that have a result, by fingerprint, and the report on them.
+
+    The report uses the results in ``finished`` that a run of the same plan would not compute again.
+    """
+    setting = setting_of(plan)
+    methods = resolve_methods(setting)
+    same_code = setting.config.same_code
+    tuning = tuning_cells(methods, setting)
+    known = read_known(tuning, finished, same_code=same_code)[0]
+    rates = rates_of(plan, known)
+    grid = [*tuning, *cells(methods, setting, rates)]
+    known |= read_known([cell for cell in grid if cell.fingerprint not in known], finished, same_code=same_code)[0]
+    index = {cell.fingerprint: str(cell) for cell in unique(grid) if cell.fingerprint in known}
+    return index, build_report(Comparison(setting, methods, known, rates, code_at_work()))
 
 
 def build_report(comparison: Comparison) -> Report:

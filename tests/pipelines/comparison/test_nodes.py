@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from fedsca_pipeline.comparison import grid as grids
-from fedsca_pipeline.comparison import results
+from fedsca_pipeline.comparison import report, results
 from fedsca_pipeline.comparison.plan import Cell, cells, check_comparison, resolve_methods, setting_of
 from fedsca_pipeline.comparison.results import rates_of, read_known
 from fedsca_pipeline.config import ComparisonConfig, Settings
@@ -25,7 +25,8 @@ SITES = ("a", "b")
 
 @pytest.fixture(autouse=True)
 def code_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "code_at_work", lambda: "now")
+    for module in (report, results):
+        monkeypatch.setattr(module, "code_at_work", lambda: "now")
 
 
 SETTINGS = Settings(strategies={"fedsca": {"rho": 0.5}, "fedavg": None})

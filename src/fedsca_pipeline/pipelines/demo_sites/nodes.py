@@ -12,7 +12,10 @@ logger = logging.getLogger(__name__)
 
 
 def write_demo_sites(raw_sites: Path, config: DemoSitesConfig) -> dict[str, Any]:
-    """Write the demonstration sites if ``raw_sites`` holds none; say what is there afterwards, aloud if it is they."""
+    """Write the demonstration sites if ``raw_sites`` holds no site; return a summary of what is there.
+
+    Warns if demonstration sites are there.
+    """
     from fedsca_pipeline.data.demo.sites import write_demo_sites
     from fedsca_pipeline.data.site_folder.discovery import demonstration_sites, discover_sites
 
@@ -20,10 +23,10 @@ def write_demo_sites(raw_sites: Path, config: DemoSitesConfig) -> dict[str, Any]
     summary = write_demo_sites(raw_sites, config)
     if demonstration := demonstration_sites(raw_sites):
         logger.warning(
-            "demonstration data, phantoms and no patients: %s in %s %s; for your own, take them away and put site "
-            "folders there, or import (README.md)",
+            "demonstration data, phantoms and no patients: %s in %s %s; to train on your own data, delete them and put "
+            "site folders there, or import a data set (README.md)",
             ", ".join(demonstration),
             raw_sites,
-            "were made" if made else "are used",
+            "were created" if made else "are used",
         )
     return summary

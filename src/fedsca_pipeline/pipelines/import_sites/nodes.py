@@ -24,12 +24,12 @@ def import_sites(
     hide_names: bool,
     preprocessing: PreprocessingConfig,
 ) -> dict[str, Any]:
-    """Write the source's images as site folders; what is broken follows ``preprocessing.on_bad_sample``.
+    """Write the source's images as site folders, log what was imported, and print the parameters to train it.
 
-    Says what each site has, what was left out and why, and which classes and modalities to train.
+    Broken files follow ``preprocessing.on_bad_sample``.
 
     Raises:
-        ConfigError: importer or source is not named, or there is no such importer.
+        ConfigError: importer or source is not named, or the importer is unknown.
         DataError: see ``fedsca_pipeline.data.importers.write``.
     """
     from rich.progress import Progress
@@ -61,12 +61,12 @@ def import_sites(
             quarantine=preprocessing.on_bad_sample == "quarantine",
             progress=lambda done, of: progress.update(task, completed=done, total=of),
         )
-    _tell(layout, summary, demonstration_sites(raw_sites))
+    _report(layout, summary, demonstration_sites(raw_sites))
     return summary
 
 
-def _tell(layout: Importer, summary: dict[str, Any], demonstration: list[str]) -> None:
-    """Say what came and what did not, and what to set for it to be trained."""
+def _report(layout: Importer, summary: dict[str, Any], demonstration: list[str]) -> None:
+    """Log the imported and the broken files, and print the parameters to train them."""
     from rich.console import Console
 
     from fedsca_pipeline.data.site_folder.pairing import Broken, by_fault
@@ -81,7 +81,7 @@ def _tell(layout: Importer, summary: dict[str, Any], demonstration: list[str]) -
         logger.warning("each file is listed in 02_intermediate/import.json")
     if demonstration:
         logger.warning(
-            "the demonstration sites %s are there, too, and would be trained with; take them away",
+            "the demonstration sites %s are there too and would take part in training; delete them",
             ", ".join(demonstration),
         )
     logger.info("Terms: %s", layout.licence)
@@ -90,7 +90,7 @@ def _tell(layout: Importer, summary: dict[str, Any], demonstration: list[str]) -
         ", ".join(f"{number} {name}" for number, name in enumerate(layout.classes, start=1)),
         len(layout.classes),
     )
-    # To be pasted, so not as a log line, which is broken to fit.
+    # Printed, since a log line is wrapped and cannot be pasted.
     Console().print(
         f"For later commands without --env, in conf/local/parameters.yml:\n\n{_settings(layout)}",
         markup=False,
@@ -100,7 +100,7 @@ def _tell(layout: Importer, summary: dict[str, Any], demonstration: list[str]) -
 
 
 def _settings(layout: Importer) -> str:
-    """Return the parameters that the layout's classes and modalities ask for, as YAML."""
+    """Return the parameters for the layout's classes and modalities, as YAML."""
     import yaml
 
     wanted: dict[str, Any] = {"classes": len(layout.classes), "class_names": list(layout.classes)}
@@ -112,5 +112,5 @@ def _settings(layout: Importer) -> str:
     return remark + written
 
 
-# Of an image to the model.
+# Channels of an image that the model takes.
 _CHANNELS = 3

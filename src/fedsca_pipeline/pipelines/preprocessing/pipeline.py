@@ -1,4 +1,4 @@
-"""Wiring of preprocessing: one node a site, so that one site re-runs alone."""
+"""Wiring of preprocessing: one node per site, so that a single site can re-run."""
 
 from __future__ import annotations
 
