@@ -246,7 +246,7 @@ def test_without_a_site_folder_the_demonstration_sites_are_written(workplace) ->
     assert done.code == 0, done.output
     assert sites == ["harbour_ct", "meadow_mri", "summit_ultrasound", "valley_endoscopy"]
     assert f"demonstration data, phantoms and no patients: {', '.join(sites)}" in done.words
-    assert "for your own, take them away" in done.words
+    assert "to train on your own data, delete them" in done.words
     for site in sites:
         images, masks = (
             {path.stem for path in (workplace.raw / site / kind).iterdir()} for kind in ("images", "masks")

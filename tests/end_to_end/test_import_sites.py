@@ -129,7 +129,7 @@ def test_who_has_set_an_import_gets_the_demonstration_only_if_asked_for(new_work
     assert (refused.code, made.code, used.code, again.code) == (1, 0, 0, 1), made.output
     assert "no site of your own, though source set" in refused.words
     assert "demo_sites.anyway=true" in refused.words
-    assert "were made" in made.words
+    assert "were created" in made.words
     assert "are used" in used.words
     assert "no site of your own, though importer set" in again.words
 

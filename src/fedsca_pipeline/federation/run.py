@@ -1,4 +1,4 @@
-"""What a run is: its fingerprint, the folder it lives in, and whether it may go on."""
+"""A run: its fingerprint, its folder, and whether it can resume."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _LIBRARIES = (
 _CURRENT = "current.json"
 
 CHANGES_NO_NUMBER = frozenset({"fleet", "workers", "devices", "server_memory", "deadline", "grace", "quorum"})
-"""Of ``federation``: how the work is spread, how long and for how many is waited, and where arrays lie.
+"""Parameters of ``federation`` that change no number: how work is spread, how long a round waits, where arrays lie.
 
-None changes a number at equal threads a site, as long as the same sites answer.
+They change none as long as the threads per site are equal and the same sites answer.
 """
 
 CODE_OF_A_RUN = (
@@ -66,9 +66,9 @@ def describe_run(
 
     Args:
         configuration: top-level parameter key to its JSON values.
-        data: site to the fingerprint of its raw folder.
+        data: site to the version of its data.
         foundation: SHA-256 of the foundation's weights.
-        threads: of torch, for one site; sums are ordered by them.
+        threads: torch threads of one site; they decide the order of sums.
     """
     parts = {
         "configuration": dict(configuration),
@@ -81,7 +81,7 @@ def describe_run(
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Name what differs between two nested mappings, a line each: ``federation.rounds: 8 -> 10``."""
+    """Return the differences between two nested mappings, one line each: ``federation.rounds: 8 -> 10``."""
     lines = []
     for key in sorted({*old, *new}):
         before, after = old.get(key), new.get(key)
@@ -94,7 +94,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run's server checkpoints and site states live, under ``<checkpoints>/<fingerprint>``."""
+    """The folder of a run's server checkpoints and site states, ``<checkpoints>/<fingerprint>``."""
 
     checkpoints: Path
     fingerprint: str
@@ -106,16 +106,16 @@ class RunFolder:
 
     @property
     def sites(self) -> Path:
-        """Folder of the sites' private states, one folder a site."""
+        """Folder of the sites' private states, one folder per site."""
         return self.checkpoints / self.fingerprint / "sites"
 
     @property
     def joined(self) -> Path:
-        """File of what the sites of a deployed run said of their data when it began."""
+        """File of the sites' answers at the start of a deployed run: counts and versions of their data."""
         return self.checkpoints / self.fingerprint / "joined_sites.json"
 
     def begun(self) -> str:
-        """Return what tells this beginning of the run from any other; it is made by the first call after ``clear``."""
+        """Return the identifier of this start of the run. The first call after ``clear`` creates a new one."""
         path = self.checkpoints / self.fingerprint / "begun.json"
         if not path.is_file():
             write_json(path, secrets.token_hex(8))
@@ -123,14 +123,14 @@ class RunFolder:
 
     @contextmanager
     def scratch(self) -> Iterator[None]:
-        """Remove, however the block ends, what sites keep for its duration only."""
+        """Remove the sites' temporary files when the block ends, also by an error."""
         try:
             yield
         finally:
             remove_partial_files(self.sites)
 
     def clear(self) -> None:
-        """Delete the run's checkpoints and states; killed in between, it leaves no half of them in place."""
+        """Delete the run's checkpoints and states. If it is killed on the way, none of them stays in place."""
         doomed = self.checkpoints / f".{self.fingerprint}.partial"
         shutil.rmtree(doomed, ignore_errors=True)
         if (self.checkpoints / self.fingerprint).is_dir():
@@ -139,12 +139,12 @@ class RunFolder:
 
 
 def open_run(checkpoints: Path, description: Mapping[str, Any], *, force: bool) -> RunFolder:
-    """Return the folder of the described run, to start in it or to go on in it.
+    """Return the folder of the described run, to start or to resume it.
 
-    ``force`` deletes what an earlier attempt of the same run left, and lets an unfinished other run lie.
+    ``force`` deletes what an earlier attempt of the same run left. An unfinished other run stays.
 
     Raises:
-        ResumeError: an unfinished run of another description lies there; says what changed.
+        ResumeError: another run is unfinished; the message names what changed.
     """
     folder = RunFolder(checkpoints, description["fingerprint"])
     if force:
@@ -157,41 +157,41 @@ def open_run(checkpoints: Path, description: Mapping[str, Any], *, force: bool) 
 
 
 def refuse_another_run(checkpoints: Path, description: Mapping[str, Any]) -> None:
-    """Do nothing where no run is unfinished, or only the described one.
+    """Check that no other run than the described one is unfinished.
 
     Raises:
-        ResumeError: an unfinished run of another description lies there; says what changed.
+        ResumeError: another run is unfinished; the message names what changed.
     """
     unfinished = unfinished_run(checkpoints)
     if unfinished is not None and (changed := changes(unfinished, description)):
         raise ResumeError(
-            "an unfinished run lies in the checkpoints, of another configuration, data or code. What changed:\n  "
+            "an unfinished run of another configuration, data or code is in the checkpoints. What changed:\n  "
             + "\n  ".join(changed)
-            + "\nPut it back to go on with that run, or add --params=force=true to start anew."
+            + "\nPut it back to resume that run, or add --params=force=true to start a new one."
         )
 
 
 def unfinished_run(checkpoints: Path) -> dict[str, Any] | None:
-    """Return the description of the run that lies there unfinished, if one does."""
+    """Return the description of the unfinished run, or None."""
     marker = checkpoints / _CURRENT
     current = read_json(marker) if marker.is_file() else None
     return None if current is None or current["finished"] else current["description"]
 
 
 def finish_run(checkpoints: Path) -> None:
-    """Mark the current run as finished, so that another configuration may start; do nothing where there is none."""
+    """Mark the current run, if there is one, as finished, so that another configuration can start."""
     marker = checkpoints / _CURRENT
     if marker.is_file():
         write_json(marker, {**read_json(marker), "finished": True})
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Name what differs between two runs' descriptions, configuration by its YAML keys."""
+    """Return the differences between two runs' descriptions, one line each, with the YAML keys of the configuration."""
     return differences(_named(old), _named(new))
 
 
 def _named(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Lift the configuration to the top, so that differences read like YAML keys."""
+    """Return a description with its configuration at the top level, so that differences read like YAML keys."""
     rest = {key: value for key, value in description.items() if key not in ("configuration", "fingerprint")}
     return {**description["configuration"], **rest}
 

@@ -16,6 +16,7 @@ from fedsca_pipeline.federation.fleets.fleet import Failure
 from fedsca_pipeline.federation.run import configuration_of, describe_run, finish_run, open_run
 from fedsca_pipeline.files import write_json
 from fedsca_pipeline.flower.coordinator import superlink
+from fedsca_pipeline.flower.coordinator.tasks import read_scores
 from fedsca_pipeline.flower.messages import documents
 from fedsca_pipeline.pipelines.deployed_training import nodes
 
@@ -69,7 +70,7 @@ def test_an_unfinished_run_goes_on_without_a_site_that_is_away(join, begun, capl
 
     assert join(a=there, b=None) == begun
 
-    assert "b: not connected; the run goes on with what it said when that began" in caplog.text
+    assert "b: not connected; the run resumes with the site's answer from its start" in caplog.text
 
 
 @pytest.mark.parametrize("why", ["begun anew", "finished", "of another configuration"])
@@ -100,7 +101,7 @@ def test_a_site_joins_with_counts_and_hashes(join) -> None:
 @pytest.mark.parametrize(
     ("changed", "error", "said"),
     [
-        ({"patient": "7"}, MessageError, "^a: what it says of its data cannot be taken: Prepared: patient"),
+        ({"patient": "7"}, MessageError, "^a: its answer on its data is refused: Prepared: patient"),
         ({"site": "b"}, ConfigError, "^a: its node answers as b"),
         ({"foundation": "cd" * 32}, ConfigError, "^a: its foundation is cdcd"),
     ],
@@ -118,12 +119,12 @@ SCORES = {"site": "a", "run": "0" * 16, "means": [ROW], "volumes": [], "rounds":
 def test_scores_of_another_site_run_or_number_of_classes_are_not_taken(changed) -> None:
     answer = documents.write(documents.Scores(**{**SCORES, **changed}))
     if not changed:
-        assert nodes._scores("a", "0" * 16, answer, 2)["site"] == "a"
+        assert read_scores("a", "0" * 16, answer, 2)["site"] == "a"
         return
     with pytest.raises(MessageError):
-        nodes._scores("a", "0" * 16, answer, 2)
+        read_scores("a", "0" * 16, answer, 2)
 
 
 def test_of_a_silent_site_there_are_no_scores() -> None:
     with pytest.raises(MessageError, match="not connected"):
-        nodes._scores("a", "0" * 16, Failure("not connected"), 1)
+        read_scores("a", "0" * 16, Failure("not connected"), 1)

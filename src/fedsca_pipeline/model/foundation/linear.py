@@ -44,7 +44,7 @@ def use_onednn(model: nn.Module) -> None:
 
 
 def use_torch(model: nn.Module) -> None:
-    """Undo ``use_onednn``."""
+    """Put back the linear layers that ``use_onednn`` replaced."""
     for module in model.modules():
         if type(module) is OneDnnLinear:
             module.__class__ = nn.Linear  # type: ignore[assignment]  # mypy allows subclasses only
