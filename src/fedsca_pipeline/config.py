@@ -42,20 +42,20 @@ class _Config(BaseModel):
 
 
 class RunConfig(_Config):
-    """``run``: what every stage shares."""
+    """``run``: parameters that every stage shares."""
 
     seed: int = Field(0, ge=0, description="the one seed; every random stream is derived from it")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    threads: int | None = Field(None, ge=1, description="torch's threads; null takes every core this process may use")
+    threads: int | None = Field(None, ge=1, description="torch threads; null: all cores that this process may use")
 
 
 class DemoSitesConfig(_Config):
-    """``demo_sites``: the phantom hospitals written when there is no raw data."""
+    """``demo_sites``: phantom hospitals, written if there is no raw data."""
 
     images_per_site: int = Field(40, ge=4, le=10_000)
     image_size: int = Field(256, ge=32, le=2048, description="pixels, both sides")
     seed: int = Field(2503, ge=0)
-    anyway: bool = Field(False, description="use them although an import was tried, or is set")
+    anyway: bool = Field(False, description="train on them although an import was tried or is configured")
 
 
 class NormaliseConfig(_Config):
@@ -77,13 +77,13 @@ class NormaliseConfig(_Config):
 
 
 class SplitConfig(_Config):
-    """``preprocessing.split``: by subject, drawn once. A count is a share of the site, or a number of images."""
+    """``preprocessing.split``: drawn once, by subject. Values below 1 are shares of the site, others numbers of images."""
 
     validation: float = Field(0.15, ge=0.0, description="below 1 a share of the site's images, else a number of them")
     test: float = Field(0.25, ge=0.0, description="below 1 a share of the site's images, else a number of them")
     max_train: int | None = Field(None, ge=1, description="keep at most this many training images; null keeps all")
     overrides: dict[str, dict[str, float]] = Field(
-        default_factory=dict, description="site: {validation: .., test: ..} where a site differs"
+        default_factory=dict, description="by site: {validation: .., test: ..}"
     )
 
     @model_validator(mode="after")
@@ -103,15 +103,15 @@ class SplitConfig(_Config):
 
 
 class VolumeConfig(_Config):
-    """``preprocessing.volume``: how a volume becomes slices, of which each is an image."""
+    """``preprocessing.volume``: how a volume is cut into slices, each of which is an image."""
 
-    axis: Literal[0, 1, 2] = Field(2, description="of RAS+, to cut along: 0 sagittal, 1 coronal, 2 axial slices")
+    axis: Literal[0, 1, 2] = Field(2, description="axis of RAS+ to cut along: 0 sagittal, 1 coronal, 2 axial slices")
     channels: Literal[1, 3] = Field(1, description="1: the slice alone; 3: the slice between its two neighbours")
     modalities: OneOrMore[list[Annotated[int, Field(ge=0)]]] | None = Field(
         None,
         min_length=1,
         max_length=3,
-        description="indices of the fourth axis, as channels; null: there is none",
+        description="indices of the fourth axis, used as channels; null: the volume has three axes",
     )
     empty_slices: Fraction = Field(1.0, description="share of a training volume's slices without foreground to keep")
 
@@ -149,22 +149,22 @@ class PreprocessingConfig(_Config):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the classes are called, class 1 first."""
+        """Names of the classes, class 1 first."""
         return self.class_names or tuple(f"class {label}" for label in range(1, self.classes + 1))
 
 
 class DataReportConfig(_Config):
-    """``data_report``: what is shown of the raw data, and what counts as nearly the same image."""
+    """``data_report``: what it shows of the raw data, and which images it calls near duplicates."""
 
-    thumbnails: int = Field(24, ge=0, le=96, description="images shown of a site")
+    thumbnails: int = Field(24, ge=0, le=96, description="images shown per site")
     near_duplicate_bits: int = Field(
         32,
         ge=0,
         le=96,
-        description="images are near duplicates up to so many of the 256 bits of their hashes",
+        description="largest number of different bits, of 256, between the hashes of near duplicates",
     )
-    embedding: bool = Field(True, description="the foundation's features, for the distance between sites")
-    embedded_images: int = Field(32, ge=4, le=4096, description="of a site, chosen by the seed")
+    embedding: bool = Field(True, description="compute the foundation's features, for the distance between sites")
+    embedded_images: int = Field(32, ge=4, le=4096, description="images per site, drawn by the seed")
 
 
 class FoundationConfig(_Config):
@@ -172,8 +172,8 @@ class FoundationConfig(_Config):
 
     name: Literal["mobile_sam", "sam", "random"] = "mobile_sam"
     source: str | None = Field(None, description="for sam: a local folder or a Hugging Face id")
-    architecture: Literal["tiny_vit", "sam_vit"] = Field("tiny_vit", description="for random: which architecture")
-    seed: int = Field(0, ge=0, description="for random: of its weights")
+    architecture: Literal["tiny_vit", "sam_vit"] = Field("tiny_vit", description="for random: the architecture")
+    seed: int = Field(0, ge=0, description="for random: seed of its weights")
     head: Literal["sigmoid", "softmax"] = Field(
         "sigmoid", description="K independent foreground channels, or softmax over background and K classes"
     )
@@ -200,13 +200,13 @@ class AugmentConfig(_Config):
 
     flip: Fraction = 0.5
     rotate90: Fraction = 0.75
-    intensity: Fraction = Field(0.0, description="above 0, training images have no features that could be kept")
+    intensity: Fraction = Field(0.0, description="probability; above 0 the features of training images are not cached")
     brightness: float = Field(0.1, ge=0.0, le=1.0, description="largest relative change of brightness")
     contrast: float = Field(0.25, ge=0.0, lt=1.0, description="largest relative change of gamma")
 
 
 class PrivacyBound(_Config):
-    """The most that a site gives away of any of its units, over every run that it takes part in (docs/privacy.md)."""
+    """Largest privacy loss of any unit of a site over all runs that it takes part in (docs/privacy.md)."""
 
     epsilon: float = Field(gt=0.0, le=1000.0)
     delta: float = Field(1e-5, gt=0.0, lt=1.0)
@@ -216,40 +216,43 @@ class PrivacyConfig(_Config):
     """``training.privacy``: differential privacy inside the sites (docs/privacy.md)."""
 
     epsilon: Annotated[float, Field(gt=0.0, le=1000.0)] | None = Field(
-        None, description="of one run, for each unit of a site; it sets the noise; null: no differential privacy"
+        None, description="of one run, per unit of a site; sets the noise; null: no differential privacy"
     )
     delta: float = Field(1e-5, gt=0.0, lt=1.0, description="below 1 / (units of the largest site)")
-    clip: Positive = Field(1.0, description="norm that one unit's gradient is cut to, over all trained tensors")
+    clip: Positive = Field(1.0, description="norm that each unit's gradient is clipped to, over all trained tensors")
     budget: Annotated[float, Field(gt=0.0, le=1000.0)] | None = Field(
-        None, description="epsilon of all runs that a site has answered, beyond which it refuses; null: only told"
+        None, description="largest epsilon over all runs of a site, which then refuses; null: no limit"
     )
 
 
 class TrainingConfig(_Config):
-    """``training``: one site's local work in one round."""
+    """``training``: local training of one site in one round."""
 
     local_epochs: int = Field(1, ge=1, le=100)
     steps_per_round: int | None = Field(
-        None, ge=1, le=100_000, description="local steps a round, however many images; null: local_epochs decide"
+        None, ge=1, le=100_000, description="local steps per round for any number of images; null: local_epochs decides"
     )
     batch_size: int = Field(2, ge=1, le=1024)
     learning_rate: Positive = Field(1e-3, le=1.0, description="AdamW, adapters")
     decoder_factor: float = Field(0.3, ge=0.0, le=10.0, description="decoder learning rate / adapter learning rate")
     warmup_steps: int = Field(
-        4, ge=0, le=10_000, description="the rate rises over the first steps of each round, in which AdamW starts anew"
+        4,
+        ge=0,
+        le=10_000,
+        description="steps at the start of each round in which the rate rises, because AdamW restarts",
     )
     weight_decay: float = Field(1e-4, ge=0.0, le=1.0)
     clip_norm: Positive = 1.0
     dice_weight: Fraction = Field(0.5, description="loss = w Dice + (1 - w) cross-entropy")
-    keep_optimizer: bool = Field(False, description="keep the private tensors' AdamW moments over rounds")
+    keep_optimizer: bool = Field(False, description="keep AdamW's moments of the private tensors between rounds")
     feature_cache: float = Field(
-        4.0, ge=0.0, description="GiB on disk for what the frozen prefix makes of images, over all sites; 0: none"
+        4.0, ge=0.0, description="GiB on disk for cached features of the frozen encoder prefix, over all sites; 0: none"
     )
     augment: AugmentConfig = AugmentConfig()
     privacy: PrivacyConfig = PrivacyConfig()
 
     def times(self, sites: int) -> TrainingConfig:
-        """Return what one site does that holds the images of ``sites``: as many steps as these would do together."""
+        """Return the training of one site that holds the images of ``sites``: as many steps as theirs together."""
         return (
             self
             if self.steps_per_round is None
@@ -262,35 +265,37 @@ class FederationConfig(_Config):
 
     strategy: str = "fedsca"
     rounds: int = Field(8, ge=1, le=100_000)
-    participation: float = Field(1.0, gt=0.0, le=1.0, description="share of the sites drawn each round")
+    participation: float = Field(1.0, gt=0.0, le=1.0, description="share of the sites that take part in each round")
     quorum: int = Field(
-        1, ge=1, description="fewest valid replies that make a round; of a strategy that pools the sites 1, always"
+        1, ge=1, description="fewest valid replies of a round; always 1 for a strategy that pools the sites"
     )
     wire_dtype: Literal["fp32", "fp16", "int8"] = "fp16"
-    compression: Literal["zstd", "none"] = Field("zstd", description="of every message; either kind is understood")
+    compression: Literal["zstd", "none"] = Field("zstd", description="of every message; both kinds can be read")
     max_norm_ratio: float = Field(10.0, gt=1.0, description="an update this many times the median norm is rejected")
     server_memory: float = Field(
-        4.0, ge=0.0, description="GiB for the server's arrays [sites, values]; what is beyond is on disk"
+        4.0, ge=0.0, description="GiB for the server's arrays [sites, values]; the rest is on disk"
     )
     fleet: Literal["in_process", "processes", "flower"] = "in_process"
-    deadline: Positive | None = Field(None, description="of fleet flower: s until a silent site is absent; null: never")
-    grace: Annotated[float, Field(ge=0.0)] | None = Field(
-        None, description="of fleet flower: s that a round waits for the rest once the quorum is there; null: deadline"
+    deadline: Positive | None = Field(
+        None, description="for fleet flower: seconds until a silent site counts as absent; null: never"
     )
-    workers: OrAuto[Annotated[int, Field(ge=1)]] = Field(None, description="of fleet processes: how many")
+    grace: Annotated[float, Field(ge=0.0)] | None = Field(
+        None, description="for fleet flower: seconds a round waits for more replies after the quorum; null: deadline"
+    )
+    workers: OrAuto[Annotated[int, Field(ge=1)]] = Field(None, description="for fleet processes: number of workers")
     devices: OrAuto[OneOrMore[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]]] = Field(
-        None, description="of fleet processes: numbers of the CUDA devices to use"
+        None, description="for fleet processes: numbers of the CUDA devices to use"
     )
     inject_failures: dict[str, OneOrMore[list[int]]] = Field(
         default_factory=dict, description="for tests: site: [rounds] in which it fails"
     )
 
     def drawn(self, sites: int) -> int:
-        """Return how many of ``sites`` take part in a round: the nearest whole number to the share, at least one."""
+        """Return how many of ``sites`` take part in a round: their share, rounded, and at least one."""
         return max(1, math.floor(self.participation * sites + 0.5))
 
     def pooled(self) -> FederationConfig:
-        """Return what holds for the one place where all sites' images are: its answer is a quorum."""
+        """Return the parameters for one pooled site: its answer alone is a quorum."""
         return self.model_copy(update={"quorum": 1})
 
 
@@ -298,22 +303,28 @@ class EvaluationConfig(_Config):
     """``evaluation``: test metrics, tables and figures."""
 
     batch_size: int = Field(8, ge=1, le=1024)
-    threshold: float = Field(0.5, gt=0.0, lt=1.0, description="sigmoid head: probability above which a pixel is in")
-    every: int = Field(1, ge=1, le=100_000, description="rounds from one validation to the next; the last is validated")
-    after_training: bool = Field(True, description="whether a site validates right after local training, too")
-    surface_tolerance: Positive = Field(2.0, description="mm; surfaces of volumes nearer than this agree (NSD)")
+    threshold: float = Field(
+        0.5, gt=0.0, lt=1.0, description="sigmoid head: probability above which a pixel is foreground"
+    )
+    every: int = Field(
+        1, ge=1, le=100_000, description="rounds between validations; the last round is always validated"
+    )
+    after_training: bool = Field(True, description="whether a site also validates right after local training")
+    surface_tolerance: Positive = Field(2.0, description="mm; surfaces of volumes closer than this agree (NSD)")
 
 
 class MethodConfig(_Config):
     """``comparison.methods.<name>``: one row of the comparison, a strategy or a variant of one."""
 
-    strategy: str | None = Field(None, description="a key of strategies; null: the row's own name")
-    options: dict[str, Any] = Field(default_factory=dict, description="over strategies.<strategy>")
+    strategy: str | None = Field(None, description="a key of strategies; null: the name of the row")
+    options: dict[str, Any] = Field(default_factory=dict, description="options that override strategies.<strategy>")
     set: dict[str, Any] = Field(
         default_factory=dict, description="other parameters by dotted key, e.g. {adapters.method: lora}"
     )
-    ablation: str | None = Field(None, description="what this variant of the ablated method varies; null: a method")
-    tuned: str | None = Field(None, description="what of it was chosen before the grid, and how; the page tells")
+    ablation: str | None = Field(
+        None, description="what this variant of the ablated method changes; null: this row is a method"
+    )
+    tuned: str | None = Field(None, description="what was chosen before the grid, and how; shown on the page")
     seeds: OneOrMore[list[Annotated[int, Field(ge=0)]]] | None = Field(
         None, min_length=1, description="null: the comparison's"
     )
@@ -321,7 +332,7 @@ class MethodConfig(_Config):
     learning_rates: OneOrMore[list[Positive]] | None = Field(
         None,
         min_length=1,
-        description="to choose from; null: the comparison's; of an ablation the ablated method's choice",
+        description="to choose from; null: the comparison's; an ablation uses the ablated method's choice",
     )
 
 
@@ -339,18 +350,19 @@ class ComparisonConfig(_Config):
         [None], min_length=1, description="training images a site; null: all it has"
     )
     learning_rates: OneOrMore[list[Positive]] = Field(
-        default_factory=list, description="each method chooses one on its first seed, by validation; []: training's"
+        default_factory=list,
+        description="each method chooses one by validation on its first seed; []: training.learning_rate",
     )
     unseen_sites: OneOrMore[list[str]] = Field(default_factory=list, description="sites that never train")
-    leave_one_out: bool = Field(False, description="each site in turn is unseen, too")
+    leave_one_out: bool = Field(False, description="each site in turn is also left out and unseen")
     shots: OneOrMore[list[Annotated[int, Field(ge=1)]]] = Field(
-        [1, 2, 4, 16], description="labelled images of an unseen site to tune on; at most 0.4 of what it has"
+        [1, 2, 4, 16], description="labelled images of an unseen site to tune on; at most 0.4 of its images"
     )
-    shot_steps: int = Field(20, ge=1, le=100_000, description="local steps of such tuning")
+    shot_steps: int = Field(20, ge=1, le=100_000, description="local steps of that tuning")
     release_private: bool = Field(
         False, description="sites give their whole models to an unseen site, which averages their probabilities"
     )
-    same_code: bool = Field(True, description="false: finished cells of other code versions count, and are marked")
+    same_code: bool = Field(True, description="false: finished cells of other code versions count and are marked")
     jobs: OrAuto[Annotated[int, Field(ge=1)]] = Field(None, description="cells at once")
 
     @model_validator(mode="after")

@@ -44,9 +44,7 @@ def join_sites(
     """
     configuration, federation = configuration_of(settings), settings.federation
     if configuration["run"]["threads"] is None:
-        raise ConfigError(
-            "run.threads: give a number; a site with another number would order its sums differently"
-        )
+        raise ConfigError("run.threads: give a number; a site with another number would order its sums differently")
     request = documents.write(documents.PrepareRequest(configuration=configuration, code=code_version()))
     before = {} if force else _joined_before(checkpoints, configuration)
     known = before.keys() >= set(flower.sites)
