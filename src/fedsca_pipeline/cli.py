@@ -31,7 +31,7 @@ def cli() -> None:
 
 
 def _run(**options: Any) -> Any:
-    # README's commands keep the option users know; Kedro 1.7 warns that it will be renamed.
+    # README uses the option that users know; Kedro 1.7 warns that it will be renamed.
     warnings.filterwarnings("ignore", message="Option '--pipeline' is deprecated", category=KedroDeprecationWarning)
     for name in [options["pipeline"]] if options["pipeline"] else options["pipelines"]:
         if name not in pipelines:
@@ -53,7 +53,7 @@ def _run(**options: Any) -> Any:
 
 
 def _read_params(context: click.Context, option: click.Parameter, value: Any) -> Any:
-    """Read ``--params`` as Kedro does, and lists besides, which it takes for keys without a value: ``a=x,y``."""
+    """Read ``--params`` as Kedro does, and lists as well (``a=x,y``), which Kedro reads as keys without a value."""
     items: list[str] = []
     for piece in split_string(context, option, value) if isinstance(value, str) else ():
         if "=" in piece or not items:

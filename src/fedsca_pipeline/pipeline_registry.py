@@ -20,18 +20,17 @@ from fedsca_pipeline.pipelines.foundation import pipeline as foundation_pipeline
 from fedsca_pipeline.pipelines.import_sites import pipeline as import_pipeline
 from fedsca_pipeline.pipelines.preprocessing import pipeline as preprocessing_pipeline
 
-# Kedro asks for pipelines without saying for which data; the hook that sees the context leaves the folder here.
+# Kedro does not tell the registry which data it asks for; a hook that sees the context sets both of these.
 raw_folder: ContextVar[Path | None] = ContextVar("raw_folder", default=None)
-# Nor whether the sites are on other machines (federation.fleet: flower).
 deployed: ContextVar[bool] = ContextVar("deployed", default=False)
 
 
 def register_pipelines() -> dict[str, Pipeline]:
-    """Return every pipeline; per-site parts follow the folders under ``data/01_raw`` (the demonstration if none).
+    """Return all pipelines, with nodes for each site folder in ``data/01_raw``, or for the demonstration sites.
 
-    Where the sites are on other machines, ``federated_training`` and ``__default__`` are the coordinator's.
+    With ``federation.fleet: flower``, ``federated_training`` and ``__default__`` are those of the coordinator.
     """
-    # Kedro would rather have dots for namespaces only; <site>.<what> is how a site's data sets are found.
+    # Kedro warns about dots outside namespaces; the data sets of a site are named <site>.<what>.
     warnings.filterwarnings("ignore", message="One or more dataset names contain '.'", category=UserWarning)
     raw = raw_folder.get() or (find_kedro_project(Path.cwd()) or Path.cwd()) / "data" / "01_raw"
     sites = discover_sites(raw) or DEMO_SITES
