@@ -77,7 +77,7 @@ class NormaliseConfig(_Config):
 
 
 class SplitConfig(_Config):
-    """``preprocessing.split``: drawn once, by subject. Below 1: share of the site's images. From 1 on: number of images."""
+    """``preprocessing.split``: drawn once, by subject. Below 1 a value is a share of the site, else a number."""
 
     validation: float = Field(0.15, ge=0.0, description="below 1 a share of the site's images, else a number of them")
     test: float = Field(0.25, ge=0.0, description="below 1 a share of the site's images, else a number of them")
