@@ -171,5 +171,5 @@ def test_a_manifest_of_other_images_is_refused(path: Path, manifest: pd.DataFram
 def test_a_manifest_that_splits_the_same_images_otherwise_is_refused(path: Path, manifest: pd.DataFrame) -> None:
     other = manifest.assign(split=list(reversed(manifest["split"])))
 
-    with pytest.raises(DataError, match="another manifest than this one"):
+    with pytest.raises(DataError, match="it belongs to another manifest"):
         SiteArrays(path, other)

@@ -334,8 +334,8 @@ def alive(pid: int) -> bool:
 # Two workers at work and one that waits; the fork server imports nothing early, so that this is quick.
 KILLED = """
 import json, multiprocessing, os, signal
-from fedsca_pipeline.federation import forkserver
-from tests.federation.test_worker_pool import Job, hold, pool
+from fedsca_pipeline.federation.fleets import forkserver
+from tests.federation.fleets.test_worker_pool import Job, hold, pool
 
 forkserver._PRELOADED = ()
 at_work = []

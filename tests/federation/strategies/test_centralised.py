@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -117,8 +119,8 @@ def test_a_run_trains_one_model_on_every_image_and_sends_nothing(sites, federate
 
 def test_a_pool_of_one_site_trains_like_that_site_alone(sites, federate):
     def rename(worker):
-        way = worker._way
-        worker._way = lambda site, *rest: way("a", *rest)
+        local_steps = worker._local_steps
+        worker._local_steps = lambda this: local_steps(replace(this, site="a"))
 
     pooled = federate("centralised", ALLOWED, data=PooledData({"a": sites["a"]}), change=rename)
     alone = federate("local", data={"a": sites["a"]})

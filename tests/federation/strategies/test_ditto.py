@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,15 +22,15 @@ def distance(one, other):
 
 def after_the_first_phase(worker):
     """Start a worker's rounds with the batches that follow those of a first phase."""
-    made = worker._way
+    local_steps = worker._local_steps
 
-    def later(*arguments):
-        way = made(*arguments)
-        stream = way.batches
-        way.batches = lambda batches: islice(stream(batches), STEPS, None)
-        return way
+    def later(this):
+        steps = local_steps(this)
+        stream = steps.batches
+        steps.batches = lambda batches: islice(stream(batches), STEPS, None)
+        return steps
 
-    worker._way = later
+    worker._local_steps = later
 
 
 def test_the_second_of_two_equally_long_phases_is_personal(make_layout):
@@ -69,8 +70,11 @@ def test_validation_uses_the_personal_copy(federate):
     assert any(not torch.equal(tensor, last[name]) for name, tensor in run.sent[3, "a"].tensors.items())
     run.worker.install(last)
     data = run.fleet.data["a"]
-    batches, known = run.worker._batches(data, run.store("a")), known_classes(data, run.worker.settings.classes)
-    assert run.records[-1].sites["a"].dice_validation == run.worker._validate(batches, known)
+    this = SimpleNamespace(
+        batches=run.worker._batches(data, run.store("a")),
+        known_classes=known_classes(data, run.worker.settings.classes),
+    )
+    assert run.records[-1].sites["a"].dice_validation == run.worker._validate(this)
 
 
 def test_without_a_pull_the_personal_copy_trains_like_a_local_model(federate):

@@ -164,7 +164,7 @@ class TestRun:
 
         first = {n: t for n, t in run.sent[1, "a"].tensors.items() if n.startswith("control:")}
         final = {n.removeprefix("control:"): t for n, t in run.sent[3, "a"].tensors.items() if n.startswith("control:")}
-        kept = [run.store(site).state_at(8).kept for site in "ab"]
+        kept = [run.store(site).state_at(8).rule_state for site in "ab"]
         assert first
         assert not any(tensor.any() for tensor in first.values())
         assert final.keys() == kept[0].keys()
