@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from copy import copy
-from typing import Any
+from typing import Any, cast
 
 import click
 from kedro import KedroDeprecationWarning
@@ -37,7 +38,7 @@ def _run(**options: Any) -> Any:
         if name not in pipelines:
             raise click.BadParameter(f"there is no pipeline {name!r}{suggestion(name, sorted(pipelines))}")
     try:
-        return kedro_run.callback(**options)
+        return _callback(kedro_run)(**options)
     except RunUpToDate as done:
         click.echo("Everything is up to date: nothing was run (--params=force=true runs anyway).")
         show_result(done.table, done.mlflow, done.volumes)
@@ -52,6 +53,11 @@ def _run(**options: Any) -> Any:
         raise click.exceptions.Exit(_INTERRUPTED) from None
 
 
+def _callback(owner: click.Command | click.Parameter) -> Callable[..., Any]:
+    # Click's type allows None; Kedro sets it on both.
+    return cast("Callable[..., Any]", owner.callback)
+
+
 def _read_params(context: click.Context, option: click.Parameter, value: Any) -> Any:
     """Read ``--params`` as Kedro does, and lists as well (``a=x,y``), which Kedro reads as keys without a value."""
     items: list[str] = []
@@ -62,7 +68,7 @@ def _read_params(context: click.Context, option: click.Parameter, value: Any) ->
             items[-1] += f",{piece}"
     lists = [item for item in items if re.search(r",|=\s*[\[{]", item)]
     plain = ",".join(item for item in items if item not in lists) if items else value
-    merged = OmegaConf.create(_PARAMS.callback(context, option, plain))
+    merged = OmegaConf.create(_callback(_PARAMS)(context, option, plain))
     for item in lists:
         key, _, listed = item.partition("=")
         try:

@@ -40,7 +40,7 @@ class Arrays(Protocol):
         """Return the sorted classes, of 1..K, in the masks of these splits. Default: all splits."""
         ...
 
-    def batch(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return these rows: images uint8 [B, 3, S, S], masks uint8 [B, S, S], and bool [B, S, S], False on padding."""
         ...
 
@@ -91,7 +91,8 @@ class SiteArrays:
 
     def rows(self, split: str) -> np.ndarray:
         """Return the rows of a split, int64, in manifest order; empty if it has none."""
-        return self._rows[self._splits == split]
+        rows: np.ndarray = self._rows[self._splits == split]
+        return rows
 
     def subjects(self, split: str) -> list[str]:
         """Return the subject of each of ``rows(split)``."""
@@ -129,7 +130,7 @@ class SiteArrays:
         found._splits = np.array([named.get(int(row), "") for row in self._rows], dtype=object)
         return found
 
-    def batch(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return these rows, in this order; repeats are allowed.
 
         Returns:
@@ -185,7 +186,7 @@ class PooledArrays:
         """Return the classes in the masks of these splits at any of the sites; see ``Arrays``."""
         return tuple(sorted({label for site in self._sites for label in site.classes(*splits)}))
 
-    def batch(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return these rows, in this order; see ``Arrays``. Without rows the image size is unknown: IndexError."""
         owners = np.searchsorted(self._starts, rows, side="right") - 1
         parts = [self._sites[owner].batch([row - self._starts[owner]]) for owner, row in zip(owners, rows, strict=True)]

@@ -119,7 +119,8 @@ class RunFolder:
         path = self.checkpoints / self.fingerprint / "begun.json"
         if not path.is_file():
             write_json(path, secrets.token_hex(8))
-        return read_json(path)
+        begun: str = read_json(path)
+        return begun
 
     @contextmanager
     def scratch(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kedro.framework.context import KedroContext
@@ -127,7 +127,7 @@ def _check_training(parameters: Parameters, sites: tuple[str, ...]) -> None:
     if strategy.pools and _is_deployed(parameters):
         raise ConfigError(f"federation.strategy: {strategy.name} pools images, and those of a deployed site stay there")
     check_options(settings.strategies)
-    named = {
+    named: dict[str, Iterable[str]] = {
         "federation.inject_failures": federation.inject_failures,
         "preprocessing.split.overrides": settings.preprocessing.split.overrides,
     }

@@ -122,8 +122,10 @@ def _mri(phantom: Phantom, seed: int) -> tuple[np.ndarray, np.ndarray]:
     from monai.transforms import GibbsNoise, RandBiasField, RandRicianNoise
 
     inverted = np.where(phantom.inside, 0.95 - 0.85 * phantom.tissue, 0.0)[None].astype(np.float32)
-    bias = RandBiasField(prob=1.0, degree=3, coeff_range=(-0.18, 0.18)).set_random_state(seed)
-    rician = RandRicianNoise(prob=1.0, std=0.06, sample_std=False).set_random_state(seed)
+    bias = RandBiasField(prob=1.0, degree=3, coeff_range=(-0.18, 0.18))
+    bias.set_random_state(seed)
+    rician = RandRicianNoise(prob=1.0, std=0.06, sample_std=False)
+    rician.set_random_state(seed)
     image = np.asarray(rician(GibbsNoise(alpha=0.35)(bias(inverted))))[0]
     return _to_bytes(image), np.ones(image.shape, bool)
 
@@ -150,7 +152,8 @@ def _endoscopy(phantom: Phantom, seed: int) -> tuple[np.ndarray, np.ndarray]:
     tissue = filters.gaussian(phantom.tissue, 1.6)
     levels = np.linspace(0.0, 1.0, len(_MUCOSA))
     colour = np.stack([np.interp(tissue, levels, channel) for channel in np.array(_MUCOSA).T])
-    light = RandBiasField(prob=1.0, degree=2, coeff_range=(-0.15, 0.15)).set_random_state(seed)
+    light = RandBiasField(prob=1.0, degree=2, coeff_range=(-0.15, 0.15))
+    light.set_random_state(seed)
     colour = np.moveaxis(np.asarray(light(colour.astype(np.float32))), 0, -1)
     seen = _disc(size, 0.97)
     distance = np.hypot(*np.meshgrid(*[np.linspace(-1.0, 1.0, size)] * 2))
@@ -159,7 +162,8 @@ def _endoscopy(phantom: Phantom, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _to_bytes(image: np.ndarray) -> np.ndarray:
-    return np.rint(np.clip(image, 0.0, 1.0) * 255.0).astype(np.uint8)
+    levels: np.ndarray = np.rint(np.clip(image, 0.0, 1.0) * 255.0).astype(np.uint8)
+    return levels
 
 
 def _disc(size: int, radius: float) -> np.ndarray:

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -78,7 +79,7 @@ class Importer:
     patterns: tuple[Patterns, ...]
     label: Label | None = None
     refine: Callable[[Path, list[Sample]], Iterable[Sample]] | None = None
-    read: Callable[[Sample, Label | None], Picture] = read_picture
+    read: Callable[[Sample, Label], Picture] = read_picture
     regroup: Callable[[np.ndarray], str] | None = None
     options: tuple[str, ...] = ()
     configure: Callable[[Path, Mapping[str, str], Watch], Importer] | None = None
@@ -98,7 +99,9 @@ class Importer:
         Raises:
             UnusableError: the broken file, and what is wrong with it.
         """
-        picture = self.read(sample, sample.label or self.label)
+        # None only where ``read`` ignores the label.
+        label = cast("Label", sample.label or self.label)
+        picture = self.read(sample, label)
         return replace(picture, mask=(picture.mask > 0).astype(np.uint8)) if self.merged else picture
 
     def find(self, source: Path) -> list[Sample]:

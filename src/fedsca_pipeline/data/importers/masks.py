@@ -163,7 +163,8 @@ def _one_value(path: Path, image: Image) -> np.ndarray:
             f"mask values {', '.join(map(str, values[:5]))} where one beside 0 was expected",
             "name their classes by values in a layout file",
         )
-    return (numbers != 0).astype(np.uint8)
+    classes: np.ndarray = (numbers != 0).astype(np.uint8)
+    return classes
 
 
 def _black_or_white(path: Path) -> np.ndarray:

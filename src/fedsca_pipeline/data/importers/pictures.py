@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -93,7 +93,8 @@ def read_nifti(file: Path, frame: int | None = None) -> Volume:
     from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 
     try:
-        image = nibabel.load(file)
+        # The type of every NIfTI; ``load`` declares what all formats share.
+        image = cast("nibabel.Nifti1Image", nibabel.load(file))
         check_voxels(image.shape)
         if (unit := image.header.get_xyzt_units()[0]) not in ("mm", "unknown"):
             raise BrokenSampleError(f"its header is in {unit}", "export it in mm")

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import yaml
@@ -146,7 +146,9 @@ def _write(
     for done, sample in enumerate(samples, start=1):
         try:
             picture = _read(importer, sample, source)
-            name = _site_name(importer.regroup(picture.image)) if importer.regroup else sample.site
+            # ``regroup`` is for layouts of pixels, not of volumes.
+            pixels = cast("np.ndarray", picture.image)
+            name = _site_name(importer.regroup(pixels)) if importer.regroup else sample.site
             site = site_of(name)
             stem = site.stem(sample, source)
             with blaming(sample.images[0]):

@@ -49,7 +49,8 @@ class ArraysFile(Mapping[str, np.ndarray]):
         if name not in self._names:
             raise KeyError(name)
         with safe_open(self._path, framework="numpy") as file:
-            return file.get_tensor(name)
+            array: np.ndarray = file.get_tensor(name)
+        return array
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -78,7 +79,7 @@ class ArraysWriter:
         self._mask = np.zeros((side, side), np.uint8)
         self._sizes: list[tuple[int, int]] = []
         self._images: IO[bytes] = self._path.open("w+b")
-        self._masks: IO[bytes] = tempfile.SpooledTemporaryFile(_FEW, dir=workshop)  # noqa: SIM115 - __exit__ closes it
+        self._masks: IO[bytes] = tempfile.SpooledTemporaryFile(_FEW, dir=str(workshop))  # noqa: SIM115 - __exit__ closes it
         self._images.seek(_START)
 
     def __enter__(self) -> ArraysWriter:

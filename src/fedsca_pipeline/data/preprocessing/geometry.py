@@ -21,7 +21,8 @@ class ByteCounts:
     @classmethod
     def of(cls, planes: Iterable[np.ndarray], times: int = 1) -> ByteCounts:
         """Return the counts over uint8 [H, W] planes together, each plane counted ``times`` times."""
-        return cls(times * sum(np.array(Image.fromarray(plane).histogram()) for plane in planes))
+        counts = np.asarray(sum(np.array(Image.fromarray(plane).histogram()) for plane in planes))
+        return cls(times * counts)
 
     @property
     def values(self) -> np.ndarray:
@@ -112,8 +113,9 @@ def normalise_and_fit(channels: Channels, config: NormaliseConfig, side: int) ->
         return fit_image(levels, side), warnings
     low, high, warnings = intensity_range(channels.counts, config)
     (table,) = to_levels(np.arange(256, dtype=np.uint8)[None], low, high)
-    height, width = fitted_size(*channels.image.shape[:2], side)
-    if (height, width) == channels.image.shape[:2]:
+    rows, columns = channels.image.shape[:2]
+    height, width = fitted_size(rows, columns, side)
+    if (height, width) == (rows, columns):
         levels = _by_table(channels.distinct, np.rint(table).astype(np.uint8))
     else:
         resized = [_resize(table.take(plane), height, width, Image.Resampling.BILINEAR) for plane in channels.distinct]

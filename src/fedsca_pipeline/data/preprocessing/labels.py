@@ -41,7 +41,8 @@ class Tally:
 
     def most_frequent_first(self) -> list[int]:
         """Return the values by falling frequency; of equally frequent ones the smaller first."""
-        return self.values[np.argsort(-self.often, kind="stable")].tolist()
+        values: list[int] = self.values[np.argsort(-self.often, kind="stable")].tolist()
+        return values
 
 
 def read_classes(path: Path, rule: LabelRule, classes: int) -> tuple[np.ndarray, dict[str, int]]:
@@ -143,7 +144,8 @@ def packed(pixels: np.ndarray) -> np.ndarray:
     if pixels.dtype != np.uint8:
         raise BrokenSampleError(f"a colour mask of {pixels.dtype}", "save it with 8 bit a channel")
     red, green, blue = (pixels,) * 3 if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
-    return (red.astype(np.int64) << 16) | (green.astype(np.int64) << 8) | blue
+    numbers: np.ndarray = (red.astype(np.int64) << 16) | (green.astype(np.int64) << 8) | blue
+    return numbers
 
 
 def listed(values: Iterable[int], write: Callable[[int], str]) -> str:

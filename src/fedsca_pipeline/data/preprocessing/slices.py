@@ -83,7 +83,8 @@ def cut(voxels: np.ndarray, affine: np.ndarray, axis: int) -> np.ndarray:
     """Return voxels [X, Y, Z, ...] as slices [N, H, W, ...] along ``axis`` of RAS+, without a copy; see ``PLANES``."""
     from nibabel.orientations import apply_orientation
 
-    return apply_orientation(voxels, _to_planes(affine, axis))
+    planes: np.ndarray = apply_orientation(voxels, _to_planes(affine, axis))
+    return planes
 
 
 def restack(planes: np.ndarray, affine: np.ndarray, axis: int) -> np.ndarray:
@@ -119,7 +120,8 @@ def choose_slices(foreground: Sequence[bool], share: float, seed: int, site: str
 def _to_planes(affine: np.ndarray, axis: int) -> np.ndarray:
     from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
-    return ornt_transform(io_orientation(affine), axcodes2ornt(PLANES[axis]))
+    turn: np.ndarray = ornt_transform(io_orientation(affine), axcodes2ornt(PLANES[axis]))
+    return turn
 
 
 def _modalities(volume: Volume, config: VolumeConfig) -> list[np.ndarray]:

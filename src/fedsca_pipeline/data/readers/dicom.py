@@ -257,8 +257,10 @@ class _SegmentationFrames:
         if stored.shape != self._shape:
             raise ValueError("a frame of another size than the header says")
         if self._label_map:
-            return self._values[stored]
-        return (stored != 0).astype(np.uint16) * self._values[self._segment_number(frame)]
+            values: np.ndarray = self._values[stored]
+        else:
+            values = (stored != 0).astype(np.uint16) * self._values[self._segment_number(frame)]
+        return values
 
     def affine(self, frame: int) -> np.ndarray:
         """Return the affine from (column, row, 0, 1) of a frame to mm, RAS+."""
@@ -328,7 +330,7 @@ def _stack(planes: Sequence[np.ndarray], header: Dataset) -> tuple[list[int], np
         affine[:3, 2] = _normal(first) * _thickness(header)
         return [0], affine
     spacing, _ = get_volume_positions(
-        image_positions=[plane[:3, 3] for plane in planes],
+        image_positions=[plane[:3, 3].tolist() for plane in planes],
         image_orientation=[*(first[:3, 0] / steps[0]), *(first[:3, 1] / steps[1])],
     )
     if spacing is None:
@@ -374,12 +376,14 @@ def _plane(dataset: Dataset, frame: int | None = None) -> np.ndarray:
     affine = np.array(PixelToReferenceTransformer.for_image(dataset, frame_number=number).affine, np.float64)
     if not np.isfinite(affine).all() or not (np.linalg.norm(affine[:3, :2], axis=0) > 0).all():
         raise BrokenSampleError("has no usable geometry", "export it again with spacing and orientation")
-    return _LPS_TO_RAS @ affine
+    turned: np.ndarray = _LPS_TO_RAS @ affine
+    return turned
 
 
 def _normal(plane: np.ndarray) -> np.ndarray:
     normal = np.cross(plane[:3, 0], plane[:3, 1])
-    return normal / np.linalg.norm(normal)
+    unit: np.ndarray = normal / np.linalg.norm(normal)
+    return unit
 
 
 def _thickness(header: Dataset) -> float:
@@ -389,7 +393,7 @@ def _thickness(header: Dataset) -> float:
 
 
 def _check_one_series(headers: Sequence[Dataset]) -> None:
-    kinds = {
+    kinds: dict[str, set[object]] = {
         "series": {str(header.get("SeriesInstanceUID")) for header in headers},
         "patients": {str(header.get("PatientID")) for header in headers},
         "sizes": {_size(header) for header in headers},
@@ -560,7 +564,8 @@ def _values(stored: np.ndarray, dataset: Dataset, rescale: Dataset) -> np.ndarra
         return values.astype(kind)
     ends = np.array(_stored_range(dataset), stored.dtype)
     low, high = (apply_modality_lut(ends, rescale) if _is_rescaled(rescale) else ends).astype(np.float64)
-    return (low + high - values).astype(kind)
+    inverted: np.ndarray = (low + high - values).astype(kind)
+    return inverted
 
 
 def _kind(dataset: Dataset, rescale: Dataset | None = None) -> np.dtype:

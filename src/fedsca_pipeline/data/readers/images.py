@@ -123,8 +123,10 @@ def _read_png_16bit_colour(path: Path) -> np.ndarray:
         grey = image.tile[0].args == "LA;16B"
     if grey:
         values = decode(lambda _: "RGBA")
-        return values[..., 0] << 8 | values[..., 1]
-    return decode(lambda mode: mode) << 8 | decode(lambda mode: mode.replace("16B", "16L"))
+        pixels: np.ndarray = values[..., 0] << 8 | values[..., 1]
+    else:
+        pixels = decode(lambda mode: mode) << 8 | decode(lambda mode: mode.replace("16B", "16L"))
+    return pixels
 
 
 def _read_tiff(path: Path, labels: bool) -> np.ndarray:
@@ -143,8 +145,9 @@ def _read_tiff(path: Path, labels: bool) -> np.ndarray:
             raise BrokenSampleError(f"a TIFF with axes {page.axes}", "save a two-dimensional grey or RGB image")
         if page.compression not in _TIFF_OWN:
             if page.samplesperpixel > 1 and page.bitspersample > 8:
+                codec = page.compression.name  # type: ignore[attr-defined]  # tifffile declares int, sets COMPRESSION
                 raise BrokenSampleError(
-                    f"a {page.bitspersample} bit colour TIFF compressed with {page.compression.name}",
+                    f"a {page.bitspersample} bit colour TIFF compressed with {codec}",
                     "save it uncompressed or with deflate",
                 )
             return _read_pillow(path, labels)
@@ -154,7 +157,8 @@ def _read_tiff(path: Path, labels: bool) -> np.ndarray:
         if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
             return ~pixels if pixels.dtype == bool else (2**page.bitspersample - 1) - pixels
         if page.photometric == tifffile.PHOTOMETRIC.PALETTE and not labels:
-            return np.moveaxis((page.colormap >> 8).astype(np.uint8)[:, pixels], 0, -1)
+            colours: np.ndarray = np.asarray(page.colormap)
+            return np.moveaxis((colours >> 8).astype(np.uint8)[:, pixels], 0, -1)
         return pixels
 
 

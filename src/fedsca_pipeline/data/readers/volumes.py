@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -132,7 +132,8 @@ def _read_nifti(path: Path, most: int) -> Volume:
     from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 
     try:
-        image = nibabel.load(path)
+        # The type of every NIfTI; ``load`` declares what all formats share.
+        image = cast("nibabel.Nifti1Image", nibabel.load(path))
         shape = tuple(image.shape)
         # Vectors in NIfTI: a fifth axis after a time axis of length 1.
         check_voxels(shape[:3] + shape[4:] if len(shape) == 5 and shape[3] == 1 else shape, most)
@@ -151,14 +152,15 @@ def _read_nrrd(path: Path, most: int) -> Volume:
     left-anterior-superior as RAS+.
     """
     import nrrd
-    from monai.data.image_reader import NrrdReader
+    from monai.data.image_reader import NrrdImage, NrrdReader
 
     try:
         header = nrrd.read_header(str(path))
         if "data file" in header or "datafile" in header:
             raise _detached(header.get("data file", header.get("datafile")))
         check_voxels(header["sizes"], most)
-        voxels = NrrdReader().read(path).array
+        # One path gives one image, several give a list.
+        voxels = cast("NrrdImage", NrrdReader().read(path)).array
     except nrrd.NRRDError as error:
         raise unreadable(error) from error
     return Volume(*_nrrd_geometry(voxels, header))

@@ -94,7 +94,7 @@ def opened(data: bytes, max_bytes: int) -> tuple[Manifest, list[tuple[str, dict[
     if len(blob) > max_bytes:
         raise _too_large(len(blob), max_bytes)
     try:
-        flat: list[tuple[str, dict[str, Any]]] = deserialize(blob)  # type: ignore[no-untyped-call]
+        flat: list[tuple[str, dict[str, Any]]] = deserialize(blob)
     except SafetensorError as error:
         raise MessageError(f"a message of {len(blob)} bytes is not safetensors: {error}") from error
     return _read_manifest(blob), flat

@@ -162,7 +162,7 @@ def _beside(
     images = list(_images(export.files))
     inhabitants = Counter(folder for _, _, files in images for folder in {file.parent for file in files})
     taken: set[Path] = set()
-    for uid, _, files in images:
+    for uid, _identifiers, files in images:
         folders = {file.parent for file in files}
         masks = [mask for folder in folders for mask in drawn.get(folder, ())]
         taken.update(masks)

@@ -44,7 +44,7 @@ def _rows(source: Path, folds: list[Sample]) -> Iterator[Sample]:
 
 def _mapped(file: Path) -> np.ndarray:
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        array: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(
             f"{file}: not an array of numbers or text ({' '.join(str(error).split())[:200]}); copy the file again"

@@ -93,7 +93,7 @@ def _pairs(source: Path, _: list[Sample], *, site_file: SiteFile, site: str) -> 
                 subject = _subject(images[0], stem, site_file)
             except BrokenSampleError as error:
                 fault = error
-        yield Sample(site, stem, subject, (images or masks)[:1], tuple(masks), fault)
+        yield Sample(site, stem, subject, tuple((images or masks)[:1]), tuple(masks), fault)
 
 
 def _unusable(path: Path, source: Path) -> BrokenSampleError | None:
