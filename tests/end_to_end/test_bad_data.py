@@ -89,7 +89,7 @@ SAMPLES: list[tuple[Breakage, str, str]] = [
     (lose_a_mask, "clinic/images/p3.png: image without a mask", "add masks/p3.png"),
     (resize_a_mask, "clinic/masks/p3.png: is 32 x 30 pixels", "export both at one size"),
     (add_a_label, "clinic/masks/p3.png:", "label_map"),
-    (copy_an_image, "clinic/images/p3.png: the same picture as images/p0.png", "delete one of them"),
+    (copy_an_image, "clinic/images/p3.png: the same picture as images/p0.png", "delete one, or give both one subject"),
 ]
 SITES: list[tuple[Breakage, str, str]] = [
     (keep_two_images, "site clinic: 2 usable images", "add images"),

@@ -239,7 +239,7 @@ def test_a_damaged_result_is_computed_anew_and_so_is_one_of_another_code(used) -
     again = compare(used)
 
     assert again.code == 0, again.output
-    assert "1 results are of another version of the code, and computed anew" in again.words
+    assert "another version of the code made 1 result; the cells run again" in again.words
     assert "†" not in page(used)
     assert {name: numbers(result) for name, result in cells(used).items()} == {
         name: numbers(result) for name, result in before.items()
@@ -259,9 +259,9 @@ def test_a_cell_that_fails_is_reported_and_the_others_go_on(prepared, configured
     done = compare(place)
 
     assert done.code == 0, done.output
-    assert "deaf, seed 0, 4 images, rate 0.03: failed, and is left out: round 1: 0 valid replies" in done.words
+    assert "deaf, seed 0, 4 images, rate 0.03: failed and is left out: round 1: 0 valid replies" in done.words
     assert "injected by federation.inject_failures" in done.words
-    assert "1 cells failed; the same command tries them again" in done.words
+    assert "1 cell failed; the same command tries again" in done.words
     assert "Traceback" not in done.output
     assert sorted(table(place).index) == ["fedsca", "local"]
     assert (table(place)["sites"] == 4).all()
@@ -278,7 +278,7 @@ def test_where_every_cell_fails_the_command_does_too(prepared, configured) -> No
 
     assert done.code == 1
     for method in ("fedsca", "local"):
-        assert f"{method}, seed 0, 4 images, rate 0.03: failed, and is left out: round 2: 0 valid" in done.words
+        assert f"{method}, seed 0, 4 images, rate 0.03: failed and is left out: round 2: 0 valid" in done.words
     assert "no cell of the comparison has a result; see the errors above" in done.words
     assert "Traceback" not in done.output
     assert not (place.reporting / "comparison" / "results.md").exists()
@@ -313,7 +313,7 @@ def test_a_site_without_test_images_is_named_before_a_cell_is_trained(prepared, 
     done = compare(place)
 
     assert done.code == 1
-    assert "site meadow_mri: no test image; set preprocessing.split.test" in done.words
+    assert "site meadow_mri: no test image; raise preprocessing.split.test" in done.words
     assert "Traceback" not in done.output
     assert cells(place) == {}
 
@@ -328,7 +328,7 @@ def test_ctrl_c_keeps_finished_cells_and_the_same_command_goes_on_from_the_check
     stopped = prepared.signalled(process, busy, signal.SIGINT)
 
     assert stopped.code == 130, stopped.output
-    assert "The same command (without force) goes on" in stopped.words
+    assert "The same command (without force) resumes" in stopped.words
     assert "Traceback" not in stopped.output
     assert gone(process.pid)
     kept = written(prepared)
@@ -365,10 +365,10 @@ def gone(group: int, within: float = 10.0) -> bool:
     ("comparison", "said"),
     [
         ({"seeds": []}, "comparison.seeds: List should have at least 1 item"),
-        ({"only": ["fedsca", "lokal"]}, "only: 'lokal' is no method, did you mean 'local'?"),
+        ({"only": ["fedsca", "lokal"]}, "only: 'lokal' is no method; did you mean 'local'?"),
         (
             {"only": None, "methods": {"odd": {"strategy": "fedprx"}}},
-            "comparison.methods.odd.strategy: 'fedprx' is no strategy, did you mean 'fedprox'?",
+            "comparison.methods.odd.strategy: 'fedprx' is no strategy; did you mean 'fedprox'?",
         ),
         (
             {"only": ["fedsca", "fedsa_lora"], "methods": {"fedsa_lora": {"set": {"adapters.method": "fel"}}}},

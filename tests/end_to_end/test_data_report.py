@@ -102,7 +102,7 @@ def test_each_fault_stands_in_the_report_with_its_cure(broken) -> None:
     (entry,) = north["broken"]
     assert (entry["file"], entry["cure"]) == (f"images/{HOSTILE_NAME}.png", "copy or export the file again")
     assert north["counts"]["used"] == 9
-    assert west["refusals"] == ["no masks folder; put the site's masks into west/masks, one file an image"]
+    assert west["refusals"] == ["no masks folder; put the site's masks into west/masks, one file per image"]
     assert index["refused"] == ["north", "west"]
     assert "copy or export the file again" in page
     assert table["trains"].to_dict() == {"north": "no", "south": "yes", "west": "no"}

@@ -75,7 +75,7 @@ def test_what_was_left_out_is_named_and_demonstration_sites_are_not_forgotten(ne
 
     assert done.code == 0, done.output
     assert "Kvasir-SEG: Kvasir-SEG/images/p3.jpg: no mask as" in done.words
-    assert "the demonstration sites harbour_ct are there, too" in done.words
+    assert "the demonstration sites harbour_ct are there too" in done.words
 
 
 def without_masks(source: Path, count: int) -> Path:

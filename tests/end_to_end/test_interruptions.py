@@ -139,7 +139,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(sites, finished, rou
     stopped = sites.signal_when(newer(sites, CHECKPOINT), signal.SIGINT, params)
 
     assert stopped.code == 130
-    assert "The same command (without force) goes on" in stopped.words
+    assert "The same command (without force) resumes" in stopped.words
     assert "Traceback" not in stopped.output
     (parent,) = sites.parents()
     assert {run.info.status for run in (parent, *sites.nested(parent).values())} == {"KILLED"}

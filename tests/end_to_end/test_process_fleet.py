@@ -58,7 +58,7 @@ def test_ctrl_c_ends_every_process_quietly_and_the_other_fleet_goes_on(sites, fi
     stopped = sites.signalled(process, checkpoint_written(sites), signal.SIGINT)
 
     assert stopped.code == 130
-    assert "The same command (without force) goes on" in stopped.words
+    assert "The same command (without force) resumes" in stopped.words
     assert "Traceback" not in stopped.output
     assert alive(process.pid) == []
 

@@ -103,7 +103,7 @@ def test_tables_over_sites_are_written_shown_and_tracked(run: VolumeRun) -> None
     assert {"tables/volume_scores.csv", "tables/site_volume_scores.csv"} <= tables
     for output in (run.first.words, run.again.words):
         assert "Chosen models by volume, on the volumes' own grids" in output
-        assert "one rightly left empty has Dice 1" in output
+        assert "an empty prediction for an empty mask has Dice 1" in output
     assert "Everything is up to date" in run.again.words
 
 
