@@ -313,7 +313,7 @@ def test_a_site_without_test_images_is_named_before_a_cell_is_trained(prepared, 
     done = compare(place)
 
     assert done.code == 1
-    assert "site meadow_mri: no test image; raise preprocessing.split.test" in done.words
+    assert "site meadow_mri: no test image; set preprocessing.split.test" in done.words
     assert "Traceback" not in done.output
     assert cells(place) == {}
 
