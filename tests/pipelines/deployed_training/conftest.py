@@ -1,14 +1,3 @@
-"""Fixtures of a scripted Flower link."""
+"""The scripted Flower link, for the coordinator's nodes."""
 
-from scripted_flower import (  # noqa: F401 - fixtures
-    certificates,
-    clock,
-    config,
-    exchange,
-    fleet,
-    link,
-    reply,
-    scripted,
-    site_file,
-    values,
-)
+from scripted_flower import clock, config, link, reply, scripted  # noqa: F401 - fixtures

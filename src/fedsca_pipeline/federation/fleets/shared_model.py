@@ -27,6 +27,7 @@ def share(model: SegmentationModel) -> Tensor:
     tensors = _tensors(model)
     size = sum(map(_aligned_bytes, tensors))
     try:
+        # torch does not annotate share_memory_.
         block: Tensor = torch.empty(size, dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise ConfigError(

@@ -125,6 +125,7 @@ class WorkerPool(Generic[Task, Answer]):
             if not busy:
                 return
             for pipe in wait(list(busy)):
+                # wait returns the pipes it was given; its stub allows sockets and handles too.
                 worker = busy[pipe]  # type: ignore[index]
                 if worker.turn is not None:
                     yield from self._receive(worker, worker.turn, again)
@@ -228,6 +229,7 @@ class _Worker(Generic[Task]):
         context = forkserver.context()
         self.pipe, theirs = context.Pipe()
         arguments = (theirs, start, equipment, log_level, settings)
+        # The stub of BaseContext has no Process; every concrete context has one.
         self._process: BaseProcess = context.Process(target=_serve, args=arguments, daemon=True)  # type: ignore[attr-defined]
         with forkserver.interrupts_blocked():
             self._process.start()
@@ -302,6 +304,7 @@ class _LogLine(QueueHandler):
     """Sends log records to the parent, formatted, so that they can be pickled."""
 
     def __init__(self, line: _Line) -> None:
+        # The stub asks for a queue; enqueue() below sends over the pipe instead.
         super().__init__(queue=None)  # type: ignore[arg-type]
         self._line = line
 

@@ -10,6 +10,7 @@ import torch
 from opacus.optimizers import DPOptimizer
 
 
+# Opacus has no types, so mypy sees its class as Any.
 class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
     """Clips each unit's gradient, sums, adds Gaussian noise and divides by the expected number of units, as Opacus.
 
@@ -31,5 +32,6 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         scale = self.noise_multiplier * self.max_grad_norm
         for parameter in self.params:
             noise = self._draws.standard_normal(parameter.shape, dtype=np.float32) * np.float32(scale)
+            # Opacus adds summed_grad to parameters.
             summed: torch.Tensor = parameter.summed_grad  # type: ignore[attr-defined]
             parameter.grad = summed + torch.from_numpy(np.asarray(noise)).to(summed)

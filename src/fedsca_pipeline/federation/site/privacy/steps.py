@@ -106,6 +106,7 @@ def data_digest(data: Arrays) -> str:
     rows = data.rows("train")
     for start in range(0, len(rows), _CHUNK):
         for part in data.batch(rows[start : start + _CHUNK]):
+            # hashlib takes an array's buffer; its stub does not know arrays.
             digest.update(np.ascontiguousarray(part))  # type: ignore[arg-type]
     return digest.hexdigest()
 
@@ -205,11 +206,13 @@ class PrivateSteps:
             for image in images:
                 gradients = unit_gradient(forward, image.to(self._device), loss_of, noisy.params)
                 for parameter, gradient in zip(noisy.params, gradients, strict=True):
+                    # Opacus reads grad_sample, an attribute it adds to parameters.
                     parameter.grad_sample = gradient.unsqueeze(0)  # type: ignore[attr-defined]
                 noisy.signal_skip_step()
                 noisy.pre_step()
                 noisy.zero_grad(set_to_none=True)
             for parameter in noisy.params:
+                # As above: an attribute that Opacus adds.
                 parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)  # type: ignore[attr-defined]
             noisy.pre_step()
             # From here on, only noised gradients are used, which costs no privacy.
