@@ -152,7 +152,7 @@ def _read_nrrd(path: Path, most: int) -> Volume:
     left-anterior-superior as RAS+.
     """
     import nrrd
-    from monai.data.image_reader import NrrdImage, NrrdReader
+    from monai.data.image_reader import NrrdReader
 
     try:
         header = nrrd.read_header(str(path))
@@ -160,7 +160,7 @@ def _read_nrrd(path: Path, most: int) -> Volume:
             raise _detached(header.get("data file", header.get("datafile")))
         check_voxels(header["sizes"], most)
         # One path gives one image, several give a list.
-        voxels = cast("NrrdImage", NrrdReader().read(path)).array
+        voxels = NrrdReader().read(path).array  # type: ignore[union-attr]
     except nrrd.NRRDError as error:
         raise unreadable(error) from error
     return Volume(*_nrrd_geometry(voxels, header))
