@@ -17,7 +17,7 @@ from fedsca_pipeline.errors import DataError, FedscaError
 from fedsca_pipeline.evaluation.scoring import score_batches
 from fedsca_pipeline.federation.fleets.data import POOLED
 from fedsca_pipeline.federation.fleets.in_process import InProcessFleet
-from fedsca_pipeline.federation.server.checkpoint import RoundRecord, SiteRecord
+from fedsca_pipeline.federation.server.records import RoundRecord, SiteRecord
 from fedsca_pipeline.federation.site.batches import plain_batches
 from fedsca_pipeline.federation.site.store import SiteStore, Snapshot
 from fedsca_pipeline.federation.site.worker import LocalWorker

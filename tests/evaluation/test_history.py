@@ -8,7 +8,7 @@ from functools import partial
 import pandas as pd
 
 from fedsca_pipeline.evaluation.history import aggregation_weights, history_table, records_of
-from fedsca_pipeline.federation.server.checkpoint import RoundRecord, SiteRecord
+from fedsca_pipeline.federation.server.records import RoundRecord, SiteRecord
 
 
 def record(round_: int, *, final: bool = False, **dice: float | None) -> RoundRecord:

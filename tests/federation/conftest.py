@@ -19,7 +19,8 @@ from fedsca_pipeline.data.manifest import manifest_digest
 from fedsca_pipeline.federation.fleets.fleet import Failure
 from fedsca_pipeline.federation.fleets.in_process import InProcessFleet
 from fedsca_pipeline.federation.messages.codec import Message, decode
-from fedsca_pipeline.federation.server.checkpoint import Checkpoint, CheckpointFolder, RoundRecord
+from fedsca_pipeline.federation.server.checkpoint import Checkpoint, CheckpointFolder
+from fedsca_pipeline.federation.server.records import RoundRecord
 from fedsca_pipeline.federation.server.rounds import Server
 from fedsca_pipeline.federation.site.steps import LocalSettings
 from fedsca_pipeline.federation.site.store import SiteStore

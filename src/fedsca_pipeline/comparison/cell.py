@@ -24,7 +24,8 @@ from fedsca_pipeline.errors import DataError, counted
 from fedsca_pipeline.evaluation.scoring import score_batches
 from fedsca_pipeline.federation.fleets.data import POOLED
 from fedsca_pipeline.federation.fleets.in_process import InProcessFleet
-from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder, RoundRecord
+from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
+from fedsca_pipeline.federation.server.records import RoundRecord
 from fedsca_pipeline.federation.server.rounds import Server
 from fedsca_pipeline.federation.setup import set_up
 from fedsca_pipeline.federation.site.batches import plain_batches

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def records_of(description: Mapping[str, Any], round_metrics: Mapping[str, Any]) -> list[Any]:
     """Return this run's round records in order; partitions of other runs are not loaded."""
-    from fedsca_pipeline.federation.server.checkpoint import RoundRecord
+    from fedsca_pipeline.federation.server.records import RoundRecord
 
     own = sorted(key for key in round_metrics if key.startswith(f"{description['fingerprint']}/"))
     return [RoundRecord.from_json(round_metrics[key]()) for key in own]

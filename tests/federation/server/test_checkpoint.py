@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fedsca_pipeline.errors import ResumeError
-from fedsca_pipeline.federation.server.checkpoint import Checkpoint, CheckpointFolder, RoundRecord, SiteRecord
+from fedsca_pipeline.federation.server.checkpoint import Checkpoint, CheckpointFolder
+from fedsca_pipeline.federation.server.records import RoundRecord, SiteRecord
 from fedsca_pipeline.federation.strategies.server_step import ServerState
 
 

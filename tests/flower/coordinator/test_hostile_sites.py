@@ -16,7 +16,8 @@ from fedsca_pipeline.config import FederationConfig
 from fedsca_pipeline.errors import NoValidSite
 from fedsca_pipeline.federation.messages.codec import Message, decode, encode
 from fedsca_pipeline.federation.server import replies
-from fedsca_pipeline.federation.server.checkpoint import Checkpoint, CheckpointFolder, RoundRecord
+from fedsca_pipeline.federation.server.checkpoint import Checkpoint, CheckpointFolder
+from fedsca_pipeline.federation.server.records import RoundRecord
 from fedsca_pipeline.federation.server.rounds import Server
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.flower.coordinator.fleet import FlowerFleet

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from fedsca_pipeline.federation.server.checkpoint import RoundRecord, SiteRecord
+from fedsca_pipeline.federation.server.records import RoundRecord, SiteRecord
 from fedsca_pipeline.pipelines.progress.rounds import RoundProgress
 
 

@@ -7,67 +7,19 @@ records of rounds 1 to r.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedsca_pipeline.errors import ResumeError, WeightsError
+from fedsca_pipeline.federation.server.records import RoundRecord
 from fedsca_pipeline.federation.strategies.server_step import ServerState
 from fedsca_pipeline.files import read_header, read_json, read_tensors, write_bytes, write_tensors
 
 _CHECKPOINTS = 2  # stored at a time
-
-
-@dataclass(frozen=True)
-class SiteRecord:
-    """One site in one round. Bytes are those of the serialised messages.
-
-    ``dice_validation`` belongs to the site's model *before* this round's training, that of round - 1 (round 0: the
-    foundation), ``dice_local`` to the model right after local training; both are in [0, 1]. ``epsilon`` covers all the
-    site's answers in all runs (docs/privacy.md). ``absent`` says why the round has no update of the site. None: unknown
-    (absent, rejected, without differential privacy).
-    """
-
-    bytes_down: int = 0
-    bytes_up: int = 0
-    samples: int | None = None
-    loss: float | None = None
-    dice_validation: float | None = None
-    dice_local: float | None = None
-    seconds: float | None = None
-    update_norm: float | None = None
-    self_weight: float | None = None
-    spread: float | None = None
-    absent: str | None = None
-    epsilon: float | None = None
-    noise_multiplier: float | None = None
-    privacy_level: str | None = None
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """One finished round. ``similarity`` and ``weights`` are [groups][receives][from] over ``accepted``."""
-
-    round: int
-    final: bool
-    sites: Mapping[str, SiteRecord]
-    accepted: Sequence[str] = ()
-    similarity: Sequence[Sequence[Sequence[float]]] = ()
-    weights: Sequence[Sequence[Sequence[float]]] = ()
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the record as plain JSON values."""
-        return {**asdict(self), "accepted": list(self.accepted)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> RoundRecord:
-        """Return the record that :meth:`as_json` made JSON of."""
-        sites = {site: SiteRecord(**record) for site, record in value["sites"].items()}
-        return cls(**{**value, "sites": sites, "accepted": tuple(value["accepted"])})
 
 
 @dataclass(frozen=True)

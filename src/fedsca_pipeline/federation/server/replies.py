@@ -14,7 +14,7 @@ from fedsca_pipeline.errors import MessageError
 from fedsca_pipeline.federation.fleets.fleet import Failure
 from fedsca_pipeline.federation.messages.codec import TRAVELLING, check, decode, most_bytes
 from fedsca_pipeline.federation.messages.manifest import Manifest, MessageKind, WireDtype
-from fedsca_pipeline.federation.server.checkpoint import SiteRecord
+from fedsca_pipeline.federation.server.records import SiteRecord
 from fedsca_pipeline.federation.strategies.server_step import Replies
 from fedsca_pipeline.model.layout import flatten
 

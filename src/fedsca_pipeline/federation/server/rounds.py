@@ -19,7 +19,8 @@ from fedsca_pipeline.federation.fleets.fleet import Fleet
 from fedsca_pipeline.federation.messages.codec import as_decoded, encode
 from fedsca_pipeline.federation.messages.manifest import Manifest, MessageKind
 from fedsca_pipeline.federation.server.arrays import RoundMemory
-from fedsca_pipeline.federation.server.checkpoint import Checkpoint, CheckpointFolder, RoundRecord, SiteRecord
+from fedsca_pipeline.federation.server.checkpoint import Checkpoint, CheckpointFolder
+from fedsca_pipeline.federation.server.records import RoundRecord, SiteRecord
 from fedsca_pipeline.federation.server.replies import RoundReplies, Sent
 from fedsca_pipeline.federation.strategies.base import Strategy
 from fedsca_pipeline.federation.strategies.server_step import Aggregation, ServerState

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from fedsca_pipeline.federation.fleets.fleet import Fleet
     from fedsca_pipeline.federation.run import RunFolder
-    from fedsca_pipeline.federation.server.checkpoint import RoundRecord
+    from fedsca_pipeline.federation.server.records import RoundRecord
     from fedsca_pipeline.federation.setup import Setup
 
 
