@@ -36,11 +36,12 @@ class ParameterHooks:
         """
         from fedsca_pipeline.pipeline_registry import deployed, raw_folder
 
-        self._parameters = read_parameters(context.config_loader["parameters"])
+        parameters = context.config_loader["parameters"]
+        self._parameters = read_parameters(parameters)
         _check_flower(self._parameters.flower)
         catalog = context.config_loader["catalog"]
-        # Stored back: the loader would read, merge and resolve the catalog again for Kedro.
-        context.config_loader["catalog"] = catalog
+        # Stored back: the loader would read, merge and resolve both again for Kedro.
+        context.config_loader["parameters"], context.config_loader["catalog"] = parameters, catalog
         raw = context.project_path / catalog["raw_sites"]["path"]
         raw_folder.set(raw)
         deployed.set(_is_deployed(self._parameters))
