@@ -102,6 +102,7 @@ def test_a_killed_command_leaves_no_process_and_can_be_restarted_at_once(start) 
     until(lambda: all(map(gone, restarted.values())))
 
 
+DEPLOY = Path(__file__).parents[2] / "deploy"
 DEMONSTRATION = """
 import sys, time
 from pathlib import Path
@@ -118,7 +119,8 @@ time.sleep(600)
 
 def test_a_killed_demonstration_leaves_no_process(engine: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", DEMONSTRATION, str(tmp_path), str(engine)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killed:
+    # The working folder is the first place that -c imports from.
+    with subprocess.Popen(command, cwd=DEPLOY, stdout=subprocess.PIPE, text=True) as killed:
         assert killed.stdout.readline() == "up\n"
         left = psutil.Process(killed.pid).children(recursive=True)
         words = {Path(word).name for process in left for word in process.cmdline()}
