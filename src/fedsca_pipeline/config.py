@@ -122,6 +122,13 @@ class VolumeConfig(_Config):
         return self
 
 
+class DecodeConfig(_Config):
+    """``preprocessing.decode``: limits of the process that decodes one file; a file beyond them is broken."""
+
+    memory: int = Field(1024, ge=64, le=2**20, description="MiB, beyond the image's own size")
+    seconds: float = Field(60.0, gt=0.0, description="of processor time, and of wall time")
+
+
 class PreprocessingConfig(_Config):
     """``preprocessing``: from raw site folders to cached arrays."""
 
@@ -133,6 +140,7 @@ class PreprocessingConfig(_Config):
     normalise: NormaliseConfig = NormaliseConfig()
     volume: VolumeConfig = VolumeConfig()
     split: SplitConfig = SplitConfig()
+    decode: DecodeConfig = DecodeConfig()
     on_bad_sample: Literal["fail", "quarantine"] = "fail"
     allow_empty_masks: bool = True
     min_images: int = Field(4, ge=3, description="a site with fewer usable images is broken")

@@ -117,13 +117,15 @@ class _TestVolumes:
         from fedsca_pipeline.data.preprocessing.labels import read_volume_classes
         from fedsca_pipeline.data.preprocessing.slices import VolumeSlices
         from fedsca_pipeline.data.readers.common import BrokenSampleError
+        from fedsca_pipeline.data.readers.decoding import decode_limits
         from fedsca_pipeline.data.readers.volumes import read_volume
         from fedsca_pipeline.errors import DataError
 
         config = self._preprocessing
         try:
-            volume = read_volume(self._folder / files["image"])
-            truth, _ = read_volume_classes(self._folder / files["mask"], volume, self._rule, config.classes)
+            with decode_limits(config.decode):
+                volume = read_volume(self._folder / files["image"])
+                truth, _ = read_volume_classes(self._folder / files["mask"], volume, self._rule, config.classes)
             return VolumeSlices(volume, config.volume, config.normalise, config.image_size), truth
         except BrokenSampleError as error:
             raise DataError(

@@ -193,29 +193,22 @@ BROKEN_IMAGES = {
         "6 channels",
     ),
     "unknown format": ("a.xyz", lambda path: path.write_text(""), "no reader for .xyz"),
-    "bomb": ("a.png", lambda path: path.write_bytes(png(np.zeros((1, 1, 1)))), "decompression bomb"),
+    "large": ("a.png", lambda path: Image.new("1", (6000, 6000)).save(path), "decompression bomb"),
+    "bomb": ("a.png", lambda path: Image.new("1", (14000, 14000)).save(path), "decompression bomb"),
+    # A sparse file.
+    "large tiff": ("a.tif", lambda path: tifffile.memmap(path, shape=(6000, 6000), dtype=np.uint8), "compression bomb"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN_IMAGES)
-def test_a_broken_image_says_why_and_what_to_do(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_image_says_why_and_what_to_do(tmp_path: Path, case: str) -> None:
     name, write, reason = BROKEN_IMAGES[case]
     write(tmp_path / name)
-    if case == "bomb":
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 0)
 
     with pytest.raises(BrokenSampleError, match=reason) as broken:
         read_image(tmp_path / name)
 
     assert broken.value.cure
-
-
-def test_a_huge_tiff_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tifffile.imwrite(tmp_path / "a.tif", np.zeros((20, 20), np.uint8))
-    monkeypatch.setattr(readers, "MAX_PIXELS", 99)
-
-    with pytest.raises(BrokenSampleError, match="decompression bomb"):
-        read_image(tmp_path / "a.tif")
 
 
 def test_masks_with_equal_channels_are_grey(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedsca_pipeline.data.readers.common import BrokenSampleError
 from fedsca_pipeline.data.readers.volume import Volume, write_nifti
-from fedsca_pipeline.data.readers.volumes import IMAGE_READERS, read_volume, read_volume_mask
+from fedsca_pipeline.data.readers.volumes import VOLUME_READERS, read_volume, read_volume_mask
 from fedsca_pipeline.data.site_folder.discovery import VOLUME_SUFFIXES, may_hold_volumes
 
 AFFINE = np.array([[-0.5, 0.0, 0.0, 20.0], [0.0, 0.75, 0.0, -30.0], [0.0, 0.0, 3.0, 40.0], [0.0, 0.0, 0.0, 1.0]])
@@ -31,15 +31,15 @@ def write_nrrd(path: Path, voxels: np.ndarray, affine: np.ndarray, **header: obj
 
 
 def write_mha(path: Path, voxels: np.ndarray, affine: np.ndarray) -> Path:
-    import itk
+    import SimpleITK
 
     lps = LPS @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
-    image = itk.image_from_array(np.ascontiguousarray(voxels.T))
-    image.SetSpacing(spacing)
-    image.SetOrigin(lps[:3, 3])
-    image.SetDirection(lps[:3, :3] / spacing)
-    itk.imwrite(image, str(path), compression=True)
+    image = SimpleITK.GetImageFromArray(np.ascontiguousarray(voxels.T))
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+    SimpleITK.WriteImage(image, str(path), useCompression=True)
     return path
 
 
@@ -108,7 +108,7 @@ def test_damaged_bytes_never_raise_anything_but_a_broken_sample(
 
 
 def test_sites_of_volumes_are_known_by_the_suffixes_that_are_read(tmp_path: Path) -> None:
-    assert set(VOLUME_SUFFIXES) == set(IMAGE_READERS)
+    assert set(VOLUME_SUFFIXES) == set(VOLUME_READERS)
     assert not may_hold_volumes(tmp_path)
     for name, expected in {
         "a.png": False, ".hidden": False, "B.NII.GZ": True, "c.dcm": False, "IM0001": False, "d.mha": True,

@@ -16,6 +16,7 @@ from fedsca_pipeline.data.preprocessing.geometry import ByteCounts, Channels, fi
 from fedsca_pipeline.data.preprocessing.labels import occurrences, read_classes, read_volume_classes
 from fedsca_pipeline.data.preprocessing.slices import VolumeSlices
 from fedsca_pipeline.data.readers.common import BrokenSampleError
+from fedsca_pipeline.data.readers.decoding import decode_limits
 from fedsca_pipeline.data.readers.images import read_image
 from fedsca_pipeline.data.readers.volumes import is_volume, read_volume
 from fedsca_pipeline.data.site_folder.label_rule import LabelRule
@@ -89,14 +90,15 @@ def _read(folder: Path, site_file: SiteFile, config: PreprocessingConfig, pair: 
     try:
         subject = site_file.subject(pair.stem)
         kind = _VOLUME if is_volume(pair.image) else _FLAT
-        image = kind.read_image(files[0], config)
-        file = pair.mask
-        if is_volume(pair.mask) != is_volume(pair.image):
-            raise BrokenSampleError(
-                f"of {pair.image} and its mask one is a volume, the other flat",
-                "export both as volumes, or both slice by slice",
-            )
-        mask, label_map = kind.read_mask(files[1], image, site_file.label_rule, config.classes)
+        with decode_limits(config.decode):
+            image = kind.read_image(files[0], config)
+            file = pair.mask
+            if is_volume(pair.mask) != is_volume(pair.image):
+                raise BrokenSampleError(
+                    f"of {pair.image} and its mask one is a volume, the other flat",
+                    "export both as volumes, or both slice by slice",
+                )
+            mask, label_map = kind.read_mask(files[1], image, site_file.label_rule, config.classes)
         if not config.allow_empty_masks and not mask.any():
             raise BrokenSampleError("empty mask", "label it, or set preprocessing.allow_empty_masks: true")
         described = {

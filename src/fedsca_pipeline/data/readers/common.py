@@ -24,7 +24,7 @@ class BrokenSampleError(DataError):
     """
 
     def __init__(self, reason: str, cure: str, quoted: str = "") -> None:
-        self.unquoted = reason
+        self.unquoted, self.quoted = reason, quoted
         self.reason = f"{reason} ({quoted})" if quoted else reason
         self.cure = cure
         super().__init__(f"{self.reason}; {cure}")
@@ -100,6 +100,10 @@ def check_not_empty(path: Path) -> None:
 
 def unreadable(error: Exception) -> BrokenSampleError:
     """Return a parser's error as a broken sample."""
+    if isinstance(error, MemoryError):
+        return BrokenSampleError(
+            "needs too much memory to decode", "cut it into parts, or raise preprocessing.decode.memory"
+        )
     detail = " ".join(str(error).split()) or type(error).__name__
     return BrokenSampleError("cannot be read", COPY_AGAIN, quoted=detail[:200])
 

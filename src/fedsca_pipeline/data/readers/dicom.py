@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedsca_pipeline.data.readers.common import COPY_AGAIN, MAX_PIXELS, UNREADABLE, BrokenSampleError
+from fedsca_pipeline.data.readers.decoding import in_child
 from fedsca_pipeline.data.readers.volume import Volume, check_voxels
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def read_relations(path: Path) -> Relations:
         )
 
 
+@in_child
 def read_frame(path: Path) -> np.ndarray:
     """Read a file of one frame: grey [H, W] or RGB [H, W, 3].
 
@@ -119,6 +121,7 @@ def read_series(folder: Path) -> Volume:
         return read_series_files(files_of_series(folder))
 
 
+@in_child
 def read_series_files(files: Sequence[Path]) -> Volume:
     """Read the single-frame files of one series: voxels [X, Y, Z] = [column, row, slice].
 
@@ -143,6 +146,7 @@ def read_series_files(files: Sequence[Path]) -> Volume:
         return Volume(slices.T, affine, _frame_of_reference(headers[0]))
 
 
+@in_child
 def read_multiframe(path: Path) -> Volume:
     """Read a file of one or more evenly spaced frames: voxels [X, Y, Z] = [column, row, slice].
 
@@ -172,6 +176,7 @@ def read_multiframe(path: Path) -> Volume:
         return Volume(slices.T, affine, _frame_of_reference(dataset))
 
 
+@in_child
 def read_segmentation(path: Path, image: Volume, values: Mapping[int, int] | None = None) -> Volume:
     """Read a DICOM SEG on the grid of ``image``: uint16 [X, Y, Z], the number of each voxel's segment.
 
@@ -191,6 +196,7 @@ def read_segmentation(path: Path, image: Volume, values: Mapping[int, int] | Non
         return Volume(voxels, image.affine, image.frame_of_reference)
 
 
+@in_child
 def read_frame_segmentation(path: Path, image: Path, values: Mapping[int, int] | None = None) -> np.ndarray:
     """Read the DICOM SEG of a single frame: uint16 [H, W], as ``read_segmentation``.
 

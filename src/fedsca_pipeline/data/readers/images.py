@@ -22,6 +22,7 @@ from fedsca_pipeline.data.readers.common import (
     unreadable,
     whole_numbers,
 )
+from fedsca_pipeline.data.readers.decoding import in_child
 
 _MAX_BYTES = 6 * MAX_PIXELS
 
@@ -68,16 +69,26 @@ def _read(path: Path, *, labels: bool) -> np.ndarray:
     suffix = split_name(path.name)[1]
     if suffix not in READERS:
         raise no_reader(suffix, READERS)
+    pixels = decode_pixels(path, labels)
+    if 0 in pixels.shape:
+        raise BrokenSampleError("has no pixels", COPY_AGAIN)
+    return pixels
+
+
+@in_child
+def decode_pixels(path: Path, labels: bool) -> np.ndarray:
+    """Return a file's [H, W] or [H, W, C], in its own number type; ``labels`` asks for stored numbers.
+
+    Raises:
+        BrokenSampleError: unreadable, too large, or several images.
+    """
     try:
         check_not_empty(path)
-        pixels = READERS[suffix](path, labels)
+        return READERS[split_name(path.name)[1]](path, labels)
     except Image.DecompressionBombError as error:
         raise _bomb() from error
     except UNREADABLE as error:
         raise unreadable(error) from error
-    if 0 in pixels.shape:
-        raise BrokenSampleError("has no pixels", COPY_AGAIN)
-    return pixels
 
 
 def _read_pillow(path: Path, labels: bool) -> np.ndarray:

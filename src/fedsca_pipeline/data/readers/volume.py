@@ -16,6 +16,10 @@ MAX_VOXELS = 2**29
 """Most values of a volume over all modalities, 512 x 512 x 2048; a header that states more counts as damaged."""
 
 
+ALWAYS = 2**25
+"""Voxels that a file of any size may hold: an empty mask compresses to almost nothing."""
+
+
 @dataclass(frozen=True)
 class Volume:
     """A three-dimensional image.
@@ -89,6 +93,11 @@ def check_voxels(shape: Sequence[int], most: int = MAX_VOXELS) -> None:
         )
 
 
+def most_voxels(size: int) -> int:
+    """Return the most voxels that a file of ``size`` bytes may hold, so that a compressed bomb is refused."""
+    return min(MAX_VOXELS, max(ALWAYS, _VOXELS_A_BYTE * size))
+
+
 def _largest_distance(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> float:
     """Return the largest distance in mm of a grid's corners between two affines."""
     corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(shape) - 1)
@@ -101,3 +110,5 @@ def _by(shape: Sequence[int]) -> str:
 
 
 _TOLERANCE = 0.1
+# Skull-stripped heads, which compress best, hold about ten voxels per byte of their file.
+_VOXELS_A_BYTE = 100

@@ -1,6 +1,6 @@
 """Three-dimensional images and masks: files to voxels with a geometry in mm, and masks back to NIfTI.
 
-A further format is one more entry of ``IMAGE_READERS`` and ``MASK_READERS``.
+A further format is one more entry of ``VOLUME_READERS``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -26,12 +26,13 @@ from fedsca_pipeline.data.readers.common import (
     unreadable,
     whole_numbers,
 )
-from fedsca_pipeline.data.readers.volume import MAX_VOXELS, Volume, check_grid, check_voxels
+from fedsca_pipeline.data.readers.decoding import in_child
+from fedsca_pipeline.data.readers.volume import ALWAYS, Volume, check_grid, check_voxels, most_voxels
 
 
 def is_volume(name: str) -> bool:
     """Return whether a file of this name, or path, is read as a volume."""
-    return split_name(name)[1] in {*IMAGE_READERS, *MASK_READERS}
+    return split_name(name)[1] in VOLUME_READERS
 
 
 def read_volume(path: Path) -> Volume:
@@ -55,7 +56,8 @@ def read_volume(path: Path) -> Volume:
     if path.is_dir() or split_name(path.name)[1] == DICOM:
         volume = _checked(_read_dicom(path))
     else:
-        volume = _read(path, IMAGE_READERS, lambda reader: reader(path))
+        _check_suffix(path)
+        volume = decode_volume(path)
     finite_values(volume.voxels)
     return volume
 
@@ -69,7 +71,8 @@ def read_volume_mask(path: Path, image: Volume) -> np.ndarray:
         BrokenSampleError: as of ``read_volume``, not of whole numbers, or not on the image's grid: another shape, or a
             corner more than a tenth of the smallest spacing away.
     """
-    volume = _read(path, MASK_READERS, lambda reader: reader(path, image))
+    _check_suffix(path)
+    volume = decode_volume(path, image)
     if volume.voxels.ndim != 3:
         raise BrokenSampleError(
             f"a mask of {volume.voxels.shape[3]} modalities", "save one label map: one whole number a voxel"
@@ -88,21 +91,25 @@ def _turned(volume: Volume, affine: np.ndarray) -> Volume:
     return replace(volume, voxels=voxels, affine=volume.affine @ inv_ornt_aff(turn, volume.shape))
 
 
-def most_voxels(path: Path) -> int:
-    """Return the most voxels that a file of this size may hold, so that a compressed bomb is refused."""
-    return min(MAX_VOXELS, max(_ALWAYS, _VOXELS_A_BYTE * path.stat().st_size))
+@in_child
+def decode_volume(path: Path, image: Volume | None = None) -> Volume:
+    """Return the volume in a file with a suffix of ``VOLUME_READERS``; ``image``: the file is a mask on its grid.
 
-
-def _read(path: Path, readers: Mapping[str, Any], call: Callable[[Any], Volume]) -> Volume:
-    suffix = split_name(path.name)[1]
-    if suffix not in readers:
-        raise no_reader(suffix, readers)
+    Raises:
+        BrokenSampleError: as ``read_volume``.
+    """
+    most = most_voxels(path.stat().st_size) if image is None else max(ALWAYS, math.prod(image.shape))
     try:
         check_not_empty(path)
-        volume = call(readers[suffix])
+        volume = VOLUME_READERS[split_name(path.name)[1]](path, most)
     except UNREADABLE as error:
         raise unreadable(error) from error
     return _checked(volume)
+
+
+def _check_suffix(path: Path) -> None:
+    if (suffix := split_name(path.name)[1]) not in VOLUME_READERS:
+        raise no_reader(suffix, VOLUME_READERS)
 
 
 def _checked(volume: Volume) -> Volume:
@@ -125,42 +132,35 @@ def _checked(volume: Volume) -> Volume:
 
 
 def _read_nifti(path: Path, most: int) -> Volume:
-    """Read a NIfTI with nibabel's affine; MONAI's reader changes one that pixdim contradicts."""
     import nibabel
-    from monai.data.image_reader import NibabelReader
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 
     try:
-        # The type of every NIfTI; ``load`` declares what all formats share.
-        image = cast("nibabel.Nifti1Image", nibabel.load(path))
+        image = nibabel.load(path)
+        # Nifti2Image is one, too; surfaces (CIFTI) have the same suffix, but no voxels.
+        if not isinstance(image, nibabel.Nifti1Image):
+            raise BrokenSampleError(f"a {type(image).__name__}, not voxels", "export a volume as NIfTI")
         shape = tuple(image.shape)
         # Vectors in NIfTI: a fifth axis after a time axis of length 1.
         check_voxels(shape[:3] + shape[4:] if len(shape) == 5 and shape[3] == 1 else shape, most)
         mm = _NIFTI_UNITS[image.header.get_xyzt_units()[0]]
-        reader = NibabelReader()
-        voxels, _ = reader.get_data(reader.read(path))
+        voxels = np.asanyarray(image.dataobj)
     except (ImageFileError, HeaderDataError, HeaderTypeError) as error:
         raise unreadable(error) from error
     return Volume(voxels[:, :, :, 0] if voxels.ndim == 5 else voxels, np.diag([mm, mm, mm, 1.0]) @ image.affine)
 
 
 def _read_nrrd(path: Path, most: int) -> Volume:
-    """Read a NRRD, with modalities first or last.
-
-    MONAI's reader gives the content. The geometry is computed here, since MONAI fails on a fourth axis and reads
-    left-anterior-superior as RAS+.
-    """
+    """Read a NRRD, with modalities first or last."""
     import nrrd
-    from monai.data.image_reader import NrrdReader
 
     try:
         header = nrrd.read_header(str(path))
         if "data file" in header or "datafile" in header:
             raise _detached(header.get("data file", header.get("datafile")))
         check_voxels(header["sizes"], most)
-        # One path gives one image, several give a list.
-        voxels = NrrdReader().read(path).array  # type: ignore[union-attr]
+        voxels, _ = nrrd.read(str(path))
     except nrrd.NRRDError as error:
         raise unreadable(error) from error
     return Volume(*_nrrd_geometry(voxels, header))
@@ -190,7 +190,7 @@ def _nrrd_geometry(voxels: np.ndarray, header: Mapping[str, Any]) -> tuple[np.nd
 
 
 def _read_meta_image(path: Path, most: int) -> Volume:
-    from monai.data.image_reader import ITKReader
+    import SimpleITK
 
     header = _meta_image_header(path)
     if header["ElementDataFile"] != "LOCAL":
@@ -200,13 +200,14 @@ def _read_meta_image(path: Path, most: int) -> Volume:
     if len(sides) > 3:
         raise BrokenSampleError(f"a MetaImage of {len(sides)} axes", "save the modalities as channels, or as NIfTI")
     check_voxels([*sides, channels] if channels > 1 else sides, most)
-    reader = ITKReader()
-    voxels, found = reader.get_data(reader.read(path))
-    affine = np.eye(4)
-    size = found["affine"].shape[0] - 1
-    affine[:size, :size], affine[:size, 3] = found["affine"][:size, :size], found["affine"][:size, size]
-    # ITK frees its memory with its image.
-    return Volume(np.array(voxels), affine)
+    image = SimpleITK.ReadImage(str(path), imageIO="MetaImageIO")
+    # Axes come slowest first, and channels last; ITK's axes are left-posterior-superior.
+    voxels = SimpleITK.GetArrayFromImage(image)
+    voxels = voxels.transpose([*range(len(sides))[::-1], *range(len(sides), voxels.ndim)])
+    affine, size = np.eye(4), len(sides)
+    direction, spacing, origin = image.GetDirection(), image.GetSpacing(), image.GetOrigin()
+    affine[:size, :size], affine[:size, 3] = np.reshape(direction, (size, size)) * spacing, origin
+    return Volume(voxels, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine)
 
 
 def _meta_image_header(path: Path) -> dict[str, str]:
@@ -226,16 +227,6 @@ def _read_dicom(path: Path) -> Volume:
     return read_series(path) if path.is_dir() else read_multiframe(path)
 
 
-def _image(read: Callable[[Path, int], Volume]) -> Callable[[Path], Volume]:
-    """Return an image reader for a format that may be compressed."""
-    return lambda path: read(path, most_voxels(path))
-
-
-def _alone(read: Callable[[Path, int], Volume]) -> Callable[[Path, Volume], Volume]:
-    """Return a mask reader; an empty mask compresses to almost nothing, so its limit is the image's size."""
-    return lambda path, image: read(path, max(_ALWAYS, math.prod(image.shape)))
-
-
 def _detached(data: Any) -> BrokenSampleError:
     return BrokenSampleError(
         "a header with its voxels in another file", "save header and voxels as one file", quoted=str(data)
@@ -244,8 +235,6 @@ def _detached(data: Any) -> BrokenSampleError:
 
 _FLAT = 1e-3
 _META_HEADER = 2**16
-# Skull-stripped heads, which compress best, hold about ten voxels per byte of their file.
-_ALWAYS, _VOXELS_A_BYTE = 2**25, 100
 # mm per unit; files without a unit are in mm, as in viewers.
 _NIFTI_UNITS: Mapping[str, float] = MappingProxyType({"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001})
 # Signs that turn the axes of a named space to RAS+.
@@ -261,16 +250,7 @@ _NRRD_SPACES: Mapping[str, tuple[float, float, float]] = MappingProxyType(
 )
 
 
-_PLAIN_READERS: Mapping[str, Callable[[Path, int], Volume]] = MappingProxyType(
+VOLUME_READERS: Mapping[str, Callable[[Path, int], Volume]] = MappingProxyType(
     {".nii": _read_nifti, ".nii.gz": _read_nifti, ".nrrd": _read_nrrd, ".mha": _read_meta_image}
 )
-
-IMAGE_READERS: Mapping[str, Callable[[Path], Volume]] = MappingProxyType(
-    {suffix: _image(read) for suffix, read in _PLAIN_READERS.items()}
-)
-"""Suffix to a function of a path, which may raise any of ``UNREADABLE``."""
-
-MASK_READERS: Mapping[str, Callable[[Path, Volume], Volume]] = MappingProxyType(
-    {suffix: _alone(read) for suffix, read in _PLAIN_READERS.items()}
-)
-"""Suffix to a function of a path and the image's volume."""
+"""Suffix to a function of a path and the most voxels, which may raise any of ``UNREADABLE``."""

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from fedsca_pipeline.data.readers.common import BrokenSampleError, no_reader, split_name
 from fedsca_pipeline.data.readers.images import READERS
-from fedsca_pipeline.data.readers.volumes import IMAGE_READERS, is_volume
+from fedsca_pipeline.data.readers.volumes import VOLUME_READERS, is_volume
 from fedsca_pipeline.data.site_folder.discovery import leads_out
 from fedsca_pipeline.errors import DataError
 
-SUFFIXES: tuple[str, ...] = (*READERS, *IMAGE_READERS)
+SUFFIXES: tuple[str, ...] = (*READERS, *VOLUME_READERS)
 """Suffixes of all files that are read, flat images first."""
 
 # Parts of a message in which two files with the same fault differ.

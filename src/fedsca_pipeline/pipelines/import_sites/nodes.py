@@ -36,6 +36,7 @@ def import_sites(
 
     from fedsca_pipeline.data.importers import find_importer, importer_names
     from fedsca_pipeline.data.importers.write import import_sites
+    from fedsca_pipeline.data.readers.decoding import decode_limits
     from fedsca_pipeline.data.site_folder.discovery import demonstration_sites
 
     if importer is None or source is None:
@@ -44,7 +45,7 @@ def import_sites(
             f'--params="importer=<name>,source=<folder>" with one of {", ".join(importer_names())}'
         )
     folder = Path(source).expanduser()
-    with Progress(transient=True) as progress:
+    with Progress(transient=True) as progress, decode_limits(preprocessing.decode):
         layout = find_importer(
             importer,
             folder,

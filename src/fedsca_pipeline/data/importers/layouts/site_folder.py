@@ -30,7 +30,7 @@ from fedsca_pipeline.data.readers.dicom import (
 )
 from fedsca_pipeline.data.readers.images import READERS, read_image
 from fedsca_pipeline.data.readers.volume import Volume
-from fedsca_pipeline.data.readers.volumes import MASK_READERS, is_volume, read_volume
+from fedsca_pipeline.data.readers.volumes import VOLUME_READERS, is_volume, read_volume
 from fedsca_pipeline.data.site_folder.discovery import leads_out
 from fedsca_pipeline.data.site_folder.identifiers import KINDS, is_dicom, visible_entries
 from fedsca_pipeline.data.site_folder.label_rule import LabelRule
@@ -189,7 +189,7 @@ def _is_dicom_file(path: Path) -> bool:
     return not path.is_dir() and is_dicom(path, path.parents[1])
 
 
-_KNOWN = frozenset({*READERS, *MASK_READERS, ".dcm"})
+_KNOWN = frozenset({*READERS, *VOLUME_READERS, ".dcm"})
 
 IMPORTER = Importer(
     title="A site folder",

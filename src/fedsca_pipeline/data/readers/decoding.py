@@ -1,0 +1,178 @@
+"""Decoding in a child process. Files are untrusted, and native decoders crash, hang or fill the memory on hostile ones.
+
+Only the child dies of such a file, which is then a broken sample like any other. The child starts with the first file,
+decodes one file after the other, and ends with this process (``decoding_process``).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+
+import numpy as np
+
+from fedsca_pipeline.data.readers.common import COPY_AGAIN, BrokenSampleError, unreadable
+from fedsca_pipeline.data.readers.volume import Volume, most_voxels
+
+if TYPE_CHECKING:
+    from fedsca_pipeline.config import DecodeConfig
+
+P = ParamSpec("P")
+R = TypeVar("R", np.ndarray, Volume)
+
+
+# MiB beyond the image's own size, and seconds: the defaults of ``preprocessing.decode``.
+_LIMITS: ContextVar[tuple[int, float]] = ContextVar("decode_limits", default=(1024, 60.0))
+
+
+@contextmanager
+def decode_limits(limits: DecodeConfig) -> Iterator[None]:
+    """Apply ``limits``, in place of the default ones, to the files that a block decodes."""
+    token = _LIMITS.set((limits.memory, limits.seconds))
+    try:
+        yield
+    finally:
+        _LIMITS.reset(token)
+
+
+def in_child(function: Callable[P, R]) -> Callable[P, R]:
+    """Return a function that calls ``function``, of a module of this folder, in the child process.
+
+    Its first argument is a file or several, the others are JSON values, or a volume, of which only the grid is sent.
+
+    Raises:
+        BrokenSampleError: the function's own; or the child died, took too long or needed too much memory.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        files = cast("Path | Sequence[Path]", args[0])
+        memory, seconds = _LIMITS.get()
+        try:
+            size = sum(file.stat().st_size for file in ([files] if isinstance(files, Path) else files))
+        except OSError as error:
+            raise unreadable(error) from error
+        sizes: list[int] = [math.prod(arg.shape) for arg in args if isinstance(arg, Volume)]
+        request = {
+            "function": [function.__module__, function.__name__],
+            "args": [_to_json(arg) for arg in args],
+            "kwargs": {name: _to_json(arg) for name, arg in kwargs.items()},
+            "folder": os.getcwd(),  # noqa: PTH109 - JSON has no paths
+            # No value takes more than eight bytes.
+            "memory": memory * 2**20 + 8 * max([most_voxels(size), *sizes]),
+            "seconds": seconds,
+        }
+        return cast("R", _child_of(os.getpid()).ask(request))
+
+    return call
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Path):
+        return {"path": str(value)}
+    if isinstance(value, Volume):
+        return {
+            "shape": value.shape,
+            "affine": value.affine.tolist(),
+            "frame_of_reference": value.frame_of_reference,
+        }
+    if isinstance(value, Mapping):
+        return {"numbers": list(value.items())}
+    return [_to_json(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+class _Child:
+    """The process that decodes; after its death, the next file starts another."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def ask(self, request: Mapping[str, Any]) -> np.ndarray | Volume:
+        """Return what the request's function returns."""
+        with self._lock:
+            process = self._running()
+            try:
+                return _exchange(process, request)
+            except (EOFError, BrokenPipeError):
+                raise _death(process.wait(), request["seconds"]) from None
+            except BrokenSampleError:
+                raise
+            except BaseException:
+                # The rest of an answer must not be taken for the next one.
+                self._stop()
+                raise
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            self._stop()
+            # Decoders use one core; a pool of threads would only take address space, which is limited.
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+            self._process = subprocess.Popen(  # noqa: S603 - Python itself
+                [sys.executable, "-m", f"{__package__}.decoding_process"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                # Native decoders print there, and could name a patient.
+                stderr=subprocess.DEVNULL,
+                env=environment,
+            )
+        return self._process
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
+@functools.cache
+def _child_of(_process: int) -> _Child:
+    """Return this process's child: one that was forked must not answer two processes."""
+    return _Child()
+
+
+def _exchange(process: subprocess.Popen[bytes], request: Mapping[str, Any]) -> np.ndarray | Volume:
+    """Send a request and return the answer.
+
+    Raises:
+        BrokenSampleError: the child's.
+        EOFError, BrokenPipeError: the child died.
+    """
+    # Pipes; their declared type is None, or has no ``readinto``.
+    requests: Any = process.stdin
+    answers: Any = process.stdout
+    requests.write(json.dumps(request).encode() + b"\n")
+    requests.flush()
+    if not (line := answers.readline()):
+        raise EOFError
+    answer = json.loads(line)
+    if "broken" in answer:
+        raise BrokenSampleError(*answer["broken"])
+    values = np.empty(answer["shape"], answer["dtype"])
+    if answers.readinto(values.reshape(-1).view(np.uint8).data) < values.nbytes:
+        raise EOFError
+    values = values.T if answer["transposed"] else values
+    if "affine" not in answer:
+        return values
+    return Volume(values, np.array(answer["affine"]), answer["frame_of_reference"])
+
+
+def _death(status: int, seconds: float) -> BrokenSampleError:
+    """Return the error for a file that the child did not survive. ``status``: its exit status."""
+    name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    if name in ("SIGALRM", "SIGXCPU"):
+        return BrokenSampleError(
+            f"takes more than {seconds:g} seconds to decode", "export it again, or raise preprocessing.decode.seconds"
+        )
+    return BrokenSampleError(f"crashes its decoder ({name})", COPY_AGAIN)
