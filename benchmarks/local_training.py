@@ -35,7 +35,7 @@ from fedsca_pipeline.data.arrays import SiteArrays
 from fedsca_pipeline.federation.messages.codec import decode, encode
 from fedsca_pipeline.federation.messages.manifest import Manifest
 from fedsca_pipeline.federation.run import resolve_threads
-from fedsca_pipeline.federation.site.batches import SiteBatches, build_augmentation
+from fedsca_pipeline.federation.site.batches import SiteBatches
 from fedsca_pipeline.federation.site.losses import build_loss
 from fedsca_pipeline.federation.site.prefix import FeatureCache, SplitModel
 from fedsca_pipeline.federation.site.steps import LocalSettings, ignore_step, local_step, warm_up
@@ -159,7 +159,7 @@ def _model(options: argparse.Namespace, device: torch.device) -> SegmentationMod
 
 def _plain(model: SegmentationModel, data: SiteArrays) -> Callable[[int], float]:
     nothing_kept = FeatureCache(Path("unused"), [], (), 0)
-    batches = SiteBatches(data, lambda images, _: images, build_augmentation(TRAINING.augment), nothing_kept)
+    batches = SiteBatches(data, lambda images, _: images, TRAINING.augment, nothing_kept)
     return _loop(model, batches, image_forward(model), fused=None)
 
 
@@ -172,7 +172,7 @@ def _bare_step(model: SegmentationModel, data: SiteArrays, folder: Path) -> Call
     def embed(images: Tensor, valid: Tensor) -> Tensor:
         return split.features(images.to(device), valid.to(device))
 
-    batches = SiteBatches(data, embed, build_augmentation(TRAINING.augment), cache)
+    batches = SiteBatches(data, embed, TRAINING.augment, cache)
     return _loop(model, batches, lambda batch: split.logits(batch.inputs), fused=True)
 
 

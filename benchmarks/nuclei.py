@@ -39,7 +39,7 @@ from fedsca_pipeline.federation.fleets.in_process import InProcessFleet
 from fedsca_pipeline.federation.run import resolve_threads
 from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
 from fedsca_pipeline.federation.server.rounds import Server
-from fedsca_pipeline.federation.site.batches import SiteBatches, build_augmentation, plain_batches
+from fedsca_pipeline.federation.site.batches import SiteBatches, plain_batches
 from fedsca_pipeline.federation.site.losses import build_loss
 from fedsca_pipeline.federation.site.prefix import FeatureCache
 from fedsca_pipeline.federation.site.steps import LocalSettings
@@ -211,7 +211,7 @@ def _timing(options: argparse.Namespace) -> dict[str, Any]:
 def _batches(arrays: SiteArrays, site: str) -> Iterator[Batch]:
     training = TrainingConfig()
     nothing_kept = FeatureCache(Path("unused"), [], (), 0)
-    batches = SiteBatches(arrays, lambda images, _: images, build_augmentation(training.augment), nothing_kept)
+    batches = SiteBatches(arrays, lambda images, _: images, training.augment, nothing_kept)
     return batches.training(training.batch_size, seed=0, site=site, round_=1, epoch=0)
 
 

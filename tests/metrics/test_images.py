@@ -10,10 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
+from monai.metrics import (
+    compute_average_surface_distance,
+    compute_dice,
+    compute_hausdorff_distance,
+    compute_iou,
+    get_mask_edges,
+    get_surface_distance,
+)
 from scipy import ndimage
 
-from fedsca_pipeline.metrics.images import dice_per_image, score_images
+from fedsca_pipeline.metrics.images import dice_per_image, score_images, surface_distances
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -168,6 +175,34 @@ def test_distances_agree_with_dense_distance_transforms(seed: int, spacing: tupl
             expected = reference_distances(a, b, spacing)
             assert (score["hd95"], score["asd"]) == pytest.approx(expected, rel=1e-5, abs=1e-5)
             assert score["dice"] == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()), abs=1e-6)
+
+
+@settings(deadline=None, max_examples=40)
+@given(SEEDS)
+def test_dice_and_iou_are_those_of_monai(seed: int) -> None:
+    pred, truth = random_masks(seed), random_masks(seed + 7)
+    pred[0, 0] = truth[0, 0] = truth[1, 1] = False
+
+    scores = score_images(pred, truth, full_sizes(pred))
+
+    options = {"include_background": True, "ignore_empty": False}
+    assert [score["dice"] for score in scores] == compute_dice(pred, truth, **options).flatten().tolist()
+    assert [score["iou"] for score in scores] == compute_iou(pred, truth, **options).flatten().tolist()
+
+
+@pytest.mark.parametrize("shape", [(9, 12), (5, 7, 6)], ids=str)
+def test_surface_distances_are_those_of_monai(shape: tuple[int, ...]) -> None:
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        pred, truth = rng.random((2, *shape)) < rng.uniform(0.05, 0.95)
+        pred.flat[0] = truth.flat[-1] = True
+        spacing = tuple(rng.uniform(0.2, 3.0, len(shape)))
+        edges = get_mask_edges(pred, truth, crop=bool(seed % 2))
+
+        there, back = surface_distances(pred, truth, spacing)
+
+        np.testing.assert_array_equal(there, get_surface_distance(*edges, spacing=spacing))
+        np.testing.assert_array_equal(back, get_surface_distance(*edges[::-1], spacing=spacing))
 
 
 @pytest.mark.filterwarnings("ignore:monai.metrics.utils get_mask_edges:FutureWarning")

@@ -19,7 +19,7 @@ from fedsca_pipeline.files import fingerprint, read_json, remove_partial_files, 
 
 # Libraries whose version changes the numbers of a run.
 _LIBRARIES = (
-    *("torch", "monai", "opacus", "peft", "transformers", "numpy"),
+    *("torch", "opacus", "peft", "transformers", "numpy"),
     *("pillow", "tifffile", "scikit-image", "nibabel", "pynrrd", "simpleitk", "pydicom", "highdicom"),
 )
 _CURRENT = "current.json"

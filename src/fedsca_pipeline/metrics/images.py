@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.metrics import compute_dice, compute_iou, get_mask_edges, get_surface_distance
+from scipy.ndimage import binary_erosion, find_objects
+from scipy.spatial import KDTree
 from torch import Tensor
 
 
@@ -37,6 +38,16 @@ def dice_per_image(pred: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
     pred, truth = pred & valid[:, None], truth & valid[:, None]
     overlap, total = _area(pred & truth), _area(pred) + _area(truth)
     return torch.where(total > 0, 2 * overlap / total.clamp(min=1), 1.0)
+
+
+def dice_of(pred: Tensor, truth: Tensor) -> Tensor:
+    """Return the Dice of each image and class, float32 [B, K]; 1 if both masks, bool [B, K, ...], are empty.
+
+    >>> dice_of(torch.tensor([[[True, True, False]]]), torch.tensor([[[True, False, False]]]))
+    tensor([[0.6667]])
+    """
+    total = _count(pred) + _count(truth)
+    return torch.where(total > 0, 2.0 * _count(pred & truth) / total, 1.0)
 
 
 def score_images(
@@ -70,8 +81,7 @@ def score_images(
     height, width = sizes.to(pred.device)[:, :, None, None].unbind(1)
     valid = ((rows[:, None] < height) & (columns < width))[:, None]
     pred, truth = pred & valid, truth & valid
-    dice = compute_dice(pred, truth, include_background=True, ignore_empty=False).tolist()
-    iou = compute_iou(pred, truth, include_background=True, ignore_empty=False).tolist()
+    dice, iou = dice_of(pred, truth).tolist(), _iou_of(pred, truth).tolist()
     pred_array, truth_array, extents = pred.cpu().numpy(), truth.cpu().numpy(), sizes.tolist()
 
     records: list[dict[str, Any]] = []
@@ -100,19 +110,15 @@ def which_is_empty(pred: np.ndarray, truth: np.ndarray) -> str:
     return _EMPTY[bool(truth.any()), bool(pred.any())]
 
 
-def surface_distances(
-    pred: np.ndarray, truth: np.ndarray, spacing: Sequence[float], *, crop: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def surface_distances(pred: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Return the distance from each surface element of either mask to the other mask's surface.
 
     These are the steps of MONAI's ``compute_hausdorff_distance``, ``compute_average_surface_distance`` and
-    ``compute_surface_dice``, but edges and distances are computed once for all three. That takes a third of the time,
-    and avoids the deprecation warnings of the first two in MONAI 1.6.
+    ``compute_surface_dice``, and their values to the bit, but edges and distances are computed once for all three.
 
     Args:
         pred, truth: bool, of two or three axes, neither empty.
         spacing: size of an element along each axis, in the unit of the distances.
-        crop: crop to the box around both masks first; the result is the same, only faster.
 
     Returns:
         float32 [surface elements of the prediction], from prediction to truth, and float32 [surface elements of the
@@ -126,10 +132,13 @@ def surface_distances(
     >>> asd_of(to_truth, to_pred)
     1.6666666666666667
     """
-    pred_edge, truth_edge = get_mask_edges(pred, truth, crop=crop)
-    to_truth = get_surface_distance(pred_edge, truth_edge, spacing=spacing)
-    to_pred = get_surface_distance(truth_edge, pred_edge, spacing=spacing)
-    return np.asarray(to_truth), np.asarray(to_pred)
+    # Beyond the box around both masks there is no surface.
+    (box,) = find_objects((pred | truth).astype(np.uint8))
+    edges = (mask[box] & ~binary_erosion(mask[box]) for mask in (pred, truth))
+    pred_surface, truth_surface = (np.argwhere(edge) * np.asarray(spacing, np.float64) for edge in edges)
+    to_truth = KDTree(truth_surface, leafsize=_LEAF).query(pred_surface)[0].astype(np.float32)
+    to_pred = KDTree(pred_surface, leafsize=_LEAF).query(truth_surface)[0].astype(np.float32)
+    return to_truth, to_pred
 
 
 def hd95_of(to_truth: np.ndarray, to_pred: np.ndarray) -> float:
@@ -150,12 +159,23 @@ def asd_of(to_truth: np.ndarray, to_pred: np.ndarray) -> float:
     return float(np.concatenate([to_truth, to_pred]).mean(dtype=np.float64))
 
 
+# One query asks for all points: larger leaves than scipy's are faster then.
+_LEAF = 32
 # Key: whether the truth and the prediction have any pixel.
 _EMPTY: Mapping[tuple[bool, bool], str] = MappingProxyType(
     {(False, False): "both", (False, True): "truth", (True, False): "prediction", (True, True): ""}
 )
 EMPTY_DIAGONALS: Mapping[str, float] = MappingProxyType({"both": 0.0, "truth": 1.0, "prediction": 1.0})
 """Surface distance if a mask is empty, in diagonals of the image; key: which mask is empty."""
+
+
+def _iou_of(pred: Tensor, truth: Tensor) -> Tensor:
+    union = _count(pred | truth)
+    return torch.where(union > 0, _count(pred & truth) / union, 1.0)
+
+
+def _count(masks: Tensor) -> Tensor:
+    return masks.flatten(2).sum(dim=2)
 
 
 def _area(masks: Tensor) -> Tensor:

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.metrics import compute_dice
 
-from fedsca_pipeline.metrics.images import EMPTY_DIAGONALS, asd_of, hd95_of, surface_distances, which_is_empty
+from fedsca_pipeline.metrics.images import EMPTY_DIAGONALS, asd_of, dice_of, hd95_of, surface_distances, which_is_empty
 
 
 def score_volume(
@@ -50,12 +49,12 @@ def _score(
 ) -> dict[str, float | str]:
     empty = which_is_empty(pred, truth)
     pred_mask, truth_mask = (torch.from_numpy(mask)[None, None] for mask in (pred, truth))
-    dice = compute_dice(pred_mask, truth_mask, include_background=True, ignore_empty=False).item()
+    dice = dice_of(pred_mask, truth_mask).item()
     if empty:
         diagonal = math.hypot(*(side * mm for side, mm in zip(pred.shape, spacing, strict=True)))
         distance, nsd = EMPTY_DIAGONALS[empty] * diagonal, float(empty == "both")
         return {"dice": dice, "hd95_mm": distance, "asd_mm": distance, "nsd": nsd, "empty": empty}
-    to_truth, to_pred = surface_distances(pred, truth, spacing, crop=True)
+    to_truth, to_pred = surface_distances(pred, truth, spacing)
     return {
         "dice": dice,
         "hd95_mm": hd95_of(to_truth, to_pred),

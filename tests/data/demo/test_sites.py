@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from monai.transforms import GibbsNoise, RandBiasField, RandRicianNoise
 from PIL import Image
 
 from fedsca_pipeline.config import DemoSitesConfig, PreprocessingConfig
+from fedsca_pipeline.data.demo import sites
 from fedsca_pipeline.data.demo.sites import write_demo_sites
 from fedsca_pipeline.data.preprocessing.prepare import prepare_site
 from fedsca_pipeline.data.site_folder.discovery import (
@@ -21,6 +23,7 @@ from fedsca_pipeline.data.site_folder.discovery import (
 )
 from fedsca_pipeline.errors import DataError
 
+IMAGE = np.random.default_rng(0).random((32, 32)).astype(np.float32)
 CONFIG = DemoSitesConfig(images_per_site=10, image_size=64)
 
 
@@ -156,3 +159,16 @@ def test_folders_that_are_no_sites_are_named_instead_of_adding_phantoms(tmp_path
         write_demo_sites(tmp_path, DemoSitesConfig())
 
     assert [path.name for path in tmp_path.iterdir()] == ["hospital"]
+
+
+def test_the_faults_of_the_scanners_are_those_of_monai() -> None:
+    bias = RandBiasField(prob=1.0, degree=3, coeff_range=(-0.2, 0.2)).set_random_state(5)
+    rician = RandRicianNoise(prob=1.0, std=0.1, sample_std=False).set_random_state(5)
+
+    biased = (IMAGE * sites._bias_field(IMAGE.shape, 5, degree=3, strength=0.2)).astype(np.float32)
+
+    np.testing.assert_array_equal(biased, bias(IMAGE[None])[0])
+    np.testing.assert_allclose(
+        sites._without_high_frequencies(IMAGE, 0.35), GibbsNoise(alpha=0.35)(IMAGE[None])[0], atol=1e-6
+    )
+    np.testing.assert_array_equal(sites._rician(IMAGE, 5, 0.1), rician(IMAGE[None])[0])

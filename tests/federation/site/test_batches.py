@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedsca_pipeline.config import AugmentConfig
-from fedsca_pipeline.federation.site.batches import UNCHANGED, VIEWS, SiteBatches, build_augmentation, plain_batches
+from fedsca_pipeline.federation.site.batches import UNCHANGED, VIEWS, SiteBatches, plain_batches
 from fedsca_pipeline.federation.site.prefix import FeatureCache
 
 EPOCH = {"seed": 0, "site": "a", "round_": 1, "epoch": 0}
@@ -20,7 +20,7 @@ def site_batches(data, augmentation, cache: FeatureCache | None = None, embed=la
 
 
 def test_equal_arguments_give_equal_batches_and_another_round_gives_others(make_site) -> None:
-    data, augmentation = make_site("a"), build_augmentation(AugmentConfig(intensity=0.5))
+    data, augmentation = make_site("a"), AugmentConfig(intensity=0.5)
 
     first, again = (list(site_batches(data, augmentation).training(2, **EPOCH)) for _ in range(2))
     other = list(site_batches(data, augmentation).training(2, **{**EPOCH, "round_": 2}))
@@ -33,7 +33,7 @@ def test_equal_arguments_give_equal_batches_and_another_round_gives_others(make_
 
 def test_an_epoch_is_every_training_image_once(make_site) -> None:
     data = make_site("a")
-    still = build_augmentation(AugmentConfig(flip=0, rotate90=0, intensity=0))
+    still = AugmentConfig(flip=0, rotate90=0, intensity=0)
 
     batches = list(site_batches(data, still).training(2, **EPOCH))
 
@@ -45,7 +45,7 @@ def test_an_epoch_is_every_training_image_once(make_site) -> None:
 
 def test_image_mask_and_padding_move_together(make_site) -> None:
     data = make_site("a")
-    moved = build_augmentation(AugmentConfig(flip=0.5, rotate90=1, intensity=0))
+    moved = AugmentConfig(flip=0.5, rotate90=1, intensity=0)
 
     for batch in site_batches(data, moved).training(4, **EPOCH):
         # In these sites a pixel is bright exactly where its mask is 1.
@@ -56,7 +56,7 @@ def test_image_mask_and_padding_move_together(make_site) -> None:
 
 def test_intensity_changes_stay_in_range_and_leave_the_mask_alone(make_site) -> None:
     data = make_site("a")
-    jitter = build_augmentation(AugmentConfig(flip=0, rotate90=0, intensity=1, brightness=0.5, contrast=0.5))
+    jitter = AugmentConfig(flip=0, rotate90=0, intensity=1, brightness=0.5, contrast=0.5)
 
     batches = list(site_batches(data, jitter).training(5, **EPOCH))
 
@@ -82,7 +82,7 @@ def test_every_view_of_an_image_is_recognised_and_computed_once(make_site, tmp_p
 
     rows = [int(row) for row in data.rows("train")]
     cache = FeatureCache(tmp_path / "features", [(row, view) for row in rows for view in VIEWS], (3, 32, 32), 10**9)
-    augmentation = build_augmentation(VIEWS_ALONE)
+    augmentation = VIEWS_ALONE
     for round_ in range(1, 41):
         place = {**EPOCH, "round_": round_}
         kept = list(site_batches(data, augmentation, cache, embed).training(2, **place))
@@ -104,7 +104,7 @@ def test_an_unchanged_image_is_embedded_once(make_site, tmp_path: Path) -> None:
 
     keys = [(int(row), UNCHANGED) for row in data.rows("validation")]
     cache = FeatureCache(tmp_path / "features", keys, (3, 32, 32), 10**9)
-    batches = site_batches(data, build_augmentation(AugmentConfig()), cache, embed)
+    batches = site_batches(data, AugmentConfig(), cache, embed)
 
     first, again = (torch.cat([batch.inputs for batch in batches.plain("validation", 8)]) for _ in range(2))
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monai.losses import DiceLoss
 from torch.nn import functional as F
 
 from fedsca_pipeline.federation.site.losses import build_loss, over_known_classes
@@ -34,6 +35,23 @@ def test_the_loss_of_a_perfect_prediction_is_near_zero_and_of_a_wrong_one_is_lar
 
     assert loss(perfect, masks, everything(masks)) < 1e-3
     assert loss(-perfect, masks, everything(masks)) > 1
+
+
+@pytest.mark.parametrize("head", ["sigmoid", "softmax"])
+def test_dice_and_its_gradient_are_those_of_monai(head: str) -> None:
+    for seed in range(5):
+        logits, masks, valid = drawn(head, [1, 2, 3, 4], seed)
+        ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+        area, classes = valid.unsqueeze(1), F.one_hot(masks.long(), K + 1).movedim(-1, 1).float()
+        probabilities, truth = (theirs.sigmoid(), classes[:, 1:]) if head == "sigmoid" else (theirs.softmax(1), classes)
+        monai = DiceLoss(include_background=head == "sigmoid", batch=True)(probabilities * area, truth * area)
+
+        loss = build_loss(head, 1.0)(ours, masks, valid)
+
+        loss.backward()
+        monai.backward()
+        assert torch.equal(loss, monai)
+        assert torch.equal(ours.grad, theirs.grad)
 
 
 @pytest.mark.parametrize(("head", "channels"), [("sigmoid", 1), ("softmax", 2)])

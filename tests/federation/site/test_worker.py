@@ -12,7 +12,7 @@ from fedsca_pipeline.data.arrays import SiteArrays
 from fedsca_pipeline.errors import MessageError, SiteError
 from fedsca_pipeline.federation.messages.codec import TRAVELLING, decode, encode
 from fedsca_pipeline.federation.messages.manifest import Manifest
-from fedsca_pipeline.federation.site.batches import SiteBatches, build_augmentation, plain_batches
+from fedsca_pipeline.federation.site.batches import SiteBatches, plain_batches
 from fedsca_pipeline.federation.site.prefix import FeatureCache
 from fedsca_pipeline.federation.site.steps import ignore_step, warm_up
 from fedsca_pipeline.federation.site.store import SiteStore
@@ -263,9 +263,7 @@ def test_training_lowers_the_loss(make_worker, make_site, tmp_path: Path) -> Non
 def plain_losses(worker: LocalWorker, data: SiteArrays, tmp_path: Path) -> list[float]:
     """Return the losses of a plain training loop: the whole model for every image, AdamW without options."""
     training, model = worker.settings.training, worker.model
-    batches = SiteBatches(
-        data, lambda images, _: images, build_augmentation(training.augment), FeatureCache(tmp_path / "no", [], (), 0)
-    )
+    batches = SiteBatches(data, lambda images, _: images, training.augment, FeatureCache(tmp_path / "no", [], (), 0))
     rates = [
         {"params": [p for n, p in worker.parameters.items() if n not in worker.decoder], "lr": training.learning_rate},
         {"params": [worker.parameters[n] for n in worker.decoder],

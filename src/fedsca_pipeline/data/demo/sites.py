@@ -119,14 +119,9 @@ def _ct(phantom: Phantom, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mri(phantom: Phantom, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    from monai.transforms import GibbsNoise, RandBiasField, RandRicianNoise
-
-    inverted = np.where(phantom.inside, 0.95 - 0.85 * phantom.tissue, 0.0)[None].astype(np.float32)
-    bias = RandBiasField(prob=1.0, degree=3, coeff_range=(-0.18, 0.18))
-    bias.set_random_state(seed)
-    rician = RandRicianNoise(prob=1.0, std=0.06, sample_std=False)
-    rician.set_random_state(seed)
-    image = np.asarray(rician(GibbsNoise(alpha=0.35)(bias(inverted))))[0]
+    inverted = np.where(phantom.inside, 0.95 - 0.85 * phantom.tissue, 0.0).astype(np.float32)
+    biased = inverted * _bias_field(inverted.shape, seed, degree=3, strength=0.18)
+    image = _rician(_without_high_frequencies(biased, 0.35), seed, 0.06)
     return _to_bytes(image), np.ones(image.shape, bool)
 
 
@@ -145,20 +140,52 @@ def _ultrasound(phantom: Phantom, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _endoscopy(phantom: Phantom, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    from monai.transforms import RandBiasField
     from skimage import filters, util
 
     size = phantom.tissue.shape[0]
     tissue = filters.gaussian(phantom.tissue, 1.6)
     levels = np.linspace(0.0, 1.0, len(_MUCOSA))
     colour = np.stack([np.interp(tissue, levels, channel) for channel in np.array(_MUCOSA).T])
-    light = RandBiasField(prob=1.0, degree=2, coeff_range=(-0.15, 0.15))
-    light.set_random_state(seed)
-    colour = np.moveaxis(np.asarray(light(colour.astype(np.float32))), 0, -1)
+    light = _bias_field(tissue.shape, seed, degree=2, strength=0.15)
+    colour = np.moveaxis((colour.astype(np.float32) * light).astype(np.float32), 0, -1)
     seen = _disc(size, 0.97)
     distance = np.hypot(*np.meshgrid(*[np.linspace(-1.0, 1.0, size)] * 2))
     lit = util.random_noise(colour * (1.05 - 0.35 * distance**2)[..., None], "gaussian", rng=seed, var=2e-4)
     return _to_bytes(lit * seen[..., None]), seen
+
+
+def _bias_field(shape: tuple[int, ...], seed: int, degree: int, strength: float) -> np.ndarray:
+    """Return a smooth field around 1: the exponential of Legendre polynomials, as in MONAI's ``RandBiasField``."""
+    draws = np.random.RandomState(seed)
+    draws.rand()
+    lower = np.tril_indices(degree + 1)
+    coefficients = np.zeros((degree + 1, degree + 1))
+    coefficients[lower] = draws.uniform(-strength, strength, len(lower[0]))
+    rows, columns = (np.linspace(-1.0, 1.0, side, dtype=np.float32) for side in shape)
+    return np.exp(np.polynomial.legendre.leggrid2d(rows, columns, coefficients))
+
+
+def _without_high_frequencies(image: np.ndarray, share: float) -> np.ndarray:
+    """Return the image with Gibbs ringing: without the frequencies beyond 1 - ``share`` of the largest."""
+    import torch
+
+    frequencies = np.fft.fftshift(torch.fft.fft2(torch.from_numpy(image.astype(np.float32))).numpy())
+    rows, columns = (np.arange(side) - (side - 1) / 2 for side in image.shape)
+    radius = (1 - share) * max(image.shape) * np.sqrt(2) / 2.0
+    kept = frequencies * (np.sqrt(rows[:, None] ** 2 + columns**2) <= radius)
+    ringing: np.ndarray = torch.fft.ifft2(torch.from_numpy(np.fft.ifftshift(kept))).real.numpy()
+    return ringing
+
+
+def _rician(image: np.ndarray, seed: int, strength: float) -> np.ndarray:
+    """Return the magnitude of the image and complex noise, as MONAI's ``RandRicianNoise`` draws it."""
+    import torch
+
+    draws = np.random.RandomState(seed)
+    draws.rand()
+    real, imaginary = (torch.from_numpy(draws.normal(0.0, strength, image.shape).astype(np.float32)) for _ in range(2))
+    magnitude: np.ndarray = torch.sqrt((torch.from_numpy(image) + real) ** 2 + imaginary**2).numpy()
+    return magnitude
 
 
 def _to_bytes(image: np.ndarray) -> np.ndarray:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 import torch
-from monai.data.meta_obj import set_track_meta
-from monai.transforms import Compose, RandAdjustContrastd, RandFlipd, RandRotate90d, RandScaleIntensityd
 from torch import Tensor
 
 from fedsca_pipeline.compute import stream_seed
 from fedsca_pipeline.config import AugmentConfig
 from fedsca_pipeline.data.arrays import Arrays
+from fedsca_pipeline.federation.site.augmentation import Augmentation
 from fedsca_pipeline.federation.site.prefix import FeatureCache, Key
 from fedsca_pipeline.model.batch import Batch
 
 Embed = Callable[[Tensor, Tensor], Tensor]
 
-_IMAGE, _GEOMETRY = "image", ("image", "mask", "valid")
 # The corners 0 1 / 2 3 of an image in its eight views (flips and quarter turns); the first is the image itself.
 _CORNERS = (
     (0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 3, 2), (1, 3, 0, 2), (2, 0, 3, 1), (2, 3, 0, 1), (3, 1, 2, 0), (3, 2, 1, 0),
@@ -28,40 +25,19 @@ VIEWS = range(len(_CORNERS))
 UNCHANGED = 0
 
 
-def build_augmentation(config: AugmentConfig) -> Compose:
-    """Return the MONAI transforms of docs/method.md.
-
-    Image, mask and valid area are flipped and turned together; only the image's intensity is jittered.
-    """
-    return Compose(
-        [
-            RandFlipd(_GEOMETRY, prob=config.flip, spatial_axis=0, allow_missing_keys=True),
-            RandFlipd(_GEOMETRY, prob=config.flip, spatial_axis=1, allow_missing_keys=True),
-            RandRotate90d(_GEOMETRY, prob=config.rotate90, max_k=3, allow_missing_keys=True),
-            RandScaleIntensityd(_IMAGE, factors=config.brightness, prob=config.intensity, allow_missing_keys=True),
-            RandAdjustContrastd(
-                _IMAGE,
-                gamma=(1 - config.contrast, 1 + config.contrast),
-                prob=config.intensity,
-                allow_missing_keys=True,
-            ),
-        ]
-    )
-
-
 class SiteBatches:
     """The batches of one site, as input of the model's trained part.
 
     Args:
         data: the site's arrays.
         embed: images in 0..255 [B,3,S,S] and valid area [B,S,S] to features [B, ...].
-        augmentation: of training images.
-        cache: features of the site's (row, view) pairs. It may hold views of training images only if ``augmentation``
-            only flips and turns.
+        augment: how training images are augmented.
+        cache: features of the site's (row, view) pairs. It may hold views of training images only if ``augment`` only
+            flips and turns.
     """
 
-    def __init__(self, data: Arrays, embed: Embed, augmentation: Compose, cache: FeatureCache) -> None:
-        self._data, self._embed, self._augmentation, self._cache = data, embed, augmentation, cache
+    def __init__(self, data: Arrays, embed: Embed, augment: AugmentConfig, cache: FeatureCache) -> None:
+        self._data, self._embed, self._augment, self._cache = data, embed, augment, cache
 
     def count(self, batch_size: int) -> int:
         """Return the number of batches in one epoch of training."""
@@ -71,14 +47,18 @@ class SiteBatches:
         """Yield one epoch of augmented batches; the last may be smaller. The same arguments give the same batches."""
         order = np.random.default_rng(stream_seed(seed, site, round_, epoch)).permutation(self._data.rows("train"))
         for rows in _chunks(order, batch_size):
-            with _plain_tensors():
-                batch = _stack([self._augmented(row, stream_seed(seed, site, round_, epoch, row)) for row in rows])
-            yield batch
+            yield _stack([self.augmented(row, stream_seed(seed, site, round_, epoch, row)) for row in rows])
 
     def augmented(self, row: int, seed: int) -> Batch:
         """Return one training image as a batch, flipped, turned and jittered by ``seed``."""
-        with _plain_tensors():
-            return self._augmented(row, seed)
+        draws = Augmentation.draw(self._augment, seed)
+        image, mask, valid = _read(self._data, [row])
+        mask, valid = draws.move(mask), draws.move(valid)
+
+        def augmented_image() -> Tensor:
+            return draws.jitter(draws.move(image).float()).clamp(0, 255)
+
+        return Batch(self._features((row, _view(draws)), augmented_image, valid), mask, valid)
 
     def plain(self, split: str, batch_size: int) -> Iterator[Batch]:
         """Yield a split in manifest order, unaugmented; the last batch may be smaller, an empty split yields none."""
@@ -89,36 +69,21 @@ class SiteBatches:
         image, mask, valid = _read(self._data, [row])
         return Batch(self._features((row, UNCHANGED), lambda: image, valid), mask, valid)
 
-    def _augmented(self, row: int, seed: int) -> Batch:
-        image, mask, valid = _read(self._data, [row])
-        moved = self._transformed({"mask": mask, "valid": valid}, seed)
-        mask, valid = moved["mask"].to(torch.uint8), moved["valid"].bool()
-
-        def augmented_image() -> Tensor:
-            return self._transformed({_IMAGE: image[0].float()}, seed)[_IMAGE].clamp(0, 255).unsqueeze(0)
-
-        return Batch(self._features((row, self._view(seed)), augmented_image, valid), mask, valid)
-
     def _features(self, key: Key, image: Callable[[], Tensor], valid: Tensor) -> Tensor:
         features = self._cache.read(key)
         if features is None:
             features = self._cache.store(key, self._embed(image(), valid)[0])
         return features.unsqueeze(0)
 
-    def _transformed(self, sample: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-        # The draws depend on the seed alone: image, mask and corners all move the same.
-        moved: dict[str, Tensor] = self._augmentation.set_random_state(seed=seed)(sample)
-        return moved
-
-    def _view(self, seed: int) -> int:
-        corners = self._transformed({"mask": torch.arange(4).view(1, 2, 2)}, seed)["mask"]
-        return _CORNERS.index(tuple(corners.flatten().tolist()))
-
 
 def plain_batches(data: Arrays, split: str, batch_size: int) -> Iterator[Batch]:
     """Yield the images of a split in manifest order; the last batch may be smaller, an empty split yields none."""
     for rows in _chunks(data.rows(split), batch_size):
         yield Batch(*_read(data, rows))
+
+
+def _view(draws: Augmentation) -> int:
+    return _CORNERS.index(tuple(draws.move(torch.arange(4).view(2, 2)).flatten().tolist()))
 
 
 def _chunks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -133,13 +98,3 @@ def _read(data: Arrays, rows: Sequence[int] | np.ndarray) -> tuple[Tensor, Tenso
 
 def _stack(samples: Sequence[Batch]) -> Batch:
     return Batch(*(torch.cat(parts) for parts in zip(*((s.inputs, s.masks, s.valid) for s in samples), strict=True)))
-
-
-@contextmanager
-def _plain_tensors() -> Iterator[None]:
-    """Disable MONAI's MetaTensor for a block: it costs more time than the transforms themselves."""
-    set_track_meta(False)
-    try:
-        yield
-    finally:
-        set_track_meta(True)

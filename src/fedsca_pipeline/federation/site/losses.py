@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from monai.losses import DiceLoss
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,13 +26,13 @@ def build_loss(head: str, dice_weight: float) -> SegmentationLoss:
     are ignored.
     """
     parts = _PARTS[head]
-    dice = DiceLoss(include_background=head == "sigmoid", batch=True)
+    first = 0 if head == "sigmoid" else 1
 
     def loss(logits: Tensor, masks: Tensor, valid: Tensor) -> Tensor:
         logits = logits.float()
         area = valid.unsqueeze(1)
         probabilities, truth, cross_entropy = parts(logits, masks.long(), valid)
-        overlap = dice(probabilities * area, truth * area)
+        overlap = _dice_loss((probabilities * area)[:, first:], (truth * area)[:, first:])
         total: Tensor = dice_weight * overlap + (1 - dice_weight) * cross_entropy
         return total
 
@@ -60,6 +59,15 @@ def over_known_classes(loss: SegmentationLoss, head: str, known: Sequence[int], 
     return partial
 
 
+def _dice_loss(probabilities: Tensor, truth: Tensor) -> Tensor:
+    """Return the mean over channels of 1 - Dice over the batch, as MONAI's ``DiceLoss(batch=True)`` does to the bit."""
+    axes = (0, 2, 3)
+    overlap = (probabilities * truth).sum(dim=axes)
+    only_predicted, only_true = probabilities.sum(dim=axes) - overlap, truth.sum(dim=axes) - overlap
+    dice = (2 * overlap + _SMOOTH) / (2 * (overlap + 0.5 * only_predicted + 0.5 * only_true) + _SMOOTH)
+    return (1 - dice).mean()
+
+
 def _sigmoid_parts(logits: Tensor, masks: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     classes = torch.arange(1, logits.shape[1] + 1, device=masks.device).view(1, -1, 1, 1)
     truth = (masks.unsqueeze(1) == classes).to(logits.dtype)
@@ -74,6 +82,7 @@ def _softmax_parts(logits: Tensor, masks: Tensor, valid: Tensor) -> tuple[Tensor
     return logits.softmax(dim=1), truth, (per_pixel * valid).sum() / valid.sum().clamp(min=1)
 
 
+_SMOOTH = 1e-5
 _PARTS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
     "sigmoid": _sigmoid_parts,
     "softmax": _softmax_parts,

@@ -21,7 +21,7 @@ from fedsca_pipeline.errors import SiteError
 from fedsca_pipeline.federation.messages.codec import TRAVELLING, as_decoded, check, decode, encode, most_bytes
 from fedsca_pipeline.federation.messages.manifest import Manifest, PrivacySpent
 from fedsca_pipeline.federation.site.adamw import build_optimiser, moments_of
-from fedsca_pipeline.federation.site.batches import UNCHANGED, VIEWS, SiteBatches, build_augmentation
+from fedsca_pipeline.federation.site.batches import UNCHANGED, VIEWS, SiteBatches
 from fedsca_pipeline.federation.site.losses import SegmentationLoss, build_loss, over_known_classes
 from fedsca_pipeline.federation.site.prefix import FeatureCache, SplitModel
 from fedsca_pipeline.federation.site.privacy.steps import PrivateSteps, RoundPlan
@@ -89,7 +89,6 @@ class LocalWorker:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
         self.loss: SegmentationLoss = build_loss(model.head, settings.training.dice_weight)
-        self.augmentation = build_augmentation(settings.training.augment)
         self.device = next(iter(model.parameters())).device
         self.split = SplitModel(model, trained)
 
@@ -137,7 +136,8 @@ class LocalWorker:
         """
         self.install(tensors)
         phase = Phase(tuple(name for name in self.parameters if name in names))
-        batches = SiteBatches(data, self._embed, self.augmentation, FeatureCache(Path("unused"), (), (), 0))
+        no_cache = FeatureCache(Path("unused"), (), (), 0)
+        batches = SiteBatches(data, self._embed, self.settings.training.augment, no_cache)
         plain = PlainSteps(self.settings, site, round_=0, device=self.device)
         loss = self._loss_over(known_classes(data, self.settings.classes))
         with self._training(plain.seed):
@@ -204,7 +204,7 @@ class LocalWorker:
         training = [(int(row), view) for row in data.rows("train") for view in views]
         max_bytes = self.settings.cache_bytes if self.split.has_prefix else 0
         cache = FeatureCache(store.feature_cache, [*validation, *training], self.split.feature_shape, max_bytes)
-        return SiteBatches(data, self._embed, self.augmentation, cache)
+        return SiteBatches(data, self._embed, self.settings.training.augment, cache)
 
     def _embed(self, images: Tensor, valid: Tensor) -> Tensor:
         return self.split.features(images.to(self.device), valid.to(self.device))
