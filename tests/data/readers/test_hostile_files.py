@@ -19,6 +19,22 @@ GIB = 2**30
 # Seconds of the processor for one file.
 LONGEST = 10
 
+# Python reads it at the start of the process that prepares, and of the one that decodes.
+WATCH = """
+import os, sys
+
+log = os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+os.write(log, b"watched\\n")
+
+def watch(event, arguments):
+    if event == "open" and isinstance(arguments[0], (str, bytes)):
+        path = os.fsdecode(arguments[0])
+        if path.startswith(({outside!r}, "/dev/zero", "/etc/passwd")):
+            os.write(log, os.fsencode(path) + b"\\n")
+
+sys.addaudithook(watch)
+"""
+
 
 def check(folder: Path, count: int, seed: int) -> None:
     """Make hostile sites, prepare them in a process under watch, and look at what it found."""
@@ -26,7 +42,8 @@ def check(folder: Path, count: int, seed: int) -> None:
     written = hostile.write_hostile_sites(raw, count, seed, outside)
     hostile.write_sound_site(raw / "sound")
     scratch.mkdir()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    (scratch / "sitecustomize.py").write_text(WATCH.format(outside=str(outside), log=str(folder / "reached")))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(scratch), *filter(None, sys.path)])}
     done = subprocess.run(
         [sys.executable, hostile.__file__, raw, scratch, outside], capture_output=True, text=True, env=environment
     )
@@ -43,6 +60,7 @@ def check(folder: Path, count: int, seed: int) -> None:
         assert all(entry["reason"] and entry["cure"] for entry in broken)
         assert [entry for entry in broken if not "".join(entry.values()).isprintable()] == []
     assert found["reached"] == []
+    assert (folder / "reached").read_text().splitlines() == ["watched"] * 2
     assert max(seconds for _, seconds in found["slowest"]) <= LONGEST, found["slowest"]
     assert found["peak"] <= GIB, found["grown"]
 
