@@ -9,8 +9,9 @@ from kedro.io import DatasetError
 
 from fedsca_pipeline import cli
 from fedsca_pipeline.errors import DataError, WeightsError
+from fedsca_pipeline.hooks.root_lock import RootLock
 from fedsca_pipeline.hooks.up_to_date import RunUpToDate
-from fedsca_pipeline.settings import TRACKING
+from fedsca_pipeline.settings import ROOT_LOCK, TRACKING
 
 
 @pytest.fixture
@@ -119,3 +120,12 @@ def test_an_up_to_date_run_ends_well_with_its_table(kedro_run) -> None:
 
 def test_kedro_s_own_options_are_all_there() -> None:
     assert {option.name for option in cli.run.params} == {option.name for option in cli.kedro_run.params}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), DataError("broken"), ZeroDivisionError("oops")])
+def test_the_data_root_is_free_however_a_command_ends(kedro_run, tmp_path, error: BaseException) -> None:
+    ROOT_LOCK.take(tmp_path)
+
+    kedro_run(error)
+
+    RootLock().take(tmp_path)

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,11 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from fedsca_pipeline.files import (
+    LockHeld,
     atomic_path,
     fingerprint,
     interrupts_deferred,
+    open_locked,
     read_json,
     read_or_create_secret,
     read_tensors,
@@ -261,3 +265,34 @@ def test_a_file_that_is_not_a_secret_is_refused_and_stays(tmp_path: Path, conten
         read_or_create_secret(tmp_path / "key")
 
     assert (tmp_path / "key").read_text() == content
+
+
+def test_a_second_holder_of_a_lock_is_refused_with_what_the_first_wrote_until_it_closes(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "lock"
+    with open_locked(path) as file:
+        file.write("the first")
+        file.flush()
+        for _ in range(2):
+            with pytest.raises(LockHeld, match="the first"):
+                open_locked(path)
+
+    open_locked(path).close()
+
+
+def test_a_process_that_inherits_the_lock_holds_it_until_it_ends(tmp_path: Path) -> None:
+    with open_locked(tmp_path / "lock") as lock:
+        heir = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock.fileno()])
+    with pytest.raises(LockHeld):
+        open_locked(tmp_path / "lock")
+
+    heir.communicate(b"\n")
+
+    open_locked(tmp_path / "lock").close()
+
+
+def test_a_lock_can_be_waited_for(tmp_path: Path) -> None:
+    with open_locked(tmp_path / "lock") as lock:
+        heir = subprocess.Popen(["sleep", "0.5"], pass_fds=[lock.fileno()])
+
+    with open_locked(tmp_path / "lock", 60.0):
+        assert heir.wait() == 0

@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from fedsca_pipeline.errors import FedscaError, suggestion
 from fedsca_pipeline.hooks.up_to_date import RunUpToDate
-from fedsca_pipeline.settings import TRACKING
+from fedsca_pipeline.settings import ROOT_LOCK, TRACKING
 from fedsca_pipeline.terminal import show_result
 
 _INTERRUPTED = 130
@@ -51,6 +51,9 @@ def _run(**options: Any) -> Any:
         TRACKING.interrupted()
         click.echo("\nStopped. The same command (without force) resumes from the last finished round.", err=True)
         raise click.exceptions.Exit(_INTERRUPTED) from None
+    finally:
+        # Kedro calls no hook on Ctrl-C, nor when a check stops the run.
+        ROOT_LOCK.release()
 
 
 def _callback(owner: click.Command | click.Parameter) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Files on disk: atomic writes, JSON, safetensors, content hashes, secrets."""
+"""Files on disk: atomic writes, locks, JSON, safetensors, content hashes, secrets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from fedsca_pipeline.errors import WeightsError
 
@@ -50,6 +50,37 @@ def atomic_path(path: Path, mode: int | None = None) -> Iterator[Path]:
             sync_to_disk(path.parent)
     finally:
         shutil.rmtree(folder)
+
+
+class LockHeld(Exception):  # noqa: N818 - a state
+    """Another process holds the lock. The message is what the holder wrote into the file."""
+
+
+def open_locked(path: Path, seconds: float = 0.0) -> TextIO:
+    """Return the file at ``path``, created if missing and locked until it is closed.
+
+    A process that inherits the open file (``pass_fds``) also holds the lock, until it ends.
+
+    Raises:
+        LockHeld: another process still holds the lock after ``seconds``.
+        OSError: the file cannot be opened or locked.
+    """
+    from filelock import lock_descriptor
+
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    until = time.monotonic() + seconds
+    # Not "w": what the holder wrote stays.
+    file = path.open("a+")
+    try:
+        with name_the_file(path):
+            while not lock_descriptor(file.fileno(), blocking=False):
+                if time.monotonic() >= until:
+                    raise LockHeld(path.read_text(errors="replace"))
+                time.sleep(0.1)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 @contextmanager

@@ -175,9 +175,9 @@ class Workplace:
         return sorted(point.step for point in self.client.get_metric_history(run.info.run_id, metric))
 
     def contents(self, *folders: str) -> dict[str, str]:
-        """Return the SHA-256 of every file below ``data`` (or some of its folders), by relative path."""
+        """Return the SHA-256 of every file but the lock below ``data`` (or some of its folders), by relative path."""
         roots = [self.data / folder for folder in folders] or [self.data]
-        files = (path for root in roots for path in sorted(root.rglob("*")) if path.is_file())
+        files = (path for root in roots for path in sorted(root.rglob("*")) if path.is_file() and path.name != ".lock")
         return {path.relative_to(self.data).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     def partial_files(self) -> list[Path]:

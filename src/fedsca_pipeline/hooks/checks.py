@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from kedro.framework.context import KedroContext
@@ -13,9 +14,11 @@ from kedro.pipeline import Pipeline
 from pydantic import ValidationError
 
 from fedsca_pipeline.config import Parameters, read_parameters
-from fedsca_pipeline.data.site_folder.discovery import DEMO_SITES, discover_sites, place_finished_sites
-from fedsca_pipeline.errors import ConfigError, DataError, ResumeError, faults_by_key
+from fedsca_pipeline.data.site_folder.discovery import DEMO_SITES, SITES_READY, discover_sites, place_finished_sites
+from fedsca_pipeline.errors import ConfigError, DataError, FedscaError, ResumeError, faults_by_key
 from fedsca_pipeline.federation.strategies import check_names
+from fedsca_pipeline.files import LockHeld, open_locked
+from fedsca_pipeline.hooks.root_lock import LOCK_FILE, RootLock
 from fedsca_pipeline.hooks.up_to_date import describe_now, is_whole_run, raise_if_up_to_date
 
 logger = logging.getLogger(__name__)
@@ -25,7 +28,14 @@ _TRAINED = frozenset({"round_metrics", "site_models"})
 
 
 class ParameterHooks:
-    """Validates the parameters once, hands them to the nodes as ``settings``, and refuses a run that cannot work."""
+    """Validates the parameters once, hands them to the nodes as ``settings``, and refuses a run that cannot work.
+
+    Args:
+        lock: taken as soon as a run is found fit to write.
+    """
+
+    def __init__(self, lock: RootLock) -> None:
+        self._lock = lock
 
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
@@ -45,7 +55,10 @@ class ParameterHooks:
         raw = context.project_path / catalog["raw_sites"]["path"]
         raw_folder.set(raw)
         deployed.set(_is_deployed(self._parameters))
-        place_finished_sites(raw)
+        if (raw / SITES_READY).is_dir():
+            # A command that holds the lock moves them itself.
+            with suppress(LockHeld), open_locked(context.project_path / catalog["data_root"]["path"] / LOCK_FILE):
+                place_finished_sites(raw)
 
     @hook_impl
     def after_catalog_created(self, catalog: DataCatalog) -> None:
@@ -54,7 +67,11 @@ class ParameterHooks:
 
     @hook_impl
     def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
-        """Check what the types cannot, and stop here if the run is up to date."""
+        """Check what the types cannot, stop here if the run is up to date, and lock the data root.
+
+        Raises:
+            UnavailableError: another command writes to the data root.
+        """
         parameters = self._parameters
         settings, sites = parameters.settings, _sites(parameters)
         if "demo_sites_summary" in pipeline.all_outputs():
@@ -68,14 +85,15 @@ class ParameterHooks:
             from fedsca_pipeline.comparison.plan import check_comparison
 
             check_comparison(settings, parameters.comparison, sites)
-        if _TRAINED & pipeline.all_outputs():
+        trains = bool(_TRAINED & pipeline.all_outputs())
+        if trains:
             _check_training(parameters, sites)
-            if description and not parameters.force:
-                from fedsca_pipeline.federation.run import refuse_another_run
-
-                refuse_another_run(catalog.load("checkpoints"), description)
-        elif description and "run_description" in pipeline.inputs():
-            _refuse_other_models(description, catalog)
+        self._lock.take(catalog.load("data_root"))
+        try:
+            _refuse_other_run(description, parameters.force, catalog, pipeline, trains=trains)
+        except FedscaError:
+            self._lock.release()
+            raise
 
 
 def _check_flower(flower: Mapping[str, Any] | None) -> None:
@@ -155,6 +173,22 @@ def _sites(parameters: Parameters) -> tuple[str, ...]:
 
     raw = raw_folder.get()
     return (discover_sites(raw) if raw else ()) or DEMO_SITES
+
+
+def _refuse_other_run(
+    description: Mapping[str, Any] | None, force: bool, catalog: DataCatalog, pipeline: Pipeline, *, trains: bool
+) -> None:
+    """Refuse what does not fit to what an earlier command left, which is final only while no other command runs.
+
+    Raises:
+        ResumeError: naming what changed.
+    """
+    if trains and description and not force:
+        from fedsca_pipeline.federation.run import refuse_another_run
+
+        refuse_another_run(catalog.load("checkpoints"), description)
+    elif not trains and description and "run_description" in pipeline.inputs():
+        _refuse_other_models(description, catalog)
 
 
 def _refuse_other_models(description: Mapping[str, Any], catalog: DataCatalog) -> None:

@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 from fedsca_pipeline.errors import AuditError, ConfigError, UnavailableError
-from fedsca_pipeline.files import write_bytes
+from fedsca_pipeline.files import open_locked, write_bytes
 from fedsca_pipeline.flower.config import SiteConfig, read_site_config
-from fedsca_pipeline.flower.processes.lock import locked
 from fedsca_pipeline.flower.site import command
 from fedsca_pipeline.flower.site.command import main, run_site
 from fedsca_pipeline.flower.site.memory_limit import OUT_OF_MEMORY
@@ -145,7 +144,7 @@ def test_a_second_command_for_the_same_work_folder_is_refused(site_file, tmp_pat
     config = read_site_config(site_file(engine="bin"))
 
     with (
-        locked(config.work / "flower" / "lock"),
+        open_locked(config.work / "flower" / "lock"),
         pytest.raises(UnavailableError, match=r"^work: another fedsca-site.*still runs in .*work"),
     ):
         run_site(config, ["false"], threading.Event())

@@ -7,7 +7,6 @@ line breaks the chain. Lines missing at the end are found by comparing with the 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -172,10 +171,10 @@ class AuditLog:
         self.close()
 
     def _lock_and_check(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise AuditError(f"{self._path}: another command has this log open; stop it first") from error
+        from filelock import lock_descriptor
+
+        if not lock_descriptor(self._file.fileno(), blocking=False):
+            raise AuditError(f"{self._path}: another command has this log open; stop it first")
         self._chain, torn = Chain(), b""
         with self._path.open("rb") as file:
             for line in file:

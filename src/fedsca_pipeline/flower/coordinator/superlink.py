@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.files import write_bytes
+from fedsca_pipeline.files import LockHeld, open_locked, write_bytes
 from fedsca_pipeline.flower.config import FlowerConfig
 from fedsca_pipeline.flower.coordinator.link import LinkLost, Node, Reply
 from fedsca_pipeline.flower.messages import frames
 from fedsca_pipeline.flower.processes.engine import engine_folder, environment
-from fedsca_pipeline.flower.processes.lock import LockHeld, locked
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +163,7 @@ def open_link(config: FlowerConfig) -> Iterator[RelayLink]:
         ConfigError: another command uses the link, the engine is missing, or the SuperLink cannot be reached.
     """
     try:
-        with locked(config.home / "lock"), _link(config) as link:
+        with open_locked(config.home / "lock"), _link(config) as link:
             yield link
     except LockHeld as error:
         raise ConfigError(

@@ -20,12 +20,12 @@ from types import FrameType
 from typing import TextIO
 
 from fedsca_pipeline.errors import ConfigError, FedscaError, UnavailableError, UnwritableAuditError
+from fedsca_pipeline.files import LockHeld, open_locked
 from fedsca_pipeline.flower.audit.log import AuditLog
 from fedsca_pipeline.flower.audit.table import show_audit
 from fedsca_pipeline.flower.config import SiteConfig, check_certificates, read_site_config
 from fedsca_pipeline.flower.messages import frames
 from fedsca_pipeline.flower.processes.engine import engine_folder
-from fedsca_pipeline.flower.processes.lock import LockHeld, locked
 from fedsca_pipeline.flower.site.gateway import Gateway
 from fedsca_pipeline.flower.site.supernode import STOP_SECONDS, FlowerProcesses
 from fedsca_pipeline.flower.site.worker_process import WorkerLost, WorkerProcess, worker_command
@@ -94,7 +94,7 @@ def run_site(config: SiteConfig, worker: Sequence[str], stopped: threading.Event
     try:
         # Child processes inherit the lock. If an earlier command was killed, they end within this time.
         with (
-            locked(home / "lock", 2 * STOP_SECONDS) as lock,
+            open_locked(home / "lock", 2 * STOP_SECONDS) as lock,
             AuditLog(config.audit) as log,
             _listening(home / "site.sock") as listener,
         ):
