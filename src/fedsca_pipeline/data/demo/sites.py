@@ -20,7 +20,13 @@ from PIL import Image
 from fedsca_pipeline.config import DemoSitesConfig
 from fedsca_pipeline.data.demo.phantoms import Phantom, make_phantom
 from fedsca_pipeline.data.readers.common import split_name
-from fedsca_pipeline.data.site_folder.discovery import DEMO_SITES, SITES_READY, discover_sites, place_finished_sites
+from fedsca_pipeline.data.site_folder.discovery import (
+    DEMO_SITES,
+    SITES_READY,
+    demonstration_sites,
+    discover_sites,
+    place_finished_sites,
+)
 from fedsca_pipeline.data.site_folder.pairing import SUFFIXES
 from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.files import write_bytes
@@ -75,6 +81,22 @@ def write_demo_sites(raw: Path, config: DemoSitesConfig) -> dict[str, dict[str, 
         shutil.rmtree(workshop, ignore_errors=True)
     place_finished_sites(raw)
     return {site: {"images": config.images_per_site, "shift": _SCANNERS[site].shift} for site in DEMO_SITES}
+
+
+def unlike(raw: Path, config: DemoSitesConfig) -> str:
+    """Return how the demonstration sites in ``raw`` differ from ``config`` in number or size of images; "": not at all.
+
+    The first site that differs is described, by its first image. A file that is no image is passed over.
+    """
+    for site in demonstration_sites(raw):
+        first = min((raw / site / "images").glob("*.png"), default=None)
+        try:
+            size = config.image_size if first is None else Image.open(first).width
+        except OSError:
+            continue
+        if (found := (_count(raw / site / "images"), size)) != (config.images_per_site, config.image_size):
+            return f"{found[0]} images of {size} px, not {config.images_per_site} of {config.image_size} px"
+    return ""
 
 
 def _count(folder: Path) -> int:
