@@ -9,6 +9,7 @@ from typing import Any
 
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
+from kedro.framework.project import pipelines
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.pipeline import Pipeline
 from pydantic import ValidationError
@@ -39,12 +40,12 @@ class ParameterHooks:
 
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
-        """Read the parameters, and set for the pipeline registry where the raw sites are.
+        """Read the parameters, and have the pipelines made anew, for the raw sites that are there now.
 
         Raises:
             ConfigError: one line per fault, each with its YAML key.
         """
-        from fedsca_pipeline.pipeline_registry import deployed, raw_folder
+        from fedsca_pipeline import pipeline_registry
 
         parameters = context.config_loader["parameters"]
         self._parameters = read_parameters(parameters)
@@ -53,12 +54,14 @@ class ParameterHooks:
         # Stored back: the loader would read, merge and resolve both again for Kedro.
         context.config_loader["parameters"], context.config_loader["catalog"] = parameters, catalog
         raw = context.project_path / catalog["raw_sites"]["path"]
-        raw_folder.set(raw)
-        deployed.set(_is_deployed(self._parameters))
+        pipeline_registry.raw_folder.set(raw)
+        pipeline_registry.deployed.set(_is_deployed(self._parameters))
         if (raw / SITES_READY).is_dir():
             # A command that holds the lock moves them itself.
             with suppress(LockHeld), open_locked(context.project_path / catalog["data_root"]["path"] / LOCK_FILE):
                 place_finished_sites(raw)
+        # Kedro keeps the pipelines of the process's first session, whatever data the next one has.
+        pipelines.configure(pipeline_registry.__name__)
 
     @hook_impl
     def after_catalog_created(self, catalog: DataCatalog) -> None:
