@@ -61,6 +61,7 @@ def test_no_site_is_called_a_client(project: Path) -> None:
     # MLflow's, npm's and Flower's own word.
     assert {path for path in named if not path.startswith("flower/")} <= {
         "tracking/run.py",
+        "tracking/forget.py",
         "tracking/writer.py",
         "tracking/comparison.py",
         "model/foundation/minisam.py",

@@ -452,6 +452,8 @@ class Parameters(Settings):
     source: str | None = None
     hide_names: bool = Field(False, description="true: import under salted-hash names")
     import_options: dict[str, Any] = Field(default_factory=dict)
+    site: str | None = Field(None, description="the site that forget_site deletes")
+    delete_raw: bool = Field(False, description="true: forget_site deletes the raw data as well")
     flower: dict[str, Any] | None = Field(None, description="checked by flower.config, of env flower")
     data_root: str | None = Field(None, description="read by the catalog")
     foundation_root: str | None = Field(None, description="read by the catalog")

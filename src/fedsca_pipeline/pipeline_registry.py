@@ -16,6 +16,7 @@ from fedsca_pipeline.pipelines.demo_sites import pipeline as demo_sites_pipeline
 from fedsca_pipeline.pipelines.deployed_training import pipeline as deployed_pipeline
 from fedsca_pipeline.pipelines.evaluation import pipeline as evaluation_pipeline
 from fedsca_pipeline.pipelines.federated_training import pipeline as training_pipeline
+from fedsca_pipeline.pipelines.forget_site import pipeline as forget_pipeline
 from fedsca_pipeline.pipelines.foundation import pipeline as foundation_pipeline
 from fedsca_pipeline.pipelines.import_sites import pipeline as import_pipeline
 from fedsca_pipeline.pipelines.preprocessing import pipeline as preprocessing_pipeline
@@ -46,6 +47,7 @@ def register_pipelines() -> dict[str, Pipeline]:
         whole = federated + evaluation_pipeline.create_curves()
     return {
         "import_sites": import_pipeline.create_pipeline(),
+        "forget_site": forget_pipeline.create_pipeline(),
         "demo_sites": demo,
         "data_report": demo + data_report_pipeline.create_pipeline(sites),
         "preprocessing": prepared,

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from fedsca_pipeline.errors import counted
 from fedsca_pipeline.evaluation import CLASS_DICE, MEAN
 
 FinalTable = Mapping[str, Mapping[str, Any]]
@@ -165,6 +166,30 @@ def show_comparison(table: Sequence[Mapping[str, Any]], page: str, mlflow: Mappi
     if mlflow["run_id"]:
         console.print(f"MLflow run: {mlflow['run_id']}", highlight=False)
     console.print(f"Next: mlflow ui --backend-store-uri {mlflow['uri']}", highlight=False, soft_wrap=True)
+
+
+def show_forgotten(
+    site: str, deleted: Sequence[str], runs: int, raw: Sequence[str], out_of_reach: Sequence[str]
+) -> None:
+    """Print what was deleted of a site, file by file, its raw data that are still there, and what is out of reach."""
+    console = Console()
+
+    def line(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    line(f"{site}: deleted {counted(len(deleted), 'path')} and {counted(runs, 'MLflow run')}")
+    for path in deleted:
+        line(f"  {path}")
+    if raw:
+        line(f"Still there: {', '.join(raw)} (--params=site={site},delete_raw=true deletes raw data, too)")
+    line("Out of reach:")
+    for what in (
+        "models of other sites and the general model, trained with its updates: train anew without it",
+        *out_of_reach,
+        "other data roots, the DVC cache and its remotes, git, backups and copies",
+        "in a deployed federation, the hospital's own work folder and audit log, and the SuperLink's database",
+    ):
+        line(f"  {what}")
 
 
 def show_data_report(sites: Mapping[str, Mapping[str, Any]], page: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from kedro.framework.context import KedroContext
@@ -19,6 +20,7 @@ from fedsca_pipeline.data.site_folder.discovery import DEMO_SITES, SITES_READY, 
 from fedsca_pipeline.errors import ConfigError, DataError, FedscaError, ResumeError, faults_by_key
 from fedsca_pipeline.federation.strategies import check_names
 from fedsca_pipeline.files import LockHeld, open_locked
+from fedsca_pipeline.forget import kept_sites
 from fedsca_pipeline.hooks.root_lock import LOCK_FILE, RootLock
 from fedsca_pipeline.hooks.up_to_date import describe_now, is_whole_run, raise_if_up_to_date
 
@@ -91,7 +93,10 @@ class ParameterHooks:
         trains = bool(_TRAINED & pipeline.all_outputs())
         if trains:
             _check_training(parameters, sites)
-        self._lock.take(catalog.load("data_root"))
+        root = catalog.load("data_root")
+        self._lock.take(root)
+        if "demo_sites_summary" in pipeline.all_outputs() or trains:
+            _name_gone_sites(root, sites)
         try:
             _refuse_other_run(description, parameters.force, catalog, pipeline, trains=trains)
         except FedscaError:
@@ -176,6 +181,17 @@ def _sites(parameters: Parameters) -> tuple[str, ...]:
 
     raw = raw_folder.get()
     return (discover_sites(raw) if raw else ()) or DEMO_SITES
+
+
+def _name_gone_sites(root: Path, sites: tuple[str, ...]) -> None:
+    if gone := sorted(kept_sites(root) - set(sites)):
+        logger.warning(
+            "%s: models, arrays or scores of sites that are gone are still there: %s; if they must not stay, delete "
+            "all that is kept of each: kedro run --pipeline=forget_site --params=site=%s",
+            root,
+            ", ".join(gone),
+            gone[0],
+        )
 
 
 def _refuse_other_run(

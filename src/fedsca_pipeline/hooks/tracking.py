@@ -11,13 +11,14 @@ from typing import Any
 
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
-from kedro.io import DataCatalog
+from kedro.io import DataCatalog, MemoryDataset
 from kedro.io.core import is_parameter
 from kedro.pipeline.node import Node
 from pydantic import ValidationError
 
 from fedsca_pipeline.errors import ConfigError, RefusedImportError, TrackingError, faults_by_key
 from fedsca_pipeline.tracking.comparison import ComparisonTracker
+from fedsca_pipeline.tracking.forget import ForgettingWriter
 from fedsca_pipeline.tracking.run import Tracker
 from fedsca_pipeline.tracking.writer import TrackingConfig
 
@@ -56,6 +57,12 @@ class TrackingHooks:
             raise ConfigError("\n".join(faults_by_key(error, "mlflow.yml"))) from error
         writer = (config, context.project_path, " ".join(["kedro", *sys.argv[1:]]))
         self._tracker, self._comparison = Tracker(*writer), ComparisonTracker(*writer)
+        self._forgetting = ForgettingWriter(*writer)
+
+    @hook_impl
+    def after_catalog_created(self, catalog: DataCatalog) -> None:
+        """Add the data set ``forgetting``, through which a node deletes a site's runs."""
+        catalog["forgetting"] = MemoryDataset(self._forgetting, copy_mode="assign")
 
     @hook_impl
     def before_pipeline_run(self, catalog: DataCatalog) -> None:

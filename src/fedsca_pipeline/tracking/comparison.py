@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 COMPARISON_TAG, CELL_TAG = "fedsca.comparison", "fedsca.cell"
-_EXPERIMENT = "{}-comparison"
+EXPERIMENT = "{}-comparison"
+"""Name of the experiment of comparisons, by the name of the project's experiment."""
+
 # Datasets whose files are artifacts of the parent run.
 _FILES = frozenset(
     {
@@ -53,7 +55,7 @@ class ComparisonTracker(MlflowWriter):
             return
         with self._reported():
             client = self._connect()
-            self._experiment_id = self._experiment(client, _EXPERIMENT.format(self._config.experiment))
+            self._experiment_id = self._experiment(client, EXPERIMENT.format(self._config.experiment))
             # The number of parallel cells changes no result.
             name = fingerprint({**plan, "comparison": {**plan["comparison"], "jobs": None}})
             found = client.search_runs(

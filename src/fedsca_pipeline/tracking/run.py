@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsca_pipeline.tracking.writer import FINGERPRINT_TAG, SITE_TAG, MlflowWriter, TrackingConfig
+from fedsca_pipeline.tracking.writer import DATA_TAG, FINGERPRINT_TAG, SITE_TAG, MlflowWriter, TrackingConfig
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
@@ -106,7 +106,7 @@ class Tracker(MlflowWriter):
             "fedsca.strategy": federation["strategy"],
             "fedsca.foundation": foundation["name"],
             "fedsca.foundation_sha256": description["foundation"],
-            "fedsca.data_fingerprint": json.dumps(description["data"], sort_keys=True),
+            DATA_TAG: json.dumps(description["data"], sort_keys=True),
             "fedsca.code": description["code"],
             "fedsca.threads": str(description["threads"]),
             "fedsca.seed": str(configuration["run"]["seed"]),
@@ -130,7 +130,7 @@ class Tracker(MlflowWriter):
                     "mlflow.parentRunId": self._runs[""],
                     FINGERPRINT_TAG: description["fingerprint"],
                     SITE_TAG: site,
-                    "fedsca.data_fingerprint": data,
+                    DATA_TAG: data,
                 }
                 self._runs[site] = client.create_run(experiment, run_name=site, tags=tags).info.run_id
 

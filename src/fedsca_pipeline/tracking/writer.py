@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-FINGERPRINT_TAG, SITE_TAG, FINISHED = "fedsca.fingerprint", "fedsca.site", "FINISHED"
+FINGERPRINT_TAG, SITE_TAG, DATA_TAG = "fedsca.fingerprint", "fedsca.site", "fedsca.data_fingerprint"
 
 # MLflow refuses longer parameter values.
 _LONGEST_PARAMETER = 6000
@@ -58,6 +58,11 @@ class MlflowWriter:
         if path == uri or Path(path).is_absolute():
             return uri
         return f"sqlite:///{self._project / path}"
+
+    @property
+    def is_server(self) -> bool:
+        """Whether the tracking URI is that of a server, not of a database."""
+        return self.uri.partition("://")[0] in {"http", "https", "databricks"}
 
     def _connect(self) -> MlflowClient:
         from mlflow import MlflowClient

@@ -19,7 +19,8 @@ SITES_READY = ".sites.ready"
 VOLUME_SUFFIXES: tuple[str, ...] = (".nii", ".nii.gz", ".nrrd", ".mha")
 """Suffixes of image files that are read as volumes."""
 
-_SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+"""What a site may be called: it names data sets, nodes and files."""
 
 
 def discover_sites(raw: Path) -> tuple[str, ...]:
@@ -35,7 +36,7 @@ def discover_sites(raw: Path) -> tuple[str, ...]:
     folders = (entry for entry in raw.iterdir() if not entry.name.startswith((".", "_")))
     sites = sorted(folder.name for folder in folders if (folder / "images").is_dir() or (folder / "masks").is_dir())
     for site in sites:
-        if not _SITE_NAME.fullmatch(site):
+        if not SITE_NAME.fullmatch(site):
             cure = re.sub(r"[^A-Za-z0-9_-]+", "_", site).strip("_-") or "site_1"
             raise DataError(
                 f"{raw / site}: a site's folder name is made of letters, digits, '_' and '-', and starts with a letter "
