@@ -9,8 +9,10 @@ from kedro.io import DatasetError
 
 from fedsca_pipeline import cli
 from fedsca_pipeline.errors import DataError, WeightsError
+from fedsca_pipeline.hooks import slices
 from fedsca_pipeline.hooks.root_lock import RootLock
 from fedsca_pipeline.hooks.up_to_date import RunUpToDate
+from fedsca_pipeline.pipeline_registry import register_pipelines
 from fedsca_pipeline.settings import ROOT_LOCK, TRACKING
 
 
@@ -18,12 +20,12 @@ from fedsca_pipeline.settings import ROOT_LOCK, TRACKING
 def kedro_run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Runs ``kedro run`` with what Kedro does replaced by raising an error."""
 
-    def run(error: BaseException) -> Any:
+    def run(error: BaseException, *given: str) -> Any:
         def raising(**options: Any) -> None:
             raise error
 
         monkeypatch.setattr(cli.kedro_run, "callback", raising)
-        return CliRunner().invoke(cli.run, [])
+        return CliRunner().invoke(cli.run, given)
 
     return run
 
@@ -129,3 +131,39 @@ def test_the_data_root_is_free_however_a_command_ends(kedro_run, tmp_path, error
     kedro_run(error)
 
     RootLock().take(tmp_path)
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipelines of this project, which Kedro's own command would register."""
+    monkeypatch.setattr(slices, "pipelines", register_pipelines())
+
+
+def test_a_wrong_name_is_one_line_in_the_place_of_kedro_s_traceback(kedro_run, registered) -> None:
+    result = kedro_run(ValueError("Pipeline does not contain nodes named ['tabulat']."), "--nodes=tabulat")
+
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: --nodes: there is no 'tabulat' here; did you mean 'tabulate'?")
+    assert result.output.count("\n") == 1
+
+
+def test_a_value_error_that_no_name_explains_is_not_hidden(kedro_run, registered) -> None:
+    for given in ((), ("--nodes=tabulate",)):
+        assert isinstance(kedro_run(ValueError("oops"), *given).exception, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--async", "--async: rounds are saved one after the other"),
+        ("--runner-params=is_async=true", "--async: rounds are saved one after the other"),
+        ("--runner=ParalelRunner", "did you mean 'ParallelRunner'"),
+        ("--runner=ThreadRunner", "--runner: 'ThreadRunner' cannot run this project"),
+    ],
+)
+def test_a_runner_that_cannot_work_is_refused_before_anything_runs(kedro_run, given: str, said: str) -> None:
+    result = kedro_run(AssertionError("it ran"), given)
+
+    assert result.exit_code == 1
+    assert said in result.output
+    assert result.output.count("\n") == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Any, cast
 
@@ -18,7 +18,8 @@ from kedro.io import DatasetError
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from fedsca_pipeline.errors import FedscaError, suggestion
+from fedsca_pipeline.errors import ConfigError, FedscaError, suggestion
+from fedsca_pipeline.hooks.slices import RUNNERS, check_slices
 from fedsca_pipeline.hooks.up_to_date import RunUpToDate
 from fedsca_pipeline.settings import ROOT_LOCK, TRACKING
 from fedsca_pipeline.terminal import show_result
@@ -34,11 +35,13 @@ def cli() -> None:
 def _run(**options: Any) -> Any:
     # README uses the option that users know; Kedro 1.7 warns that it will be renamed.
     warnings.filterwarnings("ignore", message="Option '--pipeline' is deprecated", category=KedroDeprecationWarning)
-    for name in [options["pipeline"]] if options["pipeline"] else options["pipelines"]:
+    names = [options["pipeline"]] if options["pipeline"] else options["pipelines"]
+    for name in names:
         if name not in pipelines:
             raise click.BadParameter(f"there is no pipeline {name!r}{suggestion(name, sorted(pipelines))}")
     try:
-        return _callback(kedro_run)(**options)
+        _check_runner(options)
+        return _run_kedro(names, options)
     except RunUpToDate as done:
         click.echo("Everything is up to date: nothing was run (--params=force=true runs anyway).")
         show_result(done.table, done.mlflow, done.volumes)
@@ -54,6 +57,27 @@ def _run(**options: Any) -> Any:
     finally:
         # Kedro calls no hook on Ctrl-C, nor when a check stops the run.
         ROOT_LOCK.release()
+
+
+def _run_kedro(names: list[str], options: Mapping[str, Any]) -> Any:
+    try:
+        return _callback(kedro_run)(**options)
+    except ValueError:
+        # Kedro's answer to a name that it does not know; any other ValueError is a fault of the program.
+        check_slices(names, options)
+        raise
+
+
+def _check_runner(options: Mapping[str, Any]) -> None:
+    """Refuse what Kedro would end with a traceback: an unknown runner, and saving in the background."""
+    if options["is_async"] or options["runner_params"].get("is_async"):
+        raise ConfigError(
+            "--async: rounds are saved one after the other, nothing can be loaded or saved in the background; leave it "
+            "out. --runner=ParallelRunner prepares sites side by side"
+        )
+    # A name with a dot is somebody's own class.
+    if (runner := options["runner"]) and "." not in runner and runner not in RUNNERS:
+        raise ConfigError(f"--runner: {runner!r} cannot run this project{suggestion(runner, RUNNERS)}")
 
 
 def _callback(owner: click.Command | click.Parameter) -> Callable[..., Any]:

@@ -32,8 +32,12 @@ class RefusedImportError(DataError):
     """
 
     def __init__(self, message: str, found: Mapping[str, Any]) -> None:
-        super().__init__(message)
+        # Both, so that the error can be pickled on its way from a runner's process.
+        super().__init__(message, found)
         self.found = {site: {"broken": entries["broken"]} for site, entries in found.items()}
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class WeightsError(FedscaError):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -107,8 +107,12 @@ class Workplace:
         env: str = "smoke",
         environment: Mapping[str, str] | None = None,
         largest_file: int | None = None,
+        options: Sequence[str] = (),
     ) -> subprocess.Popen[str]:
-        """Start ``kedro run`` in a process group of its own; no file may outgrow ``largest_file`` bytes."""
+        """Start ``kedro run`` in a process group of its own; no file may outgrow ``largest_file`` bytes.
+
+        ``options``: further ones of the command line.
+        """
 
         def prepare() -> None:
             # Started in the background, a test run ignores Ctrl-C and would hand that down.
@@ -119,7 +123,7 @@ class Workplace:
         roots = f"data_root={self.data},foundation_root={self.foundations}"
         command = [sys.executable, "-m", "kedro", "run", f"--pipeline={pipeline}", f"--env={env}"]
         command += [f"--params={roots},{params}" if params else f"--params={roots}"]
-        command += [f"--conf-source={self.conf}"] if self.conf else []
+        command += [*options, *([f"--conf-source={self.conf}"] if self.conf else [])]
         return subprocess.Popen(
             command,
             cwd=self.project,

@@ -22,6 +22,7 @@ from fedsca_pipeline.federation.strategies import check_names
 from fedsca_pipeline.files import LockHeld, open_locked
 from fedsca_pipeline.forget import kept_sites
 from fedsca_pipeline.hooks.root_lock import LOCK_FILE, RootLock
+from fedsca_pipeline.hooks.slices import check_runner, check_slices
 from fedsca_pipeline.hooks.up_to_date import describe_now, is_whole_run, raise_if_up_to_date
 
 logger = logging.getLogger(__name__)
@@ -75,8 +76,11 @@ class ParameterHooks:
         """Check what the types cannot, stop here if the run is up to date, and lock the data root.
 
         Raises:
+            ConfigError: what cannot work, before anything runs.
             UnavailableError: another command writes to the data root.
         """
+        check_slices(run_params.get("pipeline_names"), run_params)
+        check_runner(str(run_params.get("runner")), pipeline)
         parameters = self._parameters
         settings, sites = parameters.settings, _sites(parameters)
         if "demo_sites_summary" in pipeline.all_outputs():

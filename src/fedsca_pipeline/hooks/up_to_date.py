@@ -15,12 +15,12 @@ from kedro.pipeline.node import Node
 from fedsca_pipeline.config import FoundationConfig, Settings
 from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.files import read_json, write_json
+from fedsca_pipeline.hooks.slices import SLICES
 from fedsca_pipeline.hooks.tracking import TrackingHooks, filepath_of
 from fedsca_pipeline.terminal import FinalTable, show_comparison, show_data_report, show_result
 
 # Pipelines that end with the final table. Each makes all that those before it make.
 _WHOLE_RUNS = ("federated_training", "__default__")
-_SLICES = ("tags", "from_nodes", "to_nodes", "node_names", "from_inputs", "to_outputs", "namespaces", "load_versions")
 _LAST_RUN = "last_run.json"
 # Data sets that `last_run.json` vouches for.
 _REPORTED = frozenset({"round_metrics", "site_models", "final_metrics", "volume_metrics"})
@@ -72,7 +72,7 @@ class UpToDateHooks:
 
 def is_whole_run(run_params: Mapping[str, Any]) -> bool:
     """Return whether a command runs a whole pipeline that ends with the final table, not a slice of it."""
-    return bool(_whole_pipelines(run_params)) and not any(run_params.get(key) for key in _SLICES)
+    return bool(_whole_pipelines(run_params)) and not any(run_params.get(key) for key in SLICES)
 
 
 def raise_if_up_to_date(run_params: Mapping[str, Any], description: Mapping[str, Any], catalog: DataCatalog) -> None:

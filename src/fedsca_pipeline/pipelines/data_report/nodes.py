@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def inspect_for(site: str) -> Callable[..., tuple[Any, dict[str, Any], Any]]:
-    """Return the node function that inspects one site."""
+@dataclass(frozen=True)
+class InspectedSite:
+    """The node of one site. Its bound method can be pickled, for a runner with processes, and has types for Kedro."""
+
+    site: str
 
     def inspect(
+        self,
         raw_sites: Path,
         _demo_sites_summary: dict[str, Any],
         previous_manifest: Any,
@@ -30,15 +34,16 @@ def inspect_for(site: str) -> Callable[..., tuple[Any, dict[str, Any], Any]]:
         run: RunConfig,
         data_report: DataReportConfig,
     ) -> tuple[Any, dict[str, Any], Any]:
+        """Return the site's inspection, its facts and its contact sheet."""
         from fedsca_pipeline.data_report.figures import sheet_figure
         from fedsca_pipeline.data_report.inspection import inspect_site
         from fedsca_pipeline.data_report.thumbnails import sheet
 
         with _progress() as bars:
-            bar = bars.add_task(site)
+            bar = bars.add_task(self.site)
             found = inspect_site(
                 raw_sites,
-                site,
+                self.site,
                 preprocessing,
                 run.seed,
                 previous_manifest,
@@ -46,8 +51,6 @@ def inspect_for(site: str) -> Callable[..., tuple[Any, dict[str, Any], Any]]:
                 lambda done, of: bars.update(bar, completed=done, total=of),
             )
         return found, found.facts, sheet_figure(sheet(found.pictures))
-
-    return inspect
 
 
 def compare(

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 from kedro.pipeline import Pipeline, node, pipeline
 
-from fedsca_pipeline.pipelines.data_report.nodes import compare, inspect_for
+from fedsca_pipeline.pipelines.data_report.nodes import InspectedSite, compare
 
 
 def create_pipeline(sites: Sequence[str]) -> Pipeline:
     """Return the pipeline from raw site folders, broken or not, to facts and pages."""
     inspections = [
         node(
-            inspect_for(site),
+            InspectedSite(site).inspect,
             inputs=[
                 "raw_sites",
                 "demo_sites_summary",

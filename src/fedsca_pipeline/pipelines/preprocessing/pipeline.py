@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kedro.pipeline import Pipeline, node, pipeline
 
-from fedsca_pipeline.pipelines.preprocessing.nodes import prepare_for
+from fedsca_pipeline.pipelines.preprocessing.nodes import PreparedSite
 
 
 def create_pipeline(sites: Sequence[str]) -> Pipeline:
@@ -14,7 +14,7 @@ def create_pipeline(sites: Sequence[str]) -> Pipeline:
     return pipeline(
         [
             node(
-                prepare_for(site),
+                PreparedSite(site).prepare,
                 inputs=[
                     "raw_sites",
                     "model_input",
