@@ -25,6 +25,7 @@ from fedsca_pipeline.files import (
     read_json,
     read_or_create_secret,
     read_tensors,
+    remove_partial_files,
     sha256_file,
     write_bytes,
     write_json,
@@ -296,3 +297,15 @@ def test_a_lock_can_be_waited_for(tmp_path: Path) -> None:
 
     with open_locked(tmp_path / "lock", 60.0):
         assert heir.wait() == 0
+
+
+def test_partial_files_are_removed_but_from_a_folder_that_others_write_to(tmp_path: Path) -> None:
+    for folder in (".a.json.ab.partial", "site/.b.csv.cd.partial", "_shared/.c.ef.partial", "site/whole"):
+        write_bytes(tmp_path / folder / "x", b"")
+
+    remove_partial_files(tmp_path, but="_shared")
+
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("x")} == {
+        "_shared/.c.ef.partial/x",
+        "site/whole/x",
+    }

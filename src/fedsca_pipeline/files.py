@@ -94,13 +94,14 @@ def name_the_file(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def remove_partial_files(folder: Path, name: str = "*") -> None:
+def remove_partial_files(folder: Path, name: str = "*", *, but: str = "") -> None:
     """Remove the partial files that killed commands left below ``folder``, of all files or of those called ``name``.
 
-    No other process may be writing these files.
+    ``but``: name of a folder that stays as it is. No other process may be writing the removed files.
     """
     for path in folder.rglob(f".{name}.partial"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if but not in path.parts:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def move(source: Path, target: Path) -> None:

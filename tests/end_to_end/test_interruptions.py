@@ -131,6 +131,7 @@ def test_a_round_s_record_that_a_killed_command_left_half_written_is_not_read_an
 
     assert done.code == 0, done.output
     assert table.read_bytes() == before
+    assert used.partial_files() == []
 
 
 def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(sites, finished, rounds) -> None:

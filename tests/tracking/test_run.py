@@ -15,6 +15,8 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from sqlalchemy import Engine, event
 
 from fedsca_pipeline.errors import TrackingError
+from fedsca_pipeline.files import open_locked
+from fedsca_pipeline.tracking import writer
 from fedsca_pipeline.tracking.run import Tracker
 from fedsca_pipeline.tracking.writer import TrackingConfig, flat
 
@@ -248,6 +250,30 @@ class TestTracker:
         tracker.open(DESCRIPTION)
 
         assert MlflowClient(tracking_uri=tracker.uri).get_run(tracker.run_id).info.status == "RUNNING"
+        assert list(tmp_path.glob("*.partial")) == []
+
+    def test_what_a_killed_command_left_goes_also_if_another_command_created_the_database(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        shutil.copy(database, tmp_path / "mlflow.db")
+        (tmp_path / ".mlflow.db.ab12.partial").mkdir()
+        (tmp_path / ".mlflow.db.ab12.partial" / "mlflow.db").touch()
+
+        Tracker(TrackingConfig(), tmp_path, "kedro run").open(DESCRIPTION)
+
+        assert list(tmp_path.glob("*.partial")) == []
+
+    def test_a_database_that_another_command_creates_for_ever_is_an_error(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        monkeypatch.setattr(writer, "_CREATION_SECONDS", 0.0)
+        with (
+            open_locked(tmp_path / ".mlflow.db.lock"),
+            pytest.raises(TrackingError, match="another command is still creating it"),
+        ):
+            Tracker(TrackingConfig(), tmp_path, "").open(DESCRIPTION)
 
     def test_a_database_that_another_command_created_meanwhile_is_not_replaced(
         self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

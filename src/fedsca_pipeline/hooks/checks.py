@@ -19,7 +19,7 @@ from fedsca_pipeline.config import Parameters, read_parameters
 from fedsca_pipeline.data.site_folder.discovery import DEMO_SITES, SITES_READY, discover_sites, place_finished_sites
 from fedsca_pipeline.errors import ConfigError, DataError, FedscaError, ResumeError, faults_by_key
 from fedsca_pipeline.federation.strategies import check_names
-from fedsca_pipeline.files import LockHeld, open_locked
+from fedsca_pipeline.files import LockHeld, open_locked, remove_partial_files
 from fedsca_pipeline.forget import kept_sites
 from fedsca_pipeline.hooks.root_lock import LOCK_FILE, RootLock
 from fedsca_pipeline.hooks.slices import check_runner, check_slices
@@ -106,6 +106,9 @@ class ParameterHooks:
         except FedscaError:
             self._lock.release()
             raise
+        # No other command writes here now. Commands on other data roots share the foundations.
+        for layer in root.glob("0[2-8]_*/"):
+            remove_partial_files(layer, but="_foundations")
 
 
 def _check_flower(flower: Mapping[str, Any] | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from fedsca_pipeline.errors import TrackingError
-from fedsca_pipeline.files import interrupts_deferred
+from fedsca_pipeline.files import LockHeld, interrupts_deferred, open_locked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,6 +25,8 @@ FINGERPRINT_TAG, SITE_TAG, DATA_TAG = "fedsca.fingerprint", "fedsca.site", "feds
 
 # MLflow refuses longer parameter values.
 _LONGEST_PARAMETER = 6000
+# Time that another command may take to create the database.
+_CREATION_SECONDS = 120.0
 
 
 class TrackingConfig(BaseModel):
@@ -75,24 +78,35 @@ class MlflowWriter:
         return self._client
 
     def _create_database(self) -> None:
-        """Create a missing SQLite database atomically.
+        """Create a missing SQLite database atomically, and remove what killed commands left of theirs.
 
         MLflow takes seconds to create its tables; if it is killed meanwhile, it refuses that database forever.
         """
-        from mlflow import MlflowClient
         from sqlalchemy.engine import make_url
 
         name = make_url(self.uri).database if self.uri.startswith("sqlite:///") else None
-        if name is None or Path(name).exists() or not Path(name).parent.is_dir():
+        if name is None or not (path := Path(name)).parent.is_dir():
             return
-        path = Path(name)
+        partial = f".{path.name}.*.partial"
+        if path.exists() and not any(path.parent.glob(partial)):
+            return
+        # A partial folder that is there while this process has the lock is that of a killed command.
+        with open_locked(path.with_name(f".{path.name}.lock"), _CREATION_SECONDS):
+            for left in path.parent.glob(partial):
+                shutil.rmtree(left)
+            if not path.exists():
+                self._create_beside(path)
+
+    def _create_beside(self, path: Path) -> None:
+        from mlflow import MlflowClient
+
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".partial") as folder:
             made = Path(folder) / path.name
             MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments(max_results=1)
             try:
                 path.hardlink_to(made)
             except OSError:
-                # Either another command created the database, and may have written to it, or this disk has no links.
+                # Either another program created the database, and may have written to it, or this disk has no links.
                 if not path.exists():
                     made.replace(path)
 
@@ -118,6 +132,8 @@ class MlflowWriter:
             # An interrupt within a transaction would leave SQLite locked: the run could not be marked as killed.
             with interrupts_deferred():
                 yield
+        except LockHeld as error:
+            raise TrackingError(f"MLflow at {self.uri}: another command is still creating it; stop that one") from error
         except (MlflowException, SQLAlchemyError, OSError) as error:
             raise TrackingError(
                 f"MLflow at {self.uri}: {error}. Correct the address (MLFLOW_TRACKING_URI or conf/base/mlflow.yml), "
