@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 
+import pytest
 from rich.console import Console
 
 from fedsca_pipeline.evaluation import MEAN
@@ -14,6 +15,7 @@ from fedsca_pipeline.terminal import (
     render_final_table,
     show_comparison,
     show_data_report,
+    show_result,
 )
 
 
@@ -112,6 +114,40 @@ def test_a_compared_method_with_unknown_bytes_has_a_dash(capsys) -> None:
     shown = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert shown["fedsca"].rstrip().endswith("523.0 kB")
     assert shown["centralised"].rstrip().endswith("–")
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        (
+            "sqlite:////home/my data/mlflow.db",
+            [
+                "Next: kedro viz",
+                "      mlflow ui --backend-store-uri 'sqlite:////home/my data/mlflow.db'",
+                "      then open http://127.0.0.1:5000/#/experiments/3/runs?workflowType=machine_learning",
+            ],
+        ),
+        (
+            "https://mlflow.hospital.example/",
+            [
+                "Next: kedro viz",
+                "      open https://mlflow.hospital.example/#/experiments/3/runs?workflowType=machine_learning",
+            ],
+        ),
+    ],
+)
+def test_the_way_to_the_run_is_that_of_its_tracking_address(capsys, uri: str, said: list[str]) -> None:
+    show_result(TWO_SITES, {"run_id": "abc", "uri": uri, "experiment_id": "3"})
+
+    assert capsys.readouterr().out.splitlines()[-len(said) - 1 :] == ["MLflow run: abc", *said]
+
+
+def test_without_an_mlflow_run_nothing_leads_to_one_and_without_its_experiment_the_way_is_to_all(capsys) -> None:
+    show_result(TWO_SITES, {"run_id": "", "uri": "sqlite:///x", "experiment_id": ""})
+    assert "mlflow" not in capsys.readouterr().out.lower()
+
+    show_result(TWO_SITES, {"run_id": "abc", "uri": "sqlite:///x"})
+    assert "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning" in capsys.readouterr().out
 
 
 def test_printing_the_result_does_not_import_pandas() -> None:

@@ -6,6 +6,7 @@ This module does not import pandas: a command that finds everything up to date d
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,10 +30,22 @@ def show_result(table: FinalTable, mlflow: Mapping[str, str], volumes: FinalTabl
         console.print(by_class)
     if volumes:
         console.print(render_volume_table(volumes))
+    _show_next(console, mlflow, "kedro viz")
+
+
+def _show_next(console: Console, mlflow: Mapping[str, str], *commands: str) -> None:
+    """Print the MLflow run, the next commands, and how to see the run's experiment, if there is a run."""
     if mlflow["run_id"]:
         console.print(f"MLflow run: {mlflow['run_id']}", highlight=False)
-    console.print("Next: kedro viz", highlight=False)
-    console.print(f"      mlflow ui --backend-store-uri {mlflow['uri']}", highlight=False, soft_wrap=True)
+        # MLflow's own start page is for traces, of which there are none. A run of an earlier version has no experiment.
+        experiment = f"/{mlflow['experiment_id']}/runs" if mlflow.get("experiment_id") else ""
+        page = f"/#/experiments{experiment}?workflowType=machine_learning"
+        if (uri := mlflow["uri"]).startswith(("http://", "https://")):
+            commands += (f"open {uri.rstrip('/')}{page}",)
+        else:
+            commands += (f"mlflow ui --backend-store-uri {shlex.quote(uri)}", f"then open http://127.0.0.1:5000{page}")
+    for number, command in enumerate(commands):
+        console.print(f"{'      ' if number else 'Next: '}{command}", highlight=False, soft_wrap=True, markup=False)
 
 
 def render_final_table(table: FinalTable) -> Table:
@@ -163,9 +176,7 @@ def show_comparison(table: Sequence[Mapping[str, Any]], page: str, mlflow: Mappi
         )
     console.print(view)
     console.print(f"With intervals, tests and figures: {page}", highlight=False, soft_wrap=True)
-    if mlflow["run_id"]:
-        console.print(f"MLflow run: {mlflow['run_id']}", highlight=False)
-    console.print(f"Next: mlflow ui --backend-store-uri {mlflow['uri']}", highlight=False, soft_wrap=True)
+    _show_next(console, mlflow)
 
 
 def show_forgotten(

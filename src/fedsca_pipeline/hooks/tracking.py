@@ -33,8 +33,8 @@ _OPENERS = frozenset(
 class TrackingHooks:
     """Logs to MLflow what is saved. State lives from one command's start to its end.
 
-    ``mlflow`` and ``comparison_mlflow``: id and tracking address of the MLflow runs that a finished command had open.
-    The id is empty if there was none.
+    ``mlflow`` and ``comparison_mlflow``: id, experiment and tracking address of the MLflow runs that a finished command
+    had open. The id is empty if there was none.
     """
 
     def __init__(self) -> None:
@@ -103,7 +103,8 @@ class TrackingHooks:
         if self._tracker is None or self._comparison is None:
             return
         self.mlflow, self.comparison_mlflow = (
-            {"run_id": tracker.run_id or "", "uri": tracker.uri} for tracker in (self._tracker, self._comparison)
+            {"run_id": tracker.run_id or "", "uri": tracker.uri, "experiment_id": tracker.experiment_id}
+            for tracker in (self._tracker, self._comparison)
         )
         self._tracker.close("FINISHED")
         self._comparison.close("FINISHED")

@@ -42,7 +42,6 @@ class ComparisonTracker(MlflowWriter):
     def __init__(self, config: TrackingConfig, project: Path, command: str) -> None:
         super().__init__(config, project, command)
         self.run_id: str | None = None
-        self._experiment_id = ""
         self._children: set[str] = set()
 
     def open(self, plan: Mapping[str, Any]) -> None:
@@ -55,11 +54,11 @@ class ComparisonTracker(MlflowWriter):
             return
         with self._reported():
             client = self._connect()
-            self._experiment_id = self._experiment(client, EXPERIMENT.format(self._config.experiment))
+            self._open_experiment(client, EXPERIMENT.format(self._config.experiment))
             # The number of parallel cells changes no result.
             name = fingerprint({**plan, "comparison": {**plan["comparison"], "jobs": None}})
             found = client.search_runs(
-                [self._experiment_id],
+                [self.experiment_id],
                 f"tags.`{COMPARISON_TAG}` = '{name}'",
                 order_by=["attributes.start_time DESC"],
             )
@@ -68,7 +67,7 @@ class ComparisonTracker(MlflowWriter):
                 client.update_run(run.info.run_id, status="RUNNING")
             else:
                 tags = {COMPARISON_TAG: name, **self._source_tags()}
-                run = client.create_run(self._experiment_id, run_name=f"comparison-{name[:6]}", tags=tags)
+                run = client.create_run(self.experiment_id, run_name=f"comparison-{name[:6]}", tags=tags)
             self.run_id = run.info.run_id
             self._log_parameters(run, {"base": plan["base"], "comparison": plan["comparison"]})
             self._children = self._logged_cells()
@@ -147,7 +146,7 @@ class ComparisonTracker(MlflowWriter):
         found: set[str] = set()
         while True:
             page = client.search_runs(
-                [self._experiment_id], f"tags.`mlflow.parentRunId` = '{self.run_id}'", page_token=token
+                [self.experiment_id], f"tags.`mlflow.parentRunId` = '{self.run_id}'", page_token=token
             )
             found |= {run.data.tags[CELL_TAG] for run in page if CELL_TAG in run.data.tags}
             token = page.token
@@ -156,7 +155,7 @@ class ComparisonTracker(MlflowWriter):
 
     def _start(self, name: str, parent: str | None, tags: Mapping[str, str]) -> Run:
         tags = {"mlflow.parentRunId": str(parent), **tags}
-        return self._require().create_run(self._experiment_id, run_name=name, tags=tags)
+        return self._require().create_run(self.experiment_id, run_name=name, tags=tags)
 
     def _log_metrics(self, run_id: str, values: Mapping[str, float | None], step: int = 0) -> None:
         from mlflow.entities import Metric

@@ -51,9 +51,9 @@ class Tracker(MlflowWriter):
 
     def _find_or_start(self, description: Mapping[str, Any]) -> None:
         client = self._connect()
-        experiment = self._experiment(client, self._config.experiment)
+        self._open_experiment(client, self._config.experiment)
         found = client.search_runs(
-            [experiment],
+            [self.experiment_id],
             f"tags.`{FINGERPRINT_TAG}` = '{description['fingerprint']}'",
             order_by=["attributes.start_time DESC"],
         )
@@ -63,10 +63,10 @@ class Tracker(MlflowWriter):
             client.update_run(parent.info.run_id, status="RUNNING")
             self._remember(parent)
         else:
-            parent = self._start(experiment, description)
+            parent = self._start(description)
         self._log_parameters(parent, description["configuration"])
         self._runs = {"": parent.info.run_id}
-        self._open_site_runs(experiment, description)
+        self._open_site_runs(description)
 
     def saved(self, dataset: str, data: Any, filepath: Path | None) -> None:
         """Log a dataset that a node has saved, if it belongs to the run."""
@@ -96,7 +96,7 @@ class Tracker(MlflowWriter):
                 if site and (models / site).is_dir():
                     self._client.log_artifacts(run_id, str(models / site), "model")
 
-    def _start(self, experiment: str, description: Mapping[str, Any]) -> Any:
+    def _start(self, description: Mapping[str, Any]) -> Any:
         client = self._require()
         configuration = description["configuration"]
         federation, foundation = configuration["federation"], configuration["foundation"]
@@ -112,13 +112,13 @@ class Tracker(MlflowWriter):
             "fedsca.seed": str(configuration["run"]["seed"]),
             **self._source_tags(),
         }
-        return client.create_run(experiment, run_name=name, tags=tags)
+        return client.create_run(self.experiment_id, run_name=name, tags=tags)
 
-    def _open_site_runs(self, experiment: str, description: Mapping[str, Any]) -> None:
+    def _open_site_runs(self, description: Mapping[str, Any]) -> None:
         client = self._require()
         children = {
             run.data.tags[SITE_TAG]: run
-            for run in client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{self._runs['']}'")
+            for run in client.search_runs([self.experiment_id], f"tags.`mlflow.parentRunId` = '{self._runs['']}'")
         }
         for site, data in description["data"].items():
             if site in children:
@@ -132,7 +132,7 @@ class Tracker(MlflowWriter):
                     SITE_TAG: site,
                     DATA_TAG: data,
                 }
-                self._runs[site] = client.create_run(experiment, run_name=site, tags=tags).info.run_id
+                self._runs[site] = client.create_run(self.experiment_id, run_name=site, tags=tags).info.run_id
 
     def _remember(self, run: Run) -> None:
         for key in run.data.metrics:

@@ -47,11 +47,14 @@ class MlflowWriter:
         config: ``mlflow.yml``; the environment variable ``MLFLOW_TRACKING_URI`` takes precedence over its URI.
         project: the project's root; a relative SQLite path starts there.
         command: the command as typed, logged as a tag.
+
+    ``experiment_id``: that of the experiment in use; empty before a run is open.
     """
 
     def __init__(self, config: TrackingConfig, project: Path, command: str) -> None:
         self._config, self._project, self._command = config, project, command
         self._client: MlflowClient | None = None
+        self.experiment_id = ""
 
     @property
     def uri(self) -> str:
@@ -140,14 +143,16 @@ class MlflowWriter:
                 "make room there, or set enabled: false in mlflow.yml; then run the same command again to resume."
             ) from error
 
-    def _experiment(self, client: MlflowClient, name: str) -> str:
+    def _open_experiment(self, client: MlflowClient, name: str) -> None:
+        """Find or create the experiment, and remember its id."""
         found = client.get_experiment_by_name(name)
         if found is not None:
-            return str(found.experiment_id)
+            self.experiment_id = str(found.experiment_id)
+            return
         # Artifacts go beside a SQLite database; MLflow's default is the working directory.
         path = self.uri.removeprefix("sqlite:///")
         location = (Path(path).parent / "mlartifacts").as_uri() if path != self.uri else None
-        return str(client.create_experiment(name, artifact_location=location))
+        self.experiment_id = str(client.create_experiment(name, artifact_location=location))
 
     def _log_parameters(self, run: Run, configuration: Mapping[str, Any]) -> None:
         """Log the parameters that the run lacks: MLflow writes 100 at a time, and a command may be killed between."""
