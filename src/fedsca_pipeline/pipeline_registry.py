@@ -19,6 +19,7 @@ from fedsca_pipeline.pipelines.federated_training import pipeline as training_pi
 from fedsca_pipeline.pipelines.forget_site import pipeline as forget_pipeline
 from fedsca_pipeline.pipelines.foundation import pipeline as foundation_pipeline
 from fedsca_pipeline.pipelines.import_sites import pipeline as import_pipeline
+from fedsca_pipeline.pipelines.in_force import pipeline as in_force_pipeline
 from fedsca_pipeline.pipelines.preprocessing import pipeline as preprocessing_pipeline
 
 # Kedro does not tell the registry which data it asks for; a hook that sees the context sets both of these.
@@ -48,6 +49,7 @@ def register_pipelines() -> dict[str, Pipeline]:
     return {
         "import_sites": import_pipeline.create_pipeline(),
         "forget_site": forget_pipeline.create_pipeline(),
+        "in_force": in_force_pipeline.create_pipeline(),
         "demo_sites": demo,
         "data_report": demo + data_report_pipeline.create_pipeline(sites),
         "preprocessing": prepared,

@@ -1,0 +1,1 @@
+"""The parameters in force, for DVC."""
