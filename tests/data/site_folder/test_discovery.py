@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsca_pipeline.data.site_folder.discovery import DEMO_SITES, discover_sites, fingerprint_site
+from fedsca_pipeline.data.site_folder.discovery import DEMO_SITES, discover_sites, fingerprint_site, leads_out
 from fedsca_pipeline.errors import DataError
 
 
@@ -140,3 +140,37 @@ def test_digests_that_are_known_already_are_not_computed_again(tmp_path: Path) -
 
     assert fingerprint_site(tmp_path, "north", digests) == expected
     assert fingerprint_site(tmp_path, "north", {**digests, "images/a.png": "0" * 64}) != expected
+
+
+def test_links_into_the_project_s_own_dvc_cache_are_followed_and_no_others(tmp_path: Path) -> None:
+    site, cached = tmp_path / "data" / "01_raw" / "north", tmp_path / ".dvc" / "cache" / "files" / "md5" / "ab" / "cd"
+    for path in (cached, tmp_path / ".dvc" / "config.local", tmp_path / "other" / ".dvc" / "cache" / "x"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("content")
+    (site / "images").mkdir(parents=True)
+    (site / "images" / "plain.png").write_text("content")
+    plain = fingerprint_site(site.parent, "north")
+    (site / "images" / "plain.png").unlink()
+    links = {
+        "plain.png": cached,
+        "key.png": tmp_path / ".dvc" / "config.local",
+        "o.png": tmp_path / "other/.dvc/cache/x",
+    }
+
+    for name, target in links.items():
+        (site / "images" / name).symlink_to(target)
+
+    assert [name for name in links if leads_out(site / "images" / name, site)] == ["key.png", "o.png"]
+    for name in ("key.png", "o.png"):
+        (site / "images" / name).unlink()
+    assert fingerprint_site(site.parent, "north") == plain
+
+
+def test_a_dvc_folder_within_a_site_makes_no_cache_of_what_lies_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "secret.png").touch()
+    (tmp_path / "north" / ".dvc").mkdir(parents=True)
+    (tmp_path / "north" / ".dvc" / "cache").symlink_to(tmp_path / "store")
+    (tmp_path / "north" / "a.png").symlink_to(tmp_path / "store" / "secret.png")
+
+    assert leads_out(tmp_path / "north" / "a.png", tmp_path / "north")

@@ -89,9 +89,17 @@ def is_own_file(path: Path, home: Path) -> bool:
 
 
 def leads_out(path: Path, home: Path) -> bool:
-    """Return whether a path in ``home`` is a link to something outside; a broken link within is not."""
+    """Return whether a path in ``home`` is a link to something outside; a broken link within is not.
+
+    The cache of the DVC project that ``home`` lies in is not outside: ``dvc add`` may replace files by links to it.
+    """
+    if not path.is_symlink():
+        return False
     # Path.resolve raises on a link that leads to itself.
-    return path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(home))
+    target, inside = Path(os.path.realpath(path)), Path(os.path.realpath(home))
+    project = next((parent for parent in inside.parents if (parent / ".dvc").is_dir()), None)
+    cache = inside if project is None else Path(os.path.realpath(project / ".dvc" / "cache"))
+    return not target.is_relative_to(inside) and not target.is_relative_to(cache)
 
 
 def _files(folder: Path) -> Iterator[str]:
