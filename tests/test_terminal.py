@@ -160,7 +160,7 @@ def test_printing_the_result_does_not_import_pandas() -> None:
 def test_the_data_report_s_table_fits_80_columns_and_shows_the_refusals(capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     counts = {"used": 1234, "broken": 12, "subjects": 400, "train": 800, "validation": 134, "test": 300}
-    site = {"counts": counts, "refusals": [], "near_duplicates": 3, "warnings": 7}
+    site = {"counts": counts, "refusals": [], "alerts": ["look [here]"], "near_duplicates": 3, "warnings": 7}
     refused = {**site, "refusals": ["12 files [of many] cannot be used"]}
 
     show_data_report({"summit_ultrasound": site, "b_hospital": refused}, "data/index.html")
@@ -170,4 +170,5 @@ def test_the_data_report_s_table_fits_80_columns_and_shows_the_refusals(capsys, 
     assert any(line.split()[:3] == ["summit_ultrasound", "yes", "1234"] for line in lines)
     assert any(line.split()[:2] == ["b_hospital", "no"] for line in lines)
     assert "b_hospital: 12 files [of many] cannot be used" in lines
+    assert "summit_ultrasound: look [here]" in lines
     assert "Data report: data/index.html" in lines

@@ -204,7 +204,7 @@ def show_forgotten(
 
 
 def show_data_report(sites: Mapping[str, Mapping[str, Any]], page: str) -> None:
-    """Print one row per site (``data_report.across.across_sites``), the refusals and the page's path."""
+    """Print one row per site (``data_report.across.across_sites``), the refusals, the alerts and the page's path."""
     console = Console()
     view = Table(
         title="Sites", title_justify="left", box=box.SIMPLE, pad_edge=False, show_edge=False, collapse_padding=True
@@ -226,6 +226,6 @@ def show_data_report(sites: Mapping[str, Mapping[str, Any]], page: str) -> None:
         )
     console.print(view)
     for site, row in sites.items():
-        for refusal in row["refusals"]:
-            console.print(f"{site}: {refusal}", markup=False, highlight=False)
+        for text in (*row["refusals"], *row["alerts"]):
+            console.print(f"{site}: {text}", markup=False, highlight=False)
     console.print(f"Data report: {page}", highlight=False, soft_wrap=True, markup=False)

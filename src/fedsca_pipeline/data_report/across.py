@@ -21,7 +21,7 @@ def across_sites(facts: Sequence[Mapping[str, Any]], threshold: int, passed_over
         passed_over: folders beside the sites that contain neither ``images/`` nor ``masks/``.
 
     Returns:
-        JSON-able: ``refused`` (site names), ``sites`` (``counts``, ``refusals`` and numbers of findings of each),
+        JSON-able: ``refused`` (site names), ``sites`` (``counts``, ``refusals``, ``alerts`` and numbers of findings),
         ``near_duplicates`` and ``shared_subjects`` between sites, ``passed_over``.
     """
     return {
@@ -74,6 +74,7 @@ def _summary(site: Mapping[str, Any]) -> dict[str, Any]:
         "counts": site["counts"],
         "refusals": site["refusals"],
         "warnings": len(site["warnings"]),
+        "alerts": site["alerts"],
         "near_duplicates": len(site["near_duplicates"]),
         "near_duplicates_across_splits": sum(group["across_splits"] for group in site["near_duplicates"]),
         "torn_subjects": len(site["torn_subjects"]),

@@ -528,3 +528,25 @@ def test_the_benchmarks_counts_come_out_on_the_nuclei_sites(nuclei_root: Path) -
 
     assert [counts["tissue_white_320"][name] for name in ("validation", "test", "train", "unused")] == [6, 12, 20, 0]
     assert [counts["fluo_256"][name] for name in ("validation", "test", "train", "unused")] == [12, 30, 32, 38]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".tif"])
+def test_tags_of_image_and_mask_that_differ_are_told(raw: Path, suffix: str, caplog: pytest.LogCaptureFixture) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for number in range(10):
+        turned = raw / SITE / "images" / f"p{number // 2}_{number}.png"
+        turned.unlink()
+        Image.fromarray(scan(number)).save(turned.with_suffix(suffix), exif=exif)
+    told = "its Orientation tag is 3, that of its mask 1; each is turned by its own tag"
+
+    report = prepare(raw).report
+
+    assert f"images/p0_0{suffix}: {told}" in "\n".join(report["warnings"])
+    (alert,) = report["alerts"]
+    assert alert.startswith(f"10 files (images/p0_0{suffix}, images/p0_1{suffix}, images/p1_2{suffix}, ...): {told}")
+    assert f"{SITE}: {alert}" in caplog.messages
+
+
+def test_a_site_whose_files_agree_has_no_alerts(raw: Path) -> None:
+    assert prepare(raw).report["alerts"] == []

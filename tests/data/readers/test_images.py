@@ -16,7 +16,7 @@ from PIL import Image
 
 from fedsca_pipeline.data.readers import images as readers
 from fedsca_pipeline.data.readers.common import BrokenSampleError, split_name
-from fedsca_pipeline.data.readers.images import read_image, read_mask
+from fedsca_pipeline.data.readers.images import orientation_of, read_image, read_mask
 
 RNG = np.random.default_rng(7)
 GREY = RNG.integers(0, 256, (12, 17), dtype=np.uint8)
@@ -278,3 +278,105 @@ def test_an_animation_is_refused_and_a_still_gif_is_read(tmp_path: Path) -> None
     np.testing.assert_array_equal(read_image(still), np.repeat(GREY[..., None], 3, axis=2))
     with pytest.raises(BrokenSampleError, match="an animation of 2 frames"):
         read_image(moving)
+
+
+# Each Orientation tag, and the image that stored pixels with it show.
+TURNS = {
+    1: lambda pixels: pixels,
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+STORED = {
+    "grey": Image.fromarray(GREY),
+    "16 bit grey": Image.fromarray(DEEP),
+    "1 bit": Image.fromarray(LABELS > 1),
+    "rgb": Image.fromarray(COLOUR),
+    "rgba": Image.merge("RGBA", [*Image.fromarray(COLOUR).split(), Image.fromarray(GREY)]),
+    "palette": Image.fromarray(LABELS).convert("P"),
+}
+COMPRESSIONS = (None, "tiff_lzw", "tiff_adobe_deflate", "packbits")
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("kind", STORED)
+def test_a_tiff_is_turned_by_its_tag_whatever_its_pixels_and_compression(
+    tmp_path: Path, kind: str, compression: str | None, orientation: int
+) -> None:
+    image, plain, turned = STORED[kind], tmp_path / "plain.tif", tmp_path / "turned.tif"
+    image.save(plain)
+    image.save(turned, compression=compression, tiffinfo={0x0112: orientation})
+
+    np.testing.assert_array_equal(read_image(turned), TURNS[orientation](read_image(plain)))
+    assert orientation_of(turned) == orientation
+    if kind in ("grey", "16 bit grey", "1 bit", "palette"):
+        np.testing.assert_array_equal(read_mask(turned), TURNS[orientation](read_mask(plain)))
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"photometric": "rgb", "planarconfig": "separate"},
+        {"photometric": "rgb", "planarconfig": "separate", "compression": "deflate", "tile": (16, 16)},
+        {"photometric": "miniswhite"},
+    ],
+)
+def test_planes_tiles_and_white_is_zero_are_turned_too(tmp_path: Path, layout: dict, orientation: int) -> None:
+    path, planes = tmp_path / "a.tif", layout["photometric"] == "rgb"
+    stored = np.ascontiguousarray(np.moveaxis(COLOUR, -1, 0)) if planes else 255 - GREY
+    tifffile.imwrite(path, stored, extratags=[(274, 3, 1, orientation, False)], **layout)
+
+    np.testing.assert_array_equal(read_image(path), TURNS[orientation](COLOUR if planes else GREY))
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_the_orientation_in_a_tiffs_xmp_counts_without_a_tag(tmp_path: Path, compression: str | None) -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    Image.fromarray(GREY).save(tmp_path / "a.tif", compression=compression, tiffinfo={700: xmp})
+
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), TURNS[6](GREY))
+    assert orientation_of(tmp_path / "a.tif") == 6
+
+
+@pytest.mark.parametrize("tag", [0, 9, 700])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_an_orientation_that_does_not_exist_turns_nothing(tmp_path: Path, compression: str | None, tag: int) -> None:
+    path = tmp_path / "a.tif"
+    Image.fromarray(GREY).save(path, compression=compression, tiffinfo={0x0112: 3})
+    entry = struct.pack("<HHI", 0x0112, 3, 1)
+    assert entry + b"\3" in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(entry + b"\3\0", entry + struct.pack("<H", tag)))
+
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), GREY)
+    assert orientation_of(tmp_path / "a.tif") == 1
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("place", ["exif", "exif behind the pixels", "xmp"])
+@pytest.mark.parametrize("depth", [8, 16])
+def test_a_png_is_turned_by_its_exif_or_xmp(tmp_path: Path, depth: int, place: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    kind, body = b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")
+    if place == "xmp":
+        text = f'<rdf:Description tiff:Orientation="{orientation}"/>'.encode()
+        kind, body = b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + text
+    chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    pixels = RNG.integers(0, 65_536, (9, 11, 3), dtype=np.uint16) if depth == 16 else COLOUR
+    path = tmp_path / "a.png"
+    if depth == 16:
+        path.write_bytes(png(pixels))
+    else:
+        Image.fromarray(pixels).save(path)
+    stored = path.read_bytes()
+    cut = len(stored) - 12 if place == "exif behind the pixels" else 33
+    path.write_bytes(stored[:cut] + chunk + stored[cut:])
+
+    np.testing.assert_array_equal(read_image(path), TURNS[orientation](pixels))
+    assert orientation_of(path) == orientation

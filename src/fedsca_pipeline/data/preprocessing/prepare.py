@@ -90,16 +90,18 @@ def prepare_site(
         manifest = _manifest(site, samples, selection)
         arrays = writer.finish(rows, manifest)
     report = site_report(raw, site, found, samples, broken, selection, site_file, config, seed)
-    _log_outcome(site, report["counts"]["used"], broken)
+    _log_outcome(site, report["counts"]["used"], broken, selection.alerts)
     return PreparedSite(manifest, arrays, report)
 
 
-def _log_outcome(site: str, used: int, broken: Sequence[Broken]) -> None:
+def _log_outcome(site: str, used: int, broken: Sequence[Broken], alerts: Sequence[str]) -> None:
     logger.info("%s: %d images, %d broken", site, used, len(broken))
     for fault in by_fault(broken):
         logger.warning("%s: %s: %s (left out; %s)", site, fault.file, fault.reason, fault.cure)
     if broken:
         logger.warning("%s: each file is listed in the site's report.json below 02_intermediate", site)
+    for alert in alerts:
+        logger.warning("%s: %s", site, alert)
 
 
 def _array_rows(samples: Sequence[Sample], selection: Selection) -> list[int]:

@@ -61,6 +61,7 @@ def site_report(
         "hashed_names": site_file.hashed_names,
         "broken": [entry.as_dict() for entry in broken],
         "warnings": selection.warnings,
+        "alerts": selection.alerts,
     }
 
 

@@ -17,7 +17,7 @@ from fedsca_pipeline.data.preprocessing.labels import occurrences, read_classes,
 from fedsca_pipeline.data.preprocessing.slices import VolumeSlices
 from fedsca_pipeline.data.readers.common import BrokenSampleError
 from fedsca_pipeline.data.readers.decoding import decode_limits
-from fedsca_pipeline.data.readers.images import read_image
+from fedsca_pipeline.data.readers.images import orientation_of, read_image
 from fedsca_pipeline.data.readers.volumes import is_volume, read_volume
 from fedsca_pipeline.data.site_folder.label_rule import LabelRule
 from fedsca_pipeline.data.site_folder.pairing import Broken, Pair
@@ -35,7 +35,8 @@ class Sample:
     ``original`` is height and width, ``fitted`` height and width in the arrays, ``intensity`` the raw extremes,
     ``values`` a few raw values from all over the image, float32. ``class_pixels`` counts raw pixels of the classes
     0..K. ``planes`` lists the classes of 1..K in each resized slice of the mask; a flat image is one slice. ``spacing``
-    of a volume is mm from slice to slice, row to row and column to column.
+    of a volume is mm from slice to slice, row to row and column to column. ``alerts`` are warnings that the terminal
+    shows too: labels may lie elsewhere, or millimetres be wrong.
     """
 
     pair: Pair
@@ -53,6 +54,7 @@ class Sample:
     class_pixels: np.ndarray
     planes: tuple[tuple[int, ...], ...]
     warnings: list[str]
+    alerts: list[str]
     spacing: tuple[float, float, float] | None = None
 
     @property
@@ -107,6 +109,7 @@ def _read(folder: Path, site_file: SiteFile, config: PreprocessingConfig, pair: 
             "label_map": label_map,
             "sha256": sha256_path(files[0]),
             "mask_sha256": sha256_path(files[1]),
+            "alerts": kind.alerts(files, image),
             "class_pixels": occurrences(mask, range(config.classes + 1)),
         }
         return kind.sample(image, mask, described, config)
@@ -132,6 +135,16 @@ def _flat_mask(path: Path, image: np.ndarray, rule: LabelRule, classes: int) -> 
             "export both at one size and orientation",
         )
     return mask, label_map
+
+
+def _flat_alerts(files: tuple[Path, Path], _image: np.ndarray) -> list[str]:
+    image, mask = map(orientation_of, files)
+    if image == mask:
+        return []
+    return [
+        f"its Orientation tag is {image}, that of its mask {mask}; each is turned by its own tag, so see in the data "
+        "report that the labels lie on the image"
+    ]
 
 
 def _flat_sample(
@@ -161,6 +174,10 @@ def _slices(path: Path, config: PreprocessingConfig) -> VolumeSlices:
 
 def _volume_mask(path: Path, slices: VolumeSlices, rule: LabelRule, classes: int) -> tuple[np.ndarray, dict[str, int]]:
     return read_volume_classes(path, slices.volume, rule, classes)
+
+
+def _volume_alerts(_files: tuple[Path, Path], _slices: VolumeSlices) -> list[str]:
+    return []
 
 
 def _volume_sample(
@@ -210,15 +227,17 @@ def _lost(class_pixels: np.ndarray, occurring: Iterable[Sequence[int]], side: in
 
 @dataclass(frozen=True)
 class _Kind:
-    """Functions for flat images, or for volumes: read the image, read its mask as classes, make the sample.
+    """Functions for flat images, or for volumes: read the image, read its mask as classes, doubt, make the sample.
 
-    ``read_mask`` receives the mask's file, and the image that ``read_image`` returned.
+    ``read_mask`` receives the mask's file, and the image that ``read_image`` returned. ``alerts`` receives both files,
+    and the image.
     """
 
     read_image: Callable[[Path, PreprocessingConfig], Any]
     read_mask: Callable[[Path, Any, LabelRule, int], tuple[np.ndarray, dict[str, int]]]
+    alerts: Callable[[tuple[Path, Path], Any], list[str]]
     sample: Callable[[Any, np.ndarray, Mapping[str, Any], PreprocessingConfig], tuple[Sample, Planes]]
 
 
-_FLAT = _Kind(_flat_image, _flat_mask, _flat_sample)
-_VOLUME = _Kind(_slices, _volume_mask, _volume_sample)
+_FLAT = _Kind(_flat_image, _flat_mask, _flat_alerts, _flat_sample)
+_VOLUME = _Kind(_slices, _volume_mask, _volume_alerts, _volume_sample)

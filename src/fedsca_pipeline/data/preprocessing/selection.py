@@ -16,7 +16,7 @@ from fedsca_pipeline.data.preprocessing.samples import Sample
 from fedsca_pipeline.data.preprocessing.slices import choose_slices
 from fedsca_pipeline.data.preprocessing.split import draw_split, split_targets
 from fedsca_pipeline.data.readers.common import split_name
-from fedsca_pipeline.data.site_folder.pairing import Broken, list_faults
+from fedsca_pipeline.data.site_folder.pairing import Broken, by_fault, list_faults
 from fedsca_pipeline.data.site_folder.site_file import SiteFile
 from fedsca_pipeline.errors import DataError, counted
 from fedsca_pipeline.files import fingerprint
@@ -28,8 +28,8 @@ class Selection:
 
     ``rows`` are the samples to use, in order. ``splits`` is by image path, empty if no split can be drawn. ``planes``,
     by image path, are the slices that stay in the arrays: a training volume drops some empty slices. ``settings`` is
-    the fingerprint of the split settings; ``drawn`` is new, kept or anew. ``refusals`` are the reasons, each with its
-    cure, in order of importance.
+    the fingerprint of the split settings; ``drawn`` is new, kept or anew. ``alerts`` are the warnings that the terminal
+    shows too, one per kind. ``refusals`` are the reasons, each with its cure, in order of importance.
     """
 
     rows: list[int]
@@ -38,6 +38,7 @@ class Selection:
     settings: str
     drawn: str
     warnings: list[str]
+    alerts: list[str]
     refusals: list[str]
 
 
@@ -53,7 +54,7 @@ def select_samples(
     """Return the selection: copies across subjects are dropped and added to ``broken``, and splits are drawn."""
     settings = fingerprint(_split_settings(site, config, seed, site_file))
     previous, drawn, warnings = _previous(previous_manifest, settings)
-    warnings += [f"{sample.pair.image}: {warning}" for sample in samples for warning in sample.warnings]
+    warnings += [f"{sample.pair.image}: {text}" for sample in samples for text in sample.warnings + sample.alerts]
     rows, copies = _drop_copies(samples, set(previous["image"]), broken)
     kept = [samples[row] for row in rows]
     warnings += copies + _unused_subjects(site_file, kept, broken)
@@ -66,7 +67,13 @@ def select_samples(
         except DataError as error:
             refusals.append(str(error))
     planes = {sample.pair.image: _planes_to_keep(site, sample, splits, config, seed) for sample in kept}
-    return Selection(rows, splits, planes, settings, drawn, warnings, refusals)
+    return Selection(rows, splits, planes, settings, drawn, warnings, _alerts(kept), refusals)
+
+
+def _alerts(samples: Sequence[Sample]) -> list[str]:
+    """Return the samples' alerts, one line per kind, with the first images."""
+    alerts = [Broken(sample.pair.image, alert, "") for sample in samples for alert in sample.alerts]
+    return [f"{alike.file}: {alike.reason}" for alike in by_fault(alerts)]
 
 
 def _planes_to_keep(

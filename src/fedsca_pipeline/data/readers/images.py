@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from fedsca_pipeline.data.readers.common import (
     COPY_AGAIN,
@@ -24,14 +26,17 @@ from fedsca_pipeline.data.readers.common import (
 )
 from fedsca_pipeline.data.readers.decoding import in_child
 
+if TYPE_CHECKING:
+    from tifffile import TiffPage
+
 _MAX_BYTES = 6 * MAX_PIXELS
 
 
 def read_image(path: Path) -> np.ndarray:
     """Read an image as [H, W] (grey) or [H, W, 3] (RGB), in the file's own number type.
 
-    Alpha is dropped, palettes become colours, and the EXIF orientation of a photograph is applied: its mask has to be
-    drawn on the upright image.
+    Alpha is dropped, palettes become colours, and the Orientation tag (EXIF, XMP or TIFF) is applied: the mask of a
+    photograph has to be drawn on the upright image.
 
     Raises:
         BrokenSampleError: unreadable, of no known format, without pixels, or with NaN or infinite values.
@@ -46,6 +51,8 @@ def read_image(path: Path) -> np.ndarray:
 
 def read_mask(path: Path) -> np.ndarray:
     """Read a mask as integers [H, W]: grey values or palette indices, as stored, before any label map.
+
+    The Orientation tag is applied, as to an image.
 
     Raises:
         BrokenSampleError: unreadable, JPEG (its compression alters labels), coloured, or not of whole numbers.
@@ -63,6 +70,20 @@ def read_mask(path: Path) -> np.ndarray:
             )
         pixels = pixels[..., 0]
     return whole_numbers(pixels)
+
+
+def orientation_of(path: Path) -> int:
+    """Return the Orientation tag of a readable image or mask, 1 to 8; 1, upright, without a tag."""
+    import tifffile
+
+    if READERS[split_name(path.name)[1]] is _read_tiff:
+        with tifffile.TiffFile(path) as file:
+            return _tiff_orientation(file.pages.first)
+    # Pillow decodes a PNG to look for tags behind its pixels, which is slow.
+    if path.suffix.lower() == ".png" and not re.search(b"(?i)exif|xmp", path.read_bytes()):
+        return 1
+    with Image.open(path) as image:
+        return _valid(image.getexif().get(ExifTags.Base.Orientation))
 
 
 def _read(path: Path, *, labels: bool) -> np.ndarray:
@@ -128,6 +149,7 @@ def _read_png_16bit_colour(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             tile = image.tile[0]
             image.tile = [tile._replace(args=rawmode(str(tile.args)))]
+            ImageOps.exif_transpose(image, in_place=True)
             return np.array(image).astype(np.uint16)
 
     with Image.open(path) as image:
@@ -141,7 +163,7 @@ def _read_png_16bit_colour(path: Path) -> np.ndarray:
 
 
 def _read_tiff(path: Path, labels: bool) -> np.ndarray:
-    """Read a TIFF of one page. Its Orientation tag is not applied; white-is-zero files are inverted as viewers do."""
+    """Read a TIFF of one page, upright; white-is-zero files are inverted as viewers do."""
     import tifffile
 
     with tifffile.TiffFile(path) as file:
@@ -165,12 +187,34 @@ def _read_tiff(path: Path, labels: bool) -> np.ndarray:
         pixels = page.asarray()
         if page.axes == "SYX":
             pixels = np.moveaxis(pixels, 0, -1)
+        pixels = _upright(pixels, _tiff_orientation(page))
         if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
             return ~pixels if pixels.dtype == bool else (2**page.bitspersample - 1) - pixels
         if page.photometric == tifffile.PHOTOMETRIC.PALETTE and not labels:
             colours: np.ndarray = np.asarray(page.colormap)
             return np.moveaxis((colours >> 8).astype(np.uint8)[:, pixels], 0, -1)
         return pixels
+
+
+def _tiff_orientation(page: TiffPage) -> int:
+    """Return the Orientation tag of a page, else that of its XMP, as Pillow does."""
+    if (tag := page.tags.valueof("Orientation")) is not None:
+        return _valid(tag)
+    xmp = page.tags.valueof("XMP")
+    found = re.search(rb'tiff:Orientation(?:="|>)([0-9])', xmp) if isinstance(xmp, bytes) else None
+    return _valid(found and int(found[1]))
+
+
+def _valid(orientation: object) -> int:
+    return orientation if isinstance(orientation, int) and orientation in range(1, 9) else 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Return [H, W] or [H, W, C] with its first row at the top and its first column at the left."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    rows, columns = (slice(None, None, -1 if orientation in turned else 1) for turned in ((3, 4, 7, 8), (2, 3, 6, 7)))
+    return np.ascontiguousarray(pixels[rows, columns])
 
 
 def _drop_alpha(pixels: np.ndarray) -> np.ndarray:
