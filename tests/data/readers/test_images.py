@@ -16,7 +16,7 @@ from PIL import Image
 
 from fedsca_pipeline.data.readers import images as readers
 from fedsca_pipeline.data.readers.common import BrokenSampleError, split_name
-from fedsca_pipeline.data.readers.images import orientation_of, read_image, read_mask
+from fedsca_pipeline.data.readers.images import orientation_of, read_image, read_mask, read_mask_colours
 
 RNG = np.random.default_rng(7)
 GREY = RNG.integers(0, 256, (12, 17), dtype=np.uint8)
@@ -380,3 +380,73 @@ def test_a_png_is_turned_by_its_exif_or_xmp(tmp_path: Path, depth: int, place: s
 
     np.testing.assert_array_equal(read_image(path), TURNS[orientation](pixels))
     assert orientation_of(path) == orientation
+
+
+ALPHA = np.where(LABELS > 0, 255, 0).astype(np.uint8)
+
+
+def save_alpha(path: Path, grey: np.ndarray, mode: str) -> None:
+    """Save a mask of constant grey or colour, with ``ALPHA``, in one of the forms that editors export."""
+    if mode == "16 bit":
+        path.write_bytes(png(np.stack([grey, grey, grey, ALPHA], axis=-1).astype(np.uint16)))
+    elif mode == "16 bit grey":
+        path.write_bytes(png(np.stack([grey, ALPHA], axis=-1).astype(np.uint16)))
+    elif mode == "palette":
+        image = Image.fromarray(LABELS).convert("P")
+        image.putpalette([9] * 9)
+        image.save(path, transparency=bytes([0, 255, 255]))
+    elif mode.startswith("planes"):
+        planes = np.stack([grey, grey, grey, ALPHA])
+        tifffile.imwrite(path, planes, photometric="rgb", planarconfig="separate", extrasamples=("unassalpha",))
+    else:
+        colours = [Image.fromarray(grey)] * (len(mode) - 1)
+        compression = {"compression": "tiff_lzw"} if path.stem == "lzw" else {}
+        Image.merge(mode, [*colours, Image.fromarray(ALPHA)]).save(path, **compression)
+
+
+@pytest.mark.parametrize("value", [0, 1, 255])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("a.png", "RGBA"),
+        ("a.png", "LA"),
+        ("a.png", "16 bit"),
+        ("a.png", "16 bit grey"),
+        ("a.tif", "RGBA"),
+        ("a.tif", "LA"),
+        ("lzw.tif", "RGBA"),
+        ("lzw.tif", "LA"),
+        ("a.tif", "planes"),
+    ],
+)
+def test_a_mask_with_its_label_in_the_alpha_channel_is_refused(
+    tmp_path: Path, name: str, mode: str, value: int
+) -> None:
+    save_alpha(tmp_path / name, np.full_like(GREY, value), mode)
+
+    for read in (read_mask, read_mask_colours):
+        with pytest.raises(BrokenSampleError, match="the label is in the alpha channel; save it as grey"):
+            read(tmp_path / name)
+    assert read_image(tmp_path / name).max() == value
+
+
+def test_a_palette_of_one_colour_with_a_varying_alpha_is_no_colour_mask(tmp_path: Path) -> None:
+    save_alpha(tmp_path / "a.png", GREY, "palette")
+
+    with pytest.raises(BrokenSampleError, match="alpha channel"):
+        read_mask_colours(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.png"), LABELS)
+
+
+@pytest.mark.parametrize("alpha", [ALPHA, np.full_like(ALPHA, 255)])
+def test_a_mask_of_several_colours_may_have_an_alpha_channel(tmp_path: Path, alpha: np.ndarray) -> None:
+    layers = [Image.fromarray(LABELS)] * 3
+    Image.merge("RGBA", [*layers, Image.fromarray(alpha)]).save(tmp_path / "a.png")
+
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.png"), LABELS)
+
+
+def test_an_empty_mask_of_one_alpha_is_read(tmp_path: Path) -> None:
+    Image.new("RGBA", (5, 4), (0, 0, 0, 255)).save(tmp_path / "a.png")
+
+    assert not read_mask(tmp_path / "a.png").any()

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedsca_pipeline.data.preprocessing.labels import listed, look_up, packed
 from fedsca_pipeline.data.readers.common import LOSSY, BrokenSampleError, split_name
-from fedsca_pipeline.data.readers.images import read_image, read_mask
+from fedsca_pipeline.data.readers.images import read_mask, read_mask_colours
 from fedsca_pipeline.data.readers.volume import Volume
 from fedsca_pipeline.data.readers.volumes import read_volume_mask
 from fedsca_pipeline.data.site_folder.label_rule import colour_of, number_of
@@ -51,7 +51,7 @@ def two_values() -> Label:
 
 def coloured() -> Label:
     """Return a label for kinds in colours on black: foreground is any channel of at least half the largest value."""
-    return from_files(lambda path, _: _upper_half(_brightest(read_image(path))))
+    return from_files(lambda path, _: _upper_half(_brightest(read_mask_colours(path))))
 
 
 def objects() -> Label:
@@ -63,7 +63,7 @@ def seen_values(classes: Mapping[int, int]) -> Label:
     """Return a label by grey value, with palettes resolved and equal colour channels as one; keys of ``classes``."""
 
     def read(path: Path, image: Image) -> np.ndarray:
-        return to_classes(_numbers(path, image) if _solid(image) else _one_channel(read_image(path)), classes)
+        return to_classes(_numbers(path, image) if _solid(image) else _one_channel(read_mask_colours(path)), classes)
 
     return from_files(read)
 
@@ -76,7 +76,7 @@ def stored_values(classes: Mapping[int, int]) -> Label:
 def colours(classes: Mapping[str, int]) -> Label:
     """Return a label by colour ``#rrggbb`` of 8 bit channels; keys of ``classes``, and unnamed black is background."""
     named = {0: 0, **{number_of(colour): number for colour, number in classes.items()}}
-    return from_files(lambda path, _: to_classes(packed(read_image(path)), named, write=colour_of))
+    return from_files(lambda path, _: to_classes(packed(read_mask_colours(path)), named, write=colour_of))
 
 
 def file_a_class(endings: Mapping[str, int]) -> Label:
@@ -85,7 +85,7 @@ def file_a_class(endings: Mapping[str, int]) -> Label:
     Every class needs its file, if only an empty one.
     """
 
-    half = from_files(lambda path, _: _upper_half(_grey(read_image(path))))
+    half = from_files(lambda path, _: _upper_half(_grey(read_mask_colours(path))))
 
     def label(paths: tuple[Path, ...], image: Image) -> np.ndarray:
         mask = _nothing(image)
@@ -168,7 +168,7 @@ def _one_value(path: Path, image: Image) -> np.ndarray:
 
 
 def _black_or_white(path: Path) -> np.ndarray:
-    grey = _grey(read_image(path))
+    grey = _grey(read_mask_colours(path))
     mask = _upper_half(grey)
     # Compression makes a black mask slightly grey.
     if not mask.any() and grey.any() and split_name(path.name)[1] not in LOSSY:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedsca_pipeline.data.preprocessing.geometry import ByteCounts
 from fedsca_pipeline.data.readers.common import BrokenSampleError, refuse_lossy_mask
-from fedsca_pipeline.data.readers.images import read_image, read_mask
+from fedsca_pipeline.data.readers.images import read_mask, read_mask_colours
 from fedsca_pipeline.data.readers.volume import Volume
 from fedsca_pipeline.data.readers.volumes import read_volume_mask
 from fedsca_pipeline.data.site_folder.label_rule import LabelRule, colour_of, number_of
@@ -55,10 +55,10 @@ def read_classes(path: Path, rule: LabelRule, classes: int) -> tuple[np.ndarray,
         BrokenSampleError: the file cannot be read as a mask, or a value or colour in it has no class in 0..``classes``.
     """
     if rule.threshold is not None:
-        return by_threshold(read_image(path), rule.threshold)
+        return by_threshold(read_mask_colours(path), rule.threshold)
     if rule.colours:
         refuse_lossy_mask(path)
-        pixels = read_image(path)
+        pixels = read_mask_colours(path)
         if pixels.ndim == 3 or not rule.numbers:
             return by_colour(pixels, rule.colours, classes)
     return by_number(read_mask(path), rule.numbers, classes)

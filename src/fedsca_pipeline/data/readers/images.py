@@ -41,12 +41,26 @@ def read_image(path: Path) -> np.ndarray:
     Raises:
         BrokenSampleError: unreadable, of no known format, without pixels, or with NaN or infinite values.
     """
-    pixels = _read(path, labels=False)
+    return _image(_read(path, labels=False))
+
+
+def _image(pixels: np.ndarray) -> np.ndarray:
     if pixels.ndim == 3:
         pixels = _drop_alpha(pixels)
     if pixels.dtype == bool:
         return pixels.astype(np.uint8) * np.uint8(255)
     return finite_values(pixels)
+
+
+def read_mask_colours(path: Path) -> np.ndarray:
+    """Read a mask whose colours or grey values mean something, as ``read_image`` reads an image.
+
+    Raises:
+        BrokenSampleError: as of ``read_image``, or the label is in the alpha channel.
+    """
+    pixels = _read(path, labels=False)
+    _refuse_label_in_alpha(pixels)
+    return _image(pixels)
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -55,10 +69,12 @@ def read_mask(path: Path) -> np.ndarray:
     The Orientation tag is applied, as to an image.
 
     Raises:
-        BrokenSampleError: unreadable, JPEG (its compression alters labels), coloured, or not of whole numbers.
+        BrokenSampleError: unreadable, JPEG (its compression alters labels), coloured, not of whole numbers, or with its
+            label in the alpha channel.
     """
     refuse_lossy_mask(path)
     pixels = _read(path, labels=True)
+    _refuse_label_in_alpha(pixels)
     if pixels.ndim == 3:
         pixels = _drop_alpha(pixels)
     if pixels.ndim == 3:
@@ -131,11 +147,11 @@ def _read_pillow(path: Path, labels: bool) -> np.ndarray:
 
 
 def _plain(image: Image.Image, labels: bool) -> Image.Image:
-    if image.mode in _ARRAY_MODES or (labels and image.mode == "P"):
+    if image.mode in _ARRAY_MODES or (labels and image.mode in ("P", "PA")):
         return image
-    if labels and image.mode == "PA":
-        return image.getchannel(0)
-    return image.convert("RGB")
+    if image.mode == "La":
+        return image.convert("LA")
+    return image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
 
 
 def _read_png_16bit_colour(path: Path) -> np.ndarray:
@@ -156,7 +172,7 @@ def _read_png_16bit_colour(path: Path) -> np.ndarray:
         grey = image.tile[0].args == "LA;16B"
     if grey:
         values = decode(lambda _: "RGBA")
-        pixels: np.ndarray = values[..., 0] << 8 | values[..., 1]
+        pixels: np.ndarray = values[..., ::2] << 8 | values[..., 1::2]
     else:
         pixels = decode(lambda mode: mode) << 8 | decode(lambda mode: mode.replace("16B", "16L"))
     return pixels
@@ -215,6 +231,13 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
         pixels = pixels.swapaxes(0, 1)
     rows, columns = (slice(None, None, -1 if orientation in turned else 1) for turned in ((3, 4, 7, 8), (2, 3, 6, 7)))
     return np.ascontiguousarray(pixels[rows, columns])
+
+
+def _refuse_label_in_alpha(pixels: np.ndarray) -> None:
+    colours, alpha = pixels[..., :-1], pixels[..., -1]
+    has_alpha = pixels.ndim == 3 and pixels.shape[2] in (2, 4)
+    if has_alpha and (colours == colours[0, 0]).all() and (alpha != alpha[0, 0]).any():
+        raise BrokenSampleError("the label is in the alpha channel", "save it as grey")
 
 
 def _drop_alpha(pixels: np.ndarray) -> np.ndarray:
