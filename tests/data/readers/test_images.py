@@ -298,6 +298,8 @@ STORED = {
     "rgb": Image.fromarray(COLOUR),
     "rgba": Image.merge("RGBA", [*Image.fromarray(COLOUR).split(), Image.fromarray(GREY)]),
     "palette": Image.fromarray(LABELS).convert("P"),
+    "cmyk": Image.fromarray(COLOUR).convert("CMYK"),
+    "lab": Image.fromarray(np.ascontiguousarray(COLOUR), "LAB"),
 }
 COMPRESSIONS = (None, "tiff_lzw", "tiff_adobe_deflate", "packbits")
 
@@ -450,3 +452,80 @@ def test_an_empty_mask_of_one_alpha_is_read(tmp_path: Path) -> None:
     Image.new("RGBA", (5, 4), (0, 0, 0, 255)).save(tmp_path / "a.png")
 
     assert not read_mask(tmp_path / "a.png").any()
+
+
+@pytest.mark.parametrize("kind", ["CMYK", "LAB"])
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_other_colour_spaces_become_rgb_whatever_the_compression(
+    tmp_path: Path, kind: str, compression: str | None
+) -> None:
+    bands = {"CMYK": 4, "LAB": 3}[kind]
+    image = Image.merge(kind, [Image.fromarray(np.roll(GREY, band, axis=0)) for band in range(bands)])
+    image.save(tmp_path / "a.tif", compression=compression)
+
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), np.array(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS[1:])
+def test_compressed_ycbcr_tiffs_become_rgb(tmp_path: Path, compression: str) -> None:
+    image = Image.fromarray(np.full((16, 16, 3), (200, 30, 90), np.uint8)).convert("YCbCr")
+    image.save(tmp_path / "a.tif", compression=compression)
+
+    np.testing.assert_allclose(read_image(tmp_path / "a.tif"), np.array(image.convert("RGB")), atol=2)
+
+
+UNNAMED = {
+    "YCBCR": {"photometric": "ycbcr"},
+    "CIELAB": {"photometric": "cielab", "planarconfig": "separate"},
+    "ICCLAB": {"photometric": "icclab"},
+    "ITULAB": {"photometric": "itulab"},
+    "LINEAR_RAW": {"photometric": "linear_raw"},
+    "CFA": {"photometric": "cfa"},
+    "MASK": {"photometric": "mask"},
+}
+
+
+@pytest.mark.parametrize("space", UNNAMED)
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+@pytest.mark.parametrize("compression", [None, "deflate"])
+def test_a_colour_space_that_is_not_read_is_named(
+    tmp_path: Path, space: str, depth: type, compression: str | None
+) -> None:
+    bands = {"CFA": 1, "MASK": 1}.get(space, 3)
+    pixels = np.zeros((16, 16, bands), depth) if bands > 1 else np.zeros((16, 16), depth)
+    if UNNAMED[space].get("planarconfig") == "separate":
+        pixels = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
+    tifffile.imwrite(tmp_path / "a.tif", pixels, compression=compression, **UNNAMED[space])
+
+    for read in (read_image, read_mask, read_mask_colours):
+        if space == "YCBCR" and compression:
+            continue
+        with pytest.raises(BrokenSampleError, match=f"colour space {space}") as broken:
+            read(tmp_path / "a.tif")
+        assert "save it as grey or RGB" in broken.value.cure
+
+
+def test_cmyk_of_sixteen_bit_is_named(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((16, 16, 4), np.uint16), photometric="separated")
+
+    with pytest.raises(BrokenSampleError, match="colour space SEPARATED, 4 samples of 16 bit"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_complex_pixels_are_refused(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((8, 8), np.complex64))
+
+    with pytest.raises(BrokenSampleError, match="pixels of type complex64"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_a_palette_tiff_with_an_alpha_channel_keeps_its_indices(tmp_path: Path, compression: str | None) -> None:
+    image = Image.fromarray(LABELS).convert("P")
+    image.putpalette([0, 0, 0, 200, 10, 20, 30, 250, 40])
+    image = image.convert("PA")
+    image.putalpha(Image.fromarray(GREY))
+    image.save(tmp_path / "a.tif", compression=compression)
+
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.tif"), LABELS)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif")[LABELS == 1][0], [200, 10, 20])

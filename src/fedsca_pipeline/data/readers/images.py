@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from fedsca_pipeline.data.readers.common import (
     COPY_AGAIN,
@@ -106,10 +106,7 @@ def _read(path: Path, *, labels: bool) -> np.ndarray:
     suffix = split_name(path.name)[1]
     if suffix not in READERS:
         raise no_reader(suffix, READERS)
-    pixels = decode_pixels(path, labels)
-    if 0 in pixels.shape:
-        raise BrokenSampleError("has no pixels", COPY_AGAIN)
-    return pixels
+    return decode_pixels(path, labels)
 
 
 @in_child
@@ -117,15 +114,20 @@ def decode_pixels(path: Path, labels: bool) -> np.ndarray:
     """Return a file's [H, W] or [H, W, C], in its own number type; ``labels`` asks for stored numbers.
 
     Raises:
-        BrokenSampleError: unreadable, too large, or several images.
+        BrokenSampleError: unreadable, too large, several images, or without plain numbers.
     """
     try:
         check_not_empty(path)
-        return READERS[split_name(path.name)[1]](path, labels)
+        pixels = READERS[split_name(path.name)[1]](path, labels)
     except Image.DecompressionBombError as error:
         raise _bomb() from error
     except UNREADABLE as error:
         raise unreadable(error) from error
+    if 0 in pixels.shape:
+        raise BrokenSampleError("has no pixels", COPY_AGAIN)
+    if pixels.dtype.kind not in "buif":
+        raise BrokenSampleError(f"holds pixels of type {pixels.dtype}", "save one plain number a channel")
+    return pixels
 
 
 def _read_pillow(path: Path, labels: bool) -> np.ndarray:
@@ -139,6 +141,9 @@ def _read_pillow(path: Path, labels: bool) -> np.ndarray:
             )
         if image.mode in ("RGB", "RGBA") and len(image.tile) == 1 and "16B" in str(image.tile[0].args):
             return _read_png_16bit_colour(path)
+        if image.format == "TIFF":
+            # Without a name it is not mapped into memory, where Pillow exchanges the sides of a turned CMYK image.
+            image.filename = ""
         # Pillow stretches 2 and 4 bit grey to 0..255; labels need the stored number.
         stretched = {"L;2": 85, "L;4": 17}.get(str(image.tile[0].args), 1) if labels and image.tile else 1
         ImageOps.exif_transpose(image, in_place=True)
@@ -192,24 +197,67 @@ def _read_tiff(path: Path, labels: bool) -> np.ndarray:
             raise _bomb()
         if page.axes not in ("YX", "YXS", "SYX"):
             raise BrokenSampleError(f"a TIFF with axes {page.axes}", "save a two-dimensional grey or RGB image")
-        if page.compression not in _TIFF_OWN:
+        plain = page.photometric in _PLAIN_SPACES
+        if not plain and not _pillow_converts(page):
+            raise _unnamed(page)
+        if not plain or page.compression not in _TIFF_OWN:
             if page.samplesperpixel > 1 and page.bitspersample > 8:
                 codec = page.compression.name  # type: ignore[attr-defined]  # tifffile declares int, sets COMPRESSION
                 raise BrokenSampleError(
                     f"a {page.bitspersample} bit colour TIFF compressed with {codec}",
                     "save it uncompressed or with deflate",
                 )
-            return _read_pillow(path, labels)
-        pixels = page.asarray()
-        if page.axes == "SYX":
-            pixels = np.moveaxis(pixels, 0, -1)
-        pixels = _upright(pixels, _tiff_orientation(page))
-        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
-            return ~pixels if pixels.dtype == bool else (2**page.bitspersample - 1) - pixels
-        if page.photometric == tifffile.PHOTOMETRIC.PALETTE and not labels:
-            colours: np.ndarray = np.asarray(page.colormap)
-            return np.moveaxis((colours >> 8).astype(np.uint8)[:, pixels], 0, -1)
-        return pixels
+            try:
+                return _read_pillow(path, labels)
+            except UnidentifiedImageError as error:
+                raise _unnamed(page) from error
+        return _plain_pixels(page, labels)
+
+
+def _plain_pixels(page: TiffPage, labels: bool) -> np.ndarray:
+    """Return the pixels of a grey, RGB or palette page that tifffile decodes."""
+    from tifffile import PHOTOMETRIC
+
+    pixels = page.asarray()
+    if page.axes == "SYX":
+        pixels = np.moveaxis(pixels, 0, -1)
+    pixels = _upright(pixels, _tiff_orientation(page))
+    if page.photometric == PHOTOMETRIC.MINISWHITE:
+        return ~pixels if pixels.dtype == bool else (2**page.bitspersample - 1) - pixels
+    if page.photometric == PHOTOMETRIC.PALETTE and not labels:
+        colours: np.ndarray = np.asarray(page.colormap)
+        # A second sample is alpha.
+        indices = pixels if pixels.ndim == 2 else pixels[..., 0]
+        return np.moveaxis((colours >> 8).astype(np.uint8)[:, indices], 0, -1)
+    return pixels
+
+
+def _pillow_converts(page: TiffPage) -> bool:
+    """Return whether Pillow converts a page of another colour space to RGB, and alike whatever the compression."""
+    space = _space(page)
+    if space == "YCBCR":
+        # Not compressed, its blocks of subsampled colours are misread.
+        return page.compression != 1
+    inks = page.samplesperpixel - len(page.extrasamples)
+    # Pillow mixes up the planes of CIELAB.
+    return page.bitspersample == 8 and (space, inks, page.planarconfig) in (
+        ("SEPARATED", 4, 1),
+        ("SEPARATED", 4, 2),
+        ("CIELAB", 3, 1),
+    )
+
+
+def _space(page: TiffPage) -> str:
+    """Return the name of a page's colour space; its number if tifffile knows none."""
+    return str(getattr(page.photometric, "name", page.photometric))
+
+
+def _unnamed(page: TiffPage) -> BrokenSampleError:
+    return BrokenSampleError(
+        f"a TIFF that is not read: colour space {_space(page)}, {page.samplesperpixel} samples of {page.bitspersample} "
+        f"bit, compression {getattr(page.compression, 'name', page.compression)}",
+        "save it as grey or RGB of 8 bit, uncompressed or with deflate",
+    )
 
 
 def _tiff_orientation(page: TiffPage) -> int:
@@ -255,6 +303,8 @@ def _bomb() -> BrokenSampleError:
 
 
 _ARRAY_MODES = ("1", "L", "RGB", "RGBA", "LA", "I", "F", "I;16", "I;16L", "I;16B")
+# Values of PhotometricInterpretation: white is zero, black is zero, RGB, palette.
+_PLAIN_SPACES = (0, 1, 2, 3)
 # TIFF compressions that tifffile decodes by itself (none, deflate twice, PackBits); Pillow reads the others.
 _TIFF_OWN = (1, 8, 32946, 32773)
 
