@@ -11,8 +11,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from fedsca_pipeline.data.preprocessing.labels import by_colour, by_number, by_threshold, look_up, packed, read_classes
+from fedsca_pipeline.data.preprocessing.labels import (
+    by_colour,
+    by_number,
+    by_threshold,
+    look_up,
+    packed,
+    read_classes,
+    read_volume_classes,
+)
 from fedsca_pipeline.data.readers.common import BrokenSampleError
+from fedsca_pipeline.data.readers.volume import Volume, write_nifti
 from fedsca_pipeline.data.site_folder.label_rule import LabelRule, colour_of, number_of
 
 CLASSES = 3
@@ -171,3 +180,40 @@ def test_looking_up_keeps_the_shape_and_names_what_is_unknown() -> None:
 
     assert mask.tolist() == [[[1, 0], [0, 2]]]
     assert unknown == [6]
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("low", [0.0, 0.0001, 0.4999])
+def test_a_threshold_reads_a_volume_mask_of_fractions(tmp_path: Path, suffix: str, low: float) -> None:
+    truth = np.arange(24).reshape(2, 3, 4) % 2
+    path, image = tmp_path / f"m{suffix}", Volume(np.zeros((2, 3, 4), np.int16), np.eye(4))
+    write_nifti(path, np.where(truth, 0.9999, low).astype(np.float32), np.eye(4))
+
+    mask, applied = read_volume_classes(path, image, LabelRule(threshold=0.5), 1)
+
+    np.testing.assert_array_equal(mask, truth)
+    assert mask.dtype == np.uint8
+    assert applied == {">=0.5": 1}
+
+
+def test_a_threshold_does_not_read_a_volume_mask_with_nan(tmp_path: Path) -> None:
+    write_nifti(tmp_path / "m.nii", np.full((2, 3, 4), np.nan, np.float32), np.eye(4))
+
+    with pytest.raises(BrokenSampleError, match="NaN or infinite"):
+        read_volume_classes(tmp_path / "m.nii", Volume(np.zeros((2, 3, 4)), np.eye(4)), LabelRule(threshold=0.5), 1)
+
+
+def test_fractions_without_a_threshold_are_refused_with_the_cure(tmp_path: Path) -> None:
+    write_nifti(tmp_path / "m.nii", np.full((2, 3, 4), 0.9999, np.float32), np.eye(4))
+
+    with pytest.raises(BrokenSampleError, match="set mask_threshold in the site's site"):
+        read_volume_classes(tmp_path / "m.nii", Volume(np.zeros((2, 3, 4)), np.eye(4)), LabelRule(), 1)
+
+
+@pytest.mark.parametrize("rule", [LabelRule(), LabelRule(threshold=128.0), LabelRule(colours={"#ffffff": 1})])
+def test_no_rule_reads_a_mask_with_its_label_in_the_alpha_channel(tmp_path: Path, rule: LabelRule) -> None:
+    alpha = Image.fromarray(np.array([[0, 255]], np.uint8))
+    Image.merge("LA", [Image.new("L", (2, 1), 255), alpha]).save(tmp_path / "m.png")
+
+    with pytest.raises(BrokenSampleError, match="the label is in the alpha channel"):
+        read_classes(tmp_path / "m.png", rule, 1)

@@ -70,7 +70,7 @@ def read_volume_classes(path: Path, image: Volume, rule: LabelRule, classes: int
     Raises:
         BrokenSampleError: as ``volumes.read_volume_mask``, or a value has no class in 0..``classes``.
     """
-    values = read_volume_mask(path, image)
+    values = read_volume_mask(path, image, whole=rule.threshold is None)
     if rule.threshold is None:
         return by_number(values, rule.numbers, classes)
     mask, applied = by_threshold(values.reshape(len(values), -1), rule.threshold)

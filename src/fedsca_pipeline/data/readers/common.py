@@ -51,7 +51,10 @@ def whole_numbers(values: np.ndarray) -> np.ndarray:
         return values.astype(np.uint8)
     if np.issubdtype(values.dtype, np.floating):
         if not np.isfinite(values).all() or (values != np.rint(values)).any():
-            raise BrokenSampleError("mask values are not whole numbers", "save the mask as 8 or 16 bit integers")
+            raise BrokenSampleError(
+                "mask values are not whole numbers",
+                "save the mask as 8 or 16 bit integers; for two classes, set mask_threshold in the site's site.yml",
+            )
         return values.astype(np.int64)
     return values
 

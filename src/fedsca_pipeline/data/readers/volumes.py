@@ -62,14 +62,14 @@ def read_volume(path: Path) -> Volume:
     return volume
 
 
-def read_volume_mask(path: Path, image: Volume) -> np.ndarray:
-    """Read the mask of ``image`` as integers [X, Y, Z] on its grid, before any label map.
+def read_volume_mask(path: Path, image: Volume, *, whole: bool = True) -> np.ndarray:
+    """Read the mask of ``image`` as integers [X, Y, Z] on its grid, before any label map; not ``whole``: as stored.
 
     A mask with the image's voxels in another order of axes, as converters from DICOM to NIfTI write it, is turned.
 
     Raises:
-        BrokenSampleError: as of ``read_volume``, not of whole numbers, or not on the image's grid: another shape, or a
-            corner more than a tenth of the smallest spacing away.
+        BrokenSampleError: as of ``read_volume``, not of whole numbers if ``whole``, or not on the image's grid: another
+            shape, or a corner more than a tenth of the smallest spacing away.
     """
     _check_suffix(path)
     volume = decode_volume(path, image)
@@ -79,7 +79,7 @@ def read_volume_mask(path: Path, image: Volume) -> np.ndarray:
         )
     volume = _turned(volume, image.affine)
     check_grid(volume, image)
-    return whole_numbers(volume.voxels)
+    return whole_numbers(volume.voxels) if whole else finite_values(volume.voxels)
 
 
 def _turned(volume: Volume, affine: np.ndarray) -> Volume:
