@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,27 @@ def test_a_list_of_faults_ends_and_says_where_the_rest_is_only_where_there_is_a_
     assert (last, cut) == ("  images/t.png: tt; export again", "  ... and 3 more faults")
     assert where == "  (each file: in the report)"
     assert list_faults(kinds[:2], "", "in the report").count("\n") == 2
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+@pytest.mark.parametrize("stem", ["Müller_1", "ångström", "café"])
+def test_accents_that_are_stored_apart_pair_with_those_that_are_not(
+    folder: Path, stem: str, forms: tuple[str, str]
+) -> None:
+    image, mask = (f"{unicodedata.normalize(form, stem)}.png" for form in forms)
+    (folder / "images" / image).touch()
+    (folder / "masks" / mask).touch()
+
+    pairs, broken = pair_files(folder)
+
+    assert broken == []
+    found = {pair.stem: (pair.image, pair.mask) for pair in pairs}
+    assert found[unicodedata.normalize("NFC", stem)] == (f"images/{image}", f"masks/{mask}")
+
+
+def test_two_images_whose_names_differ_in_form_only_share_a_stem(folder: Path) -> None:
+    for form in ("NFC", "NFD"):
+        (folder / "images" / f"{unicodedata.normalize(form, 'é')}.png").touch()
+    (folder / "masks" / "é.png").touch()
+
+    assert all("2 files share the stem" in reason for reason in reasons(folder).values())

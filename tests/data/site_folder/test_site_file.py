@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,4 +129,23 @@ def test_what_cannot_be_a_site_file_is_not_read(tmp_path: Path, make: Callable[[
     make(tmp_path / "site.yml")
 
     with pytest.raises(DataError, match=rf"site\.yml: {named}"):
+        read_site_file(tmp_path)
+
+
+NFC, NFD = (unicodedata.normalize(form, "José") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize("written", [NFC, NFD])
+def test_subjects_and_group_name_a_stem_in_either_form(tmp_path: Path, written: str) -> None:
+    (tmp_path / "site.yml").write_text(f"subjects: {{{written}_1: {written}}}\n", "utf-8")
+    assert read_site_file(tmp_path).subject(f"{NFC}_1") == NFC
+
+    (tmp_path / "site.yml").write_text(f"group: '^({written}|Ana)_'\n", "utf-8")
+    assert read_site_file(tmp_path).subject(f"{NFC}_1") == NFC
+
+
+def test_a_stem_in_two_forms_has_one_subject(tmp_path: Path) -> None:
+    (tmp_path / "site.yml").write_text(f"subjects: {{{NFC}: a, {NFD}: b}}\n", "utf-8")
+
+    with pytest.raises(DataError, match="has two subjects, a and b"):
         read_site_file(tmp_path)

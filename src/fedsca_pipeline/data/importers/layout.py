@@ -8,6 +8,7 @@ within a name, ``**/`` any folders. ``[ab]`` and ``?`` are plain characters. Suf
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -130,12 +131,14 @@ class Importer:
 def match_files(names: Iterable[str], pattern: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the names (POSIX paths) that match, each with the values of the pattern's placeholders.
 
+    Names, pattern and values are compared in NFC.
+
     Raises:
         ConfigError: the pattern has a placeholder without a name.
     """
-    compiled = re.compile(_expression(pattern), re.DOTALL)
+    compiled = re.compile(_expression(unicodedata.normalize("NFC", pattern)), re.DOTALL)
     for name in names:
-        if match := compiled.fullmatch(name):
+        if match := compiled.fullmatch(unicodedata.normalize("NFC", name)):
             yield name, match.groupdict()
 
 

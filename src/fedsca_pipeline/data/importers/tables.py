@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -66,7 +67,7 @@ def listed_file(table: Path, name: str) -> Path:
 
 
 def read_table(path: Path, key: str, columns: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Return the rows of a CSV, or TSV, with a header, by their value of ``key``; text without outer blanks.
+    """Return the rows of a CSV, or TSV, with a header, by their value of ``key``; text in NFC without outer blanks.
 
     Missing cells of a short row are empty text.
 
@@ -83,7 +84,7 @@ def read_table(path: Path, key: str, columns: Sequence[str]) -> dict[str, dict[s
             rows.fieldnames = head
             table: dict[str, dict[str, str]] = {}
             for number, row in enumerate(rows, start=2):
-                values = {name: (row[name] or "").strip() for name in (key, *columns)}
+                values = {name: unicodedata.normalize("NFC", row[name] or "").strip() for name in (key, *columns)}
                 if values[key] in table:
                     raise DataError(f"{path}: row {number}: {key} {values[key]!r} occurs twice; keep one row")
                 table[values[key]] = values

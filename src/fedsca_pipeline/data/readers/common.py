@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import unicodedata
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -73,14 +74,17 @@ def refuse_lossy_mask(path: Path) -> None:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Split a file name into stem and lower-case suffix; a double suffix (``.nii.gz``) stays whole."""
+    """Split a file name into stem and lower-case suffix; a double suffix (``.nii.gz``) stays whole.
+
+    The stem is in Unicode's composed form (NFC): some systems store the accents of a name apart (NFD).
+    """
     lower = name.lower()
     if lower.endswith(DOUBLE_SUFFIXES):
         suffix = next(double for double in DOUBLE_SUFFIXES if lower.endswith(double))
     else:
         # Called ten times per file; a Path takes six times as long.
         suffix = os.path.splitext(lower)[1]  # noqa: PTH122
-    return name[: len(name) - len(suffix)], suffix
+    return unicodedata.normalize("NFC", name[: len(name) - len(suffix)]), suffix
 
 
 def no_reader(suffix: str, known: Iterable[str]) -> BrokenSampleError:

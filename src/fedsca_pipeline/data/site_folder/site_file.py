@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,11 +67,23 @@ class SiteFile(BaseModel):
             found[key] = number
         return found
 
+    @field_validator("subjects")
+    @classmethod
+    def _composed(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        """Return stems and subjects in NFC, as stems of files are."""
+        found: dict[str, str] = {}
+        for raw, subject in (value or {}).items():
+            stem, subject = unicodedata.normalize("NFC", raw), unicodedata.normalize("NFC", subject)
+            if found.setdefault(stem, subject) != subject:
+                raise ValueError(f"{stem} has two subjects, {found[stem]} and {subject}")
+        return value and found
+
     @field_validator("group")
     @classmethod
     def _one_group(cls, value: str | None) -> str | None:
         if value is None:
             return None
+        value = unicodedata.normalize("NFC", value)
         try:
             groups = re.compile(value).groups
         except re.error as error:

@@ -12,6 +12,7 @@ Names of files and folders may name patients, so no message contains any.
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -133,11 +134,13 @@ def configure(source: Path, options: Mapping[str, str], watch: Watch) -> Importe
 def _drawn(source: Path) -> dict[Path, list[Path]]:
     """Return the NIfTI files of a source by the folder whose name each has, or else the folder that holds it."""
     found: dict[Path, list[Path]] = defaultdict(list)
+    composed = {
+        (path.parent, unicodedata.normalize("NFC", path.name)): path for path in source.rglob("*") if path.is_dir()
+    }
     for path in visible_files(source):
         stem, suffix = split_name(path.name)
         if suffix in _NIFTI and is_own_file(path, source):
-            named = path.parent / stem
-            found[named if named.is_dir() else path.parent].append(path)
+            found[composed.get((path.parent, stem), path.parent)].append(path)
     return found
 
 

@@ -7,6 +7,7 @@ here. An image's subject is that of ``site.yml``, else the PatientID of its DICO
 
 from __future__ import annotations
 
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -113,7 +114,7 @@ def _unusable(path: Path, source: Path) -> BrokenSampleError | None:
 def _stem(path: Path) -> str:
     """Return what pairs an image with its mask; the whole name of a folder, or of a file without a known suffix."""
     stem, suffix = split_name(path.name)
-    return stem if suffix in _KNOWN and not path.is_dir() else path.name
+    return stem if suffix in _KNOWN and not path.is_dir() else unicodedata.normalize("NFC", path.name)
 
 
 def _subject(image: Path, stem: str, site_file: SiteFile) -> str:
