@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fedsca_pipeline.config import PrivacyBound
+from fedsca_pipeline.data.site_folder.yaml_document import load_yaml
 from fedsca_pipeline.errors import ConfigError, faults_by_key
 
 SITE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
@@ -106,11 +107,11 @@ def read_site_config(path: Path) -> SiteConfig:
     """Return the settings in a site's YAML file.
 
     Raises:
-        ConfigError: the file is missing or is not YAML, a key is unknown, missing or wrong, or a file that it names is
-            missing.
+        ConfigError: the file is missing or is not YAML, a key is unknown, missing, wrong or there twice, or a file that
+            it names is missing.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = load_yaml(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); deploy/site.yml is an example") from error
     try:

@@ -149,3 +149,21 @@ def test_a_stem_in_two_forms_has_one_subject(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="has two subjects, a and b"):
         read_site_file(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [
+        ("notes: a\ngroup: '(a)'\nnotes: b\n", "notes", 3),
+        ("label_map: {1: 1, 2: 2,\n 1: 2}\n", "1", 2),
+        ("subjects:\n  Miller: a\n  Miller: a\n", "Miller", 3),
+    ],
+)
+def test_a_key_twice_is_refused(tmp_path: Path, text: str, key: str, line: int) -> None:
+    (tmp_path / "site.yml").write_text(text)
+
+    with pytest.raises(DataError, match=f"site.yml: the key '{key}' is there twice, the second time in line {line}"):
+        read_site_file(tmp_path)
+    with pytest.raises(DataError, match=f"a key is there twice, the second time in line {line}") as terse:
+        read_site_file(tmp_path, terse=True)
+    assert f"'{key}'" not in str(terse.value)

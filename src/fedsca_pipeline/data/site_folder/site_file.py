@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fedsca_pipeline.data.readers.common import BrokenSampleError
 from fedsca_pipeline.data.site_folder.discovery import is_own_file
 from fedsca_pipeline.data.site_folder.label_rule import LabelRule, number_of
+from fedsca_pipeline.data.site_folder.yaml_document import RepeatedKeyError, load_yaml
 from fedsca_pipeline.errors import DataError
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def read_site_file(folder: Path, *, terse: bool = False) -> SiteFile:
     ``terse``: errors quote nothing from the file, since stems and subjects may name patients.
 
     Raises:
-        DataError: it is not YAML, or a key is unknown or wrong; the message names the file and the key.
+        DataError: it is not YAML, or a key is unknown, wrong or there twice; the message names the file and the key.
     """
     path = folder / "site.yml"
     if (folder / "site.yaml").exists():
@@ -164,12 +165,15 @@ def read_site_file(folder: Path, *, terse: bool = False) -> SiteFile:
         raise DataError(f"{path}: larger than {_LARGEST:,} bytes, which is no site.yml; fix or delete it")
     try:
         # A stem such as 0012 stays 0012.
-        content = yaml.load(path.read_text("utf-8"), Loader=yaml.BaseLoader)  # noqa: S506 - makes str, list, dict alone
+        content = load_yaml(path.read_text("utf-8"), typed=False)
         return SiteFile.model_validate(content or {})
     except ValidationError as error:
         problems = "; ".join((_problem_without_values if terse else _problem)(detail) for detail in error.errors())
         known = ", ".join(SiteFile.model_fields)
         raise DataError(f"{path}: {problems}. Known keys: {known}") from (None if terse else error)
+    except RepeatedKeyError as error:
+        reason = f"a key is there twice, the second time in line {error.line}; keep one" if terse else str(error)
+        raise DataError(f"{path}: {reason}") from (None if terse else error)
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         detail = type(error).__name__ if terse else " ".join(str(error).split())
         cure = "fix it (a colour needs quotes: '#ff0000'), or delete it"

@@ -16,6 +16,7 @@ from fedsca_pipeline.data.importers.sample import Sample
 from fedsca_pipeline.data.importers.tables import check_inside, listed_file, read_table
 from fedsca_pipeline.data.readers.common import BrokenSampleError
 from fedsca_pipeline.data.site_folder.label_rule import number_of
+from fedsca_pipeline.data.site_folder.yaml_document import RepeatedKeyError, load_yaml
 from fedsca_pipeline.errors import ConfigError, faults_by_key
 
 Class = Annotated[int, Field(ge=0, le=254)]
@@ -110,11 +111,11 @@ def configure(source: Path, options: Mapping[str, str], __: Watch) -> Importer:
     """Return the importer that the layout file describes.
 
     Raises:
-        ConfigError: the file is missing, not YAML, or has a wrong key; the message names both.
+        ConfigError: the file is missing, not YAML, or has a wrong key, or one twice; the message names both.
     """
     path = Path(options.get("layout", source / "import.yml"))
     try:
-        layout = Layout.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        layout = Layout.model_validate(load_yaml(path.read_text(encoding="utf-8")) or {})
         return Importer(
             title=layout.title,
             licence=layout.licence,
@@ -126,7 +127,7 @@ def configure(source: Path, options: Mapping[str, str], __: Watch) -> Importer:
     except ValidationError as error:
         faults = "; ".join(faults_by_key(error))
         raise ConfigError(f"{path}: {faults}. Known keys: {', '.join(Layout.model_fields)}") from error
-    except ConfigError as error:
+    except (ConfigError, RepeatedKeyError) as error:
         raise ConfigError(f"{path}: {error}") from error
     except FileNotFoundError as error:
         raise ConfigError(
