@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -532,6 +533,63 @@ class TestFolders:
         self.layout(source, patterns=patterns, objects=True)
         assert imported("folders", source)["lab"]["pixels"] == {"background": 96, "foreground": 96}
 
+    def test_a_key_twice_is_refused(self, tmp_path) -> None:
+        source = self.layout(tmp_path / "mine")
+        (source / "import.yml").write_text("classes: [a]\nvalues: {1: 1, 2: 1, 1: 0}\n")
+
+        with pytest.raises(ConfigError, match=r"import\.yml: the key 1 is there twice, the second time in line 2"):
+            find_importer("folders", source, {})
+
+    @pytest.mark.parametrize(
+        "pattern", ["{child}{eye}.jpg", "{child:d}{eye:d}.jpg", "{child:d}{eye}.jpg", "{eye}*.jpg"]
+    )
+    @pytest.mark.parametrize("key", ["images", "masks"])
+    def test_placeholders_side_by_side_need_types(self, tmp_path, pattern: str, key: str) -> None:
+        part = {
+            "images": "{child:d}_{eye:w}.jpg",
+            "masks": "{child:d}_{eye:w}.png",
+            "site": "x",
+            "stem": "{child}{eye}",
+        }
+        source = self.layout(tmp_path / "mine", patterns=[part | {"subject": "{child}", key: pattern}])
+
+        with pytest.raises(ConfigError, match=r"side by side.*\{child:d\} stands for digits, \{eye:w\} for letters"):
+            find_importer("folders", source, {})
+
+    def test_a_type_that_does_not_exist_is_refused(self, imported, tmp_path) -> None:
+        part = {"images": "{stem:x}.png", "masks": "{stem}_m.png", "site": "x"}
+        source = self.layout(tmp_path / "mine", patterns=[part])
+
+        with pytest.raises(ConfigError, match=r"\{stem:x\}: no such type; d stands for digits"):
+            imported("folders", source)
+
+    def test_types_split_a_name_between_digits_and_letters(self, imported, tmp_path) -> None:
+        part = {"images": "{child:d}{eye:w}.png", "masks": "{child:d}{eye:w}_mask.png"}
+        keys = {"site": "eyes", "stem": "{child}{eye}", "subject": "{child}"}
+        names = ("01L", "01R", "102L")
+        files = {f"{name}.png": photograph() for name in names} | {f"{name}_mask.png": two_valued() for name in names}
+        source = tree(self.layout(tmp_path / "mine", patterns=[part | keys]), files)
+
+        assert imported("folders", source)["eyes"]["subjects"] == 2
+        subjects = stored(tmp_path / "raw", "eyes")[1]["subjects"]
+        assert subjects == {"01L": "01", "01R": "01", "102L": "102"}
+
+    @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+    def test_names_whose_accents_are_stored_apart_pair_with_those_that_are_not(
+        self, imported, tmp_path, forms: tuple[str, str]
+    ) -> None:
+        part = {"images": "Gefäße/{stem}.png", "masks": "Masken/{stem}.png", "subject": "{stem}", "site": "{stem}"}
+        source = self.layout(
+            tmp_path / "mine", patterns=[part], table={"file": "sites.csv", "key": "stem", "site": "site"}
+        )
+        image, mask = (unicodedata.normalize(form, "é") for form in forms)
+        folder = unicodedata.normalize(forms[0], "Gefäße")
+        tree(source, {f"{folder}/{image}.png": photograph(), f"Masken/{mask}.png": two_valued()})
+        (source / "sites.csv").write_text(f"stem,site\n{mask},lab\n", "utf-8")
+
+        assert imported("folders", source)["lab"]["images"] == 1
+        assert list(stored(tmp_path / "raw", "lab")[0]) == [unicodedata.normalize("NFC", "é")]
+
     def test_a_black_mask_is_one_without_foreground(self, imported, tmp_path) -> None:
         patterns = [{"images": "{stem}.png", "masks": "{stem}_mask.png", "site": "lab"}]
         files = {"a.png": photograph(), "a_mask.png": Image.fromarray(HALF * 0)}
@@ -636,11 +694,13 @@ class TestRefusals:
         assert imported("polyps", source, quarantine=True)["CVC-300"]["images"] == 1
 
     def test_masks_that_are_not_told_apart_are_named(self, imported, tmp_path) -> None:
-        source = tree(tmp_path / "source", {"a.png": photograph(), "m/a1.png": two_valued(), "m/a2.png": two_valued()})
-        keys = {"patterns": [{"images": "{stem}.png", "masks": "m/{stem}*.png", "site": "one"}]}
+        source = tree(
+            tmp_path / "source", {"a.png": photograph(), "m/a_1.png": two_valued(), "m/a_2.png": two_valued()}
+        )
+        keys = {"patterns": [{"images": "{stem}.png", "masks": "m/{stem}_*.png", "site": "one"}]}
         (source / "import.yml").write_text(yaml.safe_dump(keys))
 
-        with pytest.raises(DataError, match=r"a\.png: 2 masks \(m/a1\.png, m/a2\.png\); keep one"):
+        with pytest.raises(DataError, match=r"a\.png: 2 masks \(m/a_1\.png, m/a_2\.png\); keep one"):
             imported("folders", source)
 
     def test_a_link_out_of_the_source_is_not_followed(self, imported, tmp_path) -> None:
@@ -723,6 +783,10 @@ def test_imported_sites_can_be_prepared(imported, tmp_path) -> None:
         ("{id}/images/{id}.png", "x/images/y.png", None),
         ("a*/{stem}[1].png", "abc/s[1].png", {"stem": "s"}),
         ("{stem}.png", "zeile\n2.png", {"stem": "zeile\n2"}),
+        ("{child:d}{eye:w}.png", "01L.png", {"child": "01", "eye": "L"}),
+        ("{child:d}{eye:w}.png", "01_L.png", None),
+        ("{child:d}{eye:w}.png", "L01.png", None),
+        ("{child:d}_{child:d}.png", "01_01.png", {"child": "01"}),
     ],
 )
 def test_patterns(pattern: str, name: str, values: dict[str, str] | None) -> None:

@@ -1,8 +1,9 @@
 """Importers: patterns that name the images and masks of a source, and functions that read them.
 
 A pattern is a path relative to the source with ``{placeholders}``: ``{site}/images/{stem}.png``. A placeholder matches
-one or more characters within one name, and the same characters wherever it occurs again. ``*`` matches any characters
-within a name, ``**/`` any folders. ``[ab]`` and ``?`` are plain characters. Suffixes match in any case.
+one or more characters within one name, and the same characters wherever it occurs again; ``{child:d}`` matches digits
+only, ``{eye:w}`` letters only. ``*`` matches any characters within a name, ``**/`` any folders. ``[ab]`` and ``?`` are
+plain characters. Suffixes match in any case.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -24,7 +26,9 @@ from fedsca_pipeline.data.importers.tables import visible_files
 from fedsca_pipeline.data.readers.common import BrokenSampleError, split_name
 from fedsca_pipeline.errors import ConfigError, DataError
 
-_TOKEN = re.compile(r"\{(\w*)\}|(\*\*/)|(\*)")
+_TOKEN = re.compile(r"\{(\w*)(?::(\w*))?\}|(\*\*/)|(\*)")
+# What a placeholder of each type matches; no two types have a character in common.
+_TYPES = {None: "[^/]", "d": "[0-9]", "w": r"[^\W\d_]"}
 
 
 Watch = Callable[[Sequence[Path]], Iterable[Path]]
@@ -51,6 +55,8 @@ class Patterns:
     label: Label | None = None
 
     def __post_init__(self) -> None:
+        for pattern in (self.images, self.masks):
+            _check_neighbours(pattern)
         known = _placeholders(self.images)
         for name in ("site", "stem", "subject"):
             if unknown := _placeholders(getattr(self, name)) - known:
@@ -189,26 +195,44 @@ def _of_pattern(source: Path, names: Iterable[str], pattern: Patterns) -> Iterat
 
 
 def _filled(name: str, values: Mapping[str, str]) -> str:
-    return re.sub(r"\{(\w+)\}", lambda token: values[token[1]], name)
+    return re.sub(r"\{(\w+)(?::\w*)?\}", lambda token: values[token[1]], name)
 
 
 def _placeholders(pattern: str) -> set[str]:
     return {match[1] for match in _TOKEN.finditer(pattern) if match[1]}
 
 
+def _check_neighbours(pattern: str) -> None:
+    """Check that no two neighbours in a pattern match the same characters, so that nobody guesses where one ends.
+
+    Raises:
+        ConfigError: two do.
+    """
+    tokens = [token for token in _TOKEN.finditer(pattern) if not token[3]]
+    for one, other in pairwise(tokens):
+        types = {one[2], other[2]}
+        if one.end() == other.start() and (one[1] or other[1]) and (None in types or len(types) == 1):
+            raise ConfigError(
+                f"{pattern}: {one[0]} and {other[0]} stand side by side, so where one ends would be a guess; put a "
+                "character between them, or give both a type: {child:d} stands for digits, {eye:w} for letters"
+            )
+
+
 def _expression(pattern: str) -> str:
     parts, end, seen = [], 0, set()
     for token in _TOKEN.finditer(pattern):
         parts.append(re.escape(pattern[end : token.start()]))
-        name, folders, _ = token.groups()
+        name, kind, folders, _ = token.groups()
         if folders:
             parts.append("(?:[^/]+/)*")
         elif name is None:
             parts.append("[^/]*")
         elif not name:
             raise ConfigError(f"{pattern}: a placeholder without a name; write for instance {{stem}}")
+        elif kind not in _TYPES:
+            raise ConfigError(f"{pattern}: {token[0]}: no such type; d stands for digits, w for letters")
         else:
-            parts.append(f"(?P={name})" if name in seen else f"(?P<{name}>[^/]+?)")
+            parts.append(f"(?P={name})" if name in seen else f"(?P<{name}>{_TYPES[kind]}+?)")
             seen.add(name)
         end = token.end()
     # A suffix is one only behind something.
