@@ -533,6 +533,19 @@ class TestFolders:
         self.layout(source, patterns=patterns, objects=True)
         assert imported("folders", source)["lab"]["pixels"] == {"background": 96, "foreground": 96}
 
+    @pytest.mark.parametrize("key", ["values", "indices"])
+    def test_zero_is_background_unless_it_is_named(self, imported, tmp_path, key: str) -> None:
+        patterns = [{"images": "{stem}.png", "masks": "{stem}_mask.png", "site": "lab"}]
+        numbered = HALF.copy()
+        numbered[:5] *= 3
+        files = {"a.png": photograph(), "a_mask.png": Image.fromarray(numbered)}
+        source = tree(self.layout(tmp_path / "mine", patterns=patterns, **{key: {1: 1, 2: 1, 3: 1}}), files)
+
+        assert imported("folders", source)["lab"]["pixels"] == {"background": 96, "foreground": 96}
+
+        self.layout(source, patterns=[patterns[0] | {"site": "other"}], **{key: {0: 1, 1: 0, 3: 0}})
+        assert imported("folders", source)["other"]["pixels"] == {"background": 96, "foreground": 96}
+
     def test_a_key_twice_is_refused(self, tmp_path) -> None:
         source = self.layout(tmp_path / "mine")
         (source / "import.yml").write_text("classes: [a]\nvalues: {1: 1, 2: 1, 1: 0}\n")

@@ -69,8 +69,10 @@ class Layout(BaseModel):
     patterns: tuple[_Part, ...] = Field(min_length=1)
     table: _Table | None = None
     classes: tuple[str, ...] = ("foreground",)
-    values: dict[int, Class] | None = Field(None, description="visible grey value: class")
-    indices: dict[int, Class] | None = Field(None, description="stored number (palette index): class")
+    values: dict[int, Class] | None = Field(None, description="visible grey value: class; unnamed 0 is background")
+    indices: dict[int, Class] | None = Field(
+        None, description="stored number (palette index): class; unnamed 0 is background"
+    )
     colours: dict[str, Class] | None = Field(None, description="'#rrggbb': class")
     objects: bool = Field(False, description="whether masks number their objects, and all but 0 is foreground")
     title: str = "a folder of your own"
@@ -99,9 +101,9 @@ class Layout(BaseModel):
         if self.objects:
             return objects()
         if self.values is not None:
-            return seen_values(self.values)
+            return seen_values({0: 0} | self.values)
         if self.indices is not None:
-            return stored_values(self.indices)
+            return stored_values({0: 0} | self.indices)
         if self.colours is not None:
             return colours(self.colours)
         return two_values()
