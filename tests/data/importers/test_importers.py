@@ -158,6 +158,50 @@ class TestLayouts:
 
         assert stored(tmp_path / "raw", "CHASE_DB1")[1]["subjects"] == {"14L": "14"}
 
+    def test_vessels_as_people_have_them_are_read_and_what_is_passed_over_is_told(
+        self, imported, tmp_path, caplog
+    ) -> None:
+        painted = np.zeros((*SIZE, 3), np.uint8)
+        painted[:4, 8:], painted[4:8, 8:], painted[8:, 8:] = (255, 0, 0), (0, 0, 255), (0, 255, 0)
+        source = tree(
+            tmp_path / "vessels",
+            {
+                "DRIVE/training/images/21_training.tif": photograph(),
+                "DRIVE/training/1st_manual/21_manual1.gif": two_valued(),
+                "DRIVE/training/mask/21_training_mask.gif": two_valued(),
+                "CHASEDB/Image_01L.jpg": photograph(1),
+                "CHASEDB/Image_01L_1stHO.png": two_valued(),
+                "CHASEDB/Image_01L_2ndHO.png": two_valued(),
+                "CHASEDB/Image_01R.jpg": photograph(2),
+                "CHASEDB/Image_01R_1stHO.png": two_valued(),
+                "CHASEDB/Image_01R_2ndHO.png": two_valued(),
+                "CHASEDB/Image_14L.jpg": photograph(3),
+                "CHASEDB/Image_14L_1stHO.png": two_valued(),
+                "HRF-AV/training/images/01_h.jpg": photograph(4),
+                "HRF-AV/training/1st_manual/01_h_AVmanual.png": Image.fromarray(painted),
+                "HRF-AV/test/images/09_dr_AVmanual.png": photograph(5),
+                "HRF-AV/test/1st_manual/09_dr_AVmanual.png": Image.fromarray(painted),
+                "LES-AV/training/images/3.png": photograph(6),
+                "LES-AV/training/1st_manual/3.png": two_valued(),
+                "LES-AV/test/images/401.png": photograph(7),
+                "LES-AV/test/1st_manual/401.png": Image.fromarray(painted),
+            },
+        )
+
+        summary = imported("vessels", source)
+
+        counts = {site: (found["images"], found["subjects"]) for site, found in summary.items()}
+        assert counts == {"CHASE_DB1": (3, 2), "DRIVE": (1, 1), "HRF-AV": (2, 2), "LES-AV": (2, 2)}
+        assert stored(tmp_path / "raw", "CHASE_DB1")[1]["subjects"] == {"01L": "01", "01R": "01", "14L": "14"}
+        assert set(stored(tmp_path / "raw", "HRF-AV")[0]) == {"01_h", "09_dr"}
+        for site in summary:
+            for mask in stored(tmp_path / "raw", site)[0].values():
+                np.testing.assert_array_equal(mask, HALF)
+        assert caplog.messages == [
+            "passed over: CHASEDB: 2 image files, such as Image_01L_2ndHO.png",
+            "passed over: DRIVE/training/mask: 1 image file, such as 21_training_mask.gif",
+        ]
+
     @pytest.mark.parametrize("form", ["grey", "palette", "rgb"])
     def test_fundus_dofe_reads_cup_and_rim_however_they_are_stored(self, imported, tmp_path, form: str) -> None:
         grey = np.full(SIZE, 255, np.uint8)
@@ -665,6 +709,22 @@ class TestRefusals:
     def test_a_folder_without_the_layout_says_what_was_looked_for(self, imported, tmp_path) -> None:
         with pytest.raises(DataError, match=r"nothing of the layout of Colonoscopy polyps.*Kvasir-SEG/images"):
             imported("polyps", tree(tmp_path / "other", {"a.png": photograph()}))
+
+    def test_many_folders_that_are_passed_over_are_counted(self, imported, tmp_path, caplog) -> None:
+        source = tree(self.one(tmp_path), {f"more/{number:02d}/x.png": photograph() for number in range(23)})
+
+        imported("polyps", source)
+
+        assert len(caplog.messages) == 21
+        assert caplog.messages[0] == "passed over: more/00: 1 image file, such as x.png"
+        assert caplog.messages[-1] == "passed over: 3 image files in 3 more folders"
+
+    def test_passed_over_names_stay_hidden(self, tmp_path, caplog) -> None:
+        source = tree(self.one(tmp_path), {"Miller/x.png": photograph(), "Miller/y.png": photograph()})
+
+        import_sites(tmp_path / "raw", find_importer("polyps", source, {}, hide_names=True), source)
+
+        assert caplog.messages == ["passed over: 2 image files in 1 folder"]
 
     def test_a_site_that_is_there_is_never_touched(self, imported, tmp_path) -> None:
         kept = tmp_path / "raw" / "CVC-300" / "images" / "mine.png"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,12 +20,18 @@ from fedsca_pipeline.data.importers.layout import Importer
 from fedsca_pipeline.data.importers.pictures import Picture, UnusableError, blaming, write_image
 from fedsca_pipeline.data.importers.pseudonyms import NAMES, Pseudonyms
 from fedsca_pipeline.data.importers.sample import Sample
+from fedsca_pipeline.data.importers.tables import visible_files
 from fedsca_pipeline.data.readers.common import BrokenSampleError, split_name
 from fedsca_pipeline.data.readers.volume import Volume, write_nifti
 from fedsca_pipeline.data.site_folder.discovery import SITES_READY, place_finished_sites
-from fedsca_pipeline.data.site_folder.pairing import Broken, list_faults
+from fedsca_pipeline.data.site_folder.pairing import SUFFIXES, Broken, list_faults, shown
 from fedsca_pipeline.errors import DataError, RefusedImportError, counted
 from fedsca_pipeline.files import write_bytes
+
+logger = logging.getLogger(__name__)
+
+# Most folders named of those that are passed over.
+_FOLDERS_LISTED = 20
 
 
 def import_sites(
@@ -41,7 +48,8 @@ def import_sites(
     Image files are copied, masks become PNG or NIfTI of classes, and each site gets a ``site.yml`` of subjects and
     notes. An importer that hides names writes images anew, without what a file holds beside its pixels, and gives
     images and subjects salted-hash names. One sample at a time is in memory. The sites are built in a hidden folder and
-    renamed, so a killed call leaves no half site. The source is only read, and nothing outside it is.
+    renamed, so a killed call leaves no half site. The source is only read, and nothing outside it is. The log names the
+    folders with images that are passed over.
 
     Args:
         raw: the folder of the sites.
@@ -64,6 +72,8 @@ def import_sites(
         raise DataError(f"source: {source} is not a folder; unpack the data set there, or name where it is")
     place_finished_sites(raw)
     samples = [replace(sample, site=_site_name(sample.site)) for sample in importer.find(source)]
+    for line in _passed_over(source, samples, name=not importer.hides_names):
+        logger.warning("passed over: %s", line)
     if importer.regroup is None:
         _refuse_existing(raw, {sample.site for sample in samples})
     private = private or raw.parent / "private"
@@ -86,6 +96,28 @@ def import_sites(
         shutil.rmtree(workshop, ignore_errors=True)
     place_finished_sites(raw)
     return summary
+
+
+def _passed_over(source: Path, samples: Sequence[Sample], *, name: bool) -> list[str]:
+    """Return a line for each folder with images that are in no sample: their number, and the first.
+
+    If they may not be ``name``d, one line has the number of all.
+    """
+    used = {file for sample in samples for file in (*sample.images, *sample.masks)}
+    folders: dict[Path, list[str]] = defaultdict(list)
+    for path in visible_files(source):
+        if path not in used and split_name(path.name)[1] in SUFFIXES:
+            folders[path.parent.relative_to(source)].append(path.name)
+    lines = [
+        f"{shown(folder.as_posix())}: {counted(len(files), 'image file')}, such as {shown(files[0])}"
+        for folder, files in folders.items()
+    ]
+    if not name and folders:
+        return [f"{counted(sum(map(len, folders.values())), 'image file')} in {counted(len(folders), 'folder')}"]
+    if rest := list(folders.values())[_FOLDERS_LISTED:]:
+        more = f"{counted(sum(map(len, rest)), 'image file')} in {counted(len(rest), 'more folder')}"
+        lines[_FOLDERS_LISTED:] = [more]
+    return lines
 
 
 @dataclass

@@ -233,8 +233,11 @@ def test_beside_segmentations_a_nifti_is_skipped_with_a_warning(export, imported
 
     assert imported(export)["dicom"] == without["without"]
 
-    (warned,) = (record.getMessage() for record in caplog.records if record.name.startswith("fedsca_pipeline"))
-    assert warned == "1 NIfTI file skipped: the masks are the segmentations (SEG)"
+    warned = [record.getMessage() for record in caplog.records if record.name.startswith("fedsca_pipeline")]
+    assert warned == [
+        "1 NIfTI file skipped: the masks are the segmentations (SEG)",
+        "passed over: 1 image file in 1 folder",
+    ]
 
 
 def test_a_nifti_that_lies_elsewhere_than_its_series_is_broken(tmp_path, drawn, imported) -> None:

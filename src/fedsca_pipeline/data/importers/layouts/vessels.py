@@ -1,12 +1,12 @@
-"""Retinal vessels, a site a data set: DRIVE, STARE, CHASE_DB1, HRF, LES-AV; of two observers the first."""
+"""Retinal vessels, a site a data set: DRIVE, STARE, CHASE_DB1, HRF, HRF-AV, LES-AV; of two observers the first."""
 
 from __future__ import annotations
 
 from fedsca_pipeline.data.importers.layout import Importer, Patterns
-from fedsca_pipeline.data.importers.masks import two_values
+from fedsca_pipeline.data.importers.masks import coloured, two_values
 
 IMPORTER = Importer(
-    title="Retinal vessels (DRIVE, STARE, CHASE_DB1, HRF, LES-AV)",
+    title="Retinal vessels (DRIVE, STARE, CHASE_DB1, HRF, HRF-AV, LES-AV)",
     licence="research only, each set under terms of its own (docs/importing.md)",
     classes=("vessel",),
     label=two_values(),
@@ -19,15 +19,12 @@ IMPORTER = Importer(
             subject="{number}",
         ),
         Patterns("**/STARE/stare-images/{stem}.ppm", "**/STARE/labels-ah/{stem}.ah.ppm", site="STARE"),
-        *(
-            Patterns(
-                f"**/CHASE*DB1/**/Image_{{number}}{eye}.jpg",
-                f"**/CHASE*DB1/**/Image_{{number}}{eye}_1stHO.png",
-                site="CHASE_DB1",
-                stem=f"{{number}}{eye}",
-                subject="{number}",
-            )
-            for eye in "LR"
+        Patterns(
+            "**/CHASE*/**/Image_{child:d}{eye:w}.jpg",
+            "**/CHASE*/**/Image_{child:d}{eye:w}_1stHO.png",
+            site="CHASE_DB1",
+            stem="{child}{eye}",
+            subject="{child}",
         ),
         *(
             Patterns(
@@ -40,5 +37,19 @@ IMPORTER = Importer(
             for suffix in ("jpg", "JPG")
         ),
         Patterns("**/LES-AV/images/{stem}.png", "**/LES-AV/vessel-segmentations/{stem}.png", site="LES-AV"),
+        # Divided into training and test, with arteries and veins in colours.
+        *(
+            Patterns(
+                f"**/{site}/{{part}}/images/{{stem}}{image}",
+                f"**/{site}/{{part}}/1st_manual/{{stem}}{mask}",
+                site=site,
+                label=coloured(),
+            )
+            for site in ("HRF-AV", "LES-AV")
+            for image, mask in (
+                ("_AVmanual.png", "_AVmanual.png"),
+                *((suffix, ending) for suffix in (".png", ".jpg", ".tif") for ending in ("_AVmanual.png", ".png")),
+            )
+        ),
     ),
 )
