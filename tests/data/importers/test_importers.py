@@ -647,6 +647,16 @@ class TestFolders:
         assert imported("folders", source)["lab"]["images"] == 1
         assert list(stored(tmp_path / "raw", "lab")[0]) == [unicodedata.normalize("NFC", "é")]
 
+    def test_title_and_licence_go_into_the_notes(self, imported, tmp_path) -> None:
+        patterns = [{"images": "{stem}.png", "masks": "{stem}_mask.png", "site": "lab"}]
+        source = self.layout(tmp_path / "mine", patterns=patterns, title="CT of two centres", licence="with leave")
+
+        imported("folders", tree(source, {"a.png": photograph(), "a_mask.png": two_valued()}))
+
+        assert (
+            stored(tmp_path / "raw", "lab")[1]["notes"] == "CT of two centres. Classes: 1 foreground. Terms: with leave"
+        )
+
     def test_a_black_mask_is_one_without_foreground(self, imported, tmp_path) -> None:
         patterns = [{"images": "{stem}.png", "masks": "{stem}_mask.png", "site": "lab"}]
         files = {"a.png": photograph(), "a_mask.png": Image.fromarray(HALF * 0)}
@@ -709,6 +719,18 @@ class TestRefusals:
     def test_a_folder_without_the_layout_says_what_was_looked_for(self, imported, tmp_path) -> None:
         with pytest.raises(DataError, match=r"nothing of the layout of Colonoscopy polyps.*Kvasir-SEG/images"):
             imported("polyps", tree(tmp_path / "other", {"a.png": photograph()}))
+
+    def test_a_layout_that_finds_nothing_shows_a_path_beside_its_pattern(self, imported, tmp_path) -> None:
+        source = tree(tmp_path / "other", {"set/scan/a.png": photograph(), "set/scan/b.png": photograph()})
+        (source / "import.yml").write_text("patterns: [{images: 'scan/{stem}.png', masks: 'm/{stem}.png', site: x}]")
+
+        with pytest.raises(
+            DataError, match=r"own \(scan/\{stem\}\.png\).*such as set/scan/a\.png\); patterns start at"
+        ):
+            imported("folders", source)
+        with pytest.raises(DataError, match=r"2 \.png, 1 \.yml\)") as hidden:
+            find_importer("polyps", source, {}, hide_names=True).find(source)
+        assert "scan/a" not in str(hidden.value)
 
     def test_many_folders_that_are_passed_over_are_counted(self, imported, tmp_path, caplog) -> None:
         source = tree(self.one(tmp_path), {f"more/{number:02d}/x.png": photograph() for number in range(23)})

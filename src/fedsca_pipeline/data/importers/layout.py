@@ -129,8 +129,14 @@ class Importer:
                 "hide_names=false and data_root=<another folder>"
             ) from None
         if not samples:
-            wanted = "; ".join(pattern.images for pattern in self.patterns)
-            raise DataError(f"{source}: holds nothing of the layout of {self.title} ({wanted}); there {_there(source)}")
+            wanted = [pattern.images for pattern in self.patterns]
+            there = _there(source, example=not self.hides_names)
+            start = (
+                "" if all(one.startswith("**/") for one in wanted) else "; patterns start at the source, **/ below it"
+            )
+            raise DataError(
+                f"{source}: holds nothing of the layout of {self.title} ({'; '.join(wanted)}); there {there}{start}"
+            )
         return sorted(samples, key=lambda sample: (sample.site, sample.stem))
 
 
@@ -140,7 +146,7 @@ def match_files(names: Iterable[str], pattern: str) -> Iterator[tuple[str, dict[
     Names, pattern and values are compared in NFC.
 
     Raises:
-        ConfigError: the pattern has a placeholder without a name.
+        ConfigError: the pattern has a placeholder without a name, or of an unknown type.
     """
     compiled = re.compile(_expression(unicodedata.normalize("NFC", pattern)), re.DOTALL)
     for name in names:
@@ -148,11 +154,16 @@ def match_files(names: Iterable[str], pattern: str) -> Iterator[tuple[str, dict[
             yield name, match.groupdict()
 
 
-def _there(source: Path) -> str:
-    """Return what files a source has, by suffix only, since names may name patients."""
-    suffixes = Counter(split_name(path.name)[1] for path in visible_files(source))
-    listed = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in suffixes.most_common(5))
-    return f"are other files ({listed})" if listed else "is no file"
+def _there(source: Path, *, example: bool) -> str:
+    """Return what files a source has, by suffix, and an ``example`` of the commonest; names may name patients."""
+    files = visible_files(source)
+    suffixes = Counter(split_name(path.name)[1] for path in files).most_common(5)
+    if not suffixes:
+        return "is no file"
+    listed = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in suffixes)
+    first = next(path for path in files if split_name(path.name)[1] == suffixes[0][0])
+    named = f", such as {first.relative_to(source).as_posix()}" if example else ""
+    return f"are other files ({listed}{named})"
 
 
 def _samples(source: Path, patterns: Iterable[Patterns]) -> list[Sample]:
