@@ -491,3 +491,25 @@ def test_one_volume_at_a_time_is_in_memory(imported, tmp_path) -> None:
 
     peak(1)  # what is imported on the way counts for none
     assert peak(8) < 1.5 * peak(2)
+
+
+@pytest.mark.parametrize("importer", ["prostate_saml", "site_folder"])
+def test_a_header_that_contradicts_itself_is_told_by_the_import(
+    tmp_path: Path, imported: Imported, importer: str
+) -> None:
+    names = {
+        "prostate_saml": ("RUNMC/Case00.nii.gz", "RUNMC/Case00_segmentation.nii.gz"),
+        "site_folder": ("images/a.nii.gz", "masks/a.nii.gz"),
+    }[importer]
+    source = tree(tmp_path / "source", {names[0]: volume(0), names[1]: labelled(1)}, np.diag([1.5, 1.5, 2.0, 1.0]))
+    stated = nibabel.load(source / names[0])
+    stated.header.set_zooms((1.0, 1.0, 1.0))
+    stated.to_filename(tmp_path / "again.nii.gz")
+    (source / names[0]).write_bytes((tmp_path / "again.nii.gz").read_bytes())
+
+    (site,) = imported(importer, source).values()
+
+    (alert,) = site["alerts"]
+    assert (
+        "1.5 x 1.5 x 2 mm by its sform, which is used for slices and metrics, and 1 x 1 x 1 mm by its pixdim" in alert
+    )

@@ -180,3 +180,20 @@ def test_too_few_volumes_stop_however_many_slices_there_are(
     write_volume_site(tmp_path / SITE, count=3, slices=SLICES)
     with pytest.raises(DataError, match=r"3 usable images, preprocessing.min_images is 4"):
         prepare(tmp_path)
+
+
+def test_headers_that_contradict_themselves_are_told(raw: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for path in (raw / SITE / "images").iterdir():
+        image = load(path)
+        image = nibabel.Nifti1Image(np.asanyarray(image.dataobj), image.affine)
+        image.header.set_zooms((1.0, 1.0, 1.0))
+        nibabel.save(image, path)
+
+    report = prepare(raw).report
+
+    (alert,) = report["alerts"]
+    assert alert.startswith("6 files (images/v0.nii.gz, images/v1.nii.gz, images/v2.nii.gz, ...): its header has two")
+    assert "0.8 x 0.8 x 2.5 mm by its sform, which is used for slices and metrics, and 1 x 1 x 1 mm" in alert
+    assert f"{SITE}: {alert}" in caplog.messages
+    assert sum("two spacings" in warning for warning in report["warnings"]) == 6
+    assert report["volumes"]["spacing_mm"]["slice"] == pytest.approx([2.5, 2.5])

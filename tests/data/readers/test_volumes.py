@@ -257,3 +257,48 @@ def test_a_bomb_is_refused_by_what_its_file_could_hold(tmp_path: Path) -> None:
     assert "more than 33,554,432 of such a file" in reason(tmp_path / "bomb.nii.gz")
     with pytest.raises(BrokenSampleError, match="more than 33,554,432 of such a file"):
         read_volume_mask(tmp_path / "bomb.nii.gz", image)
+
+
+def contradicting(path: Path, spacing: tuple[float, ...], qform: np.ndarray | None = None) -> Path:
+    """Write a NIfTI whose sform is ``AFFINE``, with another pixdim or qform."""
+    image = nibabel.Nifti1Image(VOXELS, AFFINE)
+    image.set_qform(AFFINE if qform is None else qform, code=1)
+    image.set_sform(AFFINE, code=1)
+    image.header.set_zooms(spacing)
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_a_pixdim_that_contradicts_the_sform_is_told_and_the_sform_used(tmp_path: Path, suffix: str) -> None:
+    volume = read_volume(contradicting(tmp_path / f"a{suffix}", (1.0, 1.0, 1.0)))
+
+    assert volume.spacing == pytest.approx((0.5, 0.75, 3.0))
+    (alert,) = volume.alerts
+    assert alert.startswith(
+        "its header has two spacings: 0.5 x 0.75 x 3 mm by its sform, which is used for slices and metrics, and "
+        "1 x 1 x 1 mm by its pixdim"
+    )
+
+
+def test_a_qform_that_is_mirrored_against_the_sform_is_told(tmp_path: Path) -> None:
+    mirrored = np.diag([-1.0, 1.0, 1.0, 1.0]) @ AFFINE
+    volume = read_volume(contradicting(tmp_path / "a.nii", (0.5, 0.75, 3.0), mirrored))
+
+    assert volume.alerts == (
+        "its header has two orientations: LAS by its sform, which is used, and RAS by its qform, so sides may be "
+        "exchanged; correct the header if the sform is wrong",
+    )
+
+
+def test_a_header_that_agrees_has_no_alerts(tmp_path: Path) -> None:
+    shifted = AFFINE.copy()
+    shifted[:3, 3] += 7
+    for number, qform in enumerate((AFFINE, shifted)):
+        path = contradicting(tmp_path / f"{number}.nii", (0.5, 0.75, 3.004), qform)
+        assert read_volume(path).alerts == ()
+    only_qform = nibabel.Nifti1Image(VOXELS, None)
+    only_qform.set_qform(AFFINE, code=1)
+    nibabel.save(only_qform, tmp_path / "q.nii")
+    assert read_volume(tmp_path / "q.nii").alerts == ()

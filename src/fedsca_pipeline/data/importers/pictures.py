@@ -14,7 +14,7 @@ from fedsca_pipeline.data.importers.masks import Image, Label
 from fedsca_pipeline.data.readers.common import UNREADABLE, BrokenSampleError, finite_values, unreadable
 from fedsca_pipeline.data.readers.images import read_image
 from fedsca_pipeline.data.readers.volume import Volume, check_voxels, write_nifti
-from fedsca_pipeline.data.readers.volumes import is_volume, read_volume
+from fedsca_pipeline.data.readers.volumes import is_volume, nifti_alerts, read_volume
 
 if TYPE_CHECKING:
     from fedsca_pipeline.data.importers.sample import Sample
@@ -106,7 +106,7 @@ def read_nifti(file: Path, frame: int | None = None) -> Volume:
         voxels = np.asanyarray(image.dataobj if frame is None else image.dataobj[..., frame])
     except (ImageFileError, HeaderDataError, HeaderTypeError, *UNREADABLE) as error:
         raise unreadable(error) from error
-    return Volume(finite_values(_storable(voxels)), image.affine)
+    return Volume(finite_values(_storable(voxels)), image.affine, alerts=nifti_alerts(image))
 
 
 def write_image(folder: Path, stem: str, image: Image) -> None:

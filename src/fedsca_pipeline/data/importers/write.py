@@ -24,7 +24,7 @@ from fedsca_pipeline.data.importers.tables import visible_files
 from fedsca_pipeline.data.readers.common import BrokenSampleError, split_name
 from fedsca_pipeline.data.readers.volume import Volume, write_nifti
 from fedsca_pipeline.data.site_folder.discovery import SITES_READY, place_finished_sites
-from fedsca_pipeline.data.site_folder.pairing import SUFFIXES, Broken, list_faults, shown
+from fedsca_pipeline.data.site_folder.pairing import SUFFIXES, Broken, by_fault, list_faults, shown
 from fedsca_pipeline.errors import DataError, RefusedImportError, counted
 from fedsca_pipeline.files import write_bytes
 
@@ -61,8 +61,9 @@ def import_sites(
         progress: receives the number of samples done and of all, after each.
 
     Returns:
-        Per site ``images``, ``subjects``, ``pixels`` of each class by name, and ``broken``, a list of ``file``
-        (relative to the source, or the image's hashed name), ``reason`` and ``cure``.
+        Per site ``images``, ``subjects``, ``pixels`` of each class by name, ``broken``, a list of ``file`` (relative to
+        the source, or the image's hashed name), ``reason`` and ``cure``, and ``alerts``, where headers contradict
+        themselves.
 
     Raises:
         DataError: the source is missing, holds nothing of the layout, or a site exists already.
@@ -129,6 +130,8 @@ class _Site:
     """By stem."""
     pixels: Counter[int] = field(default_factory=Counter)
     broken: list[Broken] = field(default_factory=list)
+    doubted: list[Broken] = field(default_factory=list)
+    """Images that were written, and what their files contradict themselves about."""
 
     def stem(self, sample: Sample, source: Path) -> str:
         """Return the name of a sample's files in the site folder."""
@@ -155,6 +158,7 @@ class _Site:
             "subjects": len(set(self.subjects.values())),
             "pixels": {label: self.pixels[number] for number, label in enumerate(("background", *classes))},
             "broken": [entry.as_dict() for entry in self.broken],
+            "alerts": [f"{alike.file}: {alike.reason}" for alike in by_fault(self.doubted)],
         }
 
 
@@ -191,6 +195,8 @@ def _write(
             site_of(sample.site).blame(sample, unusable, source)
         else:
             site.subjects[stem] = site.subject(sample)
+            if isinstance(picture.image, Volume):
+                site.doubted += [Broken(f"image {stem}", alert, "") for alert in picture.image.alerts]
             numbers, counts = np.unique(picture.mask, return_counts=True)
             site.pixels.update(dict(zip(map(int, numbers), map(int, counts), strict=True)))
         progress(done, len(samples))

@@ -176,8 +176,8 @@ def _volume_mask(path: Path, slices: VolumeSlices, rule: LabelRule, classes: int
     return read_volume_classes(path, slices.volume, rule, classes)
 
 
-def _volume_alerts(_files: tuple[Path, Path], _slices: VolumeSlices) -> list[str]:
-    return []
+def _volume_alerts(_files: tuple[Path, Path], slices: VolumeSlices) -> list[str]:
+    return list(slices.volume.alerts)
 
 
 def _volume_sample(

@@ -165,7 +165,7 @@ def _exchange(process: subprocess.Popen[bytes], request: Mapping[str, Any]) -> n
     values = values.T if answer["transposed"] else values
     if "affine" not in answer:
         return values
-    return Volume(values, np.array(answer["affine"]), answer["frame_of_reference"])
+    return Volume(values, np.array(answer["affine"]), answer["frame_of_reference"], tuple(answer["alerts"]))
 
 
 def _death(status: int, seconds: float) -> BrokenSampleError:

@@ -50,7 +50,11 @@ def _answer(request: dict[str, Any], answers: IO[bytes]) -> None:
     values = np.ascontiguousarray(values.T if transposed else values)
     header = {"dtype": values.dtype.str, "shape": values.shape, "transposed": transposed}
     if isinstance(found, Volume):
-        header |= {"affine": found.affine.tolist(), "frame_of_reference": found.frame_of_reference}
+        header |= {
+            "affine": found.affine.tolist(),
+            "frame_of_reference": found.frame_of_reference,
+            "alerts": found.alerts,
+        }
     _write(answers, header)
     answers.write(values.data)
 

@@ -26,12 +26,14 @@ class Volume:
 
     ``voxels`` is [X, Y, Z], or [X, Y, Z, M] of M modalities, in the file's values after its own scaling; ``affine``
     float64 [4, 4] takes a voxel's index to mm in the patient's right, anterior and superior direction (RAS+), as in
-    nibabel. ``frame_of_reference`` is DICOM's identifier of the affine's origin; it never leaves memory.
+    nibabel. ``frame_of_reference`` is DICOM's identifier of the affine's origin; it never leaves memory. ``alerts`` say
+    where a file contradicts itself about its geometry, and what of it is used.
     """
 
     voxels: np.ndarray
     affine: np.ndarray
     frame_of_reference: str | None = None
+    alerts: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:

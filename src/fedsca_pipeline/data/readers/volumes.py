@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +29,9 @@ from fedsca_pipeline.data.readers.common import (
 )
 from fedsca_pipeline.data.readers.decoding import in_child
 from fedsca_pipeline.data.readers.volume import ALWAYS, Volume, check_grid, check_voxels, most_voxels
+
+if TYPE_CHECKING:
+    import nibabel
 
 
 def is_volume(name: str) -> bool:
@@ -117,9 +121,7 @@ def _checked(volume: Volume) -> Volume:
     check_voxels(voxels.shape)
     if voxels.dtype.kind not in "buif":
         raise BrokenSampleError(f"holds voxels of type {voxels.dtype}", "save one plain number a voxel")
-    # The volume of a voxel as a share of the box its edges would span: 1 for right angles, 0 where it is flat.
-    box = math.prod(volume.spacing)
-    if not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) > _FLAT * box > 0:
+    if not _usable(affine):
         raise BrokenSampleError(
             "its header gives no usable geometry (an affine that is singular or not finite)",
             "export it again with spacing and orientation",
@@ -148,7 +150,46 @@ def _read_nifti(path: Path, most: int) -> Volume:
         voxels = np.asanyarray(image.dataobj)
     except (ImageFileError, HeaderDataError, HeaderTypeError) as error:
         raise unreadable(error) from error
-    return Volume(voxels[:, :, :, 0] if voxels.ndim == 5 else voxels, np.diag([mm, mm, mm, 1.0]) @ image.affine)
+    affine = np.diag([mm, mm, mm, 1.0]) @ image.affine
+    return Volume(voxels[:, :, :, 0] if voxels.ndim == 5 else voxels, affine, alerts=nifti_alerts(image))
+
+
+def nifti_alerts(image: nibabel.Nifti1Image) -> tuple[str, ...]:
+    """Return where a header's sform, which nibabel and this project use, contradicts its pixdim or its qform."""
+    from nibabel.orientations import aff2axcodes
+    from nibabel.spatialimages import HeaderDataError
+
+    header, alerts = image.header, []
+    sform, code = header.get_sform(coded=True)
+    if not code or not _usable(sform):
+        return ()
+    mm = _NIFTI_UNITS[header.get_xyzt_units()[0]]
+    stated = mm * np.array(header.get_zooms()[:3])
+    used = mm * np.linalg.norm(sform[:3, : len(stated)], axis=0)
+    if not np.allclose(used, stated, rtol=_ALIKE, atol=0):
+        alerts.append(
+            f"its header has two spacings: {_mm(used)} by its sform, which is used for slices and metrics, and "
+            f"{_mm(stated)} by its pixdim; correct the header if the sform is wrong"
+        )
+    with suppress(HeaderDataError):
+        qform, code = header.get_qform(coded=True)
+        if code and _usable(qform) and (axes := aff2axcodes(sform)) != (others := aff2axcodes(qform)):
+            alerts.append(
+                f"its header has two orientations: {''.join(axes)} by its sform, which is used, and {''.join(others)} "
+                "by its qform, so sides may be exchanged; correct the header if the sform is wrong"
+            )
+    return tuple(alerts)
+
+
+def _usable(affine: np.ndarray) -> bool:
+    """Return whether an affine is finite and not flat."""
+    # The volume of a voxel as a share of the box its edges would span: 1 for right angles, 0 where it is flat.
+    box = math.prod(np.linalg.norm(affine[:3, :3], axis=0))
+    return bool(np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > _FLAT * box > 0)
+
+
+def _mm(spacing: np.ndarray) -> str:
+    return " x ".join(f"{step:.4g}" for step in spacing) + " mm"
 
 
 def _read_nrrd(path: Path, most: int) -> Volume:
@@ -234,6 +275,8 @@ def _detached(data: Any) -> BrokenSampleError:
 
 
 _FLAT = 1e-3
+# Relative difference of two spacings that rounding explains.
+_ALIKE = 0.01
 _META_HEADER = 2**16
 # mm per unit; files without a unit are in mm, as in viewers.
 _NIFTI_UNITS: Mapping[str, float] = MappingProxyType({"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001})

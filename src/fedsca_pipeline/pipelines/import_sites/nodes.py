@@ -78,6 +78,8 @@ def _report(layout: Importer, summary: dict[str, Any], demonstration: list[str])
         )
         for fault in by_fault([Broken(**entry) for entry in found["broken"]]):
             logger.warning("%s: %s: %s (left out; %s)", site, fault.file, fault.reason, fault.cure)
+        for alert in found["alerts"]:
+            logger.warning("%s: %s", site, alert)
     if any(found["broken"] for found in summary.values()):
         logger.warning("each file is listed in 02_intermediate/import.json")
     if demonstration:
