@@ -29,6 +29,9 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 ClassName = Annotated[str, StringConstraints(pattern=r"^\w[\w .-]{0,39}$", strip_whitespace=True)]
 Positive = Annotated[float, Field(gt=0.0)]
 
+MAX_IMAGE_SIZE = 4096
+"""Largest ``preprocessing.image_size``."""
+
 T = TypeVar("T")
 OrAuto = Annotated[T | None, BeforeValidator(lambda value: None if value == "auto" else value)]
 """A value, or ``auto``, which is None here: a union with a literal would report two faults for one."""
@@ -132,7 +135,9 @@ class DecodeConfig(_Config):
 class PreprocessingConfig(_Config):
     """``preprocessing``: from raw site folders to cached arrays."""
 
-    image_size: int = Field(256, ge=16, le=4096, multiple_of=16, description="pixels; images are padded to a square")
+    image_size: int = Field(
+        256, ge=16, le=MAX_IMAGE_SIZE, multiple_of=16, description="pixels; images are padded to a square"
+    )
     classes: int = Field(1, ge=1, le=254, description="K, the number of foreground classes")
     class_names: OneOrMore[tuple[ClassName, ...]] | None = Field(
         None, description="K names, class 1 first, for tables, figures and metrics; null: class 1, class 2, ..."

@@ -131,6 +131,20 @@ def test_broken_files_are_listed_with_their_cure(hostile: list[Inspection]) -> N
     assert "Images that other sites also have" in north
 
 
+def test_alerts_come_first_on_a_sites_page_and_on_the_index(raw: Path, add_image: Callable[..., None]) -> None:
+    (found,) = inspect(raw, "north")
+    found.facts["alerts"] = [f"12 files ({NAME}): its header has two spacings"]
+    page, index = (
+        Page(render_site(found, across([found]))),
+        Page(render_index([found.facts], across([found]), NOT_MEASURED)),
+    )
+
+    assert f"12 files ({NAME}): its header has two spacings" in page.text
+    assert f"12 files ({NAME}): its header has two spacings" in index.text
+    assert "north.html#alerts" in index.values("href")
+    assert "alerts" in page.values("id")
+
+
 def test_a_site_without_readable_files_has_a_page(raw: Path) -> None:
     for path in (raw / "south" / "masks").iterdir():
         path.unlink()

@@ -154,6 +154,7 @@ def _findings(site: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return findings that do not stop a site from training, but may spoil its results."""
     leaks = sum(group["across_splits"] for group in site["near_duplicates"])
     findings = {
+        "alerts": "; ".join(site["alerts"]),
         "duplicates": f"near duplicates in two splits ({leaks})" if leaks else "",
         "subjects": f"subjects in two splits of the stored manifest ({len(site['torn_subjects'])})"
         if site["torn_subjects"]

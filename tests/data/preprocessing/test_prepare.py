@@ -550,3 +550,40 @@ def test_tags_of_image_and_mask_that_differ_are_told(raw: Path, suffix: str, cap
 
 def test_a_site_whose_files_agree_has_no_alerts(raw: Path) -> None:
     assert prepare(raw).report["alerts"] == []
+
+
+def test_a_class_that_resizing_loses_in_every_mask_is_told_with_the_size_that_keeps_it(
+    raw: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(10):
+        mask = np.zeros((480, 400), np.uint8)
+        mask[100:200, 100:200] = 1
+        mask[300 : 301 + 2 * (number == 9), 300] = 2
+        add(raw, f"p{number // 2}_{number}", scan(number, (480, 400)), mask)
+    config = CONFIG.model_copy(update={"classes": 2, "class_names": ("organ", "lesion")})
+
+    report = prepare(raw, config).report
+
+    (alert,) = report["alerts"]
+    assert alert == (
+        "lesion: resizing to 32 pixels loses it in 10 masks, all that show it, so it is not learned here; "
+        f"preprocessing.image_size={alert.split('image_size=')[1].split()[0]} keeps it in each"
+    )
+    assert f"{SITE}: {alert}" in caplog.messages
+    kept = int(alert.split("image_size=")[1].split()[0])
+    assert prepare(raw, config.model_copy(update={"image_size": kept})).report["alerts"] == []
+    assert 64 <= kept <= 512
+
+
+def test_a_class_that_one_mask_keeps_is_not_told(raw: Path) -> None:
+    for number in range(10):
+        mask = np.zeros((480, 400), np.uint8)
+        mask[100:200, 100:200] = 1
+        side = 100 if number == 9 else 1
+        mask[300 : 300 + side, 300 : 300 + side] = 2
+        add(raw, f"p{number // 2}_{number}", scan(number, (480, 400)), mask)
+
+    report = prepare(raw, CONFIG.model_copy(update={"classes": 2})).report
+
+    assert report["alerts"] == []
+    assert sum("loses class 2" in warning for warning in report["warnings"]) == 9

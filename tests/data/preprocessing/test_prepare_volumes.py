@@ -197,3 +197,18 @@ def test_headers_that_contradict_themselves_are_told(raw: Path, caplog: pytest.L
     assert f"{SITE}: {alert}" in caplog.messages
     assert sum("two spacings" in warning for warning in report["warnings"]) == 6
     assert report["volumes"]["spacing_mm"]["slice"] == pytest.approx([2.5, 2.5])
+
+
+def test_a_class_that_every_volume_loses_is_told_with_the_size_that_keeps_it(raw: Path) -> None:
+    for path in (raw / SITE / "masks").iterdir():
+        mask = load(path)
+        voxels = np.asanyarray(mask.dataobj).copy()
+        voxels[1, 1, 3] = 2
+        nibabel.save(nibabel.Nifti1Image(voxels, mask.affine), path)
+
+    report = prepare(raw, CONFIG.model_copy(update={"image_size": 16, "classes": 2})).report
+
+    assert report["alerts"] == [
+        "class 2: resizing to 16 pixels loses it in 6 masks, all that show it, so it is not learned here; "
+        "preprocessing.image_size=32 keeps it in each"
+    ]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsca_pipeline.config import PreprocessingConfig
+from fedsca_pipeline.config import MAX_IMAGE_SIZE, PreprocessingConfig
 from fedsca_pipeline.data.preprocessing.geometry import ByteCounts, Channels, fit_mask, normalise_and_fit
 from fedsca_pipeline.data.preprocessing.labels import occurrences, read_classes, read_volume_classes
 from fedsca_pipeline.data.preprocessing.slices import VolumeSlices
@@ -36,7 +36,8 @@ class Sample:
     ``values`` a few raw values from all over the image, float32. ``class_pixels`` counts raw pixels of the classes
     0..K. ``planes`` lists the classes of 1..K in each resized slice of the mask; a flat image is one slice. ``spacing``
     of a volume is mm from slice to slice, row to row and column to column. ``alerts`` are warnings that the terminal
-    shows too: labels may lie elsewhere, or millimetres be wrong.
+    shows too: labels may lie elsewhere, or millimetres be wrong. ``lost`` are the classes of the raw mask that the
+    resized one lacks, each with an ``image_size`` that would keep it; None if there is none.
     """
 
     pair: Pair
@@ -55,6 +56,7 @@ class Sample:
     planes: tuple[tuple[int, ...], ...]
     warnings: list[str]
     alerts: list[str]
+    lost: dict[int, int | None]
     spacing: tuple[float, float, float] | None = None
 
     @property
@@ -154,6 +156,7 @@ def _flat_sample(
     levels, warnings = normalise_and_fit(channels, config.normalise, config.image_size)
     small = fit_mask(mask, config.image_size)
     occurring = [np.flatnonzero(described["class_pixels"]).tolist()] if small is mask else _occurring([small])
+    lost = _lost(described["class_pixels"], occurring, config.image_size, lambda side: [fit_mask(mask, side)])
     sample = Sample(
         **described,
         pixels=_digest(image, channels.distinct),
@@ -162,7 +165,8 @@ def _flat_sample(
         kind=f"{image.dtype} {'grey' if image.ndim == 2 else 'RGB'}",
         original=(int(mask.shape[0]), int(mask.shape[1])),
         fitted=(int(small.shape[0]), int(small.shape[1])),
-        warnings=warnings + _lost(described["class_pixels"], occurring, config.image_size),
+        warnings=warnings + _lost_warning(lost, config.image_size),
+        lost=lost,
         planes=_shown(occurring),
     )
     return sample, [(levels, small)]
@@ -186,6 +190,7 @@ def _volume_sample(
     voxels, small = slices.volume.voxels, slices.masks(mask)
     occurring = _occurring(small)
     modalities = f" of {voxels.shape[3]} modalities" if voxels.ndim == 4 else ""
+    lost = _lost(described["class_pixels"], occurring, config.image_size, lambda side: slices.masks(mask, side))
     sample = Sample(
         **described,
         pixels=_digest(voxels, voxels),
@@ -194,7 +199,8 @@ def _volume_sample(
         kind=f"{voxels.dtype} volume{modalities}",
         original=slices.size,
         fitted=(int(small[0].shape[0]), int(small[0].shape[1])),
-        warnings=slices.warnings + _lost(described["class_pixels"], occurring, config.image_size),
+        warnings=slices.warnings + _lost_warning(lost, config.image_size),
+        lost=lost,
         planes=_shown(occurring),
         spacing=slices.spacing,
     )
@@ -220,8 +226,24 @@ def _shown(occurring: Iterable[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(label for label in labels if label) for labels in occurring)
 
 
-def _lost(class_pixels: np.ndarray, occurring: Iterable[Sequence[int]], side: int) -> list[str]:
-    lost = sorted(set(np.flatnonzero(class_pixels).tolist()).difference(*occurring))
+def _lost(
+    class_pixels: np.ndarray,
+    occurring: Iterable[Sequence[int]],
+    side: int,
+    resized: Callable[[int], Sequence[np.ndarray]],
+) -> dict[int, int | None]:
+    """Return ``Sample.lost``; ``resized`` returns the mask's slices at another size."""
+    lost: dict[int, int | None] = dict.fromkeys(
+        sorted(set(np.flatnonzero(class_pixels).tolist()).difference(*occurring))
+    )
+    while side < MAX_IMAGE_SIZE and None in lost.values():
+        side = min(2 * side, MAX_IMAGE_SIZE)
+        kept = set().union(*_occurring(resized(side)))
+        lost |= {label: side for label, size in lost.items() if size is None and label in kept}
+    return lost
+
+
+def _lost_warning(lost: Mapping[int, int | None], side: int) -> list[str]:
     return [f"its mask loses class {', '.join(map(str, lost))} at {side} pixels"] if lost else []
 
 

@@ -67,13 +67,29 @@ def select_samples(
         except DataError as error:
             refusals.append(str(error))
     planes = {sample.pair.image: _planes_to_keep(site, sample, splits, config, seed) for sample in kept}
-    return Selection(rows, splits, planes, settings, drawn, warnings, _alerts(kept), refusals)
+    alerts = _alerts(kept) + _classes_lost(kept, config)
+    return Selection(rows, splits, planes, settings, drawn, warnings, alerts, refusals)
 
 
 def _alerts(samples: Sequence[Sample]) -> list[str]:
     """Return the samples' alerts, one line per kind, with the first images."""
     alerts = [Broken(sample.pair.image, alert, "") for sample in samples for alert in sample.alerts]
     return [f"{alike.file}: {alike.reason}" for alike in by_fault(alerts)]
+
+
+def _classes_lost(samples: Sequence[Sample], config: PreprocessingConfig) -> list[str]:
+    """Return a line for each class that every image with it loses by resizing, with the size that would keep it."""
+    alerts = []
+    for label, name in enumerate(config.names, start=1):
+        sizes = [sample.lost.get(label, 0) for sample in samples if sample.class_pixels[label]]
+        if sizes and 0 not in sizes:
+            known = [size for size in sizes if size is not None]
+            size = f"preprocessing.image_size={max(known)}" if len(known) == len(sizes) else "no size"
+            alerts.append(
+                f"{name}: resizing to {config.image_size} pixels loses it in {counted(len(sizes), 'mask')}, all that "
+                f"show it, so it is not learned here; {size} keeps it in each"
+            )
+    return alerts
 
 
 def _planes_to_keep(

@@ -69,10 +69,13 @@ class VolumeSlices:
         # The second of two modalities also fills the third channel.
         return fit_image(np.stack([*levels, levels[-1]][:3], axis=-1), self._side, self.spacing[1:])
 
-    def masks(self, labels: np.ndarray) -> list[np.ndarray]:
-        """Return the resized slices, uint8 [height, width] each, of classes uint8 [X, Y, Z] on the volume's grid."""
+    def masks(self, labels: np.ndarray, side: int | None = None) -> list[np.ndarray]:
+        """Return the resized slices, uint8 [height, width] each, of classes uint8 [X, Y, Z] on the volume's grid.
+
+        ``side`` is their longer side in pixels. Default: that of the images.
+        """
         planes = cut(labels, self.volume.affine, self._config.axis)
-        return [fit_mask(np.ascontiguousarray(plane), self._side, self.spacing[1:]) for plane in planes]
+        return [fit_mask(np.ascontiguousarray(plane), side or self._side, self.spacing[1:]) for plane in planes]
 
     def restack(self, planes: Sequence[np.ndarray]) -> np.ndarray:
         """Return [X, Y, Z] from all slices [H, W] on the volume's grid."""
