@@ -12,7 +12,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -21,8 +21,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 from fedsca_pipeline.errors import WeightsError
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
 
+# Text that a spreadsheet takes for a formula, also behind apostrophes.
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
 # A second Ctrl-C takes effect at once if it comes more than this many seconds after the first.
 _PATIENCE = 1.0
 
@@ -132,6 +135,44 @@ def write_json(path: Path, value: Any) -> None:
         ValueError: it contains NaN or infinity.
     """
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def as_cell(text: str) -> str:
+    """Return text for a cell of a table that people open in a spreadsheet, which would run a formula.
+
+    Text that starts with ``=``, ``+``, ``-``, ``@``, a tab or a carriage return gets an apostrophe before it, and so
+    does such text behind apostrophes, so that ``from_cell`` gives back what was.
+
+    >>> as_cell("=1+1"), as_cell("'-x"), as_cell("p01")
+    ("'=1+1", "''-x", 'p01')
+    """
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def from_cell(cell: str) -> str:
+    """Return the text that ``as_cell`` was given.
+
+    >>> from_cell("'=1+1"), from_cell("''-x"), from_cell("'p01")
+    ('=1+1', "'-x", "'p01")
+    """
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+
+
+def as_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with ``as_cell`` of its texts and column names; numbers and missing values stay."""
+    return _each_text(table, as_cell)
+
+
+def from_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table that ``as_cells`` was given."""
+    return _each_text(table, from_cell)
+
+
+def _each_text(table: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
+    texts = table.select_dtypes(["object", "string"])
+    changed = {name: texts[name].map(lambda cell: change(cell) if isinstance(cell, str) else cell) for name in texts}
+    columns = {name: change(name) for name in table if isinstance(name, str)}
+    return table.assign(**changed).astype(texts.dtypes).rename(columns=columns)
 
 
 def read_or_create_secret(path: Path) -> bytes:

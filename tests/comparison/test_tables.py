@@ -170,6 +170,12 @@ def test_every_column_with_a_value_has_a_bold_one(values: list[float]) -> None:
     assert "1 site, 1 image, 1 seed" in text
 
 
+def test_a_label_that_a_spreadsheet_would_run_is_neutralised_in_markdown() -> None:
+    text = render_markdown(two_methods().assign(label=["=1+1", "@SUM(A1)"]))
+
+    assert {cells_of(text, row)[0] for row in (0, 1)} == {"'=1+1", "'@SUM(A1)"}
+
+
 def test_labels_are_escaped_in_markdown_and_in_the_page() -> None:
     table = two_methods().assign(label=["a|b_c *d*\n<i>", "<script>alert(1)</script>"])
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +116,35 @@ def test_the_catalog_leaves_everything_else_to_kedro(tmp_path: Path) -> None:
 
     assert catalog.load("table").equals(table)
     assert catalog.get("folder") is folder
+
+
+FORMULAS = ['=HYPERLINK("x")', "+1", "-2+3", "@SUM(A1)", "\tx", "'=1", "''-x", "'plain", "plain", "007", "", "0"]
+
+
+@pytest.mark.parametrize("dataset", [AtomicCSVDataset, PreviousCSVDataset])
+def test_a_spreadsheet_runs_no_cell_of_a_table_and_the_project_reads_what_was_saved(
+    tmp_path: Path, dataset: type
+) -> None:
+    table = pd.DataFrame(
+        {"image": FORMULAS, "=a": range(len(FORMULAS)), "score": [-0.5] * len(FORMULAS), "note": [None, *FORMULAS[1:]]}
+    )
+    path = tmp_path / "t.csv"
+    text = {"dtype": {"image": str, "note": str}, "keep_default_na": False}
+    AtomicCSVDataset(filepath=str(path), save_args={"index": False}).save(table)
+
+    with path.open(newline="") as stream:
+        head, *rows = csv.reader(stream)
+    assert not [cell for row in rows for cell in (row[0], row[3]) if cell.startswith(("=", "+", "-", "@", "\t", "\r"))]
+    assert head == ["image", "'=a", "score", "note"]
+    assert rows[0][0] == '\'=HYPERLINK("x")'
+    assert [row[0] for row in rows[7:]] == FORMULAS[7:]
+    assert {row[2] for row in rows} == {"-0.5"}
+    back = dataset(filepath=str(path), load_args=text).load()
+    pd.testing.assert_frame_equal(back, table.fillna({"note": ""}), check_dtype=False)
+
+
+def test_ordinary_tables_are_saved_byte_for_byte_as_pandas_does(tmp_path: Path) -> None:
+    table = pd.DataFrame({"site": ["north", "south"], "dice": [0.25, None], "count": pd.array([1, None], "Int64")})
+    for columns in (["site", "dice", "count"], ["dice"]):
+        AtomicCSVDataset(filepath=str(tmp_path / "t.csv"), save_args={"index": False}).save(table[columns])
+        assert (tmp_path / "t.csv").read_text() == table[columns].to_csv(index=False)

@@ -13,6 +13,7 @@ from fedsca_pipeline.comparison.statistics import ALL_SITES
 from fedsca_pipeline.comparison.tables import render_markdown
 from fedsca_pipeline.config import ComparisonConfig
 from fedsca_pipeline.errors import counted
+from fedsca_pipeline.files import as_cell
 
 if TYPE_CHECKING:
     from fedsca_pipeline.comparison.behaviour import Behaviour
@@ -351,7 +352,8 @@ def describe_versions(versions: Mapping[str, int], marked: str, code: str) -> st
 
 
 def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heading, ["---"] * len(heading), *rows]
+    named = ([as_cell(name), *cells] for name, *cells in rows)
+    lines = [heading, ["---"] * len(heading), *named]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedsca_pipeline.comparison.statistics import STATISTICS, bootstrap, mean_interval
 from fedsca_pipeline.errors import counted
+from fedsca_pipeline.files import as_cell
 
 COSTS = ("bytes", "bytes_to_95", "seconds", "peak_memory")
 TABLE_COLUMNS = (
@@ -221,4 +222,4 @@ def _texts(value: float, low: float, high: float, column: _Column) -> tuple[str,
 
 
 def _escape_markdown(text: str) -> str:
-    return re.sub(r"([\\`*_|<>\[\]~])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_|<>\[\]~])", r"\\\1", as_cell(" ".join(text.split())))

@@ -741,6 +741,14 @@ class TestRefusals:
         assert caplog.messages[0] == "passed over: more/00: 1 image file, such as x.png"
         assert caplog.messages[-1] == "passed over: 3 image files in 3 more folders"
 
+    def test_the_private_table_of_names_holds_no_formula(self, tmp_path) -> None:
+        source = tree(tmp_path / "source", {"=1+1.png": photograph(), "m/=1+1.png": two_valued()})
+        (source / "import.yml").write_text("patterns: [{images: '{stem}.png', masks: 'm/{stem}.png', site: lab}]")
+
+        import_sites(tmp_path / "raw", find_importer("folders", source, {}, hide_names=True), source)
+
+        assert (tmp_path / "private" / "lab" / "names.csv").read_text().splitlines()[1].endswith(",'=1+1.png")
+
     def test_passed_over_names_stay_hidden(self, tmp_path, caplog) -> None:
         source = tree(self.one(tmp_path), {"Miller/x.png": photograph(), "Miller/y.png": photograph()})
 

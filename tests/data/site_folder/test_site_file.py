@@ -167,3 +167,11 @@ def test_a_key_twice_is_refused(tmp_path: Path, text: str, key: str, line: int) 
     with pytest.raises(DataError, match=f"a key is there twice, the second time in line {line}") as terse:
         read_site_file(tmp_path, terse=True)
     assert f"'{key}'" not in str(terse.value)
+
+
+@pytest.mark.parametrize("subject", ["a\\rb", "a\\tb", "\\n"])
+def test_a_subject_that_no_table_keeps_is_refused(tmp_path: Path, subject: str) -> None:
+    (tmp_path / "site.yml").write_text(f'subjects: {{scan: "{subject}"}}\n')
+
+    with pytest.raises(DataError, match="the subject of scan holds unprintable characters"):
+        read_site_file(tmp_path)

@@ -9,7 +9,7 @@ import io
 from pathlib import Path
 
 from fedsca_pipeline.errors import DataError
-from fedsca_pipeline.files import read_or_create_secret, write_bytes
+from fedsca_pipeline.files import as_cell, read_or_create_secret, write_bytes
 
 SALT, NAMES = "salt", "names.csv"
 
@@ -47,13 +47,15 @@ class Pseudonyms:
         return self._digest("subject", subject)
 
     def write_table(self) -> None:
-        """Write ``names.csv``: each image's name, and its first file relative to the source.
+        """Write ``names.csv``: each image's name, and its first file relative to the source, see ``files.as_cell``.
 
         Raises:
             DataError: the private folder cannot be written.
         """
         stream = io.StringIO()
-        csv.writer(stream).writerows([("name", "file"), *sorted(self._table.items())])
+        csv.writer(stream).writerows(
+            [("name", "file"), *((name, as_cell(file)) for name, file in sorted(self._table.items()))]
+        )
         try:
             write_bytes(self._folder / NAMES, stream.getvalue().encode(errors="surrogateescape"), mode=0o600)
         except OSError as error:

@@ -77,6 +77,8 @@ class SiteFile(BaseModel):
             stem, subject = unicodedata.normalize("NFC", raw), unicodedata.normalize("NFC", subject)
             if found.setdefault(stem, subject) != subject:
                 raise ValueError(f"{stem} has two subjects, {found[stem]} and {subject}")
+            if not subject.isprintable():
+                raise ValueError(f"the subject of {stem} holds unprintable characters, which no table keeps")
         return value and found
 
     @field_validator("group")

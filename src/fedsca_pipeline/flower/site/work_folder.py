@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from fedsca_pipeline.data.manifest import MANIFEST_DTYPES
+from fedsca_pipeline.files import from_cells
 from fedsca_pipeline.flower.config import SiteConfig
 
 
@@ -58,7 +59,7 @@ class WorkFolder:
         """Return the manifest, or None if the data have not been prepared."""
         if not self.manifest.is_file():
             return None
-        return pd.read_csv(self.manifest, dtype=dict(MANIFEST_DTYPES), keep_default_na=False)
+        return from_cells(pd.read_csv(self.manifest, dtype=dict(MANIFEST_DTYPES), keep_default_na=False))
 
     def link_raw(self, data: Path) -> None:
         """Link the data folder into ``raw`` under the name of the site."""

@@ -42,7 +42,7 @@ from fedsca_pipeline.federation.site.steps import ignore_step
 from fedsca_pipeline.federation.site.store import SiteStore
 from fedsca_pipeline.federation.site.worker import LocalWorker
 from fedsca_pipeline.federation.strategies import strategy_class, strategy_options
-from fedsca_pipeline.files import remove_partial_files, write_bytes, write_json
+from fedsca_pipeline.files import as_cells, remove_partial_files, write_bytes, write_json
 from fedsca_pipeline.flower.config import SiteConfig, read_site_config
 from fedsca_pipeline.flower.messages import documents, frames
 from fedsca_pipeline.flower.site.memory_limit import OUT_OF_MEMORY, is_out_of_memory, lift_memory_limit, limit_memory
@@ -110,7 +110,7 @@ class SiteWork:
         )
         foundation = prepare_foundation(settings.foundation, self.config.foundation_root, announce=logger.info)
         site.arrays.move_to(self.folder.arrays)
-        write_bytes(self.folder.manifest, site.manifest.to_csv(index=False).encode())
+        write_bytes(self.folder.manifest, as_cells(site.manifest).to_csv(index=False).encode())
         write_json(self.folder.report, site.report)
         counts = site.report["counts"]
         prepared = documents.Prepared(
@@ -173,7 +173,7 @@ class SiteWork:
             in_turn = ModelsInTurn(learner.worker.model, description.foundation, start)
             testing = (in_turn, settings, index, folder.models)
             scores = score_test_images(*testing, manifest, folder.arrays)
-            write_bytes(folder.scores, scores.to_csv(index=False).encode())
+            write_bytes(folder.scores, as_cells(scores).to_csv(index=False).encode())
             volumes = self._score_volumes(testing, manifest)
             figure = draw_examples(in_turn, settings, scores, folder.models, manifest, folder.arrays)
         folder.overlays.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +197,7 @@ class SiteWork:
             return volume_table(self.config.site, "before", {})
         folder = self.folder
         scores = score_test_volumes(*testing, folder.raw, folder.predictions, manifest, folder.arrays)
-        write_bytes(folder.volume_scores, scores.to_csv(index=False).encode())
+        write_bytes(folder.volume_scores, as_cells(scores).to_csv(index=False).encode())
         return scores
 
     def _check_code(self, theirs: str) -> None:
