@@ -741,6 +741,29 @@ class TestRefusals:
         assert caplog.messages[0] == "passed over: more/00: 1 image file, such as x.png"
         assert caplog.messages[-1] == "passed over: 3 image files in 3 more folders"
 
+    @pytest.mark.parametrize("name", ["images/fold1/images.npy", "masks/fold1/masks.npy"])
+    def test_a_pointer_is_named_whatever_the_format(self, imported, tmp_path, name: str) -> None:
+        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+        for other in ("images/fold1/images.npy", "masks/fold1/masks.npy"):
+            (tmp_path / "source" / other).parent.mkdir(parents=True, exist_ok=True)
+            np.save(tmp_path / "source" / other, np.zeros((1, 8, 8, 3 if "images" in other else 6)))
+        np.save(tmp_path / "source" / "images" / "fold1" / "types.npy", np.array(["Breast"]))
+        (tmp_path / "source" / name).write_bytes(pointer)
+
+        with pytest.raises(DataError, match=r"\.npy: this is a pointer of Git LFS.*; run git lfs pull"):
+            imported("pannuke", tmp_path / "source")
+
+    def test_a_table_that_is_a_pointer_is_named(self, imported, tmp_path) -> None:
+        source = tree(tmp_path / "source", {"a.png": photograph(), "m/a.png": two_valued()})
+        layout = (
+            "patterns: [{images: '{stem}.png', masks: 'm/{stem}.png', site: x}]\ntable: {file: t.csv, key: k, site: s}"
+        )
+        (source / "import.yml").write_text(layout)
+        (source / "t.csv").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+        with pytest.raises(DataError, match=r"t\.csv: this is a pointer of Git LFS.*; run git lfs pull"):
+            imported("folders", source)
+
     def test_the_private_table_of_names_holds_no_formula(self, tmp_path) -> None:
         source = tree(tmp_path / "source", {"=1+1.png": photograph(), "m/=1+1.png": two_valued()})
         (source / "import.yml").write_text("patterns: [{images: '{stem}.png', masks: 'm/{stem}.png', site: lab}]")
@@ -850,9 +873,9 @@ class TestRefusals:
         (source / "ORIGA" / "Semi-automatic-annotations").mkdir()
         (source / "ORIGA" / "Semi-automatic-annotations" / "001.mat").write_bytes(content)
 
-        with pytest.raises(DataError, match=r"_1\.xml: cannot be read"):
+        with pytest.raises(DataError, match=r"_1\.xml: (cannot be read|the file is empty)"):
             imported("monusac", source)
-        with pytest.raises(DataError, match=r"001\.mat: cannot be read"):
+        with pytest.raises(DataError, match=r"001\.mat: (cannot be read|the file is empty)"):
             imported("fundus_glaucoma", source)
 
     def test_a_value_that_means_nothing_is_named(self, imported, tmp_path) -> None:

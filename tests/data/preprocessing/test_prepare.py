@@ -413,7 +413,7 @@ def test_a_stem_without_a_subject_is_broken_and_a_subject_without_a_stem_is_warn
     report = prepare(raw, QUARANTINE).report
 
     assert [entry["file"] for entry in report["broken"]] == ["images/p0_0.png"]
-    assert any("1 stems without an image: gone" in warning for warning in report["warnings"])
+    assert any("1 stem without an image: gone" in warning for warning in report["warnings"])
 
 
 def test_counts_beyond_what_is_there_are_cut_and_said(raw: Path) -> None:
@@ -587,3 +587,25 @@ def test_a_class_that_one_mask_keeps_is_not_told(raw: Path) -> None:
 
     assert report["alerts"] == []
     assert sum("loses class 2" in warning for warning in report["warnings"]) == 9
+
+
+POINTERS = {
+    "git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n",
+    "git annex get": b"/annex/objects/SHA256E-s12345--" + b"0" * 64 + b".png\n",
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["images/p0_0.png", "masks/p0_0.png", "images/x.tif", "images/x.nii.gz", "images/x.jpg"]
+)
+@pytest.mark.parametrize("command", POINTERS)
+def test_a_pointer_in_the_place_of_a_file_is_named_with_its_command(raw: Path, name: str, command: str) -> None:
+    (raw / SITE / name).write_bytes(POINTERS[command])
+    if name.startswith("images/x"):
+        (raw / SITE / "masks" / f"x{name.removeprefix('images/x').replace('.jpg', '.png')}").write_bytes(b"?")
+
+    (broken,) = prepare(raw, QUARANTINE).report["broken"]
+
+    assert broken["file"] == name
+    assert broken["reason"].startswith("this is a pointer of ")
+    assert broken["cure"] == f"run {command}"

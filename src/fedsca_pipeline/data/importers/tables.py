@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from fedsca_pipeline.data.readers.common import BrokenSampleError, check_not_empty
 from fedsca_pipeline.errors import DataError
 
 TAKE_THE_TABLE = "take the table that came with the images"
@@ -44,13 +45,18 @@ def find_file(source: Path, pattern: str) -> Path:
 
 
 def check_inside(source: Path, file: Path) -> None:
-    """Check that a file lies in the source.
+    """Check that a file lies in the source, and if it is there, that it is no pointer (``check_not_empty``).
 
     Raises:
-        DataError: it is a link out of the source.
+        DataError: it is a link out of the source, empty, or a pointer.
     """
     if not file.resolve().is_relative_to(source.resolve()):
         raise DataError(f"{file}: a link that leads out of the source; copy the file itself there")
+    if file.is_file():
+        try:
+            check_not_empty(file)
+        except BrokenSampleError as error:
+            raise DataError(f"{file}: {error}") from error
 
 
 def listed_file(table: Path, name: str) -> Path:

@@ -21,7 +21,7 @@ from fedsca_pipeline.data.importers.pictures import Picture, UnusableError, blam
 from fedsca_pipeline.data.importers.pseudonyms import NAMES, Pseudonyms
 from fedsca_pipeline.data.importers.sample import Sample
 from fedsca_pipeline.data.importers.tables import visible_files
-from fedsca_pipeline.data.readers.common import BrokenSampleError, split_name
+from fedsca_pipeline.data.readers.common import BrokenSampleError, check_not_empty, split_name
 from fedsca_pipeline.data.readers.volume import Volume, write_nifti
 from fedsca_pipeline.data.site_folder.discovery import SITES_READY, place_finished_sites
 from fedsca_pipeline.data.site_folder.pairing import SUFFIXES, Broken, by_fault, list_faults, shown
@@ -214,6 +214,8 @@ def _read(importer: Importer, sample: Sample, source: Path) -> Picture:
         with blaming(file):
             if not file.resolve().is_relative_to(inside):
                 raise BrokenSampleError("a link that leads out of the source", "copy the file itself there")
+            if file.is_file():
+                check_not_empty(file)
     return importer.picture(sample)
 
 

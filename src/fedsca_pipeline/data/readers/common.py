@@ -6,8 +6,9 @@ import os
 import struct
 import unicodedata
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -95,14 +96,22 @@ def no_reader(suffix: str, known: Iterable[str]) -> BrokenSampleError:
 
 
 def check_not_empty(path: Path) -> None:
-    """Check that a file is not empty.
+    """Check that a file is not empty, nor the pointer that Git LFS or git-annex leaves in the place of a file.
 
     Raises:
-        BrokenSampleError: it is empty.
+        BrokenSampleError: it is.
         OSError: it cannot be reached.
     """
-    if path.stat().st_size == 0:
+    size = path.stat().st_size
+    if size == 0:
         raise BrokenSampleError("the file is empty", COPY_AGAIN)
+    if size > _LARGEST_POINTER:
+        return
+    with path.open("rb") as stream:
+        start = stream.read(_LARGEST_POINTER)
+    for beginning, (tool, command) in _POINTERS.items():
+        if start.startswith(beginning):
+            raise BrokenSampleError(f"this is a pointer of {tool}, not the file itself", f"run {command}")
 
 
 def unreadable(error: Exception) -> BrokenSampleError:
@@ -116,6 +125,17 @@ def unreadable(error: Exception) -> BrokenSampleError:
 
 
 COPY_AGAIN = "copy or export the file again"
+
+
+# Bytes; specifications of both tools allow fewer.
+_LARGEST_POINTER = 2**15
+# How a pointer begins: its tool, and the command that fetches the file.
+_POINTERS: Mapping[bytes, tuple[str, str]] = MappingProxyType(
+    {
+        b"version https://git-lfs.github.com/spec/": ("Git LFS", "git lfs pull"),
+        b"/annex/objects/": ("git-annex", "git annex get"),
+    }
+)
 
 
 DICOM = ".dcm"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedsca_pipeline.data.readers.common import COPY_AGAIN, MAX_PIXELS, UNREADABLE, BrokenSampleError
+from fedsca_pipeline.data.readers.common import COPY_AGAIN, MAX_PIXELS, UNREADABLE, BrokenSampleError, check_not_empty
 from fedsca_pipeline.data.readers.decoding import in_child
 from fedsca_pipeline.data.readers.volume import Volume, check_voxels
 
@@ -462,8 +462,7 @@ def _dataset(path: Path, *, pixels: bool) -> Dataset:
     from pydicom.filereader import read_file_meta_info
     from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-    if path.stat().st_size == 0:
-        raise BrokenSampleError("the file is empty", COPY_AGAIN)
+    check_not_empty(path)
     if read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
         # pydicom would inflate the whole file, and a few bytes can hold gigabytes.
         raise BrokenSampleError("a deflated DICOM file", "export it uncompressed, or with its pixels compressed")
