@@ -10,7 +10,7 @@ from kedro.io import DatasetError
 
 from fedsca_pipeline.data.preprocessing.array_writer import ArraysWriter
 from fedsca_pipeline.datasets.catalog import ProjectCatalog
-from fedsca_pipeline.datasets.documents import AtomicJSONDataset
+from fedsca_pipeline.datasets.documents import AtomicJSONDataset, GrowingJSONDataset
 from fedsca_pipeline.datasets.figures import AtomicMatplotlibDataset, AtomicPlotlyDataset
 from fedsca_pipeline.datasets.folders import FolderDataset, SiteArraysDataset
 from fedsca_pipeline.datasets.partitions import WholePartitionsDataset
@@ -148,3 +148,13 @@ def test_ordinary_tables_are_saved_byte_for_byte_as_pandas_does(tmp_path: Path) 
     for columns in (["site", "dice", "count"], ["dice"]):
         AtomicCSVDataset(filepath=str(tmp_path / "t.csv"), save_args={"index": False}).save(table[columns])
         assert (tmp_path / "t.csv").read_text() == table[columns].to_csv(index=False)
+
+
+def test_a_growing_document_keeps_the_keys_of_earlier_saves(tmp_path: Path) -> None:
+    dataset = GrowingJSONDataset(filepath=str(tmp_path / "import.json"))
+
+    for found in ({"north": {"images": 1}}, {"south": {"images": 2}}, {}, {"north": {"images": 3}}):
+        dataset.save(found)
+
+    assert dataset.load() == {"north": {"images": 3}, "south": {"images": 2}}
+    assert files_in(tmp_path) == ["import.json"]
