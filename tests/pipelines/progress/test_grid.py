@@ -26,15 +26,24 @@ def watched() -> Callable[..., tuple[GridProgress, io.StringIO]]:
     return make
 
 
-def test_a_finished_cell_leaves_one_line(watched) -> None:
+def test_without_a_terminal_each_round_and_each_finished_cell_leave_one_line(watched) -> None:
     progress, stream = watched()
     with progress:
         progress.expect(2, done=0)
         progress.round_done(RoundDone(cell(0), 1, 2))
         progress.cell_done(cell(0), "failed")
 
-    assert stream.getvalue().startswith("fedsca, seed 0, 8 images, rate 0.01: failed\n")
-    assert stream.getvalue().count("seed 0") == 1
+    name = "fedsca, seed 0, 8 images, rate 0.01"
+    assert stream.getvalue().startswith(f"{name}: round 1 of 2\n{name}: failed\n")
+    assert stream.getvalue().count("seed 0") == 2
+
+
+def test_a_terminal_shows_rounds_in_bars_only() -> None:
+    stream = io.StringIO()
+    with GridProgress(Console(file=stream, width=120, force_terminal=True)) as progress:
+        progress.round_done(RoundDone(cell(0), 1, 2))
+
+    assert "round 1 of 2" not in stream.getvalue()
 
 
 def test_running_cells_count_by_their_rounds(watched) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsca_pipeline.config import DataReportConfig, FoundationConfig, PreprocessingConfig, RunConfig
-from fedsca_pipeline.errors import WeightsError
+from fedsca_pipeline.errors import WeightsError, counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +40,16 @@ class InspectedSite:
         from fedsca_pipeline.data_report.thumbnails import sheet
 
         with _progress() as bars:
-            bar = bars.add_task(self.site)
+            bar, shown = bars.add_task(self.site), 0
+
+            def show(done: int, of: int) -> None:
+                """Move the bar; without a terminal, log each tenth of the images."""
+                nonlocal shown
+                bars.update(bar, completed=done, total=of)
+                if bars.disable and of and (tenth := 10 * done // of) > shown:
+                    shown = tenth
+                    logger.info("%s: %d of %s read", self.site, done, counted(of, "image"))
+
             found = inspect_site(
                 raw_sites,
                 self.site,
@@ -48,7 +57,7 @@ class InspectedSite:
                 run.seed,
                 previous_manifest,
                 data_report,
-                lambda done, of: bars.update(bar, completed=done, total=of),
+                show,
             )
         return found, found.facts, sheet_figure(sheet(found.pictures))
 

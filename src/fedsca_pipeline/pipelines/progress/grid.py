@@ -1,4 +1,7 @@
-"""Live progress of the grid: one bar for all cells, one per running cell, and one permanent line per finished cell."""
+"""Live progress of the grid: one bar for all cells, one per running cell, and one permanent line per finished cell.
+
+Without a terminal, which shows no bars, there is a line per round.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +52,10 @@ class GridProgress:
         bar, _ = self._running.get(key) or (self._bars.add_task(str(report.cell), total=report.rounds), 0.0)
         self._bars.update(bar, completed=report.done)
         self._running[key] = bar, report.done / report.rounds
+        if not self._bars.console.is_terminal:
+            self._bars.console.print(
+                f"{report.cell}: round {report.done} of {report.rounds}", highlight=False, markup=False
+            )
         self._advance()
 
     def cell_done(self, cell: Cell, note: str) -> None:
