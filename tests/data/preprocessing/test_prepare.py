@@ -589,6 +589,17 @@ def test_a_class_that_one_mask_keeps_is_not_told(raw: Path) -> None:
     assert sum("loses class 2" in warning for warning in report["warnings"]) == 9
 
 
+def test_one_of_a_thing_is_singular(raw: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for number in range(1, 10):
+        for kind in ("images", "masks"):
+            (raw / SITE / kind / f"p{number // 2}_{number}.png").unlink()
+    with pytest.raises(DataError, match="1 usable image, preprocessing"):
+        prepare(raw)
+    with pytest.raises(DataError, match=r"\(1 image of 1 subject\)"):
+        prepare(raw, CONFIG.model_copy(update={"min_images": 1}))
+
+
 POINTERS = {
     "git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n",
     "git annex get": b"/annex/objects/SHA256E-s12345--" + b"0" * 64 + b".png\n",

@@ -21,7 +21,7 @@ from fedsca_pipeline.data.preprocessing.samples import Sample, read_samples
 from fedsca_pipeline.data.preprocessing.selection import Selection, select_samples
 from fedsca_pipeline.data.site_folder.identifiers import open_site
 from fedsca_pipeline.data.site_folder.pairing import Broken, by_fault, pair_files
-from fedsca_pipeline.errors import DataError
+from fedsca_pipeline.errors import DataError, counted
 from fedsca_pipeline.files import remove_partial_files
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def prepare_site(
 
 
 def _log_outcome(site: str, used: int, broken: Sequence[Broken], alerts: Sequence[str]) -> None:
-    logger.info("%s: %d images, %d broken", site, used, len(broken))
+    logger.info("%s: %s, %d broken", site, counted(used, "image"), len(broken))
     for fault in by_fault(broken):
         logger.warning("%s: %s: %s (left out; %s)", site, fault.file, fault.reason, fault.cure)
     if broken:

@@ -136,7 +136,8 @@ def _drop_copies(samples: Sequence[Sample], known: set[str], broken: list[Broken
 def _unused_subjects(site_file: SiteFile, samples: Sequence[Sample], broken: Sequence[Broken]) -> list[str]:
     there = {sample.pair.stem for sample in samples} | {split_name(Path(entry.file).name)[0] for entry in broken}
     absent = sorted(set(site_file.subjects or {}) - there)
-    return [f"site.yml: subjects names {len(absent)} stems without an image: {', '.join(absent[:8])}"] if absent else []
+    named = f"site.yml: subjects names {counted(len(absent), 'stem')} without an image: {', '.join(absent[:8])}"
+    return [named] if absent else []
 
 
 def _refusals(site: str, config: PreprocessingConfig, samples: Sequence[Sample], broken: Sequence[Broken]) -> list[str]:
@@ -150,7 +151,7 @@ def _refusals(site: str, config: PreprocessingConfig, samples: Sequence[Sample],
         )
     if len(samples) < config.min_images:
         found.append(
-            f"site {site}: {len(samples)} usable images, preprocessing.min_images is {config.min_images}; "
+            f"site {site}: {counted(len(samples), 'usable image')}, preprocessing.min_images is {config.min_images}; "
             f"add images, or take the folder out of the raw data{listing}"
         )
     if samples and all(map(_is_empty, samples)):
@@ -219,7 +220,7 @@ def _shortfalls(site: str, config: PreprocessingConfig, splits: Mapping[str, str
     counts = Counter(splits.values())
     wanted = {"validation": config.split.validation, "test": config.split.test, **config.split.overrides.get(site, {})}
     return [
-        f"split: {value:g} {split} images requested, {counts[split]} available"
+        f"split: {counted(int(value), f'{split} image')} requested, {counts[split]} available"
         for split, value in wanted.items()
         if value >= 1 and counts[split] != value
     ]

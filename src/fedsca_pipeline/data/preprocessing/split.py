@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedsca_pipeline.config import SplitConfig
-from fedsca_pipeline.errors import DataError
+from fedsca_pipeline.errors import DataError, counted
 
 SPLITS = ("train", "validation", "test")
 
@@ -78,9 +78,10 @@ def draw_split(
         pool = [subject for subject in pool if subject not in side]
     side.update(dict.fromkeys(pool, "train"))
     if missing := [split for split in SPLITS if split not in side.values()]:
+        there = f"{counted(len(subjects), 'image')} of {counted(len(sizes), 'subject')}"
         raise DataError(
-            f"site {site}: no subject is left for {' and '.join(missing)} ({len(subjects)} images of {len(sizes)} "
-            "subjects); add subjects, check the group rule in site.yml, or lower preprocessing.split"
+            f"site {site}: no subject is left for {' and '.join(missing)} ({there}); add subjects, check the group "
+            "rule in site.yml, or lower preprocessing.split"
         )
     return _cap_training(subjects, order, side, max_train, known_images or {})
 

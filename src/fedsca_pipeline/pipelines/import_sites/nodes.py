@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsca_pipeline.config import PreprocessingConfig
-from fedsca_pipeline.errors import ConfigError
+from fedsca_pipeline.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from fedsca_pipeline.data.importers.layout import Importer
@@ -73,9 +73,8 @@ def _report(layout: Importer, summary: dict[str, Any], demonstration: list[str])
     from fedsca_pipeline.data.site_folder.pairing import Broken, by_fault
 
     for site, found in summary.items():
-        logger.info(
-            "%s: %d images of %d subjects, %d broken", site, found["images"], found["subjects"], len(found["broken"])
-        )
+        images, subjects = counted(found["images"], "image"), counted(found["subjects"], "subject")
+        logger.info("%s: %s of %s, %d broken", site, images, subjects, len(found["broken"]))
         for fault in by_fault([Broken(**entry) for entry in found["broken"]]):
             logger.warning("%s: %s: %s (left out; %s)", site, fault.file, fault.reason, fault.cure)
         for alert in found["alerts"]:

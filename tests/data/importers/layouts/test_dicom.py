@@ -268,9 +268,9 @@ def test_a_nifti_of_several_values_without_names_or_whose_series_is_not_clear_is
     assert found["images"] == 1
     reasons = sorted(entry["reason"] for entry in found["broken"])
     assert reasons == [
-        "0 NIfTI masks, 1 folders, 1 images in the first",
-        "1 NIfTI masks, 1 folders, 2 images in the first",
-        "1 NIfTI masks, 1 folders, 2 images in the first",
+        "0 NIfTI masks, 1 folder, 1 image in the first",
+        "1 NIfTI mask, 1 folder, 2 images in the first",
+        "1 NIfTI mask, 1 folder, 2 images in the first",
         "a NIfTI without a series in its folder, or in the folder of its name",
     ]
 

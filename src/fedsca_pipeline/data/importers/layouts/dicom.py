@@ -173,7 +173,8 @@ def _beside(
         fault = None
         if len(masks) != 1 or len(folders) > 1 or inhabitants[files[0].parent] > 1:
             fault = BrokenSampleError(
-                f"{len(masks)} NIfTI masks, {len(folders)} folders, {inhabitants[files[0].parent]} images in the first",
+                f"{counted(len(masks), 'NIfTI mask')}, {counted(len(folders), 'folder')}, "
+                f"{counted(inhabitants[files[0].parent], 'image')} in the first",
                 "give each series a folder of its own with one mask in it, or beside it under the folder's name",
             )
         elif not patient:

@@ -36,7 +36,7 @@ from fedsca_pipeline.data.site_folder.discovery import leads_out
 from fedsca_pipeline.data.site_folder.identifiers import KINDS, is_dicom, visible_entries
 from fedsca_pipeline.data.site_folder.label_rule import LabelRule
 from fedsca_pipeline.data.site_folder.site_file import SiteFile, read_site_file
-from fedsca_pipeline.errors import DataError
+from fedsca_pipeline.errors import DataError, counted
 
 _DIVIDER = "|"
 _MOST = 254
@@ -87,7 +87,8 @@ def _pairs(source: Path, _: list[Sample], *, site_file: SiteFile, site: str) -> 
             fault = BrokenSampleError("image without a mask", "add a mask (all zero if it shows none), or delete it")
         elif len(images) > 1 or len(masks) > 1:
             fault = BrokenSampleError(
-                f"{len(images)} images and {len(masks)} masks share the stem", "keep one of each, or rename the others"
+                f"{counted(len(images), 'image')} and {counted(len(masks), 'mask')} share the stem",
+                "keep one of each, or rename the others",
             )
         else:
             try:
