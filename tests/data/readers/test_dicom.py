@@ -480,3 +480,52 @@ def test_nothing_is_said_while_several_threads_read_and_warnings_come_back_after
         assert not warned
         warnings.warn("heard", stacklevel=1)
         assert len(warned) == 1
+
+
+@pytest.mark.parametrize("litter", ["DICOMDIR", "dicomdir", "Thumbs.db", "desktop.ini"])
+def test_litter_among_slices_is_no_slice(tmp_path: Path, dicom_files: Any, litter: str) -> None:
+    folder = dicom_files.series(tmp_path / "a", dicom_files.slices(STORED, AFFINE))
+    (folder / litter).write_bytes(b"no image")
+
+    assert read_series(folder).shape == STORED.shape
+
+
+def test_another_file_among_slices_is_said_to_be_no_dicom(tmp_path: Path, dicom_files: Any) -> None:
+    folder = dicom_files.series(tmp_path / "a", dicom_files.slices(STORED, AFFINE))
+    (folder / "notes.txt").write_bytes(b"the patient Zweistein" * 20)
+
+    with pytest.raises(BrokenSampleError, match="file 5 of the folder, by name: is no DICOM file; take it out"):
+        read_series(folder)
+
+
+def test_a_dicomdir_under_another_name_is_told(tmp_path: Path, dicom_files: Any) -> None:
+    data = dicom_files.data_set(GREY, SOPClassUID="1.2.840.10008.1.3.10")
+    folder = dicom_files.series(tmp_path / "a", dicom_files.slices(STORED, AFFINE))
+
+    assert "a DICOMDIR, the table of contents" in reason(read_frame, dicom_files.save(tmp_path / "0.dcm", data))
+    dicom_files.save(folder / "1.dcm", data)
+    assert "a DICOMDIR, the table of contents" in reason(read_series, folder)
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
+def test_a_segmentation_without_a_frame_of_reference_is_told(tmp_path: Path, dicom_files: Any, kind: str) -> None:
+    slices = dicom_files.slices(STORED, AFFINE)
+    path = dicom_files.segmentation(tmp_path / "m.seg", slices, two_segments(4, overlap=False), kind=kind)
+    image = read_series(dicom_files.series(tmp_path / "a", slices))
+    data = dcmread(path)
+    del data.FrameOfReferenceUID
+    data.save_as(path)
+
+    with pytest.raises(BrokenSampleError, match=r"has no frame of reference.*FrameOfReferenceUID"):
+        read_segmentation(path, image)
+
+
+def test_slices_and_frames_without_a_frame_of_reference_are_told(tmp_path: Path, dicom_files: Any) -> None:
+    slices = dicom_files.slices(STORED, AFFINE)
+    enhanced = dicom_files.enhanced(slices)
+    for data in (enhanced, *slices):
+        del data.FrameOfReferenceUID
+    dicom_files.save(tmp_path / "e.dcm", enhanced)
+
+    assert "has no frame of reference" in reason(read_multiframe, tmp_path / "e.dcm")
+    assert "has no frame of reference" in reason(read_series, dicom_files.series(tmp_path / "a", slices))

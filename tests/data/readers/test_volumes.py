@@ -302,3 +302,21 @@ def test_a_header_that_agrees_has_no_alerts(tmp_path: Path) -> None:
     only_qform.set_qform(AFFINE, code=1)
     nibabel.save(only_qform, tmp_path / "q.nii")
     assert read_volume(tmp_path / "q.nii").alerts == ()
+
+
+@pytest.mark.parametrize(
+    ("written", "named", "said"),
+    [
+        ("a.nii", "b.nii.gz", "is not compressed, though its name ends in .nii.gz; let its name end in .nii"),
+        ("a.nii.gz", "b.nii", "is compressed, though its name ends in .nii; let its name end in .nii.gz"),
+    ],
+)
+def test_a_name_that_contradicts_the_compression_is_told(tmp_path: Path, written: str, named: str, said: str) -> None:
+    write_nii(tmp_path / written, np.zeros((4, 5, 6), np.uint8), AFFINE)
+    (tmp_path / written).rename(tmp_path / named)
+
+    with pytest.raises(BrokenSampleError) as caught:
+        read_volume(tmp_path / named)
+    assert str(caught.value) == said
+    with pytest.raises(BrokenSampleError, match="compressed, though"):
+        read_volume_mask(tmp_path / named, Volume(VOXELS, AFFINE))

@@ -14,7 +14,7 @@ from fedsca_pipeline.data.importers.masks import Image, Label
 from fedsca_pipeline.data.readers.common import UNREADABLE, BrokenSampleError, finite_values, unreadable
 from fedsca_pipeline.data.readers.images import read_image
 from fedsca_pipeline.data.readers.volume import Volume, check_voxels, write_nifti
-from fedsca_pipeline.data.readers.volumes import is_volume, nifti_alerts, read_volume
+from fedsca_pipeline.data.readers.volumes import check_compression, is_volume, nifti_alerts, read_volume
 
 if TYPE_CHECKING:
     from fedsca_pipeline.data.importers.sample import Sample
@@ -92,6 +92,7 @@ def read_nifti(file: Path, frame: int | None = None) -> Volume:
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 
+    check_compression(file)
     try:
         # The type of every NIfTI; ``load`` declares what all formats share.
         image = cast("nibabel.Nifti1Image", nibabel.load(file))

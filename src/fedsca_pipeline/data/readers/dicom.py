@@ -378,6 +378,11 @@ def _plane(dataset: Dataset, frame: int | None = None) -> np.ndarray:
         raise BrokenSampleError(
             "has no position, orientation or pixel spacing", "export the series with its geometry, or as PNG images"
         )
+    if not dataset.get("FrameOfReferenceUID"):
+        raise BrokenSampleError(
+            "has no frame of reference, so it has no place in space",
+            "export it again with FrameOfReferenceUID (0020,0052), or as NIfTI or PNG",
+        )
     number = None if frame is None else frame + 1
     affine = np.array(PixelToReferenceTransformer.for_image(dataset, frame_number=number).affine, np.float64)
     if not np.isfinite(affine).all() or not (np.linalg.norm(affine[:3, :2], axis=0) > 0).all():
@@ -421,10 +426,19 @@ def _check_grey(dataset: Dataset) -> None:
         raise BrokenSampleError("a volume in colour", "save each frame as an image, with its own mask")
 
 
+def is_litter(path: Path) -> bool:
+    """Return whether a file is, by its name, a table of contents or what a file browser leaves: no data.
+
+    >>> is_litter(Path("Thumbs.db")), is_litter(Path("DICOMDIR")), is_litter(Path("IM0001"))
+    (True, True, False)
+    """
+    return path.name.lower() in ("dicomdir", "thumbs.db", "desktop.ini")
+
+
 def files_of_series(folder: Path) -> list[Path]:
-    """Return a series folder's visible files in name order."""
+    """Return a series folder's visible files in name order, without litter (``is_litter``)."""
     inside = folder.resolve()
-    files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "DICOMDIR")
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not is_litter(path))
     if not files:
         raise BrokenSampleError("an empty folder", "put the files of one DICOM series into it, or delete it")
     if any(path.is_dir() for path in files):
@@ -460,10 +474,13 @@ def _image(path: Path, *, pixels: bool) -> Dataset:
 def _dataset(path: Path, *, pixels: bool) -> Dataset:
     from pydicom import dcmread
     from pydicom.filereader import read_file_meta_info
-    from pydicom.uid import DeflatedExplicitVRLittleEndian
+    from pydicom.uid import DeflatedExplicitVRLittleEndian, MediaStorageDirectoryStorage
 
     check_not_empty(path)
-    if read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+    meta = read_file_meta_info(path)
+    if meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+        raise BrokenSampleError("a DICOMDIR, the table of contents of a disc, not an image", "delete it")
+    if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
         # pydicom would inflate the whole file, and a few bytes can hold gigabytes.
         raise BrokenSampleError("a deflated DICOM file", "export it uncompressed, or with its pixels compressed")
     return dcmread(path, stop_before_pixels=not pixels)
@@ -612,8 +629,10 @@ def _discreet() -> Iterator[None]:
     try:
         with _SILENCE:
             yield
+    except InvalidDicomError:
+        raise BrokenSampleError("is no DICOM file", "take it out, or copy or export it again") from None
     # A missing element is a missing attribute.
-    except (*UNREADABLE, InvalidDicomError, BytesLengthException, AttributeError) as error:
+    except (*UNREADABLE, BytesLengthException, AttributeError) as error:
         raise BrokenSampleError(f"cannot be read as DICOM ({type(error).__name__})", COPY_AGAIN) from None
 
 

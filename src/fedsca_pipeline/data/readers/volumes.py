@@ -138,6 +138,7 @@ def _read_nifti(path: Path, most: int) -> Volume:
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 
+    check_compression(path)
     try:
         image = nibabel.load(path)
         # Nifti2Image is one, too; surfaces (CIFTI) have the same suffix, but no voxels.
@@ -152,6 +153,21 @@ def _read_nifti(path: Path, most: int) -> Volume:
         raise unreadable(error) from error
     affine = np.diag([mm, mm, mm, 1.0]) @ image.affine
     return Volume(voxels[:, :, :, 0] if voxels.ndim == 5 else voxels, affine, alerts=nifti_alerts(image))
+
+
+def check_compression(path: Path) -> None:
+    """Check that a NIfTI is compressed if, and only if, its name says so.
+
+    Raises:
+        BrokenSampleError: the name and the file's first bytes contradict each other.
+    """
+    with path.open("rb") as stream:
+        start = stream.read(4)
+    compressed = split_name(path.name)[1] == ".nii.gz"
+    if not compressed and start.startswith(_GZIP):
+        raise BrokenSampleError("is compressed, though its name ends in .nii", "let its name end in .nii.gz")
+    if compressed and start in _NIFTI_STARTS:
+        raise BrokenSampleError("is not compressed, though its name ends in .nii.gz", "let its name end in .nii")
 
 
 def nifti_alerts(image: nibabel.Nifti1Image) -> tuple[str, ...]:
@@ -275,6 +291,9 @@ def _detached(data: Any) -> BrokenSampleError:
 
 
 _FLAT = 1e-3
+_GZIP = b"\x1f\x8b"
+# The size of its header, 348 or 540 bytes, begins a NIfTI, in either order of bytes.
+_NIFTI_STARTS = tuple(size.to_bytes(4, order) for size in (348, 540) for order in ("little", "big"))
 # Relative difference of two spacings that rounding explains.
 _ALIKE = 0.01
 _META_HEADER = 2**16

@@ -60,7 +60,7 @@ def is_dicom(path: Path, home: Path) -> bool:
     """
     if path.is_dir():
         return any(is_dicom(file, home) for file in visible_entries(path) if not file.is_dir())
-    if split_name(path.name)[1] == DICOM or path.name == "DICOMDIR":
+    if split_name(path.name)[1] == DICOM or path.name.upper() == "DICOMDIR":
         return True
     try:
         if not (stat.S_ISREG(path.lstat().st_mode) or is_own_file(path, home)):

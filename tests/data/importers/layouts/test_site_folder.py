@@ -401,3 +401,15 @@ def test_a_table_that_does_not_fit_is_not_quoted_if_names_are_hidden(tmp_path) -
         import_sites(tmp_path / "01_raw", importer, source)
 
     assert "ANNA" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["DICOMDIR", "Thumbs.db", "desktop.ini"])
+def test_litter_beside_images_is_told_and_no_patient_is_missed(source, imported, name: str) -> None:
+    (source / "images" / name).write_bytes(bytes(128) + b"DICM" + bytes(40))
+
+    found = imported(quarantine=True, name="site_folder")
+
+    assert found["images"] == 10
+    (entry,) = found["broken"]
+    assert entry["reason"] == "a table of contents, or what a file browser leaves, not an image"
+    assert entry["cure"] == "delete it"

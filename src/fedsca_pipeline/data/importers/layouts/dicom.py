@@ -30,6 +30,7 @@ from fedsca_pipeline.data.importers.tables import visible_files
 from fedsca_pipeline.data.readers.common import BrokenSampleError, split_name
 from fedsca_pipeline.data.readers.dicom import (
     Relations,
+    is_litter,
     read_frame_segmentation,
     read_relations,
     read_segmentation,
@@ -67,7 +68,7 @@ class _Export:
         instances = set()
         for path in watch(visible_files(source)):
             # A DICOMDIR lists what lies beside it.
-            if path.name == "DICOMDIR" or not is_own_file(path, source) or not is_dicom(path, source):
+            if is_litter(path) or not is_own_file(path, source) or not is_dicom(path, source):
                 continue
             try:
                 found = read_relations(path)
