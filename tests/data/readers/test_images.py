@@ -16,7 +16,7 @@ from PIL import Image
 
 from fedsca_pipeline.data.readers import images as readers
 from fedsca_pipeline.data.readers.common import BrokenSampleError, split_name
-from fedsca_pipeline.data.readers.images import orientation_of, read_image, read_mask, read_mask_colours
+from fedsca_pipeline.data.readers.images import orientations_of, read_image, read_mask, read_mask_colours
 
 RNG = np.random.default_rng(7)
 GREY = RNG.integers(0, 256, (12, 17), dtype=np.uint8)
@@ -315,7 +315,7 @@ def test_a_tiff_is_turned_by_its_tag_whatever_its_pixels_and_compression(
     image.save(turned, compression=compression, tiffinfo={0x0112: orientation})
 
     np.testing.assert_array_equal(read_image(turned), TURNS[orientation](read_image(plain)))
-    assert orientation_of(turned) == orientation
+    assert orientations_of([turned]) == [orientation]
     if kind in ("grey", "16 bit grey", "1 bit", "palette"):
         np.testing.assert_array_equal(read_mask(turned), TURNS[orientation](read_mask(plain)))
 
@@ -343,7 +343,7 @@ def test_the_orientation_in_a_tiffs_xmp_counts_without_a_tag(tmp_path: Path, com
     Image.fromarray(GREY).save(tmp_path / "a.tif", compression=compression, tiffinfo={700: xmp})
 
     np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), TURNS[6](GREY))
-    assert orientation_of(tmp_path / "a.tif") == 6
+    assert orientations_of([tmp_path / "a.tif"]) == [6]
 
 
 @pytest.mark.parametrize("tag", [0, 9, 700])
@@ -356,7 +356,7 @@ def test_an_orientation_that_does_not_exist_turns_nothing(tmp_path: Path, compre
     path.write_bytes(path.read_bytes().replace(entry + b"\3\0", entry + struct.pack("<H", tag)))
 
     np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), GREY)
-    assert orientation_of(tmp_path / "a.tif") == 1
+    assert orientations_of([tmp_path / "a.tif"]) == [1]
 
 
 @pytest.mark.parametrize("orientation", TURNS)
@@ -381,7 +381,7 @@ def test_a_png_is_turned_by_its_exif_or_xmp(tmp_path: Path, depth: int, place: s
     path.write_bytes(stored[:cut] + chunk + stored[cut:])
 
     np.testing.assert_array_equal(read_image(path), TURNS[orientation](pixels))
-    assert orientation_of(path) == orientation
+    assert orientations_of([path]) == [orientation]
 
 
 ALPHA = np.where(LABELS > 0, 255, 0).astype(np.uint8)

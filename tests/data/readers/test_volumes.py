@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedsca_pipeline.data.importers.pictures import read_nifti
 from fedsca_pipeline.data.readers.common import BrokenSampleError
 from fedsca_pipeline.data.readers.volume import Volume, write_nifti
 from fedsca_pipeline.data.readers.volumes import VOLUME_READERS, read_volume, read_volume_mask
@@ -320,3 +321,12 @@ def test_a_name_that_contradicts_the_compression_is_told(tmp_path: Path, written
     assert str(caught.value) == said
     with pytest.raises(BrokenSampleError, match="compressed, though"):
         read_volume_mask(tmp_path / named, Volume(VOXELS, AFFINE))
+
+
+def test_a_surface_is_refused_by_what_it_is(tmp_path: Path) -> None:
+    axes = nibabel.cifti2.ScalarAxis(["a"]), nibabel.cifti2.BrainModelAxis.from_surface([0, 1], 4, "CortexLeft")
+    nibabel.save(nibabel.Cifti2Image(np.zeros((1, 2), np.float32), axes), tmp_path / "a.nii")
+
+    for read in (read_volume, read_nifti):
+        with pytest.raises(BrokenSampleError, match="a Cifti2Image, not voxels"):
+            read(tmp_path / "a.nii")

@@ -6,15 +6,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedsca_pipeline.data.importers.masks import Image, Label
 from fedsca_pipeline.data.readers.common import UNREADABLE, BrokenSampleError, finite_values, unreadable
+from fedsca_pipeline.data.readers.decoding import in_child
 from fedsca_pipeline.data.readers.images import read_image
 from fedsca_pipeline.data.readers.volume import Volume, check_voxels, write_nifti
-from fedsca_pipeline.data.readers.volumes import check_compression, is_volume, nifti_alerts, read_volume
+from fedsca_pipeline.data.readers.volumes import check_compression, is_volume, load_nifti, nifti_alerts, read_volume
 
 if TYPE_CHECKING:
     from fedsca_pipeline.data.importers.sample import Sample
@@ -80,6 +81,7 @@ def read_dicom(files: Sequence[Path]) -> Image:
     return read_multiframe(files[0]) if header is not None and header.frames > 1 else read_frame(files[0])
 
 
+@in_child
 def read_nifti(file: Path, frame: int | None = None) -> Volume:
     """Read a NIfTI, or one frame of it, in the number type of the file, which ``read_volume`` does not keep.
 
@@ -88,14 +90,12 @@ def read_nifti(file: Path, frame: int | None = None) -> Volume:
     Raises:
         BrokenSampleError: unreadable, no such frame, not of three axes (a frame), not in mm, or NaN or infinite values.
     """
-    import nibabel
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 
     check_compression(file)
     try:
-        # The type of every NIfTI; ``load`` declares what all formats share.
-        image = cast("nibabel.Nifti1Image", nibabel.load(file))
+        image = load_nifti(file)
         check_voxels(image.shape)
         if (unit := image.header.get_xyzt_units()[0]) not in ("mm", "unknown"):
             raise BrokenSampleError(f"its header is in {unit}", "export it in mm")

@@ -17,7 +17,7 @@ from fedsca_pipeline.data.preprocessing.labels import occurrences, read_classes,
 from fedsca_pipeline.data.preprocessing.slices import VolumeSlices
 from fedsca_pipeline.data.readers.common import BrokenSampleError
 from fedsca_pipeline.data.readers.decoding import decode_limits
-from fedsca_pipeline.data.readers.images import orientation_of, read_image
+from fedsca_pipeline.data.readers.images import orientations_of, read_image
 from fedsca_pipeline.data.readers.volumes import is_volume, read_volume
 from fedsca_pipeline.data.site_folder.label_rule import LabelRule
 from fedsca_pipeline.data.site_folder.pairing import Broken, Pair
@@ -140,7 +140,7 @@ def _flat_mask(path: Path, image: np.ndarray, rule: LabelRule, classes: int) -> 
 
 
 def _flat_alerts(files: tuple[Path, Path], _image: np.ndarray) -> list[str]:
-    image, mask = map(orientation_of, files)
+    image, mask = orientations_of(files).tolist()
     if image == mask:
         return []
     return [

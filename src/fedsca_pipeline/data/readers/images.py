@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -88,8 +88,13 @@ def read_mask(path: Path) -> np.ndarray:
     return whole_numbers(pixels)
 
 
-def orientation_of(path: Path) -> int:
-    """Return the Orientation tag of a readable image or mask, 1 to 8; 1, upright, without a tag."""
+@in_child
+def orientations_of(paths: Sequence[Path]) -> np.ndarray:
+    """Return the Orientation tags of readable images or masks, uint8 [N] of 1 to 8; 1, upright, without a tag."""
+    return np.array([_orientation_of(path) for path in paths], np.uint8)
+
+
+def _orientation_of(path: Path) -> int:
     import tifffile
 
     if READERS[split_name(path.name)[1]] is _read_tiff:

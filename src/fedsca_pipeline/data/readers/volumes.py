@@ -134,16 +134,12 @@ def _checked(volume: Volume) -> Volume:
 
 
 def _read_nifti(path: Path, most: int) -> Volume:
-    import nibabel
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 
     check_compression(path)
     try:
-        image = nibabel.load(path)
-        # Nifti2Image is one, too; surfaces (CIFTI) have the same suffix, but no voxels.
-        if not isinstance(image, nibabel.Nifti1Image):
-            raise BrokenSampleError(f"a {type(image).__name__}, not voxels", "export a volume as NIfTI")
+        image = load_nifti(path)
         shape = tuple(image.shape)
         # Vectors in NIfTI: a fifth axis after a time axis of length 1.
         check_voxels(shape[:3] + shape[4:] if len(shape) == 5 and shape[3] == 1 else shape, most)
@@ -168,6 +164,22 @@ def check_compression(path: Path) -> None:
         raise BrokenSampleError("is compressed, though its name ends in .nii", "let its name end in .nii.gz")
     if compressed and start in _NIFTI_STARTS:
         raise BrokenSampleError("is not compressed, though its name ends in .nii.gz", "let its name end in .nii")
+
+
+def load_nifti(path: Path) -> nibabel.Nifti1Image:
+    """Return a NIfTI whose voxels are not read yet.
+
+    Raises:
+        BrokenSampleError: a surface (CIFTI), which has the same suffix.
+        ImageFileError, HeaderDataError: nibabel cannot read the header.
+    """
+    import nibabel
+
+    image = nibabel.load(path)
+    # Nifti2Image is one, too.
+    if not isinstance(image, nibabel.Nifti1Image):
+        raise BrokenSampleError(f"a {type(image).__name__}, not voxels", "export a volume as NIfTI")
+    return image
 
 
 def nifti_alerts(image: nibabel.Nifti1Image) -> tuple[str, ...]:
