@@ -60,6 +60,20 @@ class TensorLayout:
         return sum(math.prod(self.shapes[name]) for name in names)
 
 
+def faults(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """Return one line per tensor of ``found`` that is not like that of ``expected``: in name, dtype, shape, or finite.
+
+    >>> faults({"a": torch.ones(2), "c": torch.tensor(torch.nan)}, {"a": torch.ones(3), "b": torch.ones(1)})
+    ['b is missing', 'c is unknown', 'a is float32 [2] in place of float32 [3]', 'c holds NaN or infinity']
+    """
+    lines = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    lines += [f"{name} is unknown" for name in sorted(found.keys() - expected.keys())]
+    for name in sorted(found.keys() & expected.keys()):
+        is_, should = _described(found[name]), _described(expected[name])
+        lines += [f"{name} is {is_} in place of {should}"] if is_ != should else []
+    return lines + [f"{name} holds NaN or infinity" for name in sorted(found) if not found[name].isfinite().all()]
+
+
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """Return the first 16 hex digits of :func:`sha256_tensors`."""
     return sha256_tensors(tensors)[:16]
@@ -106,3 +120,7 @@ def unflatten(vector: Tensor, names: Sequence[str], shapes: Mapping[str, tuple[i
 def fp32_on_cpu(tensor: Tensor) -> Tensor:
     """Return the tensor as contiguous fp32 on the CPU, without its gradient; itself if it is that already."""
     return tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

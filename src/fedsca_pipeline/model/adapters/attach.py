@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, PromptLearningConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import (
+    CONFIG_NAME,
     SAFETENSORS_WEIGHTS_NAME,
     PeftType,
     get_peft_model_state_dict,
@@ -23,17 +25,31 @@ from torch import Tensor, nn
 
 from fedsca_pipeline.config import AdaptersConfig, FoundationConfig, PreprocessingConfig
 from fedsca_pipeline.errors import ConfigError, WeightsError, suggestion
-from fedsca_pipeline.files import read_tensors
+from fedsca_pipeline.files import read_json, read_tensors
 from fedsca_pipeline.model.adapters import fel
 from fedsca_pipeline.model.foundation import BlockPaths, load_foundation
 from fedsca_pipeline.model.foundation.model import SegmentationModel
-from fedsca_pipeline.model.layout import TensorLayout, sha256_tensors
+from fedsca_pipeline.model.layout import TensorLayout, faults, sha256_tensors
 
 # Bottleneck widths of docs/method.md: 32 for embedding widths up to 384, else 64.
 SMALL_EMBEDDING, SMALL_WIDTH, LARGE_WIDTH = 384, 32, 64
 
 # Plain 'kedro run' would find the run up to date, since the model's card exists.
 EXPORT_AGAIN = "export the site's model again with 'kedro run --pipeline=training'"
+
+# Of a JSON file of a saved model; those of the largest model are a hundred times smaller.
+_MOST_BYTES = 2**20
+# A name of a module, or a word; no pattern, path or code.
+_WORD = re.compile(r"[\w.-]{0,300}")
+_LARGEST, _LARGEST_SEED = 4096, 2**63
+_SEEDS_AND_STEPS = frozenset({"seed", "projection_prng_key", "random_loc_seed", "total_step", "tinit", "tfinal"})
+# Fields of PEFT's configuration that describe an adapter and do not decide its output.
+_GENERAL = frozenset(field.name for field in fields(PeftConfig)) - {"peft_type"}
+# Any value of a stranger's configuration can cause these in PEFT.
+_PEFT_ERRORS = (
+    *(ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, ImportError),
+    *(RuntimeError, MemoryError, OSError, SafetensorError),
+)
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
@@ -48,17 +64,15 @@ def attach_adapters(model: SegmentationModel, config: AdaptersConfig) -> Segment
             or changes the foundation's pretrained values (as LoRA started by PiSSA does).
     """
     peft_config = _peft_config(model.blocks, config)
-    pretrained = {} if config.method.lower() == fel.METHOD else dict(model.encoder.named_parameters())
-    before = sha256_tensors(pretrained)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            model.encoder = get_peft_model(model.encoder, peft_config)
+            foundation_changed = _wrap(model, peft_config)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ConfigError(
             f"adapters.method: {config.method!r} cannot be attached to this foundation: {error}"
         ) from error
-    if sha256_tensors(pretrained) != before:
+    if foundation_changed:
         raise ConfigError(
             f"adapters.options: with {config.options} {config.method} changes the foundation's own values, which must "
             "stay frozen; remove that option"
@@ -67,7 +81,7 @@ def attach_adapters(model: SegmentationModel, config: AdaptersConfig) -> Segment
     return model
 
 
-def attach_like(model: SegmentationModel, folder: Path) -> SegmentationModel:
+def attach_like(model: SegmentationModel, folder: Path, *, trainable: bool = True) -> SegmentationModel:
     """Add fresh adapters of the kind that PEFT saved in ``folder``, in place.
 
     The global random state does not change.
@@ -76,9 +90,12 @@ def attach_like(model: SegmentationModel, folder: Path) -> SegmentationModel:
         WeightsError: the folder holds no adapter, or one for another architecture.
     """
     with _weights_errors(folder), torch.random.fork_rng(devices=[]):
-        peft_config = _saved_config(folder)
-        peft_config.inference_mode = False
-        model.encoder = get_peft_model(model.encoder, peft_config)
+        config = _saved_config(folder)
+        if isinstance(config, fel.FelConfig):
+            _check_widths(config, model.blocks)
+        config.inference_mode = not trainable
+        if _wrap(model, config):
+            raise ValueError("it changes the foundation's own values")
     return model
 
 
@@ -90,18 +107,41 @@ def has_adapters(model: SegmentationModel) -> bool:
 def load_adapters(model: SegmentationModel, folder: Path) -> SegmentationModel:
     """Load the adapters that PEFT saved in ``folder`` into the encoder, in place.
 
-    If the encoder has adapters already, they take the saved values.
+    If the encoder has adapters already, they take the saved values. PEFT only builds the modules: both files are read
+    here, so that no network is asked for a missing one, and nothing is unpickled.
 
     Raises:
         WeightsError: the folder holds no adapter, or one for another architecture or of another kind.
     """
+    if not has_adapters(model):
+        attach_like(model, folder, trainable=False)
+    encoder: Any = model.encoder
     with _weights_errors(folder):
-        if isinstance(model.encoder, PeftModel):
-            _read_values(model.encoder, folder)
-        else:
-            fel.register()
-            model.encoder = PeftModel.from_pretrained(model.encoder, str(folder), use_safetensors=True)
+        if _deciding_fields(_saved_config(folder)) != _deciding_fields(encoder.peft_config[encoder.active_adapter]):
+            raise ValueError("the saved adapters are of another kind than the run's")
+        values = read_tensors(folder / SAFETENSORS_WEIGHTS_NAME, cure=EXPORT_AGAIN)
+        if wrong := faults(values, get_peft_model_state_dict(encoder, save_embedding_layers=False)):
+            raise ValueError("; ".join(wrong[:3]))
+        set_peft_model_state_dict(encoder, values)
     return model
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file of a saved model.
+
+    Raises:
+        ValueError: it is no JSON object of at most a mebibyte.
+        OSError: it cannot be read.
+    """
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{path.name} has more than {_MOST_BYTES:,} bytes")
+    try:
+        value = read_json(path)
+    except RecursionError as error:
+        raise ValueError(f"{path.name} is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} is no JSON object")
+    return value
 
 
 @contextmanager
@@ -172,26 +212,72 @@ def build_trainable(
     return model, tensor_layout(model)
 
 
-def _read_values(encoder: PeftModel, folder: Path) -> None:
-    """Copy saved adapters of the same kind into the encoder's adapters.
-
-    Raises:
-        ValueError: the saved adapters are of another kind, or tensors are missing.
-        RuntimeError: a shape differs.
-    """
-    attached = _deciding_fields(encoder.peft_config[encoder.active_adapter])
-    if _deciding_fields(_saved_config(folder)) != attached:
-        raise ValueError("the saved adapters are of another kind than the run's")
-    values = read_tensors(folder / SAFETENSORS_WEIGHTS_NAME, cure=EXPORT_AGAIN)
-    if values.keys() != get_peft_model_state_dict(encoder).keys():
-        raise ValueError("the saved adapters lack tensors of the run's, or have others")
-    set_peft_model_state_dict(encoder, values)
+def _wrap(model: SegmentationModel, config: PeftConfig) -> bool:
+    """Put adapters around the encoder's modules, and return whether that changed the foundation's own values."""
+    pretrained = {} if isinstance(config, fel.FelConfig) else dict(model.encoder.named_parameters())
+    before = sha256_tensors(pretrained)
+    encoder: Any = get_peft_model(model.encoder, config)
+    if isinstance(getattr(config, "target_modules", None), str):
+        # A pattern is not read back, so the names that it matched are saved.
+        config.target_modules = sorted(encoder.base_model.targeted_module_names)  # type: ignore[attr-defined]  # per method
+    model.encoder = encoder
+    return sha256_tensors(pretrained) != before
 
 
 def _saved_config(folder: Path) -> PeftConfig:
+    """Return the configuration that PEFT saved in ``folder``.
+
+    Raises:
+        ValueError: it is none, or has values that no adapter of this project has.
+        OSError: it cannot be read.
+    """
     fel.register()
-    config: PeftConfig = PeftConfig.from_pretrained(str(folder))
-    return config
+    saved = read_object(folder / CONFIG_NAME)
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(saved.get("peft_type"))]
+    options = {name: value for name, value in saved.items() if name not in _GENERAL | {"peft_type"}}
+    if issubclass(kind, PromptLearningConfig):
+        raise ValueError(f"peft_type: {saved['peft_type']} attaches to no linear layer")
+    if unknown := sorted(options.keys() - {field.name for field in fields(kind)}):
+        raise ValueError(f"{CONFIG_NAME}: {unknown[0]} is unknown to PEFT's {kind.__name__}")
+    if isinstance(options.get("target_modules"), str):
+        raise ValueError(f"{CONFIG_NAME}: target_modules is a pattern; it must be a list of names")
+    numbers = {f.name for f in fields(kind) if isinstance(f.default, int | float) and not isinstance(f.default, bool)}
+    odd = [f"{name}: {options[name]!r:.80} is no number" for name in sorted(numbers & options.keys())
+           if not isinstance(options[name], int | float)]  # fmt: skip
+    if odd := odd + _odd_options(options):
+        raise ValueError(f"{CONFIG_NAME}: {odd[0]}")
+    return kind(**options)
+
+
+def _odd_options(options: Mapping[str, Any]) -> list[str]:
+    """Return a line per option that is no plain word, switch or number within bounds, nor a group of these.
+
+    Paths, patterns, code and configurations of further libraries are none.
+    """
+    odd = []
+    for name, value in options.items():
+        if value and name.endswith(("_config", "_file", "_path", "adapters")):
+            odd.append(f"{name}: {value!r:.80} names another model or library; leave it out")
+            continue
+        most = _LARGEST_SEED if name in _SEEDS_AND_STEPS else _LARGEST
+        entries = [*value, *value.values()] if isinstance(value, dict) else value
+        for entry in entries if isinstance(value, dict | list | tuple | set) else [value]:
+            plain = entry is None or (isinstance(entry, int | float) and abs(entry) <= most)
+            if not plain and not (isinstance(entry, str) and _WORD.fullmatch(entry)):
+                odd.append(f"{name}: {entry!r:.80} is no plain word, and no number up to {most:,}")
+    return odd
+
+
+def _check_widths(config: fel.FelConfig, blocks: Sequence[BlockPaths]) -> None:
+    """Check, before memory is allocated, that adapters are at the foundation's modules.
+
+    Raises:
+        ValueError: a module is unknown, or of another width.
+    """
+    for name, block_path in (("attention_modules", "attention"), ("mlp_modules", "mlp")):
+        known = {getattr(block, block_path): block.width for block in blocks}
+        if others := sorted(getattr(config, name).items() - known.items()):
+            raise ValueError(f"{CONFIG_NAME}: {name} has {others[0]}, which this foundation does not")
 
 
 def _deciding_fields(config: PeftConfig) -> dict[str, Any]:
@@ -199,8 +285,7 @@ def _deciding_fields(config: PeftConfig) -> dict[str, Any]:
 
     The tensors' names already say where the adapters are, and PEFT shortens a long list of ``target_modules``.
     """
-    general = {field.name for field in fields(PeftConfig)} - {"peft_type"}
-    return {name: value for name, value in asdict(config).items() if name not in general | {"target_modules"}}
+    return {name: value for name, value in asdict(config).items() if name not in _GENERAL | {"target_modules"}}
 
 
 @contextmanager
@@ -208,7 +293,7 @@ def _weights_errors(folder: Path) -> Iterator[None]:
     """Raise errors of PEFT and of reading in the block as WeightsError that names ``folder``."""
     try:
         yield
-    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+    except _PEFT_ERRORS as error:
         raise WeightsError(
             f"{folder}: holds no adapter for this foundation that can be read ({error}); {EXPORT_AGAIN}"
         ) from error
@@ -230,6 +315,10 @@ def _peft_config(blocks: tuple[BlockPaths, ...], config: AdaptersConfig) -> Peft
             f"adapters.options: {', '.join(unknown)} unknown to PEFT's {config_class.__name__}"
             f"{suggestion(unknown[0], sorted(allowed))}"
         )
+    # A pattern of modules is replaced by their names once it is attached.
+    plain = {name: value for name, value in config.options.items() if name != "target_modules"}
+    if odd := _odd_options(plain):
+        raise ConfigError(f"adapters.options: {odd[0]}")
     try:
         return config_class(**{**targets, **config.options})
     except (TypeError, ValueError) as error:

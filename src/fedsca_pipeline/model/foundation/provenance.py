@@ -36,9 +36,12 @@ def write_provenance(path: Path, provenance: Provenance) -> None:
 
 def read_provenance(path: Path) -> Provenance | None:
     """Return the content of a provenance file; None if it is missing or not a provenance."""
+    # A pipe would be waited for.
+    if not path.is_file():
+        return None
     try:
         value = read_json(path)
-    except (FileNotFoundError, ValueError):
+    except ValueError:
         return None
     if not isinstance(value, dict) or set(value) != {field.name for field in fields(Provenance)}:
         return None

