@@ -198,6 +198,29 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())
 
 
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with ``sha256``, the hash of all its other values; the order of keys does not matter.
+
+    >>> unsealed(sealed({"a": 1, "b": 2}))
+    {'a': 1, 'b': 2}
+    """
+    return {**value, "sha256": hashlib.sha256(_canonical(value)).hexdigest()}
+
+
+def unsealed(value: Any) -> dict[str, Any]:
+    """Return the JSON object that ``sealed`` got.
+
+    Raises:
+        ValueError: it is not an object, or not as it was written.
+    """
+    if not isinstance(value, dict) or "sha256" not in value:
+        raise ValueError("not an object with a checksum")
+    rest = {key: entry for key, entry in value.items() if key != "sha256"}
+    if sealed(rest) != value:
+        raise ValueError("its checksum differs: it was damaged or edited")
+    return rest
+
+
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write named tensors to ``path`` as safetensors, atomically, without a copy in memory.
 
@@ -269,8 +292,7 @@ def fingerprint(value: Any) -> str:
     >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     True
     """
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    return hashlib.sha256(_canonical(value)).hexdigest()[:16]
 
 
 @contextmanager
@@ -295,6 +317,10 @@ def interrupts_deferred() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if interrupts:
             signal.raise_signal(signal.SIGINT)
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()
 
 
 def _unreadable(path: Path, error: Exception, cure: str = "") -> WeightsError:

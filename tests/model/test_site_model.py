@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from fedsca_pipeline import load_site_model
 from fedsca_pipeline.config import AdaptersConfig, FoundationConfig, NormaliseConfig
 from fedsca_pipeline.data.readers.common import BrokenSampleError
 from fedsca_pipeline.data.readers.volume import Volume, write_nifti
 from fedsca_pipeline.errors import WeightsError
+from fedsca_pipeline.files import read_json, sealed, sha256_file, unsealed, write_json
 from fedsca_pipeline.model import site_model
 from fedsca_pipeline.model.adapters.attach import attach_adapters, tensor_layout
 from fedsca_pipeline.model.foundation import load_foundation, prepare_foundation
-from fedsca_pipeline.model.site_model import save_site_model
+from fedsca_pipeline.model.site_model import CARD, DECODER, ENCODER, save_site_model
 
 SIZE = 32
 GREY, COLOUR = (40, 28), (28, 40, 3)
 
 
-def make_model(folder: Path, root: Path, classes: int = 1, head: str = "sigmoid", **card_fields: Any) -> Path:
+def make_model(
+    folder: Path,
+    root: Path,
+    classes: int = 1,
+    head: str = "sigmoid",
+    adapters: AdaptersConfig | None = None,
+    **card_fields: Any,
+) -> Path:
     """Save a tiny random model whose tensors look trained; return its folder."""
     config = FoundationConfig(name="random", head=head)
     network = load_foundation(config, root, image_size=SIZE, classes=classes)
-    attach_adapters(network, AdaptersConfig(width=4))
+    attach_adapters(network, adapters or AdaptersConfig(width=4))
     draw = torch.Generator().manual_seed(3)
     parameters = dict(network.named_parameters())
     tensors = {
@@ -195,10 +211,15 @@ def copied(folder: Path, target: Path) -> Path:
     return target
 
 
+def forge(folder: Path, **card_fields: Any) -> None:
+    """Change fields of a model's card and make all hashes true, as a stranger can."""
+    files = {path.name: sha256_file(path) for path in folder.iterdir() if path.is_file() and path.name != CARD}
+    write_json(folder / CARD, sealed({**unsealed(read_json(folder / CARD)), "files": files, **card_fields}))
+
+
 def test_another_foundation_is_refused(folder: Path, tmp_path: Path) -> None:
     copy = copied(folder, tmp_path / "copy")
-    card = json.loads((copy / "site_model.json").read_text())
-    (copy / "site_model.json").write_text(json.dumps({**card, "foundation_sha256": "0" * 64}))
+    forge(copy, foundation_sha256="0" * 64)
 
     with pytest.raises(WeightsError, match="trained on 0000000000000000; pass foundation_root="):
         load_site_model(copy)
@@ -265,3 +286,322 @@ def test_tensors_of_another_model_are_refused(tmp_path: Path) -> None:
         save_site_model(tmp_path / "north", network, {"decoder.nothing": torch.zeros(1)}, {})
 
     assert not (tmp_path / "north" / "site_model.json").exists()
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked")
+
+    for owner, name in ((socket.socket, "connect"), (socket, "getaddrinfo"), (subprocess, "Popen")):
+        monkeypatch.setattr(owner, name, asked)
+
+
+ADAPTERS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("name", [ADAPTERS, ADAPTER_CONFIG])
+def test_a_missing_file_is_asked_of_no_network(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    copied(folder, tmp_path / "copy").joinpath(name).unlink()
+    forge(tmp_path / "copy")
+    monkeypatch.chdir(tmp_path.parent)
+
+    with pytest.raises(WeightsError, match="copy"):
+        load_site_model(f"{tmp_path.name}/copy")
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("foundation", [{"name": "mobile_sam"}, {"name": "sam", "source": "someone/sam"}])
+def test_a_missing_foundation_is_asked_of_no_network(folder: Path, tmp_path: Path, foundation: dict[str, str]) -> None:
+    forge(copied(folder, tmp_path / "copy"), foundation=foundation, foundation_root="nowhere")
+
+    with pytest.raises(WeightsError, match=r"mobile_sam.* is missing|foundation\.source someone/sam"):
+        load_site_model(tmp_path / "copy")
+
+    assert not (tmp_path / "copy" / "nowhere").exists()
+
+
+def link_outside(path: Path) -> None:
+    moved = path.parent.with_name(path.name)
+    path.rename(moved)
+    path.symlink_to(moved)
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("name", [CARD, DECODER, ADAPTERS, ADAPTER_CONFIG, "README.md"])
+@pytest.mark.parametrize("put", [link_outside, pipe])
+def test_a_link_out_of_the_folder_and_a_pipe_are_refused(
+    folder: Path, tmp_path: Path, name: str, put: Callable[[Path], None]
+) -> None:
+    put(copied(folder, tmp_path / "copy") / name)
+
+    with pytest.raises(WeightsError, match=r"out of the folder; put|no plain file; copy|no site_model.json; give"):
+        load_site_model(tmp_path / "copy")
+
+
+def test_a_link_into_the_projects_dvc_cache_is_followed(folder: Path, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "models" / "north", tmp_path / "foundations")
+    cached = tmp_path / ".dvc" / "cache" / "files" / "0a"
+    cached.parent.mkdir(parents=True)
+    (model / DECODER).rename(cached)
+    (model / DECODER).symlink_to(cached)
+
+    assert load_site_model(model).card.site == "north"
+
+
+def test_a_pickle_in_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    (copied(folder, tmp_path / "copy") / "adapter_model.bin").write_bytes(b"")
+
+    with pytest.raises(WeightsError, match=r"adapter_model\.bin: a pickle.*delete it"):
+        load_site_model(tmp_path / "copy")
+
+
+def test_a_card_without_hashes_is_refused(folder: Path, tmp_path: Path) -> None:
+    card = {k: v for k, v in unsealed(read_json(folder / CARD)).items() if k != "files"}
+    write_json(copied(folder, tmp_path / "copy") / CARD, card)
+
+    with pytest.raises(WeightsError, match=r"no hashes of the model's files.*export the site's model again"):
+        load_site_model(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("threshold", 0.0),
+        ("threshold", 1.5),
+        ("threshold", -1),
+        ("image_size", 65536),
+        ("image_size", 33),
+        ("classes", 0),
+        ("classes", 100_000),
+        ("classes", 3),
+        ("known_classes", [2]),
+        ("class_names", ["one", "two"]),
+        ("round", -1),
+        ("foundation", {"name": "pickle"}),
+        ("foundation_root", "\0"),
+        ("files", {}),
+        ("files", {"../secret": "0" * 64}),
+        ("normalise", {"method": "window"}),
+        ("more", 1),
+    ],
+)
+def test_a_card_out_of_bounds_is_refused(folder: Path, tmp_path: Path, field: str, value: object) -> None:
+    forge(copied(folder, tmp_path / "copy"), **{field: value})
+
+    with pytest.raises(WeightsError, match="copy"):
+        load_site_model(tmp_path / "copy")
+
+
+def test_a_foundation_that_cannot_be_built_is_refused(folder: Path, tmp_path: Path) -> None:
+    config = FoundationConfig(name="random", seed=2**70)
+    sha256 = prepare_foundation(config, tmp_path).sha256
+    forge(copied(folder, tmp_path / "copy"), foundation=config.model_dump(), foundation_sha256=sha256)
+
+    with pytest.raises(WeightsError, match="foundation cannot be built"):
+        load_site_model(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("width", 2_000_000, "width: 2000000 is no plain word"),
+        ("width", 8, "in place of"),
+        ("width", "4", "width: '4' is no number"),
+        ("scale", float("inf"), "scale: inf"),
+        ("scale", "0.5", "scale: '0.5' is no number"),
+        ("target_modules", "(a|a)*$", "target_modules is a pattern"),
+        ("target_modules", ["(a|a)*$"], "is no plain word"),
+        ("attention_modules", {"layers.1.blocks.0.attn": 2_000_000}, "attention_modules"),
+        ("mlp_modules", {"elsewhere": 32}, "mlp_modules has"),
+        ("mlp_modules", [], "no adapter"),
+        ("megatron_config", {"a": 1}, "unknown to PEFT"),
+        ("peft_type", "PROMPT_TUNING", "attaches to no linear layer|unknown"),
+        ("peft_type", "NONE", "NONE"),
+        ("peft_type", ["FEL"], "FEL"),
+        ("peft_type", "LORA", "unknown to PEFT's LoraConfig"),
+    ],
+)
+def test_a_configuration_of_adapters_out_of_bounds_is_refused(
+    folder: Path, tmp_path: Path, option: str, value: object, said: str
+) -> None:
+    path = copied(folder, tmp_path / "copy") / ADAPTER_CONFIG
+    path.write_text(json.dumps({**read_json(path), option: value}))
+    forge(tmp_path / "copy")
+
+    with pytest.raises(WeightsError, match=rf"copy.*({said}).*export"):
+        load_site_model(tmp_path / "copy")
+
+
+def test_lora_that_would_change_the_foundation_or_load_a_library_is_refused(tmp_path: Path) -> None:
+    root, lora = (
+        tmp_path / "foundations",
+        AdaptersConfig(method="lora", options={"r": 2, "target_modules": r".*attn\.qkv"}),
+    )
+    model = make_model(tmp_path / "north", root, adapters=lora)
+    assert load_site_model(model).card.site == "north"
+    good = read_json(model / ADAPTER_CONFIG)
+    for option, value in (
+        ("init_lora_weights", "pissa"),
+        ("megatron_config", {"a": 1}),
+        ("layer_replication", [[0, 2]]),
+        ("rank_pattern", {"(a|a)*$": 4}),
+        ("exclude_modules", "(a|a)*$"),
+        ("r", 2**20),
+    ):
+        (model / ADAPTER_CONFIG).write_text(json.dumps({**good, option: value}))
+        forge(model)
+        with pytest.raises(WeightsError, match="holds no adapter for this foundation that can be read"):
+            load_site_model(model)
+
+
+def swap(tensors: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
+    first = min(name for name, tensor in tensors.items() if tensor.ndim == 1)
+    rest = {name: tensor for name, tensor in tensors.items() if name != first}
+    values = tensors[first].clone()
+    if how in ("nan", "inf"):
+        values[0] = float(how)
+    changed = {"shape": torch.cat([values, values]), "dtype": values.half(), "nan": values, "inf": values}
+    return {
+        "missing": rest,
+        "extra": {**tensors, "decoder.more": values.clone()},
+    }.get(how) or {**rest, first: changed[how]}
+
+
+@pytest.mark.parametrize("name", [DECODER, ADAPTERS])
+@pytest.mark.parametrize("how", ["missing", "extra", "shape", "dtype", "nan", "inf"])
+def test_tensors_unlike_the_networks_are_refused(folder: Path, tmp_path: Path, name: str, how: str) -> None:
+    path = copied(folder, tmp_path / "copy") / name
+    save_file(swap({n: t.clone() for n, t in load_file(path).items()}, how), path)
+    forge(tmp_path / "copy")
+
+    said = {"missing": "is missing", "extra": "is unknown", "shape": "in place of", "dtype": "in place of"}
+    with pytest.raises(WeightsError, match=rf"copy.*{said.get(how, 'holds NaN')}.*export"):
+        load_site_model(tmp_path / "copy")
+
+
+def test_an_encoder_that_the_card_does_not_list_is_not_read(folder: Path, tmp_path: Path) -> None:
+    copy = copied(folder, tmp_path / "copy")
+    (copy / ENCODER).write_bytes(b"rubbish")
+
+    assert load_site_model(copy).card.site == "north"
+
+
+def test_values_that_overflow_are_no_empty_mask(folder: Path, tmp_path: Path) -> None:
+    path = copied(folder, tmp_path / "copy") / DECODER
+    save_file({name: torch.full_like(tensor, 3e38) for name, tensor in load_file(path).items()}, path)
+    forge(tmp_path / "copy")
+
+    with pytest.raises(WeightsError, match="would look like an empty mask"):
+        load_site_model(tmp_path / "copy").segment(image(GREY, np.uint8))
+
+
+def damage(folder: Path, other: Path, draw: random.Random) -> None:
+    """Flip a bit of a file, cut it, swap it for another model's, or edit a value of its JSON."""
+    path = draw.choice(sorted(file for file in folder.iterdir() if file.is_file()))
+    content = bytearray(path.read_bytes())
+    how = draw.choice(["flip", "flip", "cut", "swap", "edit"])
+    if how == "flip":
+        # The first kilobyte holds the header of a safetensors file.
+        content[draw.choice([draw.randrange(len(content)), draw.randrange(min(1000, len(content)))])] ^= (
+            1 << draw.randrange(8)
+        )
+    elif how == "cut":
+        content = content[: draw.randrange(len(content))]
+    elif how == "swap":
+        content = bytearray((other / path.name).read_bytes())
+    elif path.suffix == ".json":
+        value = json.loads(content)
+        value[draw.choice(sorted(value))] = draw.choice([0, -1, 1e9, "", ".*", None, True, [], {}, "x" * 5000, 2**80])
+        content = bytearray(json.dumps(value).encode())
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("forged", [False, True])
+def test_100_tampered_models_are_refused_or_predict_the_same(folder: Path, tmp_path: Path, forged: bool) -> None:
+    """A stranger who also makes the hashes true gets a model of his own at most: never another error."""
+    draw = random.Random(19)
+    other = make_model(tmp_path / "other", tmp_path / "foundations", threshold=0.4, site="south")
+    picture, pristine = image(COLOUR, np.uint8), folder
+    expected, refused = load_site_model(folder).segment(picture), 0
+    for number in range(100):
+        copy = copied(pristine, tmp_path / str(number))
+        damage(copy, other, draw)
+        try:
+            if forged:
+                forge(copy)
+            mask = load_site_model(copy, foundation_root=tmp_path / "foundations").segment(picture)
+        except WeightsError:
+            refused += 1
+        except ValueError:  # the forger's own: the card is no JSON any more
+            assert forged
+        else:
+            assert forged or np.array_equal(mask, expected)
+            assert mask.shape == expected.shape
+        shutil.rmtree(copy)
+    assert refused > (20 if forged else 60)
+
+
+def test_a_file_is_read_as_training_reads_it(folder: Path, tmp_path: Path) -> None:
+    model, colours = load_site_model(folder), image(COLOUR, np.uint8)
+    palette = Image.fromarray(colours).quantize(32)
+    palette.save(tmp_path / "palette.png")
+    rgba = np.dstack([colours, image(COLOUR[:2], np.uint8, seed=1)])
+    Image.fromarray(rgba).save(tmp_path / "rgba.png")
+
+    assert np.array_equal(model.segment(tmp_path / "palette.png"), model.segment(np.asarray(palette.convert("RGB"))))
+    assert np.array_equal(model.segment(str(tmp_path / "rgba.png")), model.segment(colours))
+    assert np.array_equal(model.segment(rgba), model.segment(colours))
+    assert np.array_equal(model.segment(colours[..., 0] > 90), model.segment((colours[..., 0] > 90) * np.uint8(255)))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "said"),
+    [
+        (np.full(GREY, np.nan, np.float32), "NaN or infinite"),
+        (np.ones(GREY, np.complex64), "complex64"),
+        (np.full(GREY, "x"), "no plain numbers"),
+        (np.ones(7), r"\[7\] is no image"),
+        (np.ones((2, 3, 4, 5)), "is no image"),
+        (np.ones((8, 8, 5)), "is no image"),
+        (np.ones((0, 8)), "is no image"),
+        (np.broadcast_to(np.uint8(1), (2**13, 2**13)), "has more than"),
+    ],
+)
+def test_an_array_that_is_no_image_is_refused(folder: Path, pixels: np.ndarray, said: str) -> None:
+    with pytest.raises(BrokenSampleError, match=said):
+        load_site_model(folder).segment(pixels)
+
+
+@pytest.mark.parametrize(
+    "volume",
+    [
+        Volume(np.full((8, 8, 3), np.nan, np.float32), np.eye(4)),
+        Volume(np.ones((8, 8, 3), np.complex64), np.eye(4)),
+        Volume(np.ones((8, 8, 3)), np.zeros((4, 4))),
+        Volume(np.ones((8, 8, 3)), np.full((4, 4), np.nan)),
+        Volume(np.ones((8, 0, 3)), np.eye(4)),
+        Volume(np.ones(8), np.eye(4)),
+    ],
+)
+def test_a_volume_in_memory_that_is_none_is_refused(folder: Path, volume: Volume) -> None:
+    with pytest.raises(BrokenSampleError):
+        load_site_model(folder).segment_volume(volume)
+
+
+@pytest.mark.parametrize("name", ["missing.png", "v.nii", "noise.png"])
+def test_a_file_that_cannot_be_segmented_is_named(folder: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "noise.png").write_bytes(b"noise")
+    model = load_site_model(folder)
+
+    with pytest.raises(BrokenSampleError, match=name):
+        model.segment(tmp_path / name)
+    with pytest.raises(BrokenSampleError, match=name):
+        model.segment_volume(tmp_path / name)

@@ -19,7 +19,7 @@ from fedsca_pipeline.model.adapters.attach import attach_like, has_adapters, loa
 from fedsca_pipeline.model.foundation import load_foundation, prepare_foundation
 from fedsca_pipeline.model.foundation.model import SegmentationModel
 from fedsca_pipeline.model.inference import evaluation_mode
-from fedsca_pipeline.model.site_model import read_card, read_saved_tensors, set_parameters
+from fedsca_pipeline.model.site_model import SiteModelCard, read_card, read_saved_tensors, set_parameters
 
 
 class ModelsInTurn:
@@ -66,11 +66,11 @@ class ModelsInTurn:
         Raises:
             WeightsError: the folder holds no model, or its foundation, image size or kind of adapters differs.
         """
-        self._check(folder)
+        card = self._check(folder)
         if not has_adapters(self._network):
             attach_like(self._network, folder)
             self._remember(name for name, p in self._network.named_parameters() if p.requires_grad)
-        tensors = read_saved_tensors(folder)
+        tensors = read_saved_tensors(folder, card, self._network)
         self._remember(tensors)
         # Undo all earlier changes first: this model may lack tensors that another one changed.
         set_parameters(self._network, self._start)
@@ -79,7 +79,7 @@ class ModelsInTurn:
         with evaluation_mode(self._network):
             yield self._network
 
-    def _check(self, folder: Path) -> None:
+    def _check(self, folder: Path) -> SiteModelCard:
         card, network = read_card(folder), self._network
         theirs = (card.foundation_sha256[:16], card.foundation.head, card.image_size)
         ours = (self._foundation_sha256[:16], network.head, network.image_size)
@@ -88,6 +88,7 @@ class ModelsInTurn:
                 f"{folder}: this model has foundation, head and image size {theirs}, but this run has {ours}; train "
                 "again, or set foundation and preprocessing as they were"
             )
+        return card
 
     def _remember(self, names: Iterable[str]) -> None:
         """Store the foundation's values of the tensors that a model is about to change for the first time."""

@@ -5,58 +5,88 @@ On disk it is a folder with the adapter in PEFT's format, the decoder as safeten
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedsca_pipeline.config import FoundationConfig, NormaliseConfig, VolumeConfig
 from fedsca_pipeline.data.preprocessing.geometry import fit_image, normalise
 from fedsca_pipeline.data.preprocessing.slices import VolumeSlices
-from fedsca_pipeline.data.readers.volume import Volume
-from fedsca_pipeline.data.readers.volumes import read_volume
-from fedsca_pipeline.errors import WeightsError
-from fedsca_pipeline.files import move, read_json, read_tensors, write_bytes, write_json, write_tensors
-from fedsca_pipeline.model.adapters.attach import EXPORT_AGAIN, load_adapters
+from fedsca_pipeline.data.readers.common import MAX_PIXELS, BrokenSampleError, finite_values
+from fedsca_pipeline.data.readers.images import read_image
+from fedsca_pipeline.data.readers.volume import Volume, check_voxels
+from fedsca_pipeline.data.readers.volumes import is_volume, read_volume
+from fedsca_pipeline.errors import WeightsError, faults_by_key
+from fedsca_pipeline.files import (
+    move,
+    read_tensors,
+    sealed,
+    sha256_file,
+    unsealed,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
+from fedsca_pipeline.model.adapters.attach import EXPORT_AGAIN, load_adapters, read_object
 from fedsca_pipeline.model.foundation import load_foundation, prepare_foundation
 from fedsca_pipeline.model.foundation.model import SegmentationModel
 from fedsca_pipeline.model.heads import predict_masks
+from fedsca_pipeline.model.layout import faults
 
 GENERAL_MODEL = "_general_model"
 CARD, DECODER, ENCODER = "site_model.json", "decoder.safetensors", "encoder.safetensors"
+_FILES = frozenset({CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, DECODER, "README.md"})
+# What loads by unpickling, which runs its author's code.
+_PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class SiteModelCard(BaseModel):
     """Content of ``site_model.json``: all that is needed to rebuild the model, and where it came from.
 
-    ``known_classes`` are the classes that the model may predict; None: all of 1..``classes``.
+    ``known_classes`` are the classes that the model may predict; None: all of 1..``classes``. ``files`` holds the
+    SHA-256 of every other file of the model. On disk a checksum of the card itself is added.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     site: str
     strategy: str
-    round: int
+    round: int = Field(ge=0)
     dice_validation: float | None
     run: str
     foundation: FoundationConfig
-    foundation_sha256: str
-    foundation_root: str
-    image_size: int
-    classes: int
+    foundation_sha256: Sha256
+    foundation_root: str = Field(pattern=r"^[^\x00]*$")
+    image_size: int = Field(ge=16, le=4096, multiple_of=16)
+    classes: int = Field(ge=1, le=254)
     class_names: tuple[str, ...] | None = None
     known_classes: tuple[int, ...] | None = None
     normalise: NormaliseConfig
     volume: VolumeConfig = VolumeConfig()
-    threshold: float
+    threshold: float = Field(gt=0.0, lt=1.0)
     note: str = ""
+    files: dict[str, Sha256] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SiteModelCard:
+        if self.class_names is not None and len(self.class_names) != self.classes:
+            raise ValueError(f"class_names: {len(self.class_names)} names for {self.classes} classes")
+        if others := set(self.known_classes or ()).difference(range(1, self.classes + 1)):
+            raise ValueError(f"known_classes: {min(others)} is none of the classes 1 to {self.classes}")
+        return self
 
 
 class SiteModel(nn.Module):
@@ -80,15 +110,22 @@ class SiteModel(nn.Module):
         logits: Tensor = self.network(pixels)
         return logits
 
-    def segment(self, image: np.ndarray) -> np.ndarray:
+    def segment(self, source: np.ndarray | str | Path) -> np.ndarray:
         """Return the label map of one raw image, at the image's own size.
 
         Args:
-            image: grey [H, W] or colour [H, W, 3], of any size and any integer or floating dtype.
+            source: an image file, which is read as training reads it, or its pixels: grey [H, W] or colour [H, W, 3],
+                of any size and any boolean, integer or floating dtype. A fourth channel, alpha, is dropped. The indices
+                of a palette image look like grey values: give its path.
 
         Returns:
             uint8 [H, W], 0 = background, 1..K.
+
+        Raises:
+            BrokenSampleError: the file cannot be read, or the pixels are no image.
+            WeightsError: the model computes values that are not finite.
         """
+        image = _image(source)
         levels, _ = normalise(image, self.card.normalise)
         height, width = image.shape[:2]
         fitted = fit_image(levels, self.card.image_size)[None]
@@ -109,13 +146,67 @@ class SiteModel(nn.Module):
             affine.
 
         Raises:
-            BrokenSampleError: the file cannot be read, or the model was trained on other modalities.
+            BrokenSampleError: the file cannot be read, the voxels are no volume, or the model was trained on other
+                modalities.
+            WeightsError: the model computes values that are not finite.
         """
-        volume = source if isinstance(source, Volume) else read_volume(Path(source))
+        volume = _volume(source)
         slices = VolumeSlices(volume, self.card.volume, self.card.normalise, self.card.image_size)
         return segment_slices(
             self.network, slices, self.card.image_size, self.card.threshold, self.card.known_classes, batch_size
         )
+
+
+def _image(source: np.ndarray | str | Path) -> np.ndarray:
+    """Return the pixels of a file, or pixels after the same checks, as ``read_image`` does."""
+    if isinstance(source, str | Path):
+        with _named(source):
+            if is_volume(Path(source).name):
+                raise BrokenSampleError("is a volume", "use segment_volume")
+            return read_image(Path(source))
+    pixels = np.asarray(source)
+    _check_numbers(pixels)
+    if pixels.ndim not in (2, 3) or 0 in pixels.shape or (pixels.ndim == 3 and pixels.shape[2] > 4):
+        raise BrokenSampleError(
+            f"an array {list(pixels.shape)} is no image", "give [height, width] or [height, width, 3]"
+        )
+    if math.prod(pixels.shape[:2]) > MAX_PIXELS:
+        raise BrokenSampleError(f"has more than {MAX_PIXELS:,} pixels", "cut the image into tiles")
+    if pixels.ndim == 3:
+        pixels = pixels[..., 0] if pixels.shape[2] < 3 else pixels[..., :3]
+    return pixels.astype(np.uint8) * np.uint8(255) if pixels.dtype == bool else finite_values(pixels)
+
+
+def _volume(source: Volume | str | Path) -> Volume:
+    """Return the volume of a file, or a volume after the same checks, as ``read_volume`` does."""
+    if isinstance(source, str | Path):
+        with _named(source):
+            return read_volume(Path(source))
+    _check_numbers(source.voxels)
+    check_voxels(source.voxels.shape)
+    if not np.isfinite(source.affine).all() or not np.linalg.det(source.affine[:3, :3]):
+        raise BrokenSampleError("its affine is singular or not finite", "give the one of its file")
+    finite_values(source.voxels)
+    return source
+
+
+def _check_numbers(values: np.ndarray) -> None:
+    """Check that an array holds real numbers.
+
+    Raises:
+        BrokenSampleError: it holds others, or objects.
+    """
+    if values.dtype.kind not in "buif":
+        raise BrokenSampleError(f"an array of {values.dtype} holds no plain numbers", "give integers or floats")
+
+
+@contextmanager
+def _named(source: str | Path) -> Iterator[None]:
+    """Name the file in a BrokenSampleError of the block."""
+    try:
+        yield
+    except BrokenSampleError as error:
+        raise BrokenSampleError(f"{source}: {error.reason}", error.cure) from error
 
 
 def segment_slices(
@@ -138,6 +229,9 @@ def segment_slices(
 
     Returns:
         uint8 [X, Y, Z], 0 = background, 1..K, on the volume's own grid.
+
+    Raises:
+        WeightsError: the network computes values that are not finite.
     """
     planes: list[np.ndarray] = []
     for start in range(0, len(slices), batch_size):
@@ -163,6 +257,11 @@ def _segment(
     valid = torch.zeros(count, 1, side, side, dtype=torch.bool, device=device)
     valid[..., :height, :width] = True
     logits = network(network.normalise(pixels, valid))[..., :height, :width]
+    if not logits.isfinite().all():
+        raise WeightsError(
+            "the model computes NaN or infinity, which would look like an empty mask; its weights or its foundation "
+            "are damaged: load another copy, or train again"
+        )
     full = nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
     masks = predict_masks(full, network.head, threshold, known)
     labels = torch.arange(1, masks.shape[1] + 1, device=device, dtype=torch.uint8).view(-1, 1, 1)
@@ -176,7 +275,7 @@ def save_site_model(
     card: Mapping[str, Any],
     foundation_names: Collection[str] = (),
 ) -> None:
-    """Set the network's parameters to ``tensors``, then write adapter, decoder and, last, the card.
+    """Set the network's parameters to ``tensors``, then write adapter, decoder and, last, the card with their hashes.
 
     All files are written to a scratch folder first, so that a full disk leaves an earlier model whole. A folder
     without a card is not a model, so an interrupted move is never mistaken for one.
@@ -199,11 +298,12 @@ def save_site_model(
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         _save_adapter(network, scratch)
-        write_tensors(scratch / DECODER, {n: t for n, t in tensors.items() if n.startswith("decoder.")})
+        write_tensors(scratch / DECODER, _decoder(network))
         if own := {name: tensors[name] for name in foundation_names if name in tensors}:
             write_tensors(scratch / ENCODER, own)
         write_bytes(scratch / "README.md", _readme(site_card).encode())
-        write_json(scratch / CARD, site_card.model_dump(mode="json"))
+        hashes = {file.name: sha256_file(file) for file in sorted(scratch.iterdir())}
+        write_json(scratch / CARD, sealed(site_card.model_copy(update={"files": hashes}).model_dump(mode="json")))
         discard_site_model(folder)
         for file in sorted(scratch.iterdir(), key=lambda path: path.name == CARD):
             move(file, folder / file.name)
@@ -242,6 +342,9 @@ def set_parameters(network: SegmentationModel, tensors: Mapping[str, Tensor]) ->
 def load_site_model(path: str | Path, foundation_root: str | Path | None = None, device: str = "cpu") -> SiteModel:
     """Return the model of one site, in evaluation mode, ready to segment.
 
+    The folder may come from a stranger: no network is used, nothing is unpickled, no file outside the folder is read
+    but the foundation, and every file must be as it was saved.
+
     Args:
         path: the site's folder, ``data/06_models/<site>``.
         foundation_root: folder of the foundations. Default: where it was when the model was saved, relative to
@@ -249,7 +352,8 @@ def load_site_model(path: str | Path, foundation_root: str | Path | None = None,
         device: torch device for the model.
 
     Raises:
-        WeightsError: the folder holds no model, or the foundation is missing or not the one it was trained on.
+        WeightsError: the folder holds no model, or one that was changed; or the foundation is missing or not the one
+            it was trained on.
 
     A tiny random foundation stands in for a trained model here:
 
@@ -275,44 +379,90 @@ def load_site_model(path: str | Path, foundation_root: str | Path | None = None,
     folder = Path(path)
     card = read_card(folder)
     root = Path(foundation_root) if foundation_root else (folder / card.foundation_root).resolve()
-    provenance = prepare_foundation(card.foundation, root)
+    provenance = prepare_foundation(card.foundation, root, download=False)
     if provenance.sha256 != card.foundation_sha256:
         raise WeightsError(
             f"{root}: this {card.foundation.name} has SHA-256 {provenance.sha256[:16]}, but the model was trained on "
             f"{card.foundation_sha256[:16]}; pass foundation_root= with the folder of that one"
         )
-    network = load_foundation(card.foundation, root, image_size=card.image_size, classes=card.classes)
+    try:
+        network = load_foundation(card.foundation, root, image_size=card.image_size, classes=card.classes)
+    except (ValueError, RuntimeError) as error:
+        raise WeightsError(f"{folder / CARD}: its foundation cannot be built ({error}); {EXPORT_AGAIN}") from error
     load_adapters(network, folder)
-    set_parameters(network, read_saved_tensors(folder))
+    set_parameters(network, read_saved_tensors(folder, card, network))
     return SiteModel(network, card).eval().to(device)
 
 
 def read_card(folder: Path) -> SiteModelCard:
-    """Return the card of the model in a folder.
+    """Return the card of the model in a folder, after checking that every file of the model is as it was saved.
 
     Raises:
-        WeightsError: the folder holds no model.
+        WeightsError: the folder holds no model, or a file is missing, changed, a pickle, no plain file, or a link that
+            leads out of the folder.
     """
     if not (folder / CARD).is_file():
         raise WeightsError(f"{folder}: no {CARD}; give the folder of one site, such as data/06_models/<site>")
+    _check_place(folder, CARD)
     try:
-        return SiteModelCard.model_validate(read_json(folder / CARD))
-    except ValueError as error:
+        content = read_object(folder / CARD)
+        if "files" not in content:
+            raise ValueError("it has no hashes of the model's files, as cards of an older version")
+        card = SiteModelCard.model_validate(unsealed(content))
+    except ValidationError as error:
+        raise WeightsError(f"{folder / CARD}: {'; '.join(faults_by_key(error))}; {EXPORT_AGAIN}") from error
+    except (OSError, ValueError) as error:
         raise WeightsError(f"{folder / CARD}: cannot be read ({error}); {EXPORT_AGAIN}") from error
+    if not _FILES <= card.files.keys() <= _FILES | {ENCODER}:
+        raise WeightsError(f"{folder / CARD}: it lists other files than a model has; {EXPORT_AGAIN}")
+    for name, sha256 in card.files.items():
+        _check_place(folder, name)
+        if sha256_file(folder / name) != sha256:
+            raise WeightsError(f"{folder / name}: is not as it was saved; copy it again, or {EXPORT_AGAIN}")
+    if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES):
+        raise WeightsError(
+            f"{folder / pickles[0]}: a pickle, which can run code; delete it, since models are safetensors only"
+        )
+    return card
 
 
-def read_saved_tensors(folder: Path) -> dict[str, Tensor]:
+def _check_place(folder: Path, name: str) -> None:
+    """Check that a file of a model is a plain one, in its folder or in the DVC cache of the project around it.
+
+    Raises:
+        WeightsError: it is missing, a pipe or a device, or a link that leads elsewhere.
+    """
+    path, own = folder / name, folder.resolve()
+    if not path.is_file():
+        raise WeightsError(f"{path}: missing, or no plain file; copy it again, or {EXPORT_AGAIN}")
+    places = (own, *(parent / ".dvc" / "cache" for parent in own.parents))
+    if not any(path.resolve().is_relative_to(place) for place in places):
+        raise WeightsError(f"{path}: a link that leads out of the folder; put the file itself there")
+
+
+def read_saved_tensors(folder: Path, card: SiteModelCard, network: SegmentationModel) -> dict[str, Tensor]:
     """Return the saved tensors that are not adapters, by name: the decoder's, and the encoder's if it was trained.
 
     Raises:
-        WeightsError: a file is missing or damaged.
+        WeightsError: a file is damaged, or its tensors are not like the network's, or not finite.
     """
-    tensors: dict[str, Tensor] = {}
-    for file in (folder / DECODER, folder / ENCODER):
-        if file.name == ENCODER and not file.is_file():
-            continue
-        tensors |= read_tensors(file, cure=EXPORT_AGAIN)
-    return tensors
+    decoder = read_tensors(folder / DECODER, cure=EXPORT_AGAIN)
+    _check_tensors(folder / DECODER, decoder, _decoder(network))
+    if ENCODER not in card.files:
+        return decoder
+    encoder = read_tensors(folder / ENCODER, cure=EXPORT_AGAIN)
+    own = {name: p for name, p in network.named_parameters() if name.startswith("encoder.") and name in encoder}
+    _check_tensors(folder / ENCODER, encoder, own)
+    return decoder | encoder
+
+
+def _check_tensors(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    if wrong := faults(found, expected):
+        raise WeightsError(f"{path}: does not fit its foundation ({'; '.join(wrong[:3])}); {EXPORT_AGAIN}")
+
+
+def _decoder(network: SegmentationModel) -> dict[str, Tensor]:
+    return {name: p for name, p in network.named_parameters() if name.startswith("decoder.")}
 
 
 def _readme(card: SiteModelCard) -> str:
@@ -325,7 +475,7 @@ round {card.round}. {card.note}
 ```python
 from fedsca_pipeline import load_site_model
 
-mask = load_site_model("this/folder").segment(image)
+mask = load_site_model("this/folder").segment("image.png")
 ```
 
 `{CARD}` says how the model was made. PEFT by itself can read the adapter, but not the decoder. If the adapter's method
