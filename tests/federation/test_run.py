@@ -19,7 +19,7 @@ from fedsca_pipeline.federation.run import (
     refuse_another_run,
     resolve_threads,
 )
-from fedsca_pipeline.files import read_json
+from fedsca_pipeline.files import read_json, unsealed
 
 VALUES = st.recursive(
     st.none() | st.integers() | st.text(max_size=3),
@@ -133,11 +133,11 @@ class TestOpenRun:
         folder = open_run(tmp_path, described(), force=False)
 
         assert folder.fingerprint == described()["fingerprint"]
-        assert read_json(tmp_path / "current.json") == {"finished": False, "description": described()}
+        assert unsealed(read_json(tmp_path / "current.json")) == {"finished": False, "description": described()}
 
         finish_run(tmp_path)
 
-        assert read_json(tmp_path / "current.json") == {"finished": True, "description": described()}
+        assert unsealed(read_json(tmp_path / "current.json")) == {"finished": True, "description": described()}
 
     def test_the_same_run_goes_on_with_its_checkpoints(self, tmp_path: Path) -> None:
         checkpoint = leave_a_checkpoint(tmp_path, described())
@@ -199,6 +199,32 @@ class TestOpenRun:
 
         assert not left.exists()
         assert checkpoint.exists()
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"finished": false}', None])
+    def test_a_damaged_description_is_one_line_with_a_cure_that_keeps_the_checkpoints(
+        self, tmp_path: Path, content: str | None
+    ) -> None:
+        checkpoint, marker = leave_a_checkpoint(tmp_path, described()), tmp_path / "current.json"
+        marker.write_text(marker.read_text().replace("site_a", "site_x") if content is None else content)
+
+        cure = r"current\.json: damaged .*; delete it\. The checkpoints stay"
+        for command in (lambda: open_run(tmp_path, described(), force=False), lambda: finish_run(tmp_path)):
+            with pytest.raises(ResumeError, match=cure) as caught:
+                command()
+            assert "\n" not in str(caught.value)
+
+        marker.unlink()
+        assert list(open_run(tmp_path, described(), force=False).server.iterdir()) == [checkpoint]
+
+    @pytest.mark.parametrize("content", ["", '"0a', "{}", '"../secret"'])
+    def test_a_damaged_start_of_a_deployed_run_is_named_with_the_cure(self, tmp_path: Path, content: str) -> None:
+        folder = open_run(tmp_path, described(), force=False)
+        begun = folder.begun()
+        assert folder.begun() == begun
+        (tmp_path / folder.fingerprint / "begun.json").write_text(content)
+
+        with pytest.raises(ResumeError, match=r"begun\.json: damaged; restore it"):
+            folder.begun()
 
     def test_asking_alone_writes_nothing(self, tmp_path: Path) -> None:
         refuse_another_run(tmp_path, described())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from typing import Any
 from fedsca_pipeline.config import GROUPS, Settings
 from fedsca_pipeline.errors import ResumeError
 from fedsca_pipeline.federation.fleets.registry import available_cores, site_threads
-from fedsca_pipeline.files import fingerprint, read_json, remove_partial_files, write_json
+from fedsca_pipeline.files import fingerprint, read_json, remove_partial_files, sealed, unsealed, write_json
 
 # Libraries whose version changes the numbers of a run.
 _LIBRARIES = (
@@ -115,10 +116,18 @@ class RunFolder:
         return self.checkpoints / self.fingerprint / "joined_sites.json"
 
     def begun(self) -> str:
-        """Return the identifier of this start of the run. The first call after ``clear`` creates a new one."""
+        """Return the identifier of this start of the run. The first call after ``clear`` creates a new one.
+
+        Raises:
+            ResumeError: its file is damaged.
+        """
         path = self.checkpoints / self.fingerprint / "begun.json"
         if not path.is_file():
             write_json(path, secrets.token_hex(8))
+        if not re.fullmatch(rb'"[0-9a-f]{16}"\s*', path.read_bytes()):
+            raise ResumeError(
+                f"{path}: damaged; restore it from a copy. Without one, delete it: the sites then begin the run anew"
+            )
         begun: str = read_json(path)
         return begun
 
@@ -145,7 +154,7 @@ def open_run(checkpoints: Path, description: Mapping[str, Any], *, force: bool) 
     ``force`` deletes what an earlier attempt of the same run left. An unfinished other run stays.
 
     Raises:
-        ResumeError: another run is unfinished; the message names what changed.
+        ResumeError: another run is unfinished, and the message names what changed; or ``current.json`` is damaged.
     """
     folder = RunFolder(checkpoints, description["fingerprint"])
     if force:
@@ -153,7 +162,7 @@ def open_run(checkpoints: Path, description: Mapping[str, Any], *, force: bool) 
     else:
         refuse_another_run(checkpoints, description)
     remove_partial_files(checkpoints)
-    write_json(checkpoints / _CURRENT, {"finished": False, "description": dict(description)})
+    write_json(checkpoints / _CURRENT, sealed({"finished": False, "description": dict(description)}))
     return folder
 
 
@@ -173,17 +182,27 @@ def refuse_another_run(checkpoints: Path, description: Mapping[str, Any]) -> Non
 
 
 def unfinished_run(checkpoints: Path) -> dict[str, Any] | None:
-    """Return the description of the unfinished run, or None."""
+    """Return the description of the unfinished run, or None.
+
+    Raises:
+        ResumeError: the file that describes the current run is damaged.
+    """
     marker = checkpoints / _CURRENT
-    current = read_json(marker) if marker.is_file() else None
-    return None if current is None or current["finished"] else current["description"]
+    if not marker.is_file():
+        return None
+    try:
+        current = unsealed(read_json(marker))
+        return None if current["finished"] else current["description"]
+    except (ValueError, KeyError, RecursionError) as error:
+        raise ResumeError(
+            f"{marker}: damaged ({error}); delete it. The checkpoints stay, and the same command goes on with its run"
+        ) from error
 
 
 def finish_run(checkpoints: Path) -> None:
     """Mark the current run, if there is one, as finished, so that another configuration can start."""
-    marker = checkpoints / _CURRENT
-    if marker.is_file():
-        write_json(marker, {**read_json(marker), "finished": True})
+    if (description := unfinished_run(checkpoints)) is not None:
+        write_json(checkpoints / _CURRENT, sealed({"finished": True, "description": description}))
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedsca_pipeline.config import Settings
-from fedsca_pipeline.errors import ConfigError, MessageError
+from fedsca_pipeline.errors import ConfigError, MessageError, ResumeError
 from fedsca_pipeline.federation.fleets.fleet import Failure
 from fedsca_pipeline.federation.run import configuration_of, describe_run, finish_run, open_run
 from fedsca_pipeline.files import write_json
@@ -92,6 +92,15 @@ def test_any_other_run_waits_for_all(join, begun, why, settings, monkeypatch, tm
         join(force=why == "begun anew", a=there, b=None)
 
     assert waits == [2]
+
+
+@pytest.mark.usefixtures("begun")
+def test_damaged_answers_of_the_sites_are_named_with_the_cure(join, tmp_path: Path) -> None:
+    (answers,) = (tmp_path / "checkpoints").rglob("joined_sites.json")
+    answers.write_text("{")
+
+    with pytest.raises(ResumeError, match=r"joined_sites\.json: damaged .*; delete it"):
+        join(a=documents.write(documents.Prepared(**PREPARED)))
 
 
 def test_a_site_joins_with_counts_and_hashes(join) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsca_pipeline.config import FederationConfig, Settings
-from fedsca_pipeline.errors import ConfigError, MessageError
+from fedsca_pipeline.errors import ConfigError, MessageError, ResumeError
 from fedsca_pipeline.federation.fleets.fleet import Failure
 from fedsca_pipeline.federation.run import RunFolder, code_version, configuration_of, unfinished_run
 from fedsca_pipeline.files import read_json
@@ -122,12 +122,21 @@ def read_scores(site: str, run: str, answer: bytes | Failure, classes: int) -> d
 
 
 def _joined_before(checkpoints: Path, configuration: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the sites' answers at the start of an unfinished run of this configuration; empty if there is none."""
+    """Return the sites' answers at the start of an unfinished run of this configuration; empty if there is none.
+
+    Raises:
+        ResumeError: their file is damaged.
+    """
     description = unfinished_run(checkpoints)
     if description is None or description["configuration"] != configuration:
         return {}
     answers = RunFolder(checkpoints, description["fingerprint"]).joined
-    return read_json(answers) if answers.is_file() else {}
+    try:
+        return read_json(answers) if answers.is_file() else {}
+    except ValueError as error:
+        raise ResumeError(
+            f"{answers}: damaged ({error}); delete it, and the command waits until every site has joined again"
+        ) from error
 
 
 def _grace(federation: FederationConfig) -> float:
