@@ -95,7 +95,7 @@ def _server(options: argparse.Namespace, root: Path) -> Server:
         model, strategy, LocalSettings("benchmark", 0, 1, "fp16", 8, 0.5, training, cache_bytes=cache_bytes)
     )
     fleet = InProcessFleet(worker, SiteData(found), root / "sites")
-    folder = CheckpointFolder(root / "server")
+    folder = CheckpointFolder(root / "server", "benchmark", root / "sites")
     config = FederationConfig(rounds=options.rounds)
     return Server(fleet, strategy, worker.initial, config, run="benchmark", seed=0, folder=folder)
 

@@ -207,7 +207,7 @@ def _project(model: SegmentationModel, data: SiteArrays, folder: Path) -> Callab
     settings = LocalSettings(RUN, SEED, 1, "fp32", 8, 0.5, TRAINING, cache_bytes=2**32)
     layout = tensor_layout(model)
     worker = LocalWorker(model, build_strategy("fedsca", {}, layout), settings)
-    store = SiteStore(folder)
+    store = SiteStore(folder, "benchmark")
     shared = {name: worker.initial[name] for name in worker.shared}
 
     def train(round_: int) -> float:

@@ -230,7 +230,7 @@ def _project_round(options: argparse.Namespace, data: dict[str, SiteArrays]) -> 
             FederationConfig(rounds=1),
             run="benchmark",
             seed=0,
-            folder=CheckpointFolder(Path(folder) / "server"),
+            folder=CheckpointFolder(Path(folder) / "server", "benchmark"),
         )
         start = time.perf_counter()
         next(server.rounds())

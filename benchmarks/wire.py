@@ -155,7 +155,7 @@ def _rounds(
             FederationConfig(rounds=options.rounds, wire_dtype=dtype),
             run="benchmark",
             seed=0,
-            folder=CheckpointFolder(Path(folder) / "server"),
+            folder=CheckpointFolder(Path(folder) / "server", "benchmark"),
         )
         # Without the last validation, whose messages belong to no round.
         for _ in islice(server.rounds(), options.rounds):

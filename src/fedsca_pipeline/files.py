@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
 # A second Ctrl-C takes effect at once if it comes more than this many seconds after the first.
 _PATIENCE = 1.0
+# Metadata of a sealed safetensors file.
+_SEAL = "seal"
+# The cure depends on the file: who reads it adds it.
+_DAMAGED = "it is damaged"
 
 
 @contextmanager
@@ -256,19 +260,48 @@ def read_tensors(path: Path, cure: str = "") -> dict[str, torch.Tensor]:
         raise _unreadable(path, error, cure) from error
 
 
-def read_header(path: Path, key: str) -> Any:
-    """Return the JSON value stored under ``key`` in a safetensors file's metadata.
+def write_sealed(path: Path, tensors: Mapping[str, torch.Tensor], label: Mapping[str, Any]) -> None:
+    """Write named tensors with a label, a JSON object, and a checksum over both, atomically."""
+    # One entry: safetensors writes several in any order, and equal files must have equal bytes.
+    write_tensors(path, tensors, {_SEAL: json.dumps({"label": dict(label), "sha256": _sha256_of(label, tensors)})})
+
+
+def read_sealed(path: Path, **expected: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return label and tensors that ``write_sealed`` wrote, after checking them; the tensors are memory-mapped.
 
     Raises:
-        WeightsError: the file is missing or damaged, or has no such entry.
+        WeightsError: the file is missing or damaged, or an entry of its label is not as ``expected``.
     """
-    from safetensors import SafetensorError, safe_open
+    label = read_label(path)
+    if others := [name for name, value in expected.items() if label.get(name) != value]:
+        raise WeightsError(
+            f"{path}: belongs to {others[0]} {label.get(others[0])!r:.80} in place of {expected[others[0]]!r}"
+        )
+    tensors = read_tensors(path, cure=_DAMAGED)
+    if _sha256_of(label, tensors) != _seal(path).get("sha256"):
+        raise WeightsError(f"{path}: its checksum differs; {_DAMAGED}")
+    return label, tensors
 
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return json.loads((file.metadata() or {})[key])
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise _unreadable(path, error) from error
+
+def read_label(path: Path) -> dict[str, Any]:
+    """Return the label of a sealed file; its checksum, which costs reading the whole file, is not checked.
+
+    Raises:
+        WeightsError: the file is missing or damaged, or has no label.
+    """
+    label = _seal(path).get("label")
+    if not isinstance(label, dict):
+        raise WeightsError(f"{path}: has no label; {_DAMAGED}")
+    return label
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file to a name that nothing reads, and return that; an earlier one stays."""
+    aside = path.with_name(f"{path.name}.damaged")
+    while aside.exists():
+        aside = aside.with_name(f"{aside.name}~")
+    path.rename(aside)
+    return aside
 
 
 def sha256_file(path: Path) -> str:
@@ -317,6 +350,33 @@ def interrupts_deferred() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if interrupts:
             signal.raise_signal(signal.SIGINT)
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """Return label and checksum of a sealed file.
+
+    Raises:
+        WeightsError: the file is missing or damaged, or has none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            seal = json.loads((file.metadata() or {})[_SEAL])
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+        raise _unreadable(path, error, _DAMAGED) from error
+    return seal if isinstance(seal, dict) else {}
+
+
+def _sha256_of(label: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    import torch
+
+    digest = hashlib.sha256(_canonical(label))
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _canonical(value: Any) -> bytes:

@@ -420,7 +420,9 @@ class TestUnseen:
         )
         (cell,) = grid(setting)
         read = SiteStore.snapshot
-        monkeypatch.setattr(SiteStore, "snapshot", lambda store, name: read(SiteStore(store.folder.parent / "a"), name))
+        monkeypatch.setattr(
+            SiteStore, "snapshot", lambda store, name: read(SiteStore(store.folder.parent / "a", store.run), name)
+        )
         singles = []
         ensemble = cell_module._Training._ensemble
 

@@ -152,7 +152,7 @@ class Federation:
         return self.fleet.store(site)
 
     def checkpoint(self) -> Checkpoint:
-        return CheckpointFolder(self.folder / "server").latest()
+        return CheckpointFolder(self.folder / "server", "run").latest()
 
     def last(self, site: str) -> dict[str, torch.Tensor]:
         """Return the tensors of the site's last validated model."""
@@ -202,7 +202,7 @@ def federate(make_worker, make_layout, make_site, tmp_path: Path) -> Callable[..
         fleet = InProcessFleet(worker, data, folder / "sites", absent or {})
         found = Federation(worker, make_layout(adapters), fleet, folder, lost or {})
         config = FederationConfig(rounds=rounds, wire_dtype=wire_dtype)
-        checkpoints = CheckpointFolder(folder / "server")
+        checkpoints = CheckpointFolder(folder / "server", "run", folder / "sites")
         server = Server(found, worker.strategy, worker.initial, config, run="run", seed=0, folder=checkpoints)
         found.records += server.rounds()
         return found

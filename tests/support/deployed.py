@@ -84,7 +84,7 @@ class Deployed:
     def rounds_missed(self, site: str) -> list[int]:
         """Return the rounds in which a site was absent."""
         (run,) = (self.folder / "data" / "07_model_output" / "checkpoints").glob("*/")
-        folder = CheckpointFolder(run / "server")
+        folder = CheckpointFolder(run / "server", run.name)
         return [record.round for record in folder.records(folder.latest().round) if record.sites[site].absent]
 
     def rounds_received(self, site: str) -> list[int]:

@@ -187,7 +187,7 @@ class _Training:
             self.federation,
             run=self.cell.fingerprint,
             seed=self.cell.seed,
-            folder=CheckpointFolder(self.folder / "server"),
+            folder=CheckpointFolder(self.folder / "server", self.cell.fingerprint, self.folder / "sites"),
         )
         records = []
         for record in server.rounds():
@@ -233,7 +233,8 @@ class _Training:
 
     def _chosen(self, site: str) -> Snapshot:
         """Return the site's chosen model; for pooled data, the only one."""
-        snapshot = SiteStore(self.folder / "sites" / (POOLED if self.strategy.pools else site)).snapshot("best")
+        place = self.folder / "sites" / (POOLED if self.strategy.pools else site)
+        snapshot = SiteStore(place, self.cell.fingerprint).snapshot("best")
         if snapshot is None:
             raise DataError(f"{site}: no chosen model, because the site missed every round with validation")
         return snapshot
@@ -243,7 +244,7 @@ class _Training:
         if self.strategy.pools:
             return dict(self._chosen(POOLED).tensors)
         shapes = self.strategy.wire_shapes()
-        latest = CheckpointFolder(self.folder / "server").latest()
+        latest = CheckpointFolder(self.folder / "server", self.cell.fingerprint).latest()
         if not shapes or latest is None:
             return dict(self.worker.initial)
         mixed = unflatten(self.strategy.general_model(latest.state), tuple(shapes), shapes)

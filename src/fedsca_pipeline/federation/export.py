@@ -45,6 +45,9 @@ def write_site_models(
         description: of the run.
         manifests: one per site.
         foundations, checkpoints, models: folders.
+
+    Raises:
+        ResumeError: a site's best model was lost.
     """
     settings, strategy = setup.settings, setup.strategy
     folder = RunFolder(checkpoints, description["fingerprint"])
@@ -59,8 +62,8 @@ def write_site_models(
 
     written = {}
     for site, classes in known.items():
-        store = SiteStore(folder.sites / (POOLED if strategy.pools else site))
-        snapshots = {name: store.snapshot(name) for name in ("best", "last")}
+        store = SiteStore(folder.sites / (POOLED if strategy.pools else site), folder.fingerprint)
+        snapshots = store.models()
         for name, target in (("best", models / site), ("last", models / site / "last_round")):
             snapshot = snapshots[name]
             if snapshot is None:
@@ -109,7 +112,7 @@ def _card(settings: Settings, description: Mapping[str, Any], foundations: Path)
 
 def _general_tensors(setup: Setup, start: Mapping[str, Tensor], folder: RunFolder) -> dict[str, Tensor] | None:
     """Return the general model's tensors; None if nothing is shared or no round is done."""
-    latest, shapes = CheckpointFolder(folder.server).latest(), setup.strategy.wire_shapes()
+    latest, shapes = CheckpointFolder(folder.server, folder.fingerprint).latest(), setup.strategy.wire_shapes()
     if latest is None or not shapes:
         return None
     shared = unflatten(setup.strategy.general_model(latest.state), tuple(shapes), shapes)

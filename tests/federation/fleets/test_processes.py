@@ -127,11 +127,11 @@ def test_a_run_gives_the_same_bits_in_one_process_and_in_several(here, opened, t
             FederationConfig(rounds=2, wire_dtype="fp32"),
             run="run",
             seed=0,
-            folder=CheckpointFolder(tmp_path / f"server_{name}"),
+            folder=CheckpointFolder(tmp_path / f"server_{name}", "run"),
         )
         list(server.rounds())
         files = {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
-        results.append((CheckpointFolder(tmp_path / f"server_{name}").latest().aggregates, files))
+        results.append((CheckpointFolder(tmp_path / f"server_{name}", "run").latest().aggregates, files))
 
     (aggregates, files), (others, other_files) = results
     assert torch.equal(aggregates, others)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from fedsca_pipeline.errors import ResumeError
 from fedsca_pipeline.federation.server.checkpoint import Checkpoint, CheckpointFolder
 from fedsca_pipeline.federation.server.records import RoundRecord, SiteRecord
 from fedsca_pipeline.federation.strategies.server_step import ServerState
+from fedsca_pipeline.files import read_json, read_tensors, sealed, unsealed, write_sealed
 
 
 def record(round_: int) -> RoundRecord:
@@ -35,7 +38,7 @@ def checkpoint(round_: int) -> Checkpoint:
 
 def saved(folder: Path, *rounds: int) -> CheckpointFolder:
     """Return a folder in which these rounds were saved, one after the other."""
-    found = CheckpointFolder(folder)
+    found = CheckpointFolder(folder, "run")
     for round_ in rounds:
         found.save(checkpoint(round_), record(round_))
     return found
@@ -53,7 +56,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_save_returns_the_stored_checkpoint_in_memory_of_its_own(tmp_path: Path) -> None:
     given = checkpoint(3)
 
-    kept = CheckpointFolder(tmp_path).save(given, record(3))
+    kept = CheckpointFolder(tmp_path, "run").save(given, record(3))
     given.aggregates.zero_()
 
     assert kept.round == 3
@@ -61,7 +64,7 @@ def test_save_returns_the_stored_checkpoint_in_memory_of_its_own(tmp_path: Path)
 
 
 def test_writing_to_a_loaded_checkpoint_does_not_change_its_file(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path)
+    folder = CheckpointFolder(tmp_path, "run")
     folder.save(checkpoint(3), record(3)).aggregates.zero_()
 
     assert torch.equal(folder.latest().aggregates, checkpoint(3).aggregates)
@@ -100,7 +103,7 @@ def test_the_record_of_every_round_stays(tmp_path: Path) -> None:
 
 def test_a_record_without_its_checkpoint_is_ignored(tmp_path: Path, monkeypatch) -> None:
     folder = saved(tmp_path, 1, 2)
-    monkeypatch.setattr("fedsca_pipeline.federation.server.checkpoint.write_tensors", killed)
+    monkeypatch.setattr("fedsca_pipeline.federation.server.checkpoint.write_sealed", killed)
 
     with pytest.raises(KeyboardInterrupt):
         folder.save(checkpoint(3), record(3))
@@ -114,20 +117,42 @@ def killed(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    ("round_", "cure"),
-    [
-        (2, r"Restore a copy .*or restart with --params=force=true"),
-        (3, r"Delete .*round_00003\.safetensors to resume"),
-    ],
-)
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text('{"round": ')], ids=["gone", "cut"])
-def test_a_damaged_record_is_named_with_the_cure(tmp_path: Path, round_: int, cure: str, damage) -> None:
-    folder = saved(tmp_path, 1, 2, 3)
-    damage(tmp_path / "records" / f"round_{round_:05d}.json")
+def of_another_run(path: Path) -> None:
+    path.write_text(json.dumps(sealed({**unsealed(read_json(path)), "run": "another"})))
 
-    with pytest.raises(ResumeError, match=rf"records.round_0000{round_}\.json: .*{cure}"):
+
+def edited(path: Path) -> None:
+    path.write_text(path.read_text().replace("0.5", "0.7"))
+
+
+RECORD_DAMAGE = [Path.unlink, lambda path: path.write_text('{"round": '), edited, of_another_run]
+
+
+@pytest.mark.parametrize("damage", RECORD_DAMAGE, ids=["gone", "cut", "edited", "of another run"])
+def test_a_damaged_record_is_named(tmp_path: Path, damage) -> None:
+    folder = saved(tmp_path, 1, 2, 3)
+    damage(tmp_path / "records" / "round_00002.json")
+
+    with pytest.raises(ResumeError, match=r"records.round_00002\.json: the record of round 2 cannot be read"):
         list(folder.records(3))
+
+
+@pytest.mark.parametrize("damage", RECORD_DAMAGE, ids=["gone", "cut", "edited", "of another run"])
+def test_a_run_goes_on_before_a_damaged_newest_record(tmp_path: Path, damage, caplog) -> None:
+    folder = saved(tmp_path, 1, 2, 3)
+    damage(tmp_path / "records" / "round_00003.json")
+
+    assert folder.resume().round == 2
+    assert "round_00003.json: the record of round 3 cannot be read" in caplog.text
+    assert "goes on after round 2" in caplog.text
+
+
+def test_an_older_damaged_record_is_refused_with_the_cure(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 1, 2, 3)
+    (tmp_path / "records" / "round_00001.json").unlink()
+
+    with pytest.raises(ResumeError, match=rf"round_00001\.json.*Restore these files from a copy.*delete {tmp_path}:"):
+        folder.resume()
 
 
 def test_only_the_last_two_checkpoints_stay(tmp_path: Path) -> None:
@@ -138,16 +163,80 @@ def test_only_the_last_two_checkpoints_stay(tmp_path: Path) -> None:
 
 
 def test_a_new_folder_has_no_checkpoint(tmp_path: Path) -> None:
-    assert CheckpointFolder(tmp_path / "missing").latest() is None
+    assert CheckpointFolder(tmp_path / "missing", "run").latest() is None
 
 
-def test_a_damaged_checkpoint_is_named_with_the_cure(tmp_path: Path) -> None:
-    folder = saved(tmp_path, 3, 4)
-    damaged = tmp_path / "round_00004.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:100])
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
 
-    with pytest.raises(ResumeError, match=r"round_00004.*Delete it to resume from the previous round"):
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def without_round(path: Path) -> None:
+    write_sealed(path, read_tensors(path), {"run": "run"})
+
+
+def with_part_missing(path: Path) -> None:
+    write_sealed(
+        path, {f"state/{n}": t for n, t in checkpoint(4).state.as_tensors().items()}, {"run": "run", "round": 4}
+    )
+
+
+def of_another_round(path: Path) -> None:
+    path.write_bytes(path.with_name("round_00003.safetensors").read_bytes())
+
+
+def of_another_runs_folder(path: Path) -> None:
+    write_sealed(path, read_tensors(path), {"run": "another", "round": 4})
+
+
+DAMAGE = [flipped, cut, without_round, with_part_missing, of_another_round, of_another_runs_folder]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_taken(tmp_path: Path, damage, caplog) -> None:
+    folder = saved(tmp_path, 1, 2, 3, 4)
+    damage(tmp_path / "round_00004.safetensors")
+    content = (tmp_path / "round_00004.safetensors").read_bytes()
+
+    found = folder.resume()
+
+    assert found.round == 3
+    assert torch.equal(found.aggregates, checkpoint(3).aggregates)
+    assert (tmp_path / "round_00004.safetensors.damaged").read_bytes() == content
+    assert "round_00004.safetensors" in caplog.text
+    assert "goes on after round 3, to the same models" in caplog.text
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_the_newest_checkpoint_is_refused_where_no_run_goes_on(tmp_path: Path, damage) -> None:
+    folder = saved(tmp_path, 1, 2, 3, 4)
+    damage(tmp_path / "round_00004.safetensors")
+
+    with pytest.raises(ResumeError, match=r"round_00004.*federated_training' again: it goes on from the round before"):
         folder.latest()
 
-    damaged.unlink()
-    assert folder.latest().round == 3
+
+def test_the_only_checkpoint_damaged_the_run_starts_again(tmp_path: Path, caplog) -> None:
+    folder = saved(tmp_path, 1)
+    flipped(tmp_path / "round_00001.safetensors")
+
+    assert folder.resume() is None
+    assert "goes on after round 0" in caplog.text
+
+
+def test_both_checkpoints_damaged_is_a_refusal_with_a_cure_that_holds(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "server", 1, 2, 3)
+    for path in (tmp_path / "server").glob("*.safetensors"):
+        flipped(path)
+
+    for _ in range(2):
+        with pytest.raises(ResumeError, match=r"round_00003.*round_00002.*delete .*server:"):
+            folder.resume()
+
+    shutil.rmtree(tmp_path / "server")
+    assert folder.resume() is None

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import random
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +12,16 @@ import torch
 import zstandard
 
 from fedsca_pipeline.config import FederationConfig
-from fedsca_pipeline.errors import NoValidSite
+from fedsca_pipeline.errors import NoValidSite, ResumeError
 from fedsca_pipeline.federation.fleets.fleet import Failure
 from fedsca_pipeline.federation.fleets.in_process import InProcessFleet
 from fedsca_pipeline.federation.messages.codec import Message, decode, encode
 from fedsca_pipeline.federation.server import checkpoint
 from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
+from fedsca_pipeline.federation.server.records import RoundRecord
 from fedsca_pipeline.federation.server.rounds import Server
 from fedsca_pipeline.federation.strategies import build_strategy
+from fedsca_pipeline.files import read_sealed, write_sealed
 from fedsca_pipeline.model.layout import TensorLayout, hash_tensors
 
 LAYOUT = TensorLayout(blocks=(("low",), ("high",)), decoder=("head",), shapes={"low": (3,), "high": (2,), "head": (1,)})
@@ -78,7 +83,7 @@ def server(fleet, folder: Path, **config) -> Server:
         FederationConfig(**{"rounds": 3, "wire_dtype": "fp32", **config}),
         run="run",
         seed=0,
-        folder=CheckpointFolder(folder),
+        folder=CheckpointFolder(folder, "run"),
     )
 
 
@@ -112,7 +117,7 @@ def test_a_run_stopped_after_any_round_and_resumed_ends_in_the_same_state(
 ) -> None:
     config = {"wire_dtype": wire_dtype, "participation": participation, "rounds": 5}
     whole = list(server(FakeFleet(), tmp_path / "whole", **config).rounds())
-    expected = CheckpointFolder(tmp_path / "whole").latest()
+    expected = CheckpointFolder(tmp_path / "whole", "run").latest()
 
     for stop in range(1, 5):
         folder, fleet = tmp_path / f"stop{stop}", FakeFleet()
@@ -120,7 +125,7 @@ def test_a_run_stopped_after_any_round_and_resumed_ends_in_the_same_state(
             if record.round == stop:
                 break
         resumed = list(server(fleet, folder, **config).rounds())
-        found = CheckpointFolder(folder).latest()
+        found = CheckpointFolder(folder, "run").latest()
 
         assert torch.equal(found.aggregates, expected.aggregates)
         assert torch.equal(found.state.memory.nan_to_num(7), expected.state.memory.nan_to_num(7))
@@ -143,7 +148,7 @@ def test_sites_hold_exactly_what_the_server_believes_they_hold(tmp_path: Path) -
 
     list(server(fleet, tmp_path, wire_dtype="int8", rounds=4).rounds())
 
-    latest = CheckpointFolder(tmp_path).latest()
+    latest = CheckpointFolder(tmp_path, "run").latest()
     assert latest.round == 5
     assert all(message.manifest.relative == (round_ > 1) for round_, _, message in fleet.received)
     # The checkpoint holds the bases of the last training round; the final round sent one more difference.
@@ -156,7 +161,7 @@ def test_int8_differences_stay_close_to_full_precision(tmp_path: Path) -> None:
     for dtype in ("fp32", "int8"):
         list(server(FakeFleet(), tmp_path / dtype, wire_dtype=dtype, rounds=6).rounds())
 
-    exact, rounded = (CheckpointFolder(tmp_path / dtype).latest().aggregates for dtype in ("fp32", "int8"))
+    exact, rounded = (CheckpointFolder(tmp_path / dtype, "run").latest().aggregates for dtype in ("fp32", "int8"))
 
     torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02)
 
@@ -195,7 +200,7 @@ def test_a_broken_reply_is_rejected_and_changes_nothing_for_the_others(fault: st
     assert "rejected" in broken[1].sites["c"].absent
     assert broken[1].accepted == absent[1].accepted == ("a", "b")
     assert broken[1].weights == absent[1].weights
-    aggregates = [CheckpointFolder(tmp_path / name).latest().aggregates for name in ("broken", "absent")]
+    aggregates = [CheckpointFolder(tmp_path / name, "run").latest().aggregates for name in ("broken", "absent")]
     assert torch.equal(*aggregates)
 
 
@@ -240,7 +245,7 @@ def test_a_run_resumed_from_an_older_checkpoint_ignores_later_rounds(federate, m
     assert [record.accepted for record in again.records] == [record.accepted for record in expected.records]
 
 
-@pytest.mark.parametrize("writer", ["write_bytes", "write_tensors"])
+@pytest.mark.parametrize("writer", ["write_bytes", "write_sealed"])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_run_killed_before_or_after_a_record_and_resumed_ends_in_the_same_state(
     federate, make_site, monkeypatch, writer: str, count: int
@@ -267,6 +272,86 @@ def test_a_run_killed_before_or_after_a_record_and_resumed_ends_in_the_same_stat
     assert [record.accepted for record in resumed.records] == [record.accepted for record in unbroken.records]
 
 
+# By round: each model of site a is better than the one before, of site b the second is the best.
+DICE = {"a": (0.1, 0.2, 0.3, 0.4, 0.5), "b": (0.2, 0.3, 0.5, 0.4, 0.4)}
+
+
+def tamper(folder: Path, draw: random.Random) -> None:
+    """Flip a bit of a file, cut, delete or empty it, edit a number, or put another file or another run's there."""
+    path = draw.choice(sorted(file for file in folder.rglob("*") if file.is_file()))
+    content = bytearray(path.read_bytes())
+    others = sorted(file for file in folder.rglob(f"*{path.suffix}") if file.is_file() and file != path)
+    how = draw.choice(["flip", "flip", "cut", "delete", "empty", "another", "another run", "edit"])
+    if how == "delete":
+        path.unlink()
+        return
+    if how == "flip":
+        # The first kilobyte holds the header of a safetensors file.
+        content[draw.randrange(draw.choice([len(content), min(1000, len(content))]))] ^= 1 << draw.randrange(8)
+    elif how == "edit" and path.suffix == ".json":
+        content = bytearray(content.replace(b"0.", b"1.", 1))
+    elif how in ("another run", "edit") and path.suffix == ".safetensors":
+        label, tensors = read_sealed(path)
+        write_sealed(path, {name: t.clone() for name, t in tensors.items()}, {**label, "run": "other"})
+        return
+    else:
+        cut = content[: draw.randrange(len(content))] if how == "cut" else b""
+        content = bytearray(draw.choice(others).read_bytes() if how.startswith("another") else cut)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("count", [15, pytest.param(100, marks=pytest.mark.slow)])
+def test_tampered_files_of_a_run_give_the_same_bits_or_a_refusal_with_a_cure(
+    federate, make_site, monkeypatch, caplog, tmp_path: Path, count: int, finished: bool
+) -> None:
+    draw = random.Random(15 + finished)
+    alike = {
+        "rounds": 4,
+        "change": lambda worker: setattr(worker, "_validate", lambda this: DICE[this.site][this.round - 1]),
+        "data": {name: make_site(name, seed) for seed, name in enumerate("ab")},
+    }
+    unbroken = federate("fedsca", **alike)
+    stopped = unbroken.folder if finished else tmp_path / "stopped"
+    if not finished:
+        real = checkpoint.write_sealed
+
+        def killed(path: Path, *rest) -> None:
+            if path.name == "round_00004.safetensors":
+                raise KeyboardInterrupt
+            real(path, *rest)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(checkpoint, "write_sealed", killed)
+            federate("fedsca", **alike, folder=stopped)
+
+    refused: list[str] = []
+    for number in range(count):
+        folder = tmp_path / f"tampered_{number}"
+        shutil.copytree(stopped, folder)
+        tamper(folder, draw)
+        try:
+            again = federate("fedsca", **alike, folder=folder)
+        except ResumeError as error:
+            refused.append(str(error))
+        else:
+            assert same(again.checkpoint().state.as_tensors(), unbroken.checkpoint().state.as_tensors())
+            for site in "ab":
+                for name in ("best", "last"):
+                    found, expected = (run.store(site).snapshot(name) for run in (again, unbroken))
+                    assert (found.round, found.dice) == (expected.round, expected.dice)
+                    assert same(found.tensors, expected.tensors)
+            assert [timeless(record) for record in again.records] == [timeless(record) for record in unbroken.records]
+        shutil.rmtree(folder)
+    assert all("Restore these files from a copy" in said for said in refused)
+    assert len(refused) < count / 2
+
+
+def timeless(record: RoundRecord) -> str:
+    sites = {site: replace(entry, seconds=None, bytes_up=0) for site, entry in record.sites.items()}
+    return json.dumps(replace(record, sites=sites).as_json())
+
+
 def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(tensor.equal(other[name]) for name, tensor in one.items())
 
@@ -276,7 +361,7 @@ def test_below_the_quorum_the_round_fails_and_the_previous_checkpoint_stays(tmp_
 
     with pytest.raises(NoValidSite, match=r"round 2: 1 valid replies.*quorum asks for 2.*a: network down"):
         list(server(FakeFleet(faults), tmp_path, quorum=2).rounds())
-    assert CheckpointFolder(tmp_path).latest().round == 1
+    assert CheckpointFolder(tmp_path, "run").latest().round == 1
 
     records = list(server(FakeFleet(), tmp_path, quorum=2).rounds())
     assert [record.round for record in records] == [1, 2, 3, 4]
@@ -288,7 +373,7 @@ def test_a_round_without_any_reply_fails(tmp_path: Path) -> None:
     with pytest.raises(NoValidSite, match="0 valid replies"):
         list(server(FakeFleet(faults), tmp_path).rounds())
 
-    assert CheckpointFolder(tmp_path).latest() is None
+    assert CheckpointFolder(tmp_path, "run").latest() is None
 
 
 def test_participation_draws_the_nearest_number_of_sites_and_different_ones_over_time(tmp_path: Path) -> None:
@@ -351,10 +436,10 @@ def test_sites_on_one_model_give_the_same_bits_as_sites_on_models_of_their_own(
             FederationConfig(rounds=2, wire_dtype="fp32"),
             run="run",
             seed=0,
-            folder=CheckpointFolder(tmp_path / f"server_{name}"),
+            folder=CheckpointFolder(tmp_path / f"server_{name}", "run"),
         )
         list(run.rounds())
-        results.append(CheckpointFolder(tmp_path / f"server_{name}").latest().aggregates)
+        results.append(CheckpointFolder(tmp_path / f"server_{name}", "run").latest().aggregates)
 
     assert torch.equal(*results)
 

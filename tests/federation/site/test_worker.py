@@ -39,7 +39,7 @@ def payload(worker: LocalWorker, round_: int = 1, *, kind: str = "aggregate", si
 
 
 def test_an_update_is_what_training_added_to_the_shared_tensors(make_worker, make_site, tmp_path: Path) -> None:
-    worker, data, store = make_worker(), make_site("a"), SiteStore(tmp_path / "a")
+    worker, data, store = make_worker(), make_site("a"), SiteStore(tmp_path / "a", "run")
 
     reply = decode(worker.work(payload(worker), 1, "a", data, store, ignore_step))
 
@@ -52,7 +52,7 @@ def test_an_update_is_what_training_added_to_the_shared_tensors(make_worker, mak
 
 
 def test_the_same_payload_twice_gets_the_same_answer(make_worker, make_site, tmp_path: Path) -> None:
-    worker, data, store = make_worker(), make_site("a"), SiteStore(tmp_path / "a")
+    worker, data, store = make_worker(), make_site("a"), SiteStore(tmp_path / "a", "run")
     worker.work(payload(worker), 1, "a", data, store, ignore_step)
 
     first, second = (decode(worker.work(payload(worker, 2), 2, "a", data, store, ignore_step)) for _ in range(2))
@@ -63,10 +63,10 @@ def test_the_same_payload_twice_gets_the_same_answer(make_worker, make_site, tmp
 
 def test_sites_on_the_same_model_do_not_influence_each_other(make_worker, make_site, tmp_path: Path) -> None:
     worker, first, other = make_worker(), make_site("a", seed=1), make_site("b", seed=2)
-    alone = decode(worker.work(payload(worker), 1, "a", first, SiteStore(tmp_path / "alone"), ignore_step))
+    alone = decode(worker.work(payload(worker), 1, "a", first, SiteStore(tmp_path / "alone", "run"), ignore_step))
 
-    worker.work(payload(worker, site="b"), 1, "b", other, SiteStore(tmp_path / "b"), ignore_step)
-    after = decode(worker.work(payload(worker), 1, "a", first, SiteStore(tmp_path / "a"), ignore_step))
+    worker.work(payload(worker, site="b"), 1, "b", other, SiteStore(tmp_path / "b", "run"), ignore_step)
+    after = decode(worker.work(payload(worker), 1, "a", first, SiteStore(tmp_path / "a", "run"), ignore_step))
 
     assert all(torch.equal(alone.tensors[name], after.tensors[name]) for name in alone.tensors)
 
@@ -75,7 +75,7 @@ def test_the_foundation_stays_frozen(make_worker, make_site, tmp_path: Path) -> 
     worker, data = make_worker(), make_site("a")
     frozen = {n: p.clone() for n, p in worker.model.named_parameters() if n not in worker.parameters}
 
-    worker.work(payload(worker), 1, "a", data, SiteStore(tmp_path / "a"), ignore_step)
+    worker.work(payload(worker), 1, "a", data, SiteStore(tmp_path / "a", "run"), ignore_step)
 
     assert frozen
     assert all(torch.equal(p, frozen[n]) for n, p in worker.model.named_parameters() if n in frozen)
@@ -84,7 +84,7 @@ def test_the_foundation_stays_frozen(make_worker, make_site, tmp_path: Path) -> 
 def test_private_tensors_come_from_the_last_round_and_shared_ones_from_the_aggregate(
     make_worker, make_site, tmp_path: Path
 ) -> None:
-    worker, data, store = make_worker(learning_rate=1e-12), make_site("a"), SiteStore(tmp_path / "a")
+    worker, data, store = make_worker(learning_rate=1e-12), make_site("a"), SiteStore(tmp_path / "a", "run")
     worker.work(payload(worker), 1, "a", data, store, ignore_step)
     private = store.state_at(1).private
     aggregate = {name: worker.initial[name] + 1 for name in worker.shared}
@@ -97,7 +97,7 @@ def test_private_tensors_come_from_the_last_round_and_shared_ones_from_the_aggre
 
 
 def test_a_final_payload_trains_nothing_and_sends_no_tensor(make_worker, make_site, tmp_path: Path) -> None:
-    worker, data, store = make_worker(), make_site("a"), SiteStore(tmp_path / "a")
+    worker, data, store = make_worker(), make_site("a"), SiteStore(tmp_path / "a", "run")
     worker.work(payload(worker), 1, "a", data, store, ignore_step)
 
     reply = decode(worker.work(payload(worker, 2, kind="final"), 2, "a", data, store, ignore_step))
@@ -109,7 +109,7 @@ def test_a_final_payload_trains_nothing_and_sends_no_tensor(make_worker, make_si
 
 
 def test_the_best_model_is_stored_and_a_worse_one_does_not_replace_it(make_worker, make_site, tmp_path: Path) -> None:
-    worker, data, store = make_worker(), make_site("a"), SiteStore(tmp_path / "a")
+    worker, data, store = make_worker(), make_site("a"), SiteStore(tmp_path / "a", "run")
     for round_ in (1, 2, 3):
         worker.work(payload(worker, round_), round_, "a", data, store, ignore_step)
     best = store.snapshot("best")
@@ -126,7 +126,7 @@ def test_stored_moments_change_the_next_round_and_belong_to_private_tensors_only
 ) -> None:
     data, replies = make_site("a"), []
     for keep in (False, True):
-        worker, store = make_worker(keep_optimizer=keep), SiteStore(tmp_path / str(keep))
+        worker, store = make_worker(keep_optimizer=keep), SiteStore(tmp_path / str(keep), "run")
         replies += [decode(worker.work(payload(worker, r), r, "a", data, store, ignore_step)) for r in (1, 2)]
 
     moments = store.state_at(8).moments
@@ -137,7 +137,7 @@ def test_stored_moments_change_the_next_round_and_belong_to_private_tensors_only
 
 
 def test_int8_stores_the_rounding_error_for_the_next_update(make_worker, make_site, tmp_path: Path) -> None:
-    worker, data, store = make_worker(wire_dtype="int8"), make_site("a"), SiteStore(tmp_path / "a")
+    worker, data, store = make_worker(wire_dtype="int8"), make_site("a"), SiteStore(tmp_path / "a", "run")
 
     reply = decode(worker.work(payload(worker), 1, "a", data, store, ignore_step))
 
@@ -156,7 +156,7 @@ def test_a_site_without_a_base_refuses_a_difference(make_worker, make_site, tmp_
     )  # fmt: skip
 
     with pytest.raises(SiteError, match="no base to add it to"):
-        worker.work(encode(manifest, tensors), 1, "a", data, SiteStore(tmp_path / "a"), ignore_step)
+        worker.work(encode(manifest, tensors), 1, "a", data, SiteStore(tmp_path / "a", "run"), ignore_step)
 
 
 def test_a_payload_larger_than_the_shared_tensors_can_be_is_refused(make_worker, make_site, tmp_path: Path) -> None:
@@ -164,18 +164,18 @@ def test_a_payload_larger_than_the_shared_tensors_can_be_is_refused(make_worker,
     bomb = zstandard.compress(bytes(2**26))
 
     with pytest.raises(MessageError, match="larger than"):
-        worker.work(bomb, 1, "a", data, SiteStore(tmp_path / "a"), ignore_step)
+        worker.work(bomb, 1, "a", data, SiteStore(tmp_path / "a", "run"), ignore_step)
 
 
 def test_a_payload_for_another_site_is_refused(make_worker, make_site, tmp_path: Path) -> None:
     worker, data = make_worker(), make_site("a")
 
     with pytest.raises(MessageError, match="site"):
-        worker.work(payload(worker, site="b"), 1, "a", data, SiteStore(tmp_path / "a"), ignore_step)
+        worker.work(payload(worker, site="b"), 1, "a", data, SiteStore(tmp_path / "a", "run"), ignore_step)
 
 
 def test_a_loss_that_is_not_finite_fails_the_site_and_stores_no_state(make_worker, make_site, tmp_path: Path) -> None:
-    worker, data, store = make_worker(), make_site("a"), SiteStore(tmp_path / "a")
+    worker, data, store = make_worker(), make_site("a"), SiteStore(tmp_path / "a", "run")
     ruined = {name: torch.full_like(worker.initial[name], 1e38) for name in worker.shared}
 
     with pytest.raises(SiteError, match="not finite in round 1"):
@@ -186,7 +186,7 @@ def test_a_loss_that_is_not_finite_fails_the_site_and_stores_no_state(make_worke
 
 def test_dropout_draws_the_same_again_whatever_was_drawn_in_between(make_worker, make_site, tmp_path: Path) -> None:
     adapters = AdaptersConfig(method="lora", options={"r": 2, "lora_dropout": 0.5})
-    worker, data, store = make_worker(adapters=adapters), make_site("a"), SiteStore(tmp_path / "a")
+    worker, data, store = make_worker(adapters=adapters), make_site("a"), SiteStore(tmp_path / "a", "run")
 
     first = decode(worker.work(payload(worker), 1, "a", data, store, ignore_step))
     torch.rand(7)
@@ -198,7 +198,7 @@ def test_dropout_draws_the_same_again_whatever_was_drawn_in_between(make_worker,
 def test_tensors_that_are_not_finite_after_the_last_step_fail_the_site_and_are_not_stored(
     make_worker, make_site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker, data, store = make_worker(batch_size=5), make_site("a"), SiteStore(tmp_path / "a")
+    worker, data, store = make_worker(batch_size=5), make_site("a"), SiteStore(tmp_path / "a", "run")
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, _: parameters[0].grad.fill_(torch.nan))
 
     with pytest.raises(SiteError, match="the trained tensors are not finite in round 1"):
@@ -208,7 +208,11 @@ def test_tensors_that_are_not_finite_after_the_last_step_fail_the_site_and_are_n
 
 
 def test_an_update_that_does_not_fit_the_wire_dtype_is_not_stored(make_worker, make_site, tmp_path: Path) -> None:
-    worker, data, store = make_worker(wire_dtype="fp16", learning_rate=1.0), make_site("a"), SiteStore(tmp_path / "a")
+    worker, data, store = (
+        make_worker(wire_dtype="fp16", learning_rate=1.0),
+        make_site("a"),
+        SiteStore(tmp_path / "a", "run"),
+    )
     far = {name: torch.full_like(worker.initial[name], 1e30) for name in worker.shared}
     monkey = worker._train
 
@@ -224,7 +228,7 @@ def test_an_update_that_does_not_fit_the_wire_dtype_is_not_stored(make_worker, m
 
 
 def test_a_site_without_cached_features_gives_the_same_answer(make_worker, make_site, tmp_path: Path) -> None:
-    worker, data, store = make_worker(cache_bytes=10**8), make_site("a"), SiteStore(tmp_path / "a")
+    worker, data, store = make_worker(cache_bytes=10**8), make_site("a"), SiteStore(tmp_path / "a", "run")
     worker.work(payload(worker), 1, "a", data, store, ignore_step)
 
     kept = decode(worker.work(payload(worker, 2), 2, "a", data, store, ignore_step))
@@ -238,7 +242,7 @@ def test_features_of_jittered_images_are_not_cached(make_worker, make_site, tmp_
     sizes = {}
     for intensity in (0.0, 0.5):
         worker = make_worker(cache_bytes=10**8, augment={"intensity": intensity})
-        store = SiteStore(tmp_path / str(intensity))
+        store = SiteStore(tmp_path / str(intensity), "run")
         worker.work(payload(worker), 1, "a", make_site("a"), store, ignore_step)
         sizes[intensity] = store.feature_cache.stat().st_size
 
@@ -248,7 +252,7 @@ def test_features_of_jittered_images_are_not_cached(make_worker, make_site, tmp_
 
 
 def test_training_lowers_the_loss(make_worker, make_site, tmp_path: Path) -> None:
-    worker, data, store = make_worker(learning_rate=1e-2), make_site("a"), SiteStore(tmp_path / "a")
+    worker, data, store = make_worker(learning_rate=1e-2), make_site("a"), SiteStore(tmp_path / "a", "run")
     losses = []
     tensors = {name: worker.initial[name] for name in worker.shared}
 
@@ -292,7 +296,7 @@ def test_the_losses_are_those_of_a_plain_loop(cache_bytes, tolerance, make_worke
     training = {"local_epochs": 4, "learning_rate": 1e-3, "warmup_steps": 4}
     worker, data = make_worker(cache_bytes=cache_bytes, **training), make_site("a")
 
-    reply = decode(worker.work(payload(worker), 1, "a", data, SiteStore(tmp_path / "a"), ignore_step))
+    reply = decode(worker.work(payload(worker), 1, "a", data, SiteStore(tmp_path / "a", "run"), ignore_step))
 
     losses = plain_losses(make_worker(**training), data, tmp_path)
     assert losses[-1] < losses[0]
@@ -328,7 +332,7 @@ def test_a_round_runs_on_an_accelerator(device: str, make_worker, make_site, tmp
     worker = make_worker()
     moved = LocalWorker(worker.model.to(device), worker.strategy, worker.settings)
 
-    reply = decode(moved.work(payload(moved), 1, "a", make_site("a"), SiteStore(tmp_path / "a"), ignore_step))
+    reply = decode(moved.work(payload(moved), 1, "a", make_site("a"), SiteStore(tmp_path / "a", "run"), ignore_step))
 
     assert reply.manifest.metrics["loss"] > 0
 
@@ -336,7 +340,7 @@ def test_a_round_runs_on_an_accelerator(device: str, make_worker, make_site, tmp
 @pytest.mark.parametrize("head", ["sigmoid", "softmax"])
 def test_the_output_of_a_class_that_a_site_lacks_is_not_trained(make_worker, make_site, tmp_path, head) -> None:
     worker = make_worker("fedavg", classes=3, head=head, weight_decay=0.0)
-    worker.work(payload(worker), 1, "a", make_site("a", labels=(1, 3)), SiteStore(tmp_path / "a"), ignore_step)
+    worker.work(payload(worker), 1, "a", make_site("a", labels=(1, 3)), SiteStore(tmp_path / "a", "run"), ignore_step)
     first = int(head == "softmax")
 
     changed = {
@@ -371,6 +375,6 @@ def test_validation_dice_is_over_the_classes_that_the_site_has(make_worker, make
 def test_a_site_with_empty_masks_only_still_trains(make_worker, make_site, tmp_path) -> None:
     worker, data = make_worker(classes=3), make_site("a", labels=(0,))
 
-    reply = decode(worker.work(payload(worker), 1, "a", data, SiteStore(tmp_path / "a"), ignore_step))
+    reply = decode(worker.work(payload(worker), 1, "a", data, SiteStore(tmp_path / "a", "run"), ignore_step))
 
     assert sum(float(update.abs().sum()) for update in reply.tensors.values()) > 0

@@ -182,7 +182,7 @@ class TestRun:
 
     @pytest.mark.parametrize("wire_dtype", ["fp32", "int8"])
     def test_a_repeated_round_gets_the_same_answer(self, wire_dtype, make_worker, make_site, tmp_path):
-        worker, data, store = make_worker("scaffold", wire_dtype), make_site("a"), SiteStore(tmp_path / "a")
+        worker, data, store = make_worker("scaffold", wire_dtype), make_site("a"), SiteStore(tmp_path / "a", "run")
 
         def answer(round_):
             tensors = {name: worker.initial.get(name, torch.full(s, 0.01)) for name, s in worker.shapes.items()}

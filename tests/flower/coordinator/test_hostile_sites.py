@@ -85,11 +85,11 @@ def run(
         FederationConfig(rounds=3, wire_dtype="fp32", compression="none", **federation),
         run="run",
         seed=0,
-        folder=CheckpointFolder(folder),
+        folder=CheckpointFolder(folder, "run"),
         samples=dict.fromkeys(DIRECTIONS, 10),
     )
     records = list(server.rounds())
-    return CheckpointFolder(folder).latest(), records
+    return CheckpointFolder(folder, "run").latest(), records
 
 
 def test_a_reply_is_decoded_once(link, config, clock, scripted, reply, tmp_path: Path, monkeypatch) -> None:
@@ -133,7 +133,7 @@ def test_below_the_quorum_the_command_ends_and_the_next_command_repeats_the_roun
         NoValidSite, match=r"round 2: 2 valid replies, federation\.quorum asks for 3 \(c: rejected: .*norm"
     ):
         go(ended, fault=fault, quorum=3)
-    assert CheckpointFolder(ended).latest().round == 1
+    assert CheckpointFolder(ended, "run").latest().round == 1
     for folder in (fixed, lowered):
         shutil.copytree(ended, folder)
 

@@ -113,7 +113,7 @@ def test_the_foundation_is_loaded_once_for_training_export_and_test_of_a_run(
             FederationConfig(rounds=3),
             run=description["fingerprint"],
             seed=0,
-            folder=CheckpointFolder(tmp_path / "server"),
+            folder=CheckpointFolder(tmp_path / "server", description["fingerprint"]),
         )
         finished = documents.write(documents.FinishRequest(run=description["fingerprint"]))
 

@@ -75,7 +75,8 @@ class InProcessFleet:
 
     def store(self, site: str) -> SiteStore:
         """Return the files that ``site`` stores between rounds."""
-        return SiteStore(self.folder / site, PrivacyLedger(self.private / site) if self.private else None)
+        ledger = PrivacyLedger(self.private / site) if self.private else None
+        return SiteStore(self.folder / site, self.worker.settings.run, ledger)
 
     def exchange(self, round_: int, payloads: Mapping[str, bytes], **_: object) -> Mapping[str, bytes | Failure]:
         """Return each site's answer; sites work one after the other, sorted by name."""

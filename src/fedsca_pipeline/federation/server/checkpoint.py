@@ -7,8 +7,9 @@ records of rounds 1 to r.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,8 +17,20 @@ from torch import Tensor
 
 from fedsca_pipeline.errors import ResumeError, WeightsError
 from fedsca_pipeline.federation.server.records import RoundRecord
+from fedsca_pipeline.federation.site.store import SiteStore
 from fedsca_pipeline.federation.strategies.server_step import ServerState
-from fedsca_pipeline.files import read_header, read_json, read_tensors, write_bytes, write_tensors
+from fedsca_pipeline.files import (
+    read_json,
+    read_sealed,
+    read_tensors,
+    sealed,
+    set_aside,
+    unsealed,
+    write_bytes,
+    write_sealed,
+)
+
+logger = logging.getLogger(__name__)
 
 _CHECKPOINTS = 2  # stored at a time
 
@@ -41,10 +54,18 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """The checkpoints of one run's last two rounds, and the records of all rounds."""
+    """The checkpoints of one run's last two rounds, and the records of all rounds.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Every file carries its run, its round and a checksum.
+
+    Args:
+        folder: of the server in one run.
+        run: the run's fingerprint.
+        sites: folder of the sites' states, if the sites are on this machine.
+    """
+
+    def __init__(self, folder: Path, run: str, sites: Path | None = None) -> None:
+        self.folder, self.run, self.sites = folder, run, sites
 
     def save(self, checkpoint: Checkpoint, record: RoundRecord) -> Checkpoint:
         """Write a round's record, then its checkpoint, each atomically; then delete all checkpoints but the last two.
@@ -61,48 +82,112 @@ class CheckpointFolder:
             "answered": checkpoint.answered,
         }
         # Not in the checkpoint's header: it has a size limit, and would repeat all records in every round.
-        write_bytes(self._record(record.round), json.dumps(record.as_json()).encode())
+        content = sealed({"run": self.run, **record.as_json()})
+        write_bytes(self._record(record.round), json.dumps(content).encode())
         path = self._checkpoint(checkpoint.round)
-        write_tensors(path, tensors, {"checkpoint": json.dumps({"round": checkpoint.round})})
+        write_sealed(path, tensors, {"run": self.run, "round": checkpoint.round})
         for old in self._files()[:-_CHECKPOINTS]:
             old.unlink()
-        return replace(_stored(path), round=checkpoint.round)
+        return _stored(checkpoint.round, read_tensors(path))
 
     def latest(self) -> Checkpoint | None:
         """Return the newest checkpoint, or None if there is none.
 
         Raises:
-            ResumeError: the newest file cannot be read.
+            ResumeError: the newest file is damaged, or another run's.
         """
         files = self._files()
         if not files:
             return None
         try:
-            header, stored = read_header(files[-1], "checkpoint"), _stored(files[-1])
+            return self._read(files[-1])
         except WeightsError as error:
             raise ResumeError(
-                f"{files[-1]}: this checkpoint cannot be read. Delete it to resume from the previous round."
+                f"{error}. Run 'kedro run --pipeline=federated_training' again: it goes on from the round before, to "
+                "the same models"
             ) from error
-        return replace(stored, round=header["round"])
+
+    def resume(self) -> Checkpoint | None:
+        """Return the newest checkpoint that a run can go on from to the same bits; None: it starts at round 1.
+
+        It can if the checkpoint, the records up to it and, on this machine, the sites' files are whole. A damaged
+        checkpoint is renamed to ``<name>.damaged``. A round that is done again writes the same bits.
+
+        Raises:
+            ResumeError: files are damaged that the rounds since the last but one checkpoint do not write again.
+        """
+        files, found, damaged, checkpoint = self._files(), [], [], None
+        for path in reversed(files):
+            try:
+                checkpoint = self._read(path)
+                faults = self._faults(checkpoint)
+            except WeightsError as error:
+                damaged.append(path)
+                faults = [str(error)]
+            except ResumeError as error:
+                faults = [str(error)]
+            if not faults:
+                break
+            checkpoint = None
+            found += faults
+        if checkpoint is None and files and _round_of(files[0]) > 1:
+            raise ResumeError(
+                f"{'; '.join(found)}. Restore these files from a copy. Without one, delete {self.folder}: the same "
+                "command then does all rounds again, which gives the same models"
+            )
+        if found:
+            after = checkpoint.round if checkpoint else 0
+            logger.warning("%s. The run goes on after round %d, to the same models", "; ".join(found), after)
+        for path in damaged:
+            set_aside(path)
+        return checkpoint
 
     def records(self, last: int) -> Iterator[RoundRecord]:
         """Yield the records of rounds 1 to ``last``, none for 0; records of later rounds are ignored.
 
         Raises:
-            ResumeError: a record cannot be read.
+            ResumeError: a record is damaged, or another run's.
         """
         for round_ in range(1, last + 1):
             path = self._record(round_)
             try:
-                record = RoundRecord.from_json(read_json(path))
-            except (OSError, ValueError, TypeError, KeyError) as error:
-                cure = (
-                    f"Delete {self._checkpoint(last)} to resume from the previous round."
-                    if round_ == last
-                    else "Restore a copy (07_model_output/rounds has one), or restart with --params=force=true."
-                )
-                raise ResumeError(f"{path}: the record of round {round_} cannot be read. {cure}") from error
+                content = unsealed(read_json(path))
+                if (content.pop("run"), content["round"]) != (self.run, round_):
+                    raise ValueError("it is of another run or round")
+                record = RoundRecord.from_json(content)
+            except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+                raise ResumeError(f"{path}: the record of round {round_} cannot be read ({error})") from error
             yield record
+
+    def _read(self, path: Path) -> Checkpoint:
+        """Return the checkpoint in a file.
+
+        Raises:
+            WeightsError: it is damaged, or another run's or round's.
+        """
+        round_ = _round_of(path)
+        _, tensors = read_sealed(path, run=self.run, round=round_)
+        try:
+            return _stored(round_, tensors)
+        except KeyError as error:
+            raise WeightsError(f"{path}: lacks {error}") from error
+
+    def _faults(self, checkpoint: Checkpoint) -> list[str]:
+        """Return why sites on this machine cannot go on from a checkpoint.
+
+        Raises:
+            ResumeError: a record up to it cannot be read.
+        """
+        *_, record = self.records(checkpoint.round)
+        if self.sites is None:
+            return []
+        found = []
+        for (site, entry), answered in zip(record.sites.items(), checkpoint.answered.tolist(), strict=True):
+            last = checkpoint.round - 1 if record.final and entry.absent is None else None
+            needed = 0 if record.final else answered
+            fault = SiteStore(self.sites / site, self.run).fault(checkpoint.round, answered=needed, last=last)
+            found += [f"{site}: {fault}"] if fault else []
+        return found
 
     def _checkpoint(self, round_: int) -> Path:
         return self.folder / f"round_{round_:05d}.safetensors"
@@ -111,15 +196,18 @@ class CheckpointFolder:
         return self.folder / "records" / f"round_{round_:05d}.json"
 
     def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("round_*.safetensors"))
+        return sorted(path for path in self.folder.glob("round_*.safetensors") if path.is_file())
 
 
-def _stored(path: Path) -> Checkpoint:
-    """Return a checkpoint with a file's tensors, memory-mapped; its round is 0."""
-    tensors = read_tensors(path)
+def _round_of(path: Path) -> int:
+    return int(path.stem.rpartition("_")[2])
+
+
+def _stored(round_: int, tensors: Mapping[str, Tensor]) -> Checkpoint:
+    """Return the checkpoint of a round with a file's tensors, memory-mapped."""
     state = {name.removeprefix("state/"): t for name, t in tensors.items() if name.startswith("state/")}
     return Checkpoint(
-        round=0,
+        round=round_,
         state=ServerState.from_tensors(state),
         aggregates=tensors["aggregates"],
         bases=tensors["bases"],

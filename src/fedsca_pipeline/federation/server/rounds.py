@@ -67,14 +67,16 @@ class Server:
     def rounds(self) -> Iterator[RoundRecord]:
         """Run the rounds that are left and yield every round's record, first those of an earlier attempt.
 
+        A damaged checkpoint or state of an earlier attempt is set aside, and the run goes on after the round before.
         A round's checkpoint is on disk before its record is yielded. After the last round the sites validate once more:
         the record of round ``rounds + 1`` is ``final`` and holds the Dice of the last round's models.
 
         Raises:
             NoValidSite: a round got fewer valid replies than ``federation.quorum``; the previous round's checkpoint is
                 unchanged, and the same command resumes from it.
+            ResumeError: so many files of the earlier attempt are damaged that no checkpoint can be continued.
         """
-        checkpoint = self.folder.latest() or self._start()
+        checkpoint = self.folder.resume() or self._start()
         yield from self.folder.records(checkpoint.round)
         while checkpoint.round < self.config.rounds:
             checkpoint, record = self._train_round(checkpoint)

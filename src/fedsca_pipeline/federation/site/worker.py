@@ -219,7 +219,8 @@ class LocalWorker:
             dice = metrics["dice_validation"] = self._validate(this)
             if this.state is not None or this.final:
                 snapshot = Snapshot(this.round - 1, dice, self._tensors())
-                if dice > this.store.best_dice(before=snapshot.round):
+                known = this.state.best if this.state else None
+                if dice > this.store.best_dice(before=snapshot.round, known=known):
                     this.store.save_snapshot("best", snapshot)
                 if this.final:
                     this.store.save_snapshot("last", snapshot)

@@ -254,7 +254,7 @@ class SiteWork:
 
     def _store(self, checkpoints: Path, run: str) -> SiteStore:
         ledger = PrivacyLedger(self.folder.private / self.config.site, self.config.privacy)
-        return SiteStore(RunFolder(checkpoints, run).sites / self.config.site, ledger)
+        return SiteStore(RunFolder(checkpoints, run).sites / self.config.site, run, ledger)
 
     def _build_learner(self, document: bytes) -> Learner:
         description = documents.read(documents.Description, document)

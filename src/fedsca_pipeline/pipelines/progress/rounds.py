@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -90,11 +90,12 @@ def serve(
     setup: Setup,
     start: Mapping[str, Tensor],
     folder: RunFolder,
-    samples: Mapping[str, int] = MappingProxyType({}),
+    samples: Mapping[str, int] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Run the server's rounds over an open fleet; yield each round's record by its key in ``round_metrics``.
 
-    ``start``: start values of the shared tensors. ``samples``: number of training images per site, if known.
+    ``start``: start values of the shared tensors. ``samples``: number of training images per site, of sites on other
+    machines; None: the sites are on this one, and their files are checked before the run goes on.
     """
     from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
     from fedsca_pipeline.federation.server.rounds import Server
@@ -106,8 +107,8 @@ def serve(
         setup.settings.federation,
         run=folder.fingerprint,
         seed=setup.settings.run.seed,
-        folder=CheckpointFolder(folder.server),
-        samples=samples,
+        folder=CheckpointFolder(folder.server, folder.fingerprint, folder.sites if samples is None else None),
+        samples=samples or {},
     )
     for record in server.rounds():
         progress.round_done(record)

@@ -67,7 +67,7 @@ def answer(make_site, tmp_path: Path) -> Callable[..., Message]:
         arrays: SiteArrays | None = None,
         on_step: Any = ignore_step,
     ) -> Message:
-        store = SiteStore(tmp_path / folder, ledger or PrivacyLedger(tmp_path / "private"))
+        store = SiteStore(tmp_path / folder, "run", ledger or PrivacyLedger(tmp_path / "private"))
         return decode(worker.work(message, round_, "a", arrays or data, store, on_step))
 
     return work
@@ -487,7 +487,7 @@ def test_every_strategy_gives_its_optimiser_noised_gradients_only(
 ) -> None:
     """With large noise and almost no gradient, every tensor that trains still moves."""
     worker = make_worker(strategy, settings={"rounds": 1}, privacy=PrivacyConfig(epsilon=0.5, clip=1e-3))
-    store = SiteStore(tmp_path / "a", PrivacyLedger(tmp_path / "private"))
+    store = SiteStore(tmp_path / "a", "run", PrivacyLedger(tmp_path / "private"))
 
     reply = decode(worker.work(payload(worker), 1, "a", make_site("a"), store, ignore_step))
 
