@@ -108,7 +108,8 @@ class SiteStore:
         ones. A later round's state, left when the server resumes from an older checkpoint, stays until overwritten.
         """
         tensors = {f"{part}/{name}": t for part, named in state.tensors().items() for name, t in named.items()}
-        label = self._label("state", round=state.round, best=self._best_round())
+        best = self._best()
+        label = self._label("state", round=state.round, best=best["round"] if best else None)
         write_sealed(self.folder / f"state_{state.round:05d}.safetensors", tensors, label)
         accepted = [path for path in self._states() if _round_of(path) <= answered]
         between = [path for path in self._states() if answered < _round_of(path) < state.round]
@@ -121,8 +122,8 @@ class SiteStore:
 
     def save_snapshot(self, name: str, snapshot: Snapshot) -> None:
         """Store a model as ``best`` or ``last``."""
-        best = snapshot.round if name == "best" else self._best_round()
-        label = self._label(name, round=snapshot.round, dice=snapshot.dice, best=best)
+        best = self._best() if name == "last" else None
+        label = self._label(name, round=snapshot.round, dice=snapshot.dice, best=best["round"] if best else None)
         write_sealed(self._snapshot_path(name), snapshot.tensors, label)
 
     def models(self) -> dict[str, Snapshot | None]:
@@ -142,12 +143,13 @@ class SiteStore:
     def best_dice(self, before: int, known: int | None = None) -> float:
         """Return the best validation Dice of a round before ``before``; -1 if there is none.
 
-        ``known`` is the round of the model that was the best: a warning says if it is gone.
+        ``known`` is the round of the model that was the best: a warning says if it is gone. Only the label is read,
+        since the checksum of a whole model would be computed in every round.
         """
-        best = self.snapshot("best")
-        if known is not None and (best is None or best.round < known):
+        best = self._best()
+        if known is not None and (best is None or best["round"] < known):
             logger.warning("%s: the best model, of round %d, is gone; later ones take its place", self.folder, known)
-        return -1.0 if best is None or best.dice is None or best.round >= before else best.dice
+        return -1.0 if best is None or best["round"] >= before else float(best["dice"])
 
     def fault(self, round_: int, *, answered: int, last: int | None) -> str | None:
         """Return why this site cannot go on after a round, or None if it can, to the same bits as without a stop.
@@ -187,12 +189,14 @@ class SiteStore:
     def _label(self, kind: str, **more: Any) -> dict[str, Any]:
         return {"kind": kind, "run": self.run, "site": self.folder.name, **more}
 
-    def _best_round(self) -> int | None:
+    def _best(self) -> dict[str, Any] | None:
+        """Return the label of the best model, or None if there is none, or another's."""
+        path, own = self._snapshot_path("best"), self._label("best")
         try:
-            round_: int = read_label(self._snapshot_path("best"))["round"]
-        except (WeightsError, KeyError):
+            label = read_label(path) if path.is_file() else {}
+        except WeightsError:
             return None
-        return round_
+        return label if own.items() <= label.items() and {"round", "dice"} <= label.keys() else None
 
     def _snapshot_path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
