@@ -92,11 +92,12 @@ def make_worker() -> Callable[..., LocalWorker]:
         settings: Mapping[str, Any] | None = None,
         classes: int = 1,
         head: str = "sigmoid",
+        run: str = "run",
         **training: Any,
     ) -> LocalWorker:
         model = _model(adapters, classes, head)
         alike = LocalSettings(
-            run="run",
+            run=run,
             seed=0,
             classes=classes,
             wire_dtype=wire_dtype,
@@ -152,7 +153,7 @@ class Federation:
         return self.fleet.store(site)
 
     def checkpoint(self) -> Checkpoint:
-        return CheckpointFolder(self.folder / "server", "run").latest()
+        return CheckpointFolder(self.folder / "server", self.worker.settings.run).latest()
 
     def last(self, site: str) -> dict[str, torch.Tensor]:
         """Return the tensors of the site's last validated model."""
@@ -180,7 +181,7 @@ def federate(make_worker, make_layout, make_site, tmp_path: Path) -> Callable[..
     Other keywords are ``make_worker``'s.
     """
 
-    def run(
+    def federated(
         strategy: str,
         options: Mapping[str, Any] | None = None,
         *,
@@ -192,9 +193,10 @@ def federate(make_worker, make_layout, make_site, tmp_path: Path) -> Callable[..
         folder: Path | None = None,
         adapters: AdaptersConfig | None = None,
         change: Callable[[LocalWorker], None] = lambda worker: None,
+        run: str = "run",
         **worker_options: Any,
     ) -> Federation:
-        worker = make_worker(strategy, wire_dtype, adapters=adapters, options=options, **worker_options)
+        worker = make_worker(strategy, wire_dtype, adapters=adapters, options=options, run=run, **worker_options)
         change(worker)
         data = data or {name: make_site(name, seed) for seed, name in enumerate(("a", "b"))}
         folder = folder or tmp_path / f"run_{len(list(tmp_path.glob('run_*')))}"
@@ -202,9 +204,9 @@ def federate(make_worker, make_layout, make_site, tmp_path: Path) -> Callable[..
         fleet = InProcessFleet(worker, data, folder / "sites", absent or {})
         found = Federation(worker, make_layout(adapters), fleet, folder, lost or {})
         config = FederationConfig(rounds=rounds, wire_dtype=wire_dtype)
-        checkpoints = CheckpointFolder(folder / "server", "run", folder / "sites")
-        server = Server(found, worker.strategy, worker.initial, config, run="run", seed=0, folder=checkpoints)
+        checkpoints = CheckpointFolder(folder / "server", run, folder / "sites")
+        server = Server(found, worker.strategy, worker.initial, config, run=run, seed=0, folder=checkpoints)
         found.records += server.rounds()
         return found
 
-    return run
+    return federated

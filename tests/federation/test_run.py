@@ -8,16 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedsca_pipeline.config import Settings
 from fedsca_pipeline.errors import ResumeError
 from fedsca_pipeline.federation import run as runs
 from fedsca_pipeline.federation.run import (
     code_version,
+    configuration_of,
     describe_run,
     differences,
     finish_run,
     open_run,
     refuse_another_run,
     resolve_threads,
+    shorter_run,
 )
 from fedsca_pipeline.files import read_json, unsealed
 
@@ -32,6 +35,12 @@ MAPPINGS = st.dictionaries(st.sampled_from("abcd"), VALUES, max_size=3)
 def described(rounds: int = 4, data: str = "d0", threads: int = 1) -> dict[str, Any]:
     configuration = {"federation": {"rounds": rounds}, "run": {"seed": 0}}
     return describe_run(configuration, {"site_a": data, "site_b": "d1"}, "f" * 64, threads)
+
+
+def settled(rounds: int, values: dict[str, Any] | None = None) -> dict[str, Any]:
+    groups = dict(values or {})
+    groups["federation"] = {"rounds": rounds, **groups.get("federation", {})}
+    return describe_run(configuration_of(Settings(**groups)), {"a": "d0"}, "f" * 64, 1)
 
 
 def leave_a_checkpoint(checkpoints: Path, description: dict[str, Any]) -> Path:
@@ -126,6 +135,58 @@ class TestDescription:
     def test_configured_threads_win(self) -> None:
         assert resolve_threads(3) == 3
         assert resolve_threads(None) >= 1
+
+
+class TestShorterRun:
+    def finished(self, checkpoints: Path, **federation: Any) -> dict[str, Any]:
+        description = settled(rounds=8, **federation)
+        open_run(checkpoints, description, force=False)
+        finish_run(checkpoints)
+        return description
+
+    def test_a_finished_run_is_prolonged_by_more_rounds(self, tmp_path: Path) -> None:
+        shorter = self.finished(tmp_path)
+
+        folder, rounds = shorter_run(tmp_path, settled(rounds=12))
+
+        assert (folder.fingerprint, rounds) == (shorter["fingerprint"], 8)
+        assert shorter_run(tmp_path, settled(rounds=6)) is None
+        assert shorter_run(tmp_path, settled(rounds=8)) is None
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"federation": {"wire_dtype": "int8"}},
+            {"run": {"seed": 1}},
+            {"evaluation": {"every": 3}},
+        ],
+    )
+    def test_a_run_of_which_more_has_changed_is_not_prolonged(self, tmp_path: Path, values: dict[str, Any]) -> None:
+        self.finished(tmp_path)
+
+        assert shorter_run(tmp_path, settled(rounds=12, values=values)) is None
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"federation": {"participation": 0.5}},
+            {"federation": {"inject_failures": {"a": [9]}}},
+            {"evaluation": {"every": 3}},
+            {"training": {"privacy": {"epsilon": 3.0}}},
+        ],
+    )
+    def test_a_run_that_would_not_end_in_the_same_bits_is_not_prolonged(
+        self, tmp_path: Path, values: dict[str, Any], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        self.finished(tmp_path, values=values)
+
+        assert shorter_run(tmp_path, settled(rounds=12, values=values)) is None
+        assert "8 rounds are done but cannot be prolonged" in caplog.text
+
+    def test_an_unfinished_run_and_none_are_not_prolonged(self, tmp_path: Path) -> None:
+        assert shorter_run(tmp_path, settled(rounds=12)) is None
+        open_run(tmp_path, settled(rounds=8), force=False)
+        assert shorter_run(tmp_path, settled(rounds=12)) is None
 
 
 class TestOpenRun:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import secrets
 import shutil
@@ -17,6 +18,8 @@ from fedsca_pipeline.config import GROUPS, Settings
 from fedsca_pipeline.errors import ResumeError
 from fedsca_pipeline.federation.fleets.registry import available_cores, site_threads
 from fedsca_pipeline.files import fingerprint, read_json, remove_partial_files, sealed, unsealed, write_json
+
+logger = logging.getLogger(__name__)
 
 # Libraries whose version changes the numbers of a run.
 _LIBRARIES = (
@@ -187,12 +190,53 @@ def unfinished_run(checkpoints: Path) -> dict[str, Any] | None:
     Raises:
         ResumeError: the file that describes the current run is damaged.
     """
+    finished, description = _current(checkpoints)
+    return None if finished else description
+
+
+def shorter_run(checkpoints: Path, description: Mapping[str, Any]) -> tuple[RunFolder, int] | None:
+    """Return folder and rounds of the finished run that the described one prolongs; None if it starts at round 1.
+
+    It prolongs it if only ``federation.rounds`` has grown, and if the models of the shorter run's last round would be
+    validated next in any case: every site takes part in the next round, and ``evaluation.every`` divides the rounds.
+    With differential privacy the noise follows from the number of rounds.
+
+    Raises:
+        ResumeError: the file that describes the current run is damaged.
+    """
+    finished, shorter = _current(checkpoints)
+    if not finished or shorter is None:
+        return None
+    new, rounds = description["configuration"], shorter["configuration"]["federation"]["rounds"]
+    federation, every = new["federation"], new["evaluation"]["every"]
+    if changes(shorter, description) != [f"federation.rounds: {rounds} -> {federation['rounds']}"]:
+        return None
+    if federation["rounds"] < rounds:
+        return None
+    reasons = {
+        "federation.participation is below 1": federation["participation"] < 1,
+        "federation.inject_failures is set": bool(federation["inject_failures"]),
+        "evaluation.every does not divide them": rounds % every > 0,
+        "the noise of training.privacy follows from the number of rounds": new["training"]["privacy"]["epsilon"],
+    }
+    if why := [reason for reason, holds in reasons.items() if holds]:
+        logger.warning("%d rounds are done but cannot be prolonged: %s; starting at round 1", rounds, "; ".join(why))
+        return None
+    return RunFolder(checkpoints, shorter["fingerprint"]), rounds
+
+
+def _current(checkpoints: Path) -> tuple[bool, dict[str, Any] | None]:
+    """Return whether the current run is finished, and its description; False and None if there is none.
+
+    Raises:
+        ResumeError: the file that describes it is damaged.
+    """
     marker = checkpoints / _CURRENT
     if not marker.is_file():
-        return None
+        return False, None
     try:
         current = unsealed(read_json(marker))
-        return None if current["finished"] else current["description"]
+        return current["finished"], current["description"]
     except (ValueError, KeyError, RecursionError) as error:
         raise ResumeError(
             f"{marker}: damaged ({error}); delete it. The checkpoints stay, and the same command goes on with its run"

@@ -347,6 +347,43 @@ def test_tampered_files_of_a_run_give_the_same_bits_or_a_refusal_with_a_cure(
     assert len(refused) < count / 2
 
 
+@pytest.mark.parametrize("wire_dtype", ["fp32", "int8"])
+def test_a_prolonged_run_ends_as_one_of_all_rounds_from_the_start(federate, make_site, tmp_path, wire_dtype) -> None:
+    alike = {
+        "wire_dtype": wire_dtype,
+        "data": {name: make_site(name, seed) for seed, name in enumerate("ab")},
+        "change": lambda worker: setattr(worker, "_validate", lambda this: DICE[this.site][this.round - 1]),
+    }
+    whole = federate("fedsca", rounds=4, **alike)
+    finished = federate("fedsca", rounds=2, run="shorter", **alike)
+    folder = tmp_path / "prolonged"
+    shorter = CheckpointFolder(finished.folder / "server", "shorter", finished.folder / "sites")
+    CheckpointFolder(folder / "server", "run", folder / "sites").prolong(shorter, 2)
+
+    trained = federate("fedsca", rounds=4, **alike, folder=folder)
+
+    assert {round_ for round_, _ in trained.sent} == {3, 4, 5}
+    assert same(trained.checkpoint().state.as_tensors(), whole.checkpoint().state.as_tensors())
+    for site in "ab":
+        for name in ("best", "last"):
+            found, expected = (run.store(site).snapshot(name) for run in (trained, whole))
+            assert (found.round, found.dice) == (expected.round, expected.dice)
+            assert same(found.tensors, expected.tensors)
+    assert [record.weights for record in trained.records[:4]] == [record.weights for record in whole.records[:4]]
+
+
+def test_a_run_whose_files_are_damaged_is_not_prolonged(federate, make_site, tmp_path: Path, caplog) -> None:
+    finished = federate("fedsca", rounds=2, run="shorter", data={"a": make_site("a")})
+    shorter = CheckpointFolder(finished.folder / "server", "shorter", finished.folder / "sites")
+    (finished.folder / "sites" / "a" / "state_00002.safetensors").unlink()
+    longer = CheckpointFolder(tmp_path / "server", "run", tmp_path / "sites")
+
+    longer.prolong(shorter, 2)
+
+    assert longer.latest() is None
+    assert "the run of 2 rounds cannot be prolonged" in caplog.text.lower()
+
+
 def timeless(record: RoundRecord) -> str:
     sites = {site: replace(entry, seconds=None, bytes_up=0) for site, entry in record.sites.items()}
     return json.dumps(replace(record, sites=sites).as_json())

@@ -82,13 +82,35 @@ class CheckpointFolder:
             "answered": checkpoint.answered,
         }
         # Not in the checkpoint's header: it has a size limit, and would repeat all records in every round.
-        content = sealed({"run": self.run, **record.as_json()})
-        write_bytes(self._record(record.round), json.dumps(content).encode())
+        self._write(record)
         path = self._checkpoint(checkpoint.round)
         write_sealed(path, tensors, {"run": self.run, "round": checkpoint.round})
         for old in self._files()[:-_CHECKPOINTS]:
             old.unlink()
         return _stored(checkpoint.round, read_tensors(path))
+
+    def prolong(self, shorter: CheckpointFolder, rounds: int) -> None:
+        """Store what a finished run of ``rounds`` rounds left, unless this run has begun or files there are damaged.
+
+        Of the shorter run's last, final round nothing is stored: this run validates when it goes on.
+        """
+        if self._files() or self.sites is None or shorter.sites is None:
+            return
+        try:
+            checkpoint = shorter._read(shorter._checkpoint(rounds))
+            if faults := shorter._faults(checkpoint):
+                raise ResumeError("; ".join(faults))
+            records = list(shorter.records(rounds))
+        except (WeightsError, ResumeError) as error:
+            logger.warning("%s. The run of %d rounds cannot be prolonged; this one starts at round 1", error, rounds)
+            return
+        logger.info("%s: goes on after round %d of run %s", self.folder, rounds, shorter.run)
+        for site in records[-1].sites:
+            SiteStore(self.sites / site, self.run).prolong(SiteStore(shorter.sites / site, shorter.run))
+        for record in records:
+            self._write(record)
+        # Last: without its checkpoint nothing else counts.
+        self.save(checkpoint, records[-1])
 
     def latest(self) -> Checkpoint | None:
         """Return the newest checkpoint, or None if there is none.
@@ -158,6 +180,10 @@ class CheckpointFolder:
             except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
                 raise ResumeError(f"{path}: the record of round {round_} cannot be read ({error})") from error
             yield record
+
+    def _write(self, record: RoundRecord) -> None:
+        content = sealed({"run": self.run, **record.as_json()})
+        write_bytes(self._record(record.round), json.dumps(content).encode())
 
     def _read(self, path: Path) -> Checkpoint:
         """Return the checkpoint in a file.

@@ -171,6 +171,14 @@ class SiteStore:
             return None
         return f"{self._snapshot_path('best')}: the best model, of round {chosen}, is missing or damaged"
 
+    def prolong(self, shorter: SiteStore) -> None:
+        """Store the states and the best model of the same site in a finished run that this one prolongs."""
+        if (best := shorter.snapshot("best")) is not None:
+            self.save_snapshot("best", best)
+        for state in map(shorter._state, shorter._states()):
+            if state is not None:
+                self.save_state(state, answered=state.round - 1)
+
     def _state(self, path: Path) -> SiteState | None:
         """Return the state in a file, or None if it is damaged."""
         return self._whole(path, _as_state, **self._label("state", round=_round_of(path)))

@@ -8,7 +8,15 @@ from typing import Any
 
 from fedsca_pipeline.config import Settings
 from fedsca_pipeline.federation.fleets.registry import FLEETS, open_fleet
-from fedsca_pipeline.federation.run import configuration_of, data_version, describe_run, open_run, threads_of
+from fedsca_pipeline.federation.run import (
+    RunFolder,
+    configuration_of,
+    data_version,
+    describe_run,
+    open_run,
+    shorter_run,
+    threads_of,
+)
 
 
 def describe(settings: Settings, foundation_provenance: Mapping[str, Any], *reports: dict[str, Any]) -> dict[str, Any]:
@@ -32,16 +40,24 @@ def train(
 ) -> Iterator[dict[str, Any]]:
     """Run the rounds that are left, and yield each round's record as soon as it is done.
 
+    A finished run that differs in fewer ``federation.rounds`` only is gone on with.
+
     ``site_inputs`` alternate manifest and arrays, one pair per site.
     """
     FLEETS[settings.federation.fleet].start_early()
     from fedsca_pipeline.compute import deterministic
     from fedsca_pipeline.federation.fleets.data import PooledData, SiteData
     from fedsca_pipeline.federation.fleets.in_process import LocalSites
+    from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
     from fedsca_pipeline.federation.setup import set_up
     from fedsca_pipeline.model.adapters.attach import start_values
     from fedsca_pipeline.pipelines.progress.rounds import RoundProgress, serve
 
+    shorter = None if force else shorter_run(checkpoints, description)
+    if shorter is not None:
+        own, (earlier, rounds) = RunFolder(checkpoints, description["fingerprint"]), shorter
+        finished = CheckpointFolder(earlier.server, earlier.fingerprint, earlier.sites)
+        CheckpointFolder(own.server, own.fingerprint, own.sites).prolong(finished, rounds)
     folder = open_run(checkpoints, description, force=force)
     data = SiteData.of(site_inputs[::2], site_inputs[1::2])
     threads = threads_of(settings, len(data))
