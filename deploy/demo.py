@@ -85,6 +85,8 @@ class LocalFederation:
         """Start the SuperLink and its SuperExec, and wait until it listens."""
         folder, secret = self.certificates, str(self.certificates / "superexec.secret")
         env = environment(self.engine, self.home)
+        # SQLite keeps the mode: messages are for this user only.
+        (self.folder / "state.db").touch(mode=0o600)
         self.start(
             "superlink",
             [

@@ -76,6 +76,25 @@ def test_at_the_public_port_nginx_refuses_everything_except_the_fleet_interface(
     assert b"nginx" in body
 
 
+@pytest.mark.parametrize(("suite", "accepted"), [("ECDHE+AESGCM", True), ("ECDHE+AES:!AESGCM", False)])
+def test_of_tls_1_2_only_suites_that_authenticate_are_accepted(federation, suite: str, accepted: bool) -> None:
+    client = ssl.create_default_context(cafile=str(federation.certificates / "ca.crt"))
+    client.maximum_version = ssl.TLSVersion.TLSv1_2
+    client.set_ciphers(suite)
+
+    with socket.create_connection(("localhost", federation.public_port)) as connection:
+        if accepted:
+            client.wrap_socket(connection, server_hostname="localhost").close()
+        else:
+            with pytest.raises(ssl.SSLError, match="HANDSHAKE_FAILURE"):
+                client.wrap_socket(connection, server_hostname="localhost")
+
+
+def test_only_its_user_can_read_the_database_of_the_superlink(federation) -> None:
+    assert [path.stat().st_mode & 0o777 for path in federation.folder.glob("state.db*")]
+    assert {path.stat().st_mode & 0o777 for path in federation.folder.glob("state.db*")} == {0o600}
+
+
 def test_the_fleet_interface_is_reached_through_the_public_port(federation) -> None:
     status, body = post(federation, "/v1/fleet/pull-messages")
 
