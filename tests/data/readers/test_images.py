@@ -529,3 +529,26 @@ def test_a_palette_tiff_with_an_alpha_channel_keeps_its_indices(tmp_path: Path, 
 
     np.testing.assert_array_equal(read_mask(tmp_path / "a.tif"), LABELS)
     np.testing.assert_array_equal(read_image(tmp_path / "a.tif")[LABELS == 1][0], [200, 10, 20])
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_colours_that_are_multiplied_by_alpha_are_read_alike_whatever_the_compression(
+    tmp_path: Path, mode: str, compression: str | None
+) -> None:
+    alpha = np.where(LABELS > 0, GREY, 0).astype(np.uint8)
+    layers = COLOUR if mode == "RGBA" else GREY[..., None]
+    stored = np.concatenate([layers.astype(np.uint16) * alpha[..., None] // 255, alpha[..., None]], axis=-1)
+    image = Image.merge(
+        mode, [Image.fromarray(np.ascontiguousarray(layer)) for layer in np.moveaxis(stored.astype(np.uint8), -1, 0)]
+    )
+    path = tmp_path / "a.tif"
+    image.save(path, compression=compression)
+    # Pillow writes 2, not multiplied, into the tag ExtraSamples.
+    entry = struct.pack("<HHI", 338, 3, 1)
+    assert entry + b"\2" in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(entry + b"\2", entry + b"\1"))
+
+    found = read_image(path).reshape(*GREY.shape, -1)
+    visible = alpha > 100
+    np.testing.assert_allclose(found[visible].astype(int), layers[visible].astype(int), atol=4)

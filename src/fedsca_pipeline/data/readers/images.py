@@ -221,12 +221,14 @@ def _read_tiff(path: Path, labels: bool) -> np.ndarray:
 
 def _plain_pixels(page: TiffPage, labels: bool) -> np.ndarray:
     """Return the pixels of a grey, RGB or palette page that tifffile decodes."""
-    from tifffile import PHOTOMETRIC
+    from tifffile import EXTRASAMPLE, PHOTOMETRIC
 
     pixels = page.asarray()
     if page.axes == "SYX":
         pixels = np.moveaxis(pixels, 0, -1)
     pixels = _upright(pixels, _tiff_orientation(page))
+    if tuple(page.extrasamples) == (EXTRASAMPLE.ASSOCALPHA,) and pixels.dtype.kind == "u" and pixels.ndim == 3:
+        pixels = _without_alpha_in_colours(pixels)
     if page.photometric == PHOTOMETRIC.MINISWHITE:
         return ~pixels if pixels.dtype == bool else (2**page.bitspersample - 1) - pixels
     if page.photometric == PHOTOMETRIC.PALETTE and not labels:
@@ -235,6 +237,14 @@ def _plain_pixels(page: TiffPage, labels: bool) -> np.ndarray:
         indices = pixels if pixels.ndim == 2 else pixels[..., 0]
         return np.moveaxis((colours >> 8).astype(np.uint8)[:, indices], 0, -1)
     return pixels
+
+
+def _without_alpha_in_colours(pixels: np.ndarray) -> np.ndarray:
+    """Return the colours of pixels [H, W, C] that are multiplied by their alpha, the last channel, as Pillow does."""
+    full, alpha = np.iinfo(pixels.dtype).max, pixels[..., -1:].astype(np.uint64)
+    colours = full * pixels[..., :-1].astype(np.uint64) // np.maximum(alpha, 1)
+    shown = np.where(alpha > 0, np.minimum(colours, full), pixels[..., :-1]).astype(pixels.dtype)
+    return np.concatenate([shown, pixels[..., -1:]], axis=-1)
 
 
 def _pillow_converts(page: TiffPage) -> bool:
