@@ -45,6 +45,15 @@ def nuclei_root() -> Path:
 
 
 @pytest.fixture(scope="session")
+def retina_root() -> Path:
+    """Sites of retinal vessels: chase_db1, whose 28 images are called ``01L``, and others."""
+    root = Path(os.environ.get("FEDSCA_RETINA", PROJECT.parent / "shared" / "data" / "retina"))
+    if not root.is_dir():
+        pytest.skip("the retinal sites are not here; set FEDSCA_RETINA to their folder")
+    return root
+
+
+@pytest.fixture(scope="session")
 def write_volume_site() -> Callable[..., None]:
     """Writes a site of phantom volumes [size, size, slices] as ``.nii.gz``: lesions in the middle, none at the ends."""
     import nibabel

@@ -927,3 +927,27 @@ def test_the_groups_of_the_data_science_bowl_are_told_apart(nuclei_root: Path) -
         kind = site.name.rsplit("_", 1)[0]
         groups = {acquisition(read_image(path)).rsplit("_", 1)[0] for path in (site / "images").iterdir()}
         assert groups == {kind}
+
+
+@pytest.mark.real_data
+def test_both_eyes_of_a_child_stay_together_in_real_names(imported, tmp_path, retina_root: Path) -> None:
+    part = {"images": "images/{child:d}{eye:w}.jpg", "masks": "masks/{child:d}{eye:w}.png", "site": "chase"}
+    keys = {"patterns": [part | {"stem": "{child}{eye}", "subject": "{child}"}]}
+    (tmp_path / "import.yml").write_text(yaml.safe_dump(keys))
+
+    summary = imported("folders", retina_root / "chase_db1", {"layout": str(tmp_path / "import.yml")})
+
+    assert (summary["chase"]["images"], summary["chase"]["subjects"]) == (28, 14)
+    assert stored(tmp_path / "raw", "chase")[1]["subjects"]["14R"] == "14"
+
+
+@pytest.mark.real_data
+def test_real_photographs_in_the_published_layout_are_read(imported, tmp_path, retina_root: Path) -> None:
+    for image in sorted((retina_root / "chase_db1" / "images").iterdir())[:4]:
+        files = {
+            f"Image_{image.stem}.jpg": Image.open(image).convert("RGB"),
+            f"Image_{image.stem}_1stHO.png": Image.open(retina_root / "chase_db1" / "masks" / f"{image.stem}.png"),
+        }
+        tree(tmp_path / "source" / "CHASEDB", files)
+
+    assert imported("vessels", tmp_path / "source")["CHASE_DB1"]["images"] == 4
