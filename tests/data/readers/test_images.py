@@ -552,3 +552,21 @@ def test_colours_that_are_multiplied_by_alpha_are_read_alike_whatever_the_compre
     found = read_image(path).reshape(*GREY.shape, -1)
     visible = alpha > 100
     np.testing.assert_allclose(found[visible].astype(int), layers[visible].astype(int), atol=4)
+
+
+@pytest.mark.parametrize("value", [0, 255])
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_a_label_in_a_channel_that_a_tiff_does_not_name_is_refused(
+    tmp_path: Path, compression: str | None, mode: str, value: int
+) -> None:
+    path, colours = tmp_path / "a.tif", [Image.new("L", ALPHA.shape[::-1], value)] * (len(mode) - 1)
+    Image.merge(mode, [*colours, Image.fromarray(ALPHA)]).save(path, compression=compression)
+    entry = struct.pack("<HHI", 338, 3, 1)
+    assert entry + b"\2" in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(entry + b"\2", entry + b"\0"))
+
+    for read in (read_mask, read_mask_colours):
+        with pytest.raises(BrokenSampleError, match="the label is in the alpha channel"):
+            read(path)
+    np.testing.assert_array_equal(read_image(path), np.full(read_image(path).shape, value))

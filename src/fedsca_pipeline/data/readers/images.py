@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from fedsca_pipeline.data.readers.common import (
     COPY_AGAIN,
@@ -149,11 +149,21 @@ def _read_pillow(path: Path, labels: bool) -> np.ndarray:
         if image.format == "TIFF":
             # Without a name it is not mapped into memory, where Pillow exchanges the sides of a turned CMYK image.
             image.filename = ""
+            _keep_unnamed_channel(image)
         # Pillow stretches 2 and 4 bit grey to 0..255; labels need the stored number.
         stretched = {"L;2": 85, "L;4": 17}.get(str(image.tile[0].args), 1) if labels and image.tile else 1
         ImageOps.exif_transpose(image, in_place=True)
         pixels = np.array(_plain(image, labels))
         return pixels // np.uint8(stretched) if stretched > 1 else pixels
+
+
+def _keep_unnamed_channel(image: ImageFile.ImageFile) -> None:
+    """Let a compressed TIFF's last channel, if its header does not name it, be read as alpha; Pillow would drop it."""
+    tile = image.tile[0]
+    if isinstance(tile.args, tuple) and tile.codec_name == "libtiff" and tile.args[0] in _UNNAMED_CHANNELS:
+        named = _UNNAMED_CHANNELS[tile.args[0]]
+        image.tile = [tile._replace(args=(named, *tile.args[1:]))]
+        image._mode = named
 
 
 def _plain(image: Image.Image, labels: bool) -> Image.Image:
@@ -318,6 +328,7 @@ def _bomb() -> BrokenSampleError:
 
 
 _ARRAY_MODES = ("1", "L", "RGB", "RGBA", "LA", "I", "F", "I;16", "I;16L", "I;16B")
+_UNNAMED_CHANNELS: Mapping[object, str] = MappingProxyType({"RGBX": "RGBA", "LX": "LA", "PX": "PA"})
 # Values of PhotometricInterpretation: white is zero, black is zero, RGB, palette.
 _PLAIN_SPACES = (0, 1, 2, 3)
 # TIFF compressions that tifffile decodes by itself (none, deflate twice, PackBits); Pillow reads the others.
