@@ -191,3 +191,12 @@ def test_two_images_whose_names_differ_in_form_only_share_a_stem(folder: Path) -
     (folder / "masks" / "é.png").touch()
 
     assert all("2 files share the stem" in reason for reason in reasons(folder).values())
+
+
+@pytest.mark.parametrize("name", ["Thumbs.db", "desktop.ini"])
+def test_what_a_file_browser_leaves_is_told_as_such(folder: Path, name: str) -> None:
+    (folder / "images" / name).touch()
+
+    assert reasons(folder)[f"images/{name}"] == (
+        "a table of contents, or what a file browser leaves, not an image; delete it"
+    )

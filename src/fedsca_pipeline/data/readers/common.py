@@ -95,6 +95,11 @@ def no_reader(suffix: str, known: Iterable[str]) -> BrokenSampleError:
     )
 
 
+def litter() -> BrokenSampleError:
+    """Return the error for a file whose name is in ``LITTER``."""
+    return BrokenSampleError("a table of contents, or what a file browser leaves, not an image", "delete it")
+
+
 def check_not_empty(path: Path) -> None:
     """Check that a file is not empty, nor the pointer that Git LFS or git-annex leaves in the place of a file.
 
@@ -139,6 +144,10 @@ _POINTERS: Mapping[bytes, tuple[str, str]] = MappingProxyType(
 
 
 DICOM = ".dcm"
+
+
+LITTER = frozenset({"dicomdir", "thumbs.db", "desktop.ini"})
+"""Names, in small letters, of a table of contents and of what file browsers leave: no data."""
 
 
 DOUBLE_SUFFIXES = (".nii.gz",)

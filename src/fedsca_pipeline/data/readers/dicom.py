@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedsca_pipeline.data.readers.common import COPY_AGAIN, MAX_PIXELS, UNREADABLE, BrokenSampleError, check_not_empty
+from fedsca_pipeline.data.readers.common import (
+    COPY_AGAIN,
+    LITTER,
+    MAX_PIXELS,
+    UNREADABLE,
+    BrokenSampleError,
+    check_not_empty,
+)
 from fedsca_pipeline.data.readers.decoding import in_child
 from fedsca_pipeline.data.readers.volume import Volume, check_voxels
 
@@ -426,19 +433,12 @@ def _check_grey(dataset: Dataset) -> None:
         raise BrokenSampleError("a volume in colour", "save each frame as an image, with its own mask")
 
 
-def is_litter(path: Path) -> bool:
-    """Return whether a file is, by its name, a table of contents or what a file browser leaves: no data.
-
-    >>> is_litter(Path("Thumbs.db")), is_litter(Path("DICOMDIR")), is_litter(Path("IM0001"))
-    (True, True, False)
-    """
-    return path.name.lower() in ("dicomdir", "thumbs.db", "desktop.ini")
-
-
 def files_of_series(folder: Path) -> list[Path]:
-    """Return a series folder's visible files in name order, without litter (``is_litter``)."""
+    """Return a series folder's visible files in name order, without litter (``LITTER``)."""
     inside = folder.resolve()
-    files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not is_litter(path))
+    files = sorted(
+        path for path in folder.iterdir() if not path.name.startswith(".") and path.name.lower() not in LITTER
+    )
     if not files:
         raise BrokenSampleError("an empty folder", "put the files of one DICOM series into it, or delete it")
     if any(path.is_dir() for path in files):

@@ -295,7 +295,7 @@ def _tiff_orientation(page: TiffPage) -> int:
 
 
 def _valid(orientation: object) -> int:
-    return orientation if isinstance(orientation, int) and orientation in range(1, 9) else 1
+    return next((tag for tag in range(1, 9) if tag == orientation), 1)
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 
-from fedsca_pipeline.data.readers.common import BrokenSampleError, no_reader, split_name
+from fedsca_pipeline.data.readers.common import LITTER, BrokenSampleError, litter, no_reader, split_name
 from fedsca_pipeline.data.readers.images import READERS
 from fedsca_pipeline.data.readers.volumes import VOLUME_READERS, is_volume
 from fedsca_pipeline.data.site_folder.discovery import leads_out
@@ -159,4 +159,6 @@ def _unusable(entry: Path | os.DirEntry[str], kind: str, suffix: str) -> BrokenS
     if not entry.is_file():
         what = "a link that leads nowhere" if entry.is_symlink() else "a pipe or a device, not a file"
         return BrokenSampleError(what, "put the file itself here")
-    return None if suffix in SUFFIXES else no_reader(suffix, SUFFIXES)
+    if suffix in SUFFIXES:
+        return None
+    return litter() if entry.name.lower() in LITTER else no_reader(suffix, SUFFIXES)

@@ -27,10 +27,9 @@ from fedsca_pipeline.data.importers.masks import Label, stored_values, two_value
 from fedsca_pipeline.data.importers.pictures import Picture, UnusableError, blaming, read_dicom
 from fedsca_pipeline.data.importers.sample import Sample
 from fedsca_pipeline.data.importers.tables import visible_files
-from fedsca_pipeline.data.readers.common import BrokenSampleError, split_name
+from fedsca_pipeline.data.readers.common import LITTER, BrokenSampleError, split_name
 from fedsca_pipeline.data.readers.dicom import (
     Relations,
-    is_litter,
     read_frame_segmentation,
     read_relations,
     read_segmentation,
@@ -68,7 +67,7 @@ class _Export:
         instances = set()
         for path in watch(visible_files(source)):
             # A DICOMDIR lists what lies beside it.
-            if is_litter(path) or not is_own_file(path, source) or not is_dicom(path, source):
+            if path.name.lower() in LITTER or not is_own_file(path, source) or not is_dicom(path, source):
                 continue
             try:
                 found = read_relations(path)

@@ -21,10 +21,9 @@ from fedsca_pipeline.data.importers.masks import Image, Label, at_shape
 from fedsca_pipeline.data.importers.pictures import Picture, blaming, read_dicom
 from fedsca_pipeline.data.importers.sample import Sample
 from fedsca_pipeline.data.preprocessing.labels import by_number, by_threshold, read_classes, read_volume_classes
-from fedsca_pipeline.data.readers.common import BrokenSampleError, split_name
+from fedsca_pipeline.data.readers.common import LITTER, BrokenSampleError, litter, split_name
 from fedsca_pipeline.data.readers.dicom import (
     files_of_series,
-    is_litter,
     read_frame_segmentation,
     read_header,
     read_segmentation,
@@ -107,8 +106,8 @@ def _unusable(path: Path, source: Path) -> BrokenSampleError | None:
         return None if is_dicom(path, source) else wrong
     if not path.is_file():
         return BrokenSampleError("a broken link, a pipe or a device, not a file", "put the file itself there")
-    if is_litter(path):
-        return BrokenSampleError("a table of contents, or what a file browser leaves, not an image", "delete it")
+    if path.name.lower() in LITTER:
+        return litter()
     if split_name(path.name)[1] in _KNOWN or is_dicom(path, source):
         return None
     # The suffix may be part of a name.
