@@ -360,7 +360,7 @@ def test_an_orientation_that_does_not_exist_turns_nothing(tmp_path: Path, compre
 
 
 @pytest.mark.parametrize("orientation", TURNS)
-@pytest.mark.parametrize("place", ["exif", "exif behind the pixels", "xmp"])
+@pytest.mark.parametrize("place", ["exif", "exif behind the pixels", "exif as text", "xmp"])
 @pytest.mark.parametrize("depth", [8, 16])
 def test_a_png_is_turned_by_its_exif_or_xmp(tmp_path: Path, depth: int, place: str, orientation: int) -> None:
     exif = Image.Exif()
@@ -369,6 +369,9 @@ def test_a_png_is_turned_by_its_exif_or_xmp(tmp_path: Path, depth: int, place: s
     if place == "xmp":
         text = f'<rdf:Description tiff:Orientation="{orientation}"/>'.encode()
         kind, body = b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + text
+    elif place == "exif as text":
+        text = f"Raw profile type exif\0\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n"
+        kind, body = b"tEXt", text.encode()
     chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
     pixels = RNG.integers(0, 65_536, (9, 11, 3), dtype=np.uint16) if depth == 16 else COLOUR
     path = tmp_path / "a.png"

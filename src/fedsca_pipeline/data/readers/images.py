@@ -95,14 +95,16 @@ def orientations_of(paths: Sequence[Path]) -> np.ndarray:
 
 
 def _orientation_of(path: Path) -> int:
-    import tifffile
-
     if READERS[split_name(path.name)[1]] is _read_tiff:
+        import tifffile
+
         with tifffile.TiffFile(path) as file:
             return _tiff_orientation(file.pages.first)
     # Pillow decodes a PNG to look for tags behind its pixels, which is slow.
-    if path.suffix.lower() == ".png" and not re.search(b"(?i)exif|xmp", path.read_bytes()):
-        return 1
+    if path.suffix.lower() == ".png":
+        content = path.read_bytes()
+        if not any(mark in content for mark in (b"eXIf", b"Raw profile type exif", b"com.adobe.xmp")):
+            return 1
     with Image.open(path) as image:
         return _valid(image.getexif().get(ExifTags.Base.Orientation))
 
