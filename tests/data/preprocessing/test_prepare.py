@@ -620,3 +620,17 @@ def test_a_pointer_in_the_place_of_a_file_is_named_with_its_command(raw: Path, n
     assert broken["file"] == name
     assert broken["reason"].startswith("this is a pointer of ")
     assert broken["cure"] == f"run {command}"
+
+
+def test_a_mask_that_does_not_fit_names_the_tags_that_differ(raw: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (raw / SITE / "images" / "p0_0.png").unlink()
+    Image.fromarray(scan(0)).save(raw / SITE / "images" / "p0_0.jpg", exif=exif)
+
+    (broken,) = prepare(raw, QUARANTINE).report["broken"]
+
+    assert broken["reason"] == (
+        "is 24 x 20 pixels (rows x columns), its image upright is 20 x 24; "
+        "its Orientation tag is 1, that of its image 6"
+    )

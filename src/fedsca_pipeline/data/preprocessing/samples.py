@@ -102,7 +102,7 @@ def _read(folder: Path, site_file: SiteFile, config: PreprocessingConfig, pair: 
                     f"of {pair.image} and its mask one is a volume, the other flat",
                     "export both as volumes, or both slice by slice",
                 )
-            mask, label_map = kind.read_mask(files[1], image, site_file.label_rule, config.classes)
+            mask, label_map = kind.read_mask(files, image, site_file.label_rule, config.classes)
         if not config.allow_empty_masks and not mask.any():
             raise BrokenSampleError("empty mask", "label it, or set preprocessing.allow_empty_masks: true")
         described = {
@@ -128,12 +128,16 @@ def _flat_image(path: Path, _config: PreprocessingConfig) -> np.ndarray:
     return read_image(path)
 
 
-def _flat_mask(path: Path, image: np.ndarray, rule: LabelRule, classes: int) -> tuple[np.ndarray, dict[str, int]]:
-    mask, label_map = read_classes(path, rule, classes)
+def _flat_mask(
+    files: tuple[Path, Path], image: np.ndarray, rule: LabelRule, classes: int
+) -> tuple[np.ndarray, dict[str, int]]:
+    mask, label_map = read_classes(files[1], rule, classes)
     if image.shape[:2] != mask.shape:
+        its, own = orientations_of(files).tolist()
+        tags = "" if its == own else f"; its Orientation tag is {own}, that of its image {its}"
         raise BrokenSampleError(
             f"is {mask.shape[0]} x {mask.shape[1]} pixels (rows x columns), its image upright is "
-            f"{image.shape[0]} x {image.shape[1]}",
+            f"{image.shape[0]} x {image.shape[1]}{tags}",
             "export both at one size and orientation",
         )
     return mask, label_map
@@ -176,8 +180,10 @@ def _slices(path: Path, config: PreprocessingConfig) -> VolumeSlices:
     return VolumeSlices(read_volume(path), config.volume, config.normalise, config.image_size)
 
 
-def _volume_mask(path: Path, slices: VolumeSlices, rule: LabelRule, classes: int) -> tuple[np.ndarray, dict[str, int]]:
-    return read_volume_classes(path, slices.volume, rule, classes)
+def _volume_mask(
+    files: tuple[Path, Path], slices: VolumeSlices, rule: LabelRule, classes: int
+) -> tuple[np.ndarray, dict[str, int]]:
+    return read_volume_classes(files[1], slices.volume, rule, classes)
 
 
 def _volume_alerts(_files: tuple[Path, Path], slices: VolumeSlices) -> list[str]:
@@ -251,12 +257,11 @@ def _lost_warning(lost: Mapping[int, int | None], side: int) -> list[str]:
 class _Kind:
     """Functions for flat images, or for volumes: read the image, read its mask as classes, doubt, make the sample.
 
-    ``read_mask`` receives the mask's file, and the image that ``read_image`` returned. ``alerts`` receives both files,
-    and the image.
+    ``read_mask`` and ``alerts`` receive both files, and the image that ``read_image`` returned.
     """
 
     read_image: Callable[[Path, PreprocessingConfig], Any]
-    read_mask: Callable[[Path, Any, LabelRule, int], tuple[np.ndarray, dict[str, int]]]
+    read_mask: Callable[[tuple[Path, Path], Any, LabelRule, int], tuple[np.ndarray, dict[str, int]]]
     alerts: Callable[[tuple[Path, Path], Any], list[str]]
     sample: Callable[[Any, np.ndarray, Mapping[str, Any], PreprocessingConfig], tuple[Sample, Planes]]
 
