@@ -116,6 +116,35 @@ def test_a_run_killed_again_and_again_at_random_moments_ends_as_an_unbroken_one(
     assert steps_logged(workplace) == steps_logged(finished)
 
 
+def test_a_bit_flipped_in_a_stopped_run_is_said_and_the_models_are_the_same(sites, finished, rounds) -> None:
+    params = f"federation.rounds={rounds}"
+    kill_at(sites, "07_model_output/checkpoints/*/server/round_00002.safetensors", params, 0.0)
+    (state, *_) = sites.data.glob("07_model_output/checkpoints/*/sites/*/state_00002.safetensors")
+    content = bytearray(state.read_bytes())
+    content[-1] ^= 1
+    state.write_bytes(content)
+
+    resumed = sites.run(params=params)
+
+    assert resumed.code == 0, resumed.output
+    assert "it is now state_00002.safetensors.damaged" in resumed.words
+    assert "The run goes on after round 1, to the same models" in resumed.words
+    assert same_models(finished, sites)
+
+
+def test_a_finished_run_goes_on_with_more_rounds_and_ends_as_an_unbroken_one(sites, finished, rounds) -> None:
+    shorter = sites.run(params=f"federation.rounds={rounds - 1}")
+    assert shorter.code == 0, shorter.output
+
+    longer = sites.run(params=f"federation.rounds={rounds}")
+
+    assert longer.code == 0, longer.output
+    assert same_models(finished, sites)
+    assert same_scores(finished, sites)
+    assert f"goes on after round {rounds - 1} of run" in longer.words
+    assert len(sites.parents()) == 2
+
+
 def test_a_round_s_record_that_a_killed_command_left_half_written_is_not_read_and_counts_for_nothing(
     used, rounds
 ) -> None:
