@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
+from fedsca_pipeline.errors import WeightsError
 from fedsca_pipeline.files import (
     LockHeld,
     atomic_path,
@@ -24,11 +25,15 @@ from fedsca_pipeline.files import (
     open_locked,
     read_json,
     read_or_create_secret,
+    read_sealed,
     read_tensors,
     remove_partial_files,
+    sealed,
     sha256_file,
+    unsealed,
     write_bytes,
     write_json,
+    write_sealed,
     write_tensors,
 )
 
@@ -309,3 +314,35 @@ def test_partial_files_are_removed_but_from_a_folder_that_others_write_to(tmp_pa
         "_shared/.c.ef.partial/x",
         "site/whole/x",
     }
+
+
+def test_every_flipped_bit_of_a_sealed_file_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "a.safetensors", {"a": torch.arange(3.0), "b": torch.tensor([True]), "c": torch.ones(0)}
+    write_sealed(path, tensors, {"run": "r", "round": 1})
+    content, same = path.read_bytes(), 0
+    for place in range(8 * len(content)):
+        changed = bytearray(content)
+        changed[place // 8] ^= 1 << place % 8
+        path.write_bytes(changed)
+        try:
+            label, found = read_sealed(path, run="r", round=1)
+        except WeightsError as error:
+            assert "a.safetensors" in str(error)  # noqa: PT017
+        else:
+            same += 1
+            assert label == {"run": "r", "round": 1}
+            assert all(found[name].equal(tensor) for name, tensor in tensors.items())
+    assert same < len(content)
+
+
+def test_a_sealed_file_of_another_label_is_named(tmp_path: Path) -> None:
+    write_sealed(tmp_path / "a.safetensors", {}, {"run": "r"})
+
+    with pytest.raises(WeightsError, match=r"a\.safetensors: belongs to run 'r' in place of 'q'"):
+        read_sealed(tmp_path / "a.safetensors", run="q")
+
+
+@pytest.mark.parametrize("value", [None, [], {}, {"a": 1}, {"a": 1, "sha256": "0" * 64}, {**sealed({"a": 1}), "a": 2}])
+def test_a_changed_object_is_not_unsealed(value: object) -> None:
+    with pytest.raises(ValueError, match="checksum"):
+        unsealed(value)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from peft.utils import CONFIG_NAME
 
 from fedsca_pipeline.config import AdaptersConfig, FoundationConfig
 from fedsca_pipeline.errors import ConfigError
-from fedsca_pipeline.model.adapters.attach import attach_adapters, tensor_layout
+from fedsca_pipeline.files import read_json
+from fedsca_pipeline.model.adapters.attach import attach_adapters, load_adapters, tensor_layout
 from fedsca_pipeline.model.foundation import load_foundation
 
 
@@ -27,3 +29,25 @@ def test_adapters_that_change_pretrained_values_are_refused(tmp_path):
 
     with pytest.raises(ConfigError, match="changes the foundation's own values"):
         attach_adapters(model, AdaptersConfig(method="lora", options={"r": 2, "init_lora_weights": "pissa"}))
+
+
+@pytest.mark.parametrize("option", [{"exclude_modules": "(a|a)*$"}, {"r": 2**20}, {"rank_pattern": {"(a|a)*$": 2}}])
+def test_options_that_could_not_be_read_back_are_refused_before_training(tmp_path, option):
+    model = load_foundation(FoundationConfig(name="random"), tmp_path, image_size=32, classes=1)
+
+    with pytest.raises(ConfigError, match=rf"adapters\.options: {next(iter(option))}: .* is no plain word"):
+        attach_adapters(model, AdaptersConfig(method="lora", options=option))
+
+
+def test_a_pattern_of_modules_is_saved_as_their_names(tmp_path):
+    options = {"r": 2, "target_modules": r".*attn\.qkv"}
+    models = [load_foundation(FoundationConfig(name="random"), tmp_path, image_size=32, classes=1) for _ in range(2)]
+    attach_adapters(models[0], AdaptersConfig(method="lora", options=options)).encoder.save_pretrained(str(tmp_path))
+
+    load_adapters(models[1], tmp_path)
+
+    names = read_json(tmp_path / CONFIG_NAME)["target_modules"]
+    assert names
+    assert all(name.endswith("attn.qkv") for name in names)
+    assert tensor_layout(models[0]).adapters
+    assert models[0].state_dict().keys() == models[1].state_dict().keys()

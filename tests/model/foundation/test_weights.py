@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,21 @@ def test_a_second_preparation_fetches_nothing_and_announces_nothing(package, tmp
 
     assert second == first
     assert announced == []
+
+
+def test_without_a_download_missing_weights_are_an_error_and_nothing_is_written(tmp_path):
+    with pytest.raises(WeightsError, match="is missing or damaged: run `kedro run --pipeline=foundation`"):
+        prepare_foundation(MOBILE_SAM, tmp_path / "foundation", fetch=_must_not_fetch, download=False)
+
+    assert not (tmp_path / "foundation").exists()
+
+
+def test_a_pipe_in_place_of_the_provenance_is_not_waited_for(tmp_path):
+    (tmp_path / "mobile_sam").mkdir()
+    os.mkfifo(tmp_path / "mobile_sam" / "provenance.json")
+
+    with pytest.raises(WeightsError, match="is missing or damaged"):
+        prepare_foundation(MOBILE_SAM, tmp_path, fetch=_must_not_fetch, download=False)
 
 
 def _flip_a_byte(folder: Path) -> None:
