@@ -69,6 +69,9 @@ TRAINED_AND_SHARED = {
     "fedsa_lora": ("adapters decoder", "lora_A"),
     "ffa_lora": ("lora_B decoder", "lora_B"),
     "flap_sam": ("adapters decoder", "adapters"),
+    "median": ("adapters decoder", "adapters decoder"),
+    "trimmed_mean": ("adapters decoder", "adapters decoder"),
+    "krum": ("adapters decoder", "adapters decoder"),
 }
 
 

@@ -36,6 +36,9 @@ STRATEGIES: Mapping[str, str] = MappingProxyType(
         "fedsa_lora": "fedsa_lora:FedSaLora",
         "ffa_lora": "ffa_lora:FfaLora",
         "flap_sam": "flap_sam:FlapSam",
+        "median": "median:Median",
+        "trimmed_mean": "trimmed_mean:TrimmedMean",
+        "krum": "krum:Krum",
     }
 )
 """Value of ``federation.strategy`` to its class, as ``module:class`` in this package."""
