@@ -452,6 +452,7 @@ def test_lora_that_would_change_the_foundation_or_load_a_library_is_refused(tmp_
         ("init_lora_weights", "pissa"),
         ("megatron_config", {"a": 1}),
         ("layer_replication", [[0, 2]]),
+        ("alora_invocation_tokens", [1]),
         ("rank_pattern", {"(a|a)*$": 4}),
         ("exclude_modules", "(a|a)*$"),
         ("r", 2**20),

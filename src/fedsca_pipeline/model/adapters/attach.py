@@ -256,8 +256,8 @@ def _odd_options(options: Mapping[str, Any]) -> list[str]:
     """
     odd = []
     for name, value in options.items():
-        if value and name.endswith(("_config", "_file", "_path", "adapters")):
-            odd.append(f"{name}: {value!r:.80} names another model or library; leave it out")
+        if value and name.endswith(("_config", "_file", "_path", "adapters", "tokens")):
+            odd.append(f"{name}: {value!r:.80} is for other models or libraries; leave it out")
             continue
         most = _LARGEST_SEED if name in _SEEDS_AND_STEPS else _LARGEST
         entries = [*value, *value.values()] if isinstance(value, dict) else value
