@@ -67,9 +67,7 @@ def write_site_models(
         for name, target in (("best", models / site), ("last", models / site / "last_round")):
             snapshot = snapshots[name]
             if snapshot is None:
-                logger.warning(
-                    "%s: no validated model (%s): the site missed the rounds that would have made one", site, name
-                )
+                logger.warning("%s: no %s model: the site missed the rounds that would have made one", site, name)
                 discard_site_model(target)
                 continue
             save(target, site, snapshot, classes)

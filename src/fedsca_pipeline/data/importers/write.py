@@ -69,14 +69,7 @@ def import_sites(
         DataError: the source is missing, holds nothing of the layout, or a site exists already.
         RefusedImportError: broken files without ``quarantine``, or nothing else. The message names the first ones.
     """
-    if not source.is_dir():
-        raise DataError(f"source: {source} is not a folder; unpack the data set there, or name where it is")
-    place_finished_sites(raw)
-    samples = [replace(sample, site=_site_name(sample.site)) for sample in importer.find(source)]
-    for line in _passed_over(source, samples, name=not importer.hides_names):
-        logger.warning("passed over: %s", line)
-    if importer.regroup is None:
-        _refuse_existing(raw, {sample.site for sample in samples})
+    samples = _find(raw, importer, source)
     private = private or raw.parent / "private"
     workshop = raw / ".import_sites.partial"
     try:
@@ -119,6 +112,23 @@ def _passed_over(source: Path, samples: Sequence[Sample], *, name: bool) -> list
         more = f"{counted(sum(map(len, rest)), 'image file')} in {counted(len(rest), 'more folder')}"
         lines[_FOLDERS_LISTED:] = [more]
     return lines
+
+
+def _find(raw: Path, importer: Importer, source: Path) -> list[Sample]:
+    """Return the samples of ``source`` with the names of their sites below ``raw``; log what is no sample.
+
+    Raises:
+        DataError: the source is missing, holds nothing of the layout, or a site exists already.
+    """
+    if not source.is_dir():
+        raise DataError(f"source: {source} is not a folder; unpack the data set there, or name where it is")
+    place_finished_sites(raw)
+    samples = [replace(sample, site=_site_name(sample.site)) for sample in importer.find(source)]
+    for line in _passed_over(source, samples, name=not importer.hides_names):
+        logger.warning("passed over: %s", line)
+    if importer.regroup is None:
+        _refuse_existing(raw, {sample.site for sample in samples})
+    return samples
 
 
 @dataclass
