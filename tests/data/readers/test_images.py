@@ -573,3 +573,32 @@ def test_a_label_in_a_channel_that_a_tiff_does_not_name_is_refused(
         with pytest.raises(BrokenSampleError, match="the label is in the alpha channel"):
             read(path)
     np.testing.assert_array_equal(read_image(path), np.full(read_image(path).shape, value))
+
+
+@pytest.mark.parametrize("compression", [None, "deflate", "lzma"])
+@pytest.mark.parametrize("pixels", [GREY, DEEP], ids=["8 bit", "16 bit"])
+def test_white_is_zero_is_inverted_whatever_the_compression(
+    tmp_path: Path, pixels: np.ndarray, compression: str | None
+) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", ~pixels, photometric="miniswhite", compression=compression)
+
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), pixels)
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.tif"), pixels)
+
+
+@pytest.mark.parametrize("compression", [None, "deflate", "lzma"])
+@pytest.mark.parametrize("kind", [np.float32, np.int16])
+def test_white_is_zero_without_a_white_is_refused(tmp_path: Path, kind: type, compression: str | None) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", GREY.astype(kind), photometric="miniswhite", compression=compression)
+
+    with pytest.raises(BrokenSampleError, match="colour space MINISWHITE"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("planes", [3, 4])
+def test_grey_planes_are_never_read_as_their_first(tmp_path: Path, planes: int) -> None:
+    pixels = np.stack([GREY] * planes)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="minisblack", planarconfig="separate", compression="lzma")
+
+    with pytest.raises(BrokenSampleError, match=f"colour space MINISBLACK, {planes} samples"):
+        read_image(tmp_path / "a.tif")

@@ -215,20 +215,28 @@ def _read_tiff(path: Path, labels: bool) -> np.ndarray:
         if page.axes not in ("YX", "YXS", "SYX"):
             raise BrokenSampleError(f"a TIFF with axes {page.axes}", "save a two-dimensional grey or RGB image")
         plain = page.photometric in _PLAIN_SPACES
-        if not plain and not _pillow_converts(page):
+        if not (plain or _pillow_converts(page)) or (page.photometric == _WHITE_IS_ZERO and page.sampleformat != 1):
             raise _unnamed(page)
-        if not plain or page.compression not in _TIFF_OWN:
-            if page.samplesperpixel > 1 and page.bitspersample > 8:
-                codec = page.compression.name  # type: ignore[attr-defined]  # tifffile declares int, sets COMPRESSION
-                raise BrokenSampleError(
-                    f"a {page.bitspersample} bit colour TIFF compressed with {codec}",
-                    "save it uncompressed or with deflate",
-                )
-            try:
-                return _read_pillow(path, labels)
-            except UnidentifiedImageError as error:
-                raise _unnamed(page) from error
-        return _plain_pixels(page, labels)
+        own = plain and page.compression in _TIFF_OWN
+        return _plain_pixels(page, labels) if own else _by_pillow(path, page, labels)
+
+
+def _by_pillow(path: Path, page: TiffPage, labels: bool) -> np.ndarray:
+    """Return the pixels of a page that Pillow decodes, or converts to RGB."""
+    if page.samplesperpixel > 1 and page.bitspersample > 8:
+        codec = page.compression.name  # type: ignore[attr-defined]  # tifffile declares int, sets COMPRESSION
+        raise BrokenSampleError(
+            f"a {page.bitspersample} bit colour TIFF compressed with {codec}", "save it uncompressed or with deflate"
+        )
+    # Of grey planes Pillow would read the first.
+    if page.photometric in _ONE_CHANNEL and page.samplesperpixel > 2:
+        raise _unnamed(page)
+    try:
+        pixels = _read_pillow(path, labels)
+    except UnidentifiedImageError as error:
+        raise _unnamed(page) from error
+    # Pillow inverts 8 bit and less.
+    return ~pixels if page.photometric == _WHITE_IS_ZERO and pixels.dtype == np.uint16 else pixels
 
 
 def _plain_pixels(page: TiffPage, labels: bool) -> np.ndarray:
@@ -241,7 +249,7 @@ def _plain_pixels(page: TiffPage, labels: bool) -> np.ndarray:
     pixels = _upright(pixels, _tiff_orientation(page))
     if tuple(page.extrasamples) == (EXTRASAMPLE.ASSOCALPHA,) and pixels.dtype.kind == "u" and pixels.ndim == 3:
         pixels = _without_alpha_in_colours(pixels)
-    if page.photometric == PHOTOMETRIC.MINISWHITE:
+    if page.photometric == _WHITE_IS_ZERO:
         return ~pixels if pixels.dtype == bool else (2**page.bitspersample - 1) - pixels
     if page.photometric == PHOTOMETRIC.PALETTE and not labels:
         colours: np.ndarray = np.asarray(page.colormap)
@@ -333,6 +341,7 @@ _ARRAY_MODES = ("1", "L", "RGB", "RGBA", "LA", "I", "F", "I;16", "I;16L", "I;16B
 _UNNAMED_CHANNELS: Mapping[object, str] = MappingProxyType({"RGBX": "RGBA", "LX": "LA", "PX": "PA"})
 # Values of PhotometricInterpretation: white is zero, black is zero, RGB, palette.
 _PLAIN_SPACES = (0, 1, 2, 3)
+_WHITE_IS_ZERO, _ONE_CHANNEL = 0, (0, 1, 3)
 # TIFF compressions that tifffile decodes by itself (none, deflate twice, PackBits); Pillow reads the others.
 _TIFF_OWN = (1, 8, 32946, 32773)
 
