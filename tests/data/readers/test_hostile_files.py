@@ -66,10 +66,10 @@ def check(folder: Path, count: int, seed: int) -> None:
 
 
 def test_some_hundreds_of_hostile_files_harm_nobody(tmp_path: Path) -> None:
-    check(tmp_path, 400, seed=1)
+    check(tmp_path, 600, seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3 * 3600)
-def test_ten_thousand_hostile_files_harm_nobody(tmp_path: Path) -> None:
-    check(tmp_path, 10_000, seed=2)
+def test_twenty_thousand_hostile_files_harm_nobody(tmp_path: Path) -> None:
+    check(tmp_path, 20_000, seed=2)
