@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 SITES = ["harbour_ct", "meadow_mri", "summit_ultrasound", "valley_endoscopy"]
 
 
@@ -13,6 +15,7 @@ def records(place) -> list[dict]:
     ]
 
 
+@pytest.mark.slow
 def test_participation_draws_its_share_of_the_sites_each_round(sites) -> None:
     done = sites.run("federated_training", "federation.participation=0.6,federation.rounds=3")
 
@@ -55,6 +58,7 @@ def test_too_few_sites_end_the_run_and_mended_sites_go_on_from_the_round_before(
     assert sites.parents()[0].info.status == "FAILED"
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_below_its_quorum_goes_on_with_a_lower_one(sites) -> None:
     asked = "federation.inject_failures.meadow_mri=[2],federation.rounds=2,federation.quorum="
     failed = sites.run("federated_training", f"{asked}{len(SITES)}")

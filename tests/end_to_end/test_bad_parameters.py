@@ -65,6 +65,7 @@ def test_a_strategy_that_pools_images_is_refused_before_any_hospital_is_asked(wo
     assert workplace.contents() == {}
 
 
+@pytest.mark.slow
 def test_a_quorum_of_sites_is_made_by_the_one_place_that_pools_them(workplace) -> None:
     pooling = "federation.strategy=centralised,strategies.centralised.allow_pooling=true"
 

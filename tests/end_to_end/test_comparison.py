@@ -246,6 +246,7 @@ def test_a_damaged_result_is_computed_anew_and_so_is_one_of_another_code(used) -
     }
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_is_reported_and_the_others_go_on(prepared, configured) -> None:
     absent = dict.fromkeys((*TRAINED, "valley_endoscopy"), (1,))
     place = configured(
@@ -285,6 +286,7 @@ def test_where_every_cell_fails_the_command_does_too(prepared, configured) -> No
     assert sorted(run.info.status for run in place.parents()) == ["FAILED", "FINISHED"]
 
 
+@pytest.mark.slow
 def test_with_leave_one_out_each_site_is_tested_by_those_that_trained_without_it(prepared, configured) -> None:
     every = sorted((*TRAINED, "valley_endoscopy"))
     place = configured(prepared, SMALL, {"comparison": {"only": ["fedsca"], "unseen_sites": [], "leave_one_out": True}})

@@ -247,6 +247,7 @@ def test_the_data_report_identifies_no_patient(imported: Any) -> None:
 
 
 @pytest.mark.timeout(1800)
+@pytest.mark.slow
 def test_no_folder_of_a_deployed_run_identifies_a_patient(imported: Any, sources: Path, new_deployed: Any) -> None:
     place, _ = imported
     third = f"importer=dicom,source={sources / FLAT},import_options.site=summit"

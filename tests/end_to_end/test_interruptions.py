@@ -181,6 +181,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(sites, finished, rou
     assert [run.info.status for run in sites.parents()] == ["FINISHED"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_stopped_when_begun_anew_goes_on_and_is_not_taken_for_up_to_date(
     finished, rounds, tmp_path
 ) -> None:

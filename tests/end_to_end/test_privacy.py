@@ -21,6 +21,7 @@ def tensors(place) -> dict[str, dict]:
     return {str(path.relative_to(place.models)): load_file(path) for path in place.models.rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_a_private_run_is_killed_resumed_and_refused_a_second_time(new_workplace) -> None:
     """One story, since every command costs seconds: two workplaces that share the sites' secrets."""
     unbroken, killed = new_workplace(), new_workplace()

@@ -53,6 +53,7 @@ def test_both_fleets_end_in_the_same_models_and_scores(sites, finished, params) 
     assert sites.partial_files() == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_every_process_quietly_and_the_other_fleet_goes_on(sites, finished, params) -> None:
     process = sites.start(params=f"{params},{PROCESSES}")
     stopped = sites.signalled(process, checkpoint_written(sites), signal.SIGINT)
@@ -68,6 +69,7 @@ def test_ctrl_c_ends_every_process_quietly_and_the_other_fleet_goes_on(sites, fi
     assert models(sites) == models(finished)
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_a_run_that_was_killed(sites, finished, params) -> None:
     if not Path("/proc/self/stat").is_file():
         pytest.skip("this system has no /proc to find processes in")

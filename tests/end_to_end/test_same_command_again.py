@@ -43,6 +43,7 @@ def test_an_up_to_date_run_imports_nothing_heavy(used, rounds) -> None:
     assert not imported & {"pandas", "numpy", "sqlalchemy", "mlflow", "torch", "plotly", "matplotlib"}
 
 
+@pytest.mark.slow
 def test_a_missing_figure_is_drawn_again(used, rounds) -> None:
     overlay = used.overlays("harbour_ct")
     overlay.unlink()
@@ -62,6 +63,7 @@ def test_a_new_time_stamp_alone_is_no_change(used, rounds) -> None:
     assert "up to date" in again.stdout
 
 
+@pytest.mark.slow
 def test_force_runs_anyway_and_ends_in_the_same_models(used, finished, rounds) -> None:
     started = (used.models / "site_models.json").stat().st_mtime_ns
 

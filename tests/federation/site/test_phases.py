@@ -39,7 +39,7 @@ def batches_of(worker, data):
     from fedsca_pipeline.federation.site.batches import SiteBatches
     from fedsca_pipeline.federation.site.prefix import FeatureCache
 
-    return SiteBatches(data, worker._embed, worker.augmentation, FeatureCache(Path("unused"), (), (), 0))
+    return SiteBatches(data, worker._embed, worker.settings.training.augment, FeatureCache(Path("unused"), (), (), 0))
 
 
 @pytest.mark.parametrize("steps", [1, 2, EPOCH, 7])

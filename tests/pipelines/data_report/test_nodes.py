@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fedsca_pipeline.config import DataReportConfig, PreprocessingConfig, RunConfig
-from fedsca_pipeline.pipelines.data_report.nodes import inspect_for
+from fedsca_pipeline.pipelines.data_report.nodes import InspectedSite
 
 
 @pytest.mark.parametrize(("count", "lines"), [(3, 3), (25, 10)])
@@ -25,7 +25,7 @@ def test_without_a_terminal_each_tenth_of_the_images_is_logged(
             Image.fromarray(pixels).save(tmp_path / "north" / kind / f"{number:02d}.png")
 
     options = DataReportConfig(thumbnails=0, embedding=False)
-    inspect_for("north")(tmp_path, {}, None, PreprocessingConfig(image_size=16), RunConfig(), options)
+    InspectedSite("north").inspect(tmp_path, {}, None, PreprocessingConfig(image_size=16), RunConfig(), options)
 
     logged = [message for message in caplog.messages if message.endswith("read")]
     assert len(logged) == lines
