@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import shutil
 
+import pytest
+
 SITE = "meadow_mri"
 
 
+@pytest.mark.slow
 def test_a_site_that_is_gone_is_named_by_the_next_run_and_forgotten_by_the_command_it_names(workplace) -> None:
     trained = workplace.run("federated_training", "federation.rounds=1")
     assert trained.code == 0, trained.output

@@ -116,6 +116,7 @@ def test_a_run_killed_again_and_again_at_random_moments_ends_as_an_unbroken_one(
     assert steps_logged(workplace) == steps_logged(finished)
 
 
+@pytest.mark.slow
 def test_a_bit_flipped_in_a_stopped_run_is_said_and_the_models_are_the_same(sites, finished, rounds) -> None:
     params = f"federation.rounds={rounds}"
     kill_at(sites, "07_model_output/checkpoints/*/server/round_00002.safetensors", params, 0.0)
@@ -132,6 +133,7 @@ def test_a_bit_flipped_in_a_stopped_run_is_said_and_the_models_are_the_same(site
     assert same_models(finished, sites)
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_with_more_rounds_and_ends_as_an_unbroken_one(sites, finished, rounds) -> None:
     shorter = sites.run(params=f"federation.rounds={rounds - 1}")
     assert shorter.code == 0, shorter.output

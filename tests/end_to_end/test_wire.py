@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from safetensors.torch import load_file
 
 
+@pytest.mark.slow
 def test_compression_changes_what_is_sent_and_nothing_else(finished, sites, rounds) -> None:
     plain = sites.run("federated_training", f"federation.rounds={rounds},federation.compression=none")
 

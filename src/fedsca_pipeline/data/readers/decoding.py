@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import numpy as np
@@ -32,6 +33,16 @@ P = ParamSpec("P")
 R = TypeVar("R", np.ndarray, Volume)
 
 
+# Decoders use one core; a pool of threads would only take address space, which is limited. An image's memory is used
+# again for the next one: new pages from the system cost as much as the way between the processes.
+_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
+    {
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(2**25),
+        "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    }
+)
 # MiB beyond the image's own size, and seconds: the defaults of ``preprocessing.decode``.
 _LIMITS: ContextVar[tuple[int, float]] = ContextVar("decode_limits", default=(1024, 60.0))
 
@@ -117,8 +128,7 @@ class _Child:
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             self._stop()
-            # Decoders use one core; a pool of threads would only take address space, which is limited.
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+            environment = {**os.environ, **_ENVIRONMENT}
             self._process = subprocess.Popen(  # noqa: S603 - Python itself
                 [sys.executable, "-m", f"{__package__}.decoding_process"],
                 stdin=subprocess.PIPE,
