@@ -1,8 +1,8 @@
-"""Breast ultrasound, a site a data set: BUSI, BUS-BRA, BUS-UCLM, BrEaST, UDIAT (Dataset B).
+"""Breast ultrasound, one site per data set: BUSI, BUS-BRA, BUS-UCLM, BrEaST, UDIAT (Dataset B).
 
-BUSI keeps further lesions of an image in ``_mask_1`` ...; BUS-BRA's patients are the ``Case`` of its table, BUS-UCLM's
-the first part of a file name; BUS-UCLM paints benign lesions green and malignant ones red. BrEaST has ``_tumor`` and
-``_other1`` ... beside an image, of which the tumours are taken.
+BUSI stores further lesions of an image as ``_mask_1`` and so on. BUS-BRA names patients in the column ``Case`` of its
+table, BUS-UCLM in the first part of a file name. BUS-UCLM shows benign lesions in green and malignant ones in red.
+BrEaST has masks ``_tumor`` and ``_other1`` and so on; only the tumours are read.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A task of the Medical Segmentation Decathlon, or another data set with its ``dataset.json``.
 
-``training`` lists images and masks, ``labels`` and ``modality`` name classes and modalities. One site, or what
-``import_options.site`` finds in the stems; ``import_options.subject`` likewise.
+``training`` lists images and masks, ``labels`` and ``modality`` name classes and modalities. All images
+are one site, unless ``import_options.site`` finds the site in the stem. ``import_options.subject`` finds the subject.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Data Science Bowl 2018, stage 1 (BBBC038): ``stage1_train/<id>/images/<id>.png``, one mask file a nucleus.
+"""Data Science Bowl 2018, stage 1 (BBBC038): ``stage1_train/<id>/images/<id>.png``, one mask file per nucleus.
 
-No lab is named. A site is an acquisition group, by frame size, colour and background, as in docs/nuclei.md.
+The data set names no lab. A site is an acquisition group: frame size, colour and background, as in docs/nuclei.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Brain tumours of FeTS 2022, a site a partition: ``<subject>/<subject>_{t1,t1ce,t2,flair,seg}.nii.gz``.
+"""Brain tumours of FeTS 2022, one site per partition: ``<subject>/<subject>_{t1,t1ce,t2,flair,seg}.nii.gz``.
 
 ``partitioning_1.csv`` has the institutions, ``partitioning_2.csv`` some of them divided by tumour size. The four
 modalities become one volume, in the order of ``MODALITIES``.

@@ -1,7 +1,7 @@
-"""Optic disc and cup of REFUGE, ORIGA, G1020 and Drishti-GS, a site a data set; REFUGE is two, a site a camera.
+"""Optic disc and cup of REFUGE, ORIGA, G1020 and Drishti-GS: one site per data set, two for REFUGE.
 
 As published, REFUGE has BMP masks of 0 (cup), 128 (rim) and 255 (background), ORIGA MATLAB files, G1020 LabelMe
-polygons and Drishti-GS a soft map of four experts for disc and for cup, of which the half is taken. Collections give
+polygons, and Drishti-GS a soft map of four experts for disc and for cup, which is cut at one half. Collections store
 ORIGA, G1020 and REFUGE as PNG of 0, 1 (rim) and 2 (cup).
 """
 

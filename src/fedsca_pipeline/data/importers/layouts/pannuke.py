@@ -1,6 +1,6 @@
-"""Nuclei of 19 tissues (PanNuke), a site a tissue: ``images/<fold>/{images,types}.npy``, ``masks/<fold>/masks.npy``.
+"""Nuclei of 19 tissues (PanNuke), a site per tissue: ``images/<fold>/{images,types}.npy``, ``masks/<fold>/masks.npy``.
 
-No patient is published. The arrays, gigabytes each, are mapped, not read: an image at a time is in memory.
+The data set names no patient. The arrays have gigabytes each, so they are memory-mapped and read image by image.
 """
 
 from __future__ import annotations

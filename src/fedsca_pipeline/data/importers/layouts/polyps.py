@@ -1,7 +1,7 @@
-"""Colonoscopy polyps, a site a data set: Kvasir-SEG, CVC-ClinicDB, CVC-ColonDB, ETIS-LaribPolypDB, CVC-300.
+"""Colonoscopy polyps, one site per data set: Kvasir-SEG, CVC-ClinicDB, CVC-ColonDB, ETIS-LaribPolypDB, CVC-300.
 
-Masks are two-valued, some of them JPEG. Which frames are of one patient is in no file; of one sequence, only where
-CVC-ClinicDB comes with a ``metadata.csv``.
+Masks have two values, and some are JPEG. No file names the patient of a frame. ``metadata.csv`` of CVC-ClinicDB names
+the sequence, if it is there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Retinal vessels, a site a data set: DRIVE, STARE, CHASE_DB1, HRF, HRF-AV, LES-AV; of two observers the first."""
+"""Retinal vessels, one site per data set: DRIVE, STARE, CHASE_DB1, HRF, HRF-AV, LES-AV; the first of two observers."""
 
 from __future__ import annotations
 
