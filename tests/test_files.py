@@ -327,7 +327,7 @@ def test_every_flipped_bit_of_a_sealed_file_is_noticed_or_changes_nothing(tmp_pa
         try:
             label, found = read_sealed(path, run="r", round=1)
         except WeightsError as error:
-            assert "a.safetensors" in str(error)  # noqa: PT017
+            assert "a.safetensors" in str(error)  # noqa: PT017 - of every flipped bit, some are refused
         else:
             same += 1
             assert label == {"run": "r", "round": 1}

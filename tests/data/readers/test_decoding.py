@@ -107,7 +107,7 @@ def test_the_limits_hold_within_their_block_only() -> None:
 def test_an_answer_keeps_type_shape_and_order(tmp_path: Path) -> None:
     for pixels in (np.zeros((3, 5), np.uint8), np.full((2, 4, 3), 7, np.uint8), np.eye(4, dtype=bool)):
         Image.fromarray(pixels).save(tmp_path / "a.png")
-        here = decode_pixels.__wrapped__(tmp_path / "a.png", False)  # type: ignore[attr-defined]
+        here = decode_pixels.__wrapped__(tmp_path / "a.png", False)  # type: ignore[attr-defined]  # functools.wraps sets it
 
         there = decode_pixels(tmp_path / "a.png", False)
 

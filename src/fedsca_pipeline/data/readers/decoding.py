@@ -164,7 +164,9 @@ def _exchange(process: subprocess.Popen[bytes], request: Mapping[str, Any]) -> n
     answers: Any = process.stdout
     requests.write(json.dumps(request).encode() + b"\n")
     requests.flush()
-    if not (line := answers.readline()):
+    line = answers.readline()
+    # The child may die within a line.
+    if not line.endswith(b"\n"):
         raise EOFError
     answer = json.loads(line)
     if "broken" in answer:

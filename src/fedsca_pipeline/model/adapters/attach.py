@@ -219,7 +219,7 @@ def _wrap(model: SegmentationModel, config: PeftConfig) -> bool:
     encoder: Any = get_peft_model(model.encoder, config)
     if isinstance(getattr(config, "target_modules", None), str):
         # A pattern is not read back, so the names that it matched are saved.
-        config.target_modules = sorted(encoder.base_model.targeted_module_names)  # type: ignore[attr-defined]  # per method
+        config.target_modules = sorted(encoder.base_model.targeted_module_names)  # type: ignore[attr-defined]  # not of every tuner
     model.encoder = encoder
     return sha256_tensors(pretrained) != before
 
