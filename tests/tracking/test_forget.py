@@ -60,7 +60,11 @@ def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-def test_a_site_s_runs_go_from_the_database_and_its_artifacts_and_rows_from_the_disk(place: Path) -> None:
+def test_a_site_s_runs_go_from_the_database_and_its_artifacts_and_rows_from_the_disk(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # They are more than MLflow returns at once.
+    monkeypatch.setattr("fedsca_pipeline.tracking.writer._PAGE", 1)
     writer = ForgettingWriter(TrackingConfig(), place, "")
     client = MlflowClient(writer.uri)
     assert len(writer.runs_of("north")) == 2

@@ -110,9 +110,12 @@ def all_steps(client: MlflowClient, run_id: str) -> dict[str, list[int]]:
 
 
 class TestTracker:
+    # With pages of two runs, the parent and a site are not on the first one, as with more than 999 sites.
+    @pytest.mark.parametrize("page", [1000, 2])
     def test_a_repeated_command_resumes_the_run_and_logs_no_step_twice(
-        self, tracker: Tracker, config: TrackingConfig, tmp_path: Path
+        self, tracker: Tracker, config: TrackingConfig, tmp_path: Path, page: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr(writer, "_PAGE", page)
         tracker.open(DESCRIPTION)
         first = tracker.run_id
         tracker.saved("round_metrics", record(1), None)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsca_pipeline.files import fingerprint
-from fedsca_pipeline.tracking.writer import SITE_TAG, MlflowWriter, TrackingConfig
+from fedsca_pipeline.tracking.writer import PARENT_TAG, SITE_TAG, MlflowWriter, TrackingConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,11 +57,8 @@ class ComparisonTracker(MlflowWriter):
             self._open_experiment(client, EXPERIMENT.format(self._config.experiment))
             # The number of parallel cells changes no result.
             name = fingerprint({**plan, "comparison": {**plan["comparison"], "jobs": None}})
-            found = client.search_runs(
-                [self.experiment_id],
-                f"tags.`{COMPARISON_TAG}` = '{name}'",
-                order_by=["attributes.start_time DESC"],
-            )
+            newest_first = ["attributes.start_time DESC"]
+            found = self._search([self.experiment_id], COMPARISON_TAG, name, order_by=newest_first)
             if found:
                 run = found[0]
                 client.update_run(run.info.run_id, status="RUNNING")
@@ -142,19 +139,11 @@ class ComparisonTracker(MlflowWriter):
 
     def _logged_cells(self) -> set[str]:
         """Return the fingerprints of the cells whose child runs are complete."""
-        client, token = self._require(), None
-        found: set[str] = set()
-        while True:
-            page = client.search_runs(
-                [self.experiment_id], f"tags.`mlflow.parentRunId` = '{self.run_id}'", page_token=token
-            )
-            found |= {run.data.tags[CELL_TAG] for run in page if CELL_TAG in run.data.tags}
-            token = page.token
-            if not token:
-                return found
+        children = self._search([self.experiment_id], PARENT_TAG, str(self.run_id))
+        return {run.data.tags[CELL_TAG] for run in children if CELL_TAG in run.data.tags}
 
     def _start(self, name: str, parent: str | None, tags: Mapping[str, str]) -> Run:
-        tags = {"mlflow.parentRunId": str(parent), **tags}
+        tags = {PARENT_TAG: str(parent), **tags}
         return self._require().create_run(self.experiment_id, run_name=name, tags=tags)
 
     def _log_metrics(self, run_id: str, values: Mapping[str, float | None], step: int = 0) -> None:

@@ -6,16 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedsca_pipeline.errors import TrackingError
 from fedsca_pipeline.tracking.comparison import EXPERIMENT
-from fedsca_pipeline.tracking.writer import DATA_TAG, SITE_TAG, MlflowWriter
+from fedsca_pipeline.tracking.writer import DATA_TAG, PARENT_TAG, SITE_TAG, MlflowWriter
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-_PARENT_TAG = "mlflow.parentRunId"
 # Artifacts of a parent run that have rows, curves or matrices of every site.
 _OF_ALL_SITES = ("rounds", "tables", "figures", "comparison", "run_description.json")
 
@@ -51,15 +50,7 @@ class ForgettingWriter(MlflowWriter):
             client = self._connect()
             names = (self._config.experiment, EXPERIMENT.format(self._config.experiment))
             experiments = [found.experiment_id for name in names if (found := client.get_experiment_by_name(name))]
-            runs: list[Run] = []
-            token: str | None = ""
-            while experiments and token is not None:
-                page: Any = client.search_runs(
-                    experiments, f"tags.`{SITE_TAG}` = '{site}'", ViewType.ALL, page_token=token or None
-                )
-                runs += page
-                token = page.token or None
-            return runs
+            return self._search(experiments, SITE_TAG, site, run_view_type=ViewType.ALL) if experiments else []
 
     def forget(self, site: str) -> int:
         """Delete a site's runs with their artifacts, and return their number.
@@ -95,11 +86,11 @@ class ForgettingWriter(MlflowWriter):
 
     def _ancestors(self, runs: list[Run]) -> list[Run]:
         found: dict[str, Run] = {}
-        wanted = {run.data.tags[_PARENT_TAG] for run in runs if _PARENT_TAG in run.data.tags}
+        wanted = {run.data.tags[PARENT_TAG] for run in runs if PARENT_TAG in run.data.tags}
         while wanted:
             level = [self._require().get_run(run_id) for run_id in wanted]
             found |= {run.info.run_id: run for run in level}
-            wanted = {run.data.tags[_PARENT_TAG] for run in level if _PARENT_TAG in run.data.tags} - found.keys()
+            wanted = {run.data.tags[PARENT_TAG] for run in level if PARENT_TAG in run.data.tags} - found.keys()
         return list(found.values())
 
     def _purge(self, run_ids: list[str]) -> None:

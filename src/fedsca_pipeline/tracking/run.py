@@ -12,7 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsca_pipeline.tracking.writer import DATA_TAG, FINGERPRINT_TAG, SITE_TAG, MlflowWriter, TrackingConfig
+from fedsca_pipeline.tracking.writer import (
+    DATA_TAG,
+    FINGERPRINT_TAG,
+    PARENT_TAG,
+    SITE_TAG,
+    MlflowWriter,
+    TrackingConfig,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
@@ -52,11 +59,8 @@ class Tracker(MlflowWriter):
     def _find_or_start(self, description: Mapping[str, Any]) -> None:
         client = self._connect()
         self._open_experiment(client, self._config.experiment)
-        found = client.search_runs(
-            [self.experiment_id],
-            f"tags.`{FINGERPRINT_TAG}` = '{description['fingerprint']}'",
-            order_by=["attributes.start_time DESC"],
-        )
+        newest_first = ["attributes.start_time DESC"]
+        found = self._search([self.experiment_id], FINGERPRINT_TAG, description["fingerprint"], order_by=newest_first)
         parents = [run for run in found if SITE_TAG not in run.data.tags]
         if parents:
             parent = parents[0]
@@ -117,8 +121,7 @@ class Tracker(MlflowWriter):
     def _open_site_runs(self, description: Mapping[str, Any]) -> None:
         client = self._require()
         children = {
-            run.data.tags[SITE_TAG]: run
-            for run in client.search_runs([self.experiment_id], f"tags.`mlflow.parentRunId` = '{self._runs['']}'")
+            run.data.tags[SITE_TAG]: run for run in self._search([self.experiment_id], PARENT_TAG, self._runs[""])
         }
         for site, data in description["data"].items():
             if site in children:
@@ -127,7 +130,7 @@ class Tracker(MlflowWriter):
                 self._remember(children[site])
             else:
                 tags = {
-                    "mlflow.parentRunId": self._runs[""],
+                    PARENT_TAG: self._runs[""],
                     FINGERPRINT_TAG: description["fingerprint"],
                     SITE_TAG: site,
                     DATA_TAG: data,

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+PARENT_TAG = "mlflow.parentRunId"
 FINGERPRINT_TAG, SITE_TAG, DATA_TAG = "fedsca.fingerprint", "fedsca.site", "fedsca.data_fingerprint"
 
+# Runs in one answer of a search.
+_PAGE = 1000
 # MLflow refuses longer parameter values.
 _LONGEST_PARAMETER = 6000
 # Time that another command may take to create the database.
@@ -112,6 +115,17 @@ class MlflowWriter:
                 # Either another program created the database, and may have written to it, or this disk has no links.
                 if not path.exists():
                     made.replace(path)
+
+    def _search(self, experiments: Sequence[str], tag: str, value: str, **options: Any) -> list[Run]:
+        """Return every run whose tag has a value. MLflow gives them page by page, a thousand at most."""
+        client, runs, token = self._require(), [], None
+        while True:
+            page = client.search_runs(
+                list(experiments), f"tags.`{tag}` = '{value}'", max_results=_PAGE, page_token=token, **options
+            )
+            runs += page
+            if not (token := page.token):
+                return runs
 
     def _require(self) -> MlflowClient:
         if self._client is None:
