@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 
@@ -180,6 +181,39 @@ def test_rounds_are_ordered_by_number_and_absent_sites_stay_blank() -> None:
     assert tuple(figure.data[0].x) == ("a", "b", "c")
     assert np.isnan(figure.data[0].z[1]).all()
     assert set(figure.data[0].text[1]) == {""}
+    json.loads(figure.to_json(), parse_constant=pytest.fail)
+
+
+def many(sites: int, rounds: int) -> dict[int, pd.DataFrame]:
+    """Sites of two kinds in turns; those of one kind share with one another."""
+    kind = np.arange(sites) % 2
+    names = [f"hospital_{number:04}" for number in range(sites)]
+    table = pd.DataFrame((kind[:, None] == kind) * (1.5 / sites) + 0.25 / sites, index=names, columns=names)
+    return dict.fromkeys(range(1, rounds + 1), table)
+
+
+def test_the_heat_map_of_very_many_sites_and_rounds_stays_small() -> None:
+    figure = weight_heatmap(many(256, 100))
+
+    assert len(figure.to_json()) < 2e6
+    assert [frame.name for frame in figure.frames][-1] == figure.layout.sliders[0].steps[-1].label == "100"
+    assert len(weight_heatmap(many(1000, 3)).frames) == 1
+    assert len(weight_heatmap(many(2, 1000)).frames) == 100
+
+
+def test_many_sites_have_neighbours_of_their_kind_in_whole_percentages_and_no_labels() -> None:
+    weights = many(30, 2)
+    weights[2] = weights[2].drop(index="hospital_0003", columns="hospital_0003")
+
+    figure = weight_heatmap(weights)
+    still = weight_heatmap_image(weights)
+
+    kinds = [int(name[-1]) % 2 for name in figure.data[0].x if name != "hospital_0003"]
+    assert sum(one != other for one, other in itertools.pairwise(kinds)) == 1
+    assert {value for row in figure.data[0].z for value in row} == {None, 1, 6}
+    assert figure.data[0].text is None
+    assert not figure.layout.xaxis.showticklabels
+    assert len(still.axes[0].texts) == len(still.axes[0].get_xticks()) == 0
     json.loads(figure.to_json(), parse_constant=pytest.fail)
 
 

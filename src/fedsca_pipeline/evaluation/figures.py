@@ -32,6 +32,8 @@ _MISSED, _EXTRA = "#D55E00", "#0072B2"
 _WEIGHT_SCALE = ((0.0, "#FFFFFF"), (0.5, "#56B4E9"), (1.0, "#003A5C"))
 INK, GRID, ABSENT, _MEAN = "#222222", "#DDDDDD", "#E2E2E2", "rgba(34, 34, 34, 0.28)"
 _STRIP_LENGTH = 9
+# Of a heat map: sites with labels, rounds a slider can tell apart, and numbers in 2 MB of a page.
+_MOST_LABELLED, _MOST_FRAMES, _MOST_CELLS = 24, 100, 500_000
 _CURVES = ("dice_validation", "dice_local", "loss")
 _NO_WEIGHTS = "No aggregation weights: the strategy of this run has none"
 _WEIGHTS_NOTE = "row: the site that receives · column: the site it comes from · rows sum to 1 · grey: absent"
@@ -146,27 +148,31 @@ def weight_heatmap(weights: Mapping[int, pd.DataFrame]) -> go.Figure:
             in 0..1, rows summing to 1. Sites may differ by round: absent ones are grey.
 
     Returns:
-        A figure with a frame per round and the colour scale fixed to 0..1. No round: only a title that says so.
+        A figure with a frame per round and the colour scale fixed to 0..1. Rounds are sampled evenly if all would make
+        the figure larger than some 2 MB. More than 24 sites have no labels, whole percentages, and an order in which
+        sites of like weights are neighbours. No round: only a title that says so.
     """
     if not weights:
         return go.Figure(layout={**_LAYOUT, "title": _NO_WEIGHTS})
-    tables = _aligned(weights)
+    sites = len(_sites_of(weights))
+    tables = _aligned(weights, min(_MOST_FRAMES, _MOST_CELLS // sites**2))
+    draw = _heatmap if sites <= _MOST_LABELLED else _heatmap_of_many
     frames = [
-        go.Frame(name=str(number), data=[_heatmap(table)], layout={"title": _weights_title(number)})
+        go.Frame(name=str(number), data=[draw(table)], layout={"title": _weights_title(number)})
         for number, table in tables.items()
     ]
     last = max(tables)
-    sites = len(tables[last])
-    figure = go.Figure(data=[_heatmap(tables[last])], frames=frames)
-    common = {"type": "category", "showgrid": False, "constrain": "domain"}
+    figure = go.Figure(data=[draw(tables[last])], frames=frames)
+    labelled = sites <= _MOST_LABELLED
+    common = {"type": "category", "showgrid": False, "constrain": "domain", "showticklabels": labelled}
     figure.update_xaxes(title="from", side="top", tickangle=-35, **common)
     figure.update_yaxes(title="receives", autorange="reversed", scaleanchor="x", **common)
     figure.update_layout(
         **{**_LAYOUT, "margin": {"l": 70, "r": 30, "t": 210, "b": 40}},
         title=_weights_title(last),
         plot_bgcolor=ABSENT,
-        width=max(720, 280 + 62 * sites),
-        height=max(560, 360 + 56 * sites),
+        width=max(720, 280 + 62 * min(sites, _MOST_LABELLED)),
+        height=max(560, 360 + 56 * min(sites, _MOST_LABELLED)),
         sliders=[_slider([frame.name for frame in frames])],
     )
     return figure
@@ -180,15 +186,14 @@ def weight_heatmap_image(weights: Mapping[int, pd.DataFrame]) -> Figure:
     """
     if not weights:
         return note(_NO_WEIGHTS)
-    tables = _aligned(weights)
-    rounds = list(tables)
-    shown = sorted({rounds[round(index)] for index in np.linspace(0, len(rounds) - 1, _STRIP_LENGTH)})
+    tables = _aligned(weights, _STRIP_LENGTH)
+    shown = list(tables)
     side = math.ceil(math.sqrt(len(shown)))
     figure = Figure(figsize=(11.6, 5.9), layout="constrained")
     figure.suptitle(f"Aggregation weights\n{_WEIGHTS_NOTE}", fontsize=11, color=INK)
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[6.6, 5])[0]
     scale = LinearSegmentedColormap.from_list("weights", _WEIGHT_SCALE).with_extremes(bad=ABSENT)
-    _draw_weights(left, tables[rounds[-1]], f"round {rounds[-1]}", scale)
+    _draw_weights(left, tables[shown[-1]], f"round {shown[-1]}", scale)
     grid = right.subplots(math.ceil(len(shown) / side), side, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -300,10 +305,31 @@ def _floor(history: pd.DataFrame) -> float:
     return 0.0 if pd.isna(lowest) else math.floor(10 * lowest) / 10
 
 
-def _aligned(weights: Mapping[int, pd.DataFrame]) -> dict[int, pd.DataFrame]:
-    """Return the rounds in order, each over all sites that ever took part, sorted; NaN for absent ones."""
-    sites = sorted(set().union(*(table.index.union(table.columns) for table in weights.values())))
-    return {number: weights[number].reindex(index=sites, columns=sites) for number in sorted(weights)}
+def _sites_of(weights: Mapping[int, pd.DataFrame]) -> list[str]:
+    """Return all sites that ever took part, sorted."""
+    return sorted(set().union(*(table.index.union(table.columns) for table in weights.values())))
+
+
+def _aligned(weights: Mapping[int, pd.DataFrame], most: int) -> dict[int, pd.DataFrame]:
+    """Return up to ``most`` rounds, evenly spaced, the last among them, each over all sites; NaN for absent ones."""
+    numbers, sites = sorted(weights), _sites_of(weights)
+    if len(sites) > _MOST_LABELLED:
+        last = weights[numbers[-1]].reindex(index=sites, columns=sites)
+        sites = [sites[place] for place in _neighbours_first(np.nan_to_num(last.to_numpy(dtype=float)))]
+    shown = {numbers[-1 - round(index)] for index in np.linspace(0, len(numbers) - 1, max(most, 1))}
+    return {number: weights[number].reindex(index=sites, columns=sites) for number in sorted(shown)}
+
+
+def _neighbours_first(weights: NDArray[np.float64]) -> list[int]:
+    """Return the order of sites in which those that share much are neighbours: average linkage."""
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    mutual = (weights + weights.T) / 2
+    distance = mutual.max() - mutual
+    np.fill_diagonal(distance, 0.0)
+    order: list[int] = leaves_list(linkage(squareform(distance, checks=False), "average")).tolist()
+    return order
 
 
 def _heatmap(table: pd.DataFrame) -> go.Heatmap:
@@ -321,6 +347,22 @@ def _heatmap(table: pd.DataFrame) -> go.Heatmap:
         xgap=2,
         ygap=2,
         colorbar={"title": "weight", "tickvals": [0, 0.25, 0.5, 0.75, 1]},
+    )
+
+
+def _heatmap_of_many(table: pd.DataFrame) -> go.Heatmap:
+    """Return a heat map without labels, in whole percentages, which take a third of the space."""
+    percentages = [[None if math.isnan(value) else round(100 * value) for value in row] for row in table.to_numpy()]
+    return go.Heatmap(
+        z=percentages,
+        x=table.columns.tolist(),
+        y=table.index.tolist(),
+        hovertemplate="%{y} receives %{z} % of its aggregate from %{x}<extra></extra>",
+        hoverongaps=False,
+        colorscale=[list(stop) for stop in _WEIGHT_SCALE],
+        zmin=0,
+        zmax=100,
+        colorbar={"title": "weight", "tickvals": [0, 25, 50, 75, 100], "ticksuffix": " %"},
     )
 
 
@@ -349,14 +391,15 @@ def _draw_weights(figure: SubFigure, table: pd.DataFrame, title: str, scale: Col
     values = table.to_numpy(dtype=float)
     axes = figure.subplots()
     image = axes.imshow(values, cmap=scale, vmin=0, vmax=1)
-    ticks = range(len(table))
-    axes.set_xticks(ticks, table.columns, rotation=35, ha="right", rotation_mode="anchor", fontsize=9)
-    axes.set_yticks(ticks, table.index, fontsize=9)
-    axes.set(xlabel="from", ylabel="receives", title=title)
-    size = max(6, 12 - 0.6 * len(table))
-    for (row, column), value in np.ndenumerate(values):
-        ink = "white" if value > 0.6 else INK
-        axes.text(column, row, _weight(value), ha="center", va="center", color=ink, fontsize=size)
+    axes.set(xlabel="from", ylabel="receives", title=title, xticks=[], yticks=[])
+    if len(table) <= _MOST_LABELLED:
+        ticks = range(len(table))
+        axes.set_xticks(ticks, table.columns, rotation=35, ha="right", rotation_mode="anchor", fontsize=9)
+        axes.set_yticks(ticks, table.index, fontsize=9)
+        size = max(6, 12 - 0.6 * len(table))
+        for (row, column), value in np.ndenumerate(values):
+            ink = "white" if value > 0.6 else INK
+            axes.text(column, row, _weight(value), ha="center", va="center", color=ink, fontsize=size)
     figure.colorbar(image, ax=axes, label="weight", shrink=0.75)
 
 
