@@ -6,7 +6,7 @@ import warnings
 from contextvars import ContextVar
 from pathlib import Path
 
-from kedro.pipeline import Pipeline
+from kedro.pipeline import Pipeline, pipeline
 from kedro.utils import find_kedro_project
 
 from fedsca_pipeline.data.site_folder.discovery import DEMO_SITES, discover_sites, may_hold_volumes
@@ -38,25 +38,29 @@ def register_pipelines() -> dict[str, Pipeline]:
     sites = discover_sites(raw) or DEMO_SITES
     volume_sites = [site for site in sites if may_hold_volumes(raw / site)]
     demo = demo_sites_pipeline.create_pipeline()
-    prepared = demo + preprocessing_pipeline.create_pipeline(sites)
+    # Each sum is sorted and checked anew, so a pipeline of many sites is built in one step.
+    prepared = pipeline([demo, preprocessing_pipeline.create_pipeline(sites)])
     foundation_ = foundation_pipeline.create_pipeline()
     trained = training_pipeline.create_pipeline(sites)
-    federated = prepared + foundation_ + trained + evaluation_pipeline.create_scores(sites, volume_sites)
-    whole = federated + evaluation_pipeline.create_figures(sites)
+    scores = evaluation_pipeline.create_scores(sites, volume_sites)
+    figures = evaluation_pipeline.create_figures(sites)
     if deployed.get():
-        federated = foundation_ + deployed_pipeline.create_pipeline()
-        whole = federated + evaluation_pipeline.create_curves()
+        federated = pipeline([foundation_, deployed_pipeline.create_pipeline()])
+        whole = pipeline([federated, evaluation_pipeline.create_curves()])
+    else:
+        federated = pipeline([prepared, foundation_, trained, scores])
+        whole = pipeline([federated, figures])
     return {
         "import_sites": import_pipeline.create_pipeline(),
         "forget_site": forget_pipeline.create_pipeline(),
         "in_force": in_force_pipeline.create_pipeline(),
         "demo_sites": demo,
-        "data_report": demo + data_report_pipeline.create_pipeline(sites),
+        "data_report": pipeline([demo, data_report_pipeline.create_pipeline(sites)]),
         "preprocessing": prepared,
         "foundation": foundation_,
         "training": trained,
         "federated_training": federated,
-        "evaluation": evaluation_pipeline.create_pipeline(sites, volume_sites),
-        "comparison": prepared + foundation_ + comparison_pipeline.create_pipeline(sites),
+        "evaluation": pipeline([scores, figures]),
+        "comparison": pipeline([prepared, foundation_, comparison_pipeline.create_pipeline(sites)]),
         "__default__": whole,
     }

@@ -112,8 +112,3 @@ def create_curves() -> Pipeline:
         name="draw_curves",
     )
     return pipeline([curves])
-
-
-def create_pipeline(sites: Sequence[str], volume_sites: Sequence[str] = ()) -> Pipeline:
-    """Scores, tables and figures."""
-    return create_scores(sites, volume_sites) + create_figures(sites)
