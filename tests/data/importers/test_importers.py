@@ -885,6 +885,38 @@ class TestRefusals:
             imported("fundus_dofe", tree(tmp_path / "source", files))
 
 
+@pytest.mark.parametrize(
+    ("importer", "site", "images", "masks", "suffix"),
+    [
+        ("breast_ultrasound", "UDIAT", "BUS/original", "BUS/GT", ".png"),
+        ("polyps", "Kvasir-SEG", "Kvasir-SEG/images", "Kvasir-SEG/masks", ".jpg"),
+    ],
+)
+def test_a_photograph_with_an_orientation_tag_is_written_upright_as_its_mask_is(
+    imported, tmp_path: Path, importer: str, site: str, images: str, masks: str, suffix: str
+) -> None:
+    source = tree(tmp_path / "source", {f"{masks}/{number:06}{suffix}": two_valued() for number in range(3)})
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (source / images).mkdir()
+    for number in range(2):
+        lying = np.ascontiguousarray(np.rot90(np.array(photograph(number))))
+        Image.fromarray(lying).save(source / images / f"{number:06}{suffix}", exif=exif)
+    photograph(2).save(source / images / f"000002{suffix}")
+
+    imported(importer, source)
+
+    written = tmp_path / "raw" / site / "images"
+    # What needs no change stays the file it was.
+    assert sorted(path.name for path in written.iterdir()) == ["000000.png", "000001.png", f"000002{suffix}"]
+    upright = Image.open(written / "000000.png")
+    assert (upright.size, dict(upright.getexif())) == (SIZE[::-1], {})
+    if suffix == ".png":
+        np.testing.assert_array_equal(np.array(upright), np.array(photograph()))
+    config = PreprocessingConfig(min_images=3, split={"validation": 1, "test": 1})
+    assert prepare_site(tmp_path / "raw", site, config, 0).report["alerts"] == []
+
+
 def test_imported_sites_can_be_prepared(imported, tmp_path) -> None:
     files = {}
     for number in range(8):

@@ -13,7 +13,7 @@ import numpy as np
 from fedsca_pipeline.data.importers.masks import Image, Label
 from fedsca_pipeline.data.readers.common import UNREADABLE, BrokenSampleError, finite_values, unreadable
 from fedsca_pipeline.data.readers.decoding import in_child
-from fedsca_pipeline.data.readers.images import read_image
+from fedsca_pipeline.data.readers.images import orientations_of, read_image
 from fedsca_pipeline.data.readers.volume import Volume, check_voxels, write_nifti
 from fedsca_pipeline.data.readers.volumes import check_compression, is_volume, load_nifti, nifti_alerts, read_volume
 
@@ -64,7 +64,10 @@ def read_picture(sample: Sample, label: Label) -> Picture:
     with blaming(file):
         image = read_volume(file) if is_volume(file.name) else read_image(file)
     with blaming(sample.masks[0] if sample.masks else file):
-        return Picture(image, label(sample.masks, image), file)
+        mask = label(sample.masks, image)
+    # The mask is written upright and without a tag, so its image must be, too.
+    upright = isinstance(image, Volume) or orientations_of([file]) == [1]
+    return Picture(image, mask, file if upright else None)
 
 
 def read_dicom(files: Sequence[Path]) -> Image:
