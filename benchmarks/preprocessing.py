@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -34,6 +35,7 @@ from rich.table import Table
 
 from fedsca_pipeline.config import DemoSitesConfig, PreprocessingConfig
 from fedsca_pipeline.data.demo.sites import write_demo_sites
+from fedsca_pipeline.data.preprocessing import samples
 from fedsca_pipeline.data.preprocessing.geometry import fitted_size
 from fedsca_pipeline.data.preprocessing.prepare import prepare_site
 from fedsca_pipeline.data.readers import images
@@ -149,12 +151,9 @@ def _prepare(raw: Path, scratch: Path, site: str) -> None:
 
 
 def _prepare_here(raw: Path, scratch: Path, site: str) -> None:
-    decode = images.decode_pixels
-    images.decode_pixels = inspect.unwrap(decode)
-    try:
+    here = inspect.unwrap(images.decode_pixels)
+    with mock.patch.object(images, "decode_pixels", here), mock.patch.object(samples, "decode_ahead"):
         _prepare(raw, scratch, site)
-    finally:
-        images.decode_pixels = decode
 
 
 def _peak(place: Path, count: int) -> float:

@@ -20,7 +20,7 @@ from PIL import Image
 from fedsca_pipeline.config import DecodeConfig
 from fedsca_pipeline.data.readers import decoding
 from fedsca_pipeline.data.readers.common import BrokenSampleError
-from fedsca_pipeline.data.readers.decoding import decode_limits
+from fedsca_pipeline.data.readers.decoding import decode_ahead, decode_limits
 from fedsca_pipeline.data.readers.images import decode_pixels, read_image
 from fedsca_pipeline.data.readers.volumes import read_volume
 
@@ -113,6 +113,77 @@ def test_an_answer_keeps_type_shape_and_order(tmp_path: Path) -> None:
 
         assert there.dtype == here.dtype
         np.testing.assert_array_equal(there, here)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """Three images that differ; together their answers are larger than a pipe."""
+    paths = [tmp_path / f"{value}.png" for value in range(3)]
+    for value, path in enumerate(paths):
+        Image.fromarray(np.full((1500, 1500), value, np.uint8)).save(path)
+    return paths
+
+
+def first_pixels(paths: list[Path]) -> list[int]:
+    return [int(decode_pixels(path, False)[0, 0]) for path in paths]
+
+
+@pytest.mark.parametrize(
+    ("announced", "asked"),
+    [([0, 1, 2], [0, 1, 2]), ([0, 1, 2], [1, 2]), ([0, 1], [2, 0, 1]), ([1, 0], [0, 1]), ([0, 0], [0, 0]), ([0], [])],
+)
+def test_a_file_gets_its_own_answer_whatever_was_announced(
+    files: list[Path], announced: list[int], asked: list[int]
+) -> None:
+    for number in announced:
+        decode_ahead(decode_pixels, files[number], False)
+
+    assert first_pixels([files[number] for number in asked]) == asked
+
+
+def test_an_announced_file_is_decoded_once(files: list[Path]) -> None:
+    first_pixels(files[:1])
+    child = decoding._child_of(os.getpid())
+    decode_ahead(decode_pixels, files[0], False)
+    decode_ahead(decode_pixels, files[1], False)
+    assert len(child._sent) == 2
+
+    first_pixels(files[:1])
+
+    assert len(child._sent) == 1
+    first_pixels(files[1:2])
+    assert not child._sent
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_death_is_told_of_the_file_that_caused_it(files: list[Path], asked: int) -> None:
+    first_pixels(files)
+    child = decoding._child_of(os.getpid())._running()
+    os.kill(child.pid, signal.SIGSTOP)
+    for path in files[:2]:
+        decode_ahead(decode_pixels, path, False)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    decode_ahead(decode_pixels, files[2], False)
+
+    if asked == 0:
+        with pytest.raises(BrokenSampleError, match="crashes its decoder"):
+            decode_pixels(files[0], False)
+
+    assert first_pixels(files[1:]) == [1, 2]
+
+
+def test_an_announced_file_that_is_broken_or_gone_is_told_when_it_is_asked_for(
+    files: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "broken.png").write_bytes(b"none")
+    for name in ("broken.png", "gone.png", "0.png"):
+        decode_ahead(decode_pixels, tmp_path / name, False)
+
+    for name in ("broken.png", "gone.png"):
+        with pytest.raises(BrokenSampleError):
+            decode_pixels(tmp_path / name, False)
+    assert first_pixels(files) == [0, 1, 2]
 
 
 def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:

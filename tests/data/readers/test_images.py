@@ -240,6 +240,20 @@ def test_a_mask_without_exact_labels_is_broken(tmp_path: Path, name: str, pixels
         read_mask(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.png", "JPEG"), ("a.bmp", "MPO"), ("a.tif", "TIFF"), ("colour.tif", "TIFF")]
+)
+def test_jpeg_compression_of_a_mask_is_found_whatever_its_suffix_says(tmp_path: Path, name: str, kind: str) -> None:
+    options = {"compression": "jpeg"} if kind == "TIFF" else {}
+    Image.fromarray(COLOUR if name == "colour.tif" else GREY).save(tmp_path / name, kind, **options)
+
+    with pytest.raises(BrokenSampleError, match="a JPEG mask: its compression alters labels") as broken:
+        read_mask(tmp_path / name)
+
+    assert "mask_threshold" in broken.value.cure
+    assert read_mask_colours(tmp_path / name).shape[:2] == read_image(tmp_path / name).shape[:2] == GREY.shape
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), suffix=st.sampled_from([".png", ".tif", ".bmp", ".jpg"]))
 def test_damaged_bytes_never_raise_anything_but_a_broken_sample(

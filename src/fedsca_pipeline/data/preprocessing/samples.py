@@ -16,8 +16,8 @@ from fedsca_pipeline.data.preprocessing.geometry import ByteCounts, Channels, fi
 from fedsca_pipeline.data.preprocessing.labels import occurrences, read_classes, read_volume_classes
 from fedsca_pipeline.data.preprocessing.slices import VolumeSlices
 from fedsca_pipeline.data.readers.common import BrokenSampleError
-from fedsca_pipeline.data.readers.decoding import decode_limits
-from fedsca_pipeline.data.readers.images import orientations_of, read_image
+from fedsca_pipeline.data.readers.decoding import decode_ahead, decode_limits
+from fedsca_pipeline.data.readers.images import decode_pixels, orientations_of, read_image
 from fedsca_pipeline.data.readers.volumes import is_volume, read_volume
 from fedsca_pipeline.data.site_folder.label_rule import LabelRule
 from fedsca_pipeline.data.site_folder.pairing import Broken, Pair
@@ -81,12 +81,26 @@ def read_samples(
 
     Planes are computed on demand from the image in memory, so use them before the next sample.
     """
-    for pair in pairs:
+    _begin(folder, site_file, config, pairs[:1])
+    for number, pair in enumerate(pairs, start=1):
+        # Its decoder works while this process prepares the pair before.
+        _begin(folder, site_file, config, pairs[number : number + 1])
         outcome = _read(folder, site_file, config, pair)
         if isinstance(outcome, Broken):
             broken.append(outcome)
         else:
             yield outcome
+
+
+def _begin(folder: Path, site_file: SiteFile, config: PreprocessingConfig, pairs: Sequence[Pair]) -> None:
+    """Let flat images and their masks be decoded before ``_read`` asks for them."""
+    rule = site_file.label_rule
+    for pair in pairs:
+        # Masks of colours or numbers may be decoded twice, and a volume's mask needs the image's grid.
+        if not (is_volume(pair.image) or is_volume(pair.mask) or (rule.colours and rule.numbers)):
+            with decode_limits(config.decode):
+                decode_ahead(decode_pixels, folder / pair.image, False)
+                decode_ahead(decode_pixels, folder / pair.mask, rule.threshold is None and not rule.colours)
 
 
 def _read(folder: Path, site_file: SiteFile, config: PreprocessingConfig, pair: Pair) -> tuple[Sample, Planes] | Broken:
@@ -133,7 +147,7 @@ def _flat_mask(
 ) -> tuple[np.ndarray, dict[str, int]]:
     mask, label_map = read_classes(files[1], rule, classes)
     if image.shape[:2] != mask.shape:
-        its, own = orientations_of(files).tolist()
+        its, own = orientations_of(files)
         tags = "" if its == own else f"; its Orientation tag is {own}, that of its image {its}"
         raise BrokenSampleError(
             f"is {mask.shape[0]} x {mask.shape[1]} pixels (rows x columns), its image upright is "
@@ -144,7 +158,7 @@ def _flat_mask(
 
 
 def _flat_alerts(files: tuple[Path, Path], _image: np.ndarray) -> list[str]:
-    image, mask = orientations_of(files).tolist()
+    image, mask = orientations_of(files)
     if image == mask:
         return []
     return [

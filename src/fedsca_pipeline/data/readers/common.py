@@ -68,10 +68,15 @@ def refuse_lossy_mask(path: Path) -> None:
         BrokenSampleError: it is a JPEG, whose compression alters them.
     """
     if path.suffix.lower() in LOSSY:
-        raise BrokenSampleError(
-            "a JPEG mask: its compression alters labels",
-            "export the mask as PNG or TIFF; for two classes, set mask_threshold in the site's site.yml",
-        )
+        raise lossy_mask("JPEG")
+
+
+def lossy_mask(compression: str) -> BrokenSampleError:
+    """Return the error for a mask of a compression that alters labels."""
+    return BrokenSampleError(
+        f"a {compression} mask: its compression alters labels",
+        "export the mask as PNG or TIFF with deflate; for two classes, set mask_threshold in the site's site.yml",
+    )
 
 
 def split_name(name: str) -> tuple[str, str]:

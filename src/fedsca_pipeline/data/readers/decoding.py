@@ -14,9 +14,11 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
@@ -68,25 +70,46 @@ def in_child(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        files = cast("Path | Sequence[Path]", args[0])
-        memory, seconds = _LIMITS.get()
-        try:
-            size = sum(file.stat().st_size for file in ([files] if isinstance(files, Path) else files))
-        except OSError as error:
-            raise unreadable(error) from error
-        sizes: list[int] = [math.prod(arg.shape) for arg in args if isinstance(arg, Volume)]
-        request = {
-            "function": [function.__module__, function.__name__],
-            "args": [_to_json(arg) for arg in args],
-            "kwargs": {name: _to_json(arg) for name, arg in kwargs.items()},
-            "folder": os.getcwd(),  # noqa: PTH109 - JSON has no paths
-            # No value takes more than eight bytes.
-            "memory": memory * 2**20 + 8 * max([most_voxels(size), *sizes]),
-            "seconds": seconds,
-        }
-        return cast("R", _child_of(os.getpid()).ask(request))
+        return cast("R", _child_of(os.getpid()).ask(_request(function, args, kwargs)))
 
     return call
+
+
+def decode_ahead(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Let the child begin with a call of a function of ``in_child``, which is made later with the same arguments.
+
+    The child works while this process does something else. Calls are made in the order of these announcements; another
+    call in between forgets those announced before it, which then cost their time twice.
+    """
+    # A file that is gone is told when it is its turn.
+    with suppress(BrokenSampleError):
+        _child_of(os.getpid()).begin(_request(function, args, kwargs))
+
+
+def _request(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Request:
+    files: Path | Sequence[Path] = args[0]
+    memory, seconds = _LIMITS.get()
+    try:
+        size = sum(file.stat().st_size for file in ([files] if isinstance(files, Path) else files))
+    except OSError as error:
+        raise unreadable(error) from error
+    sizes: list[int] = [math.prod(arg.shape) for arg in args if isinstance(arg, Volume)]
+    content = {
+        "function": [function.__module__, function.__name__],
+        "args": [_to_json(arg) for arg in args],
+        "kwargs": {name: _to_json(arg) for name, arg in kwargs.items()},
+        "folder": os.getcwd(),  # noqa: PTH109 - JSON has no paths
+        # No value takes more than eight bytes.
+        "memory": memory * 2**20 + 8 * max([most_voxels(size), *sizes]),
+        "seconds": seconds,
+    }
+    return _Request(json.dumps(content).encode() + b"\n", seconds)
+
+
+@dataclass(frozen=True)
+class _Request:
+    line: bytes
+    seconds: float
 
 
 def _to_json(value: Any) -> Any:
@@ -109,25 +132,55 @@ class _Child:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
+        # Requests in the order they were sent, and will be answered.
+        self._sent: deque[_Request] = deque()
 
-    def ask(self, request: Mapping[str, Any]) -> np.ndarray | Volume:
+    def begin(self, request: _Request) -> None:
+        """Let the child work on a request, whose answer is asked for later."""
+        # If the child is dead, who asks for its answer finds out which file it died of.
+        with self._lock:
+            if not self._sent or self._running().poll() is None:
+                with suppress(BrokenPipeError):
+                    self._send(request)
+
+    def ask(self, request: _Request) -> np.ndarray | Volume:
         """Return what the request's function returns."""
         with self._lock:
-            process = self._running()
             try:
-                return _exchange(process, request)
-            except (EOFError, BrokenPipeError):
-                raise _death(process.wait(), request["seconds"]) from None
-            except BrokenSampleError:
-                raise
+                answer = self._answer_to(request)
             except BaseException:
                 # The rest of an answer must not be taken for the next one.
                 self._stop()
                 raise
+        if isinstance(answer, BrokenSampleError):
+            raise answer
+        return answer
+
+    def _answer_to(self, request: _Request) -> np.ndarray | Volume | BrokenSampleError:
+        while True:
+            try:
+                # Only when every answer has been read, so that the two never wait for one another at full pipes.
+                if not self._sent:
+                    self._send(request)
+                answer = _read_answer(self._running())
+                first = self._sent.popleft()
+            except (EOFError, BrokenPipeError):
+                first = self._sent.popleft()
+                answer = _death(self._running().wait(), first.seconds)
+                self._sent.clear()
+            if first == request:
+                return answer
+
+    def _send(self, request: _Request) -> None:
+        if not self._sent and self._process is not None and self._process.poll() is not None:
+            self._stop()
+        requests: Any = self._running().stdin
+        self._sent.append(request)
+        requests.write(request.line)
+        requests.flush()
 
     def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
-            self._stop()
+        if self._process is None:
             environment = {**os.environ, **_ENVIRONMENT}
             self._process = subprocess.Popen(  # noqa: S603 - Python itself
                 [sys.executable, "-m", f"{__package__}.decoding_process"],
@@ -140,6 +193,7 @@ class _Child:
         return self._process
 
     def _stop(self) -> None:
+        self._sent.clear()
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -152,25 +206,21 @@ def _child_of(_process: int) -> _Child:
     return _Child()
 
 
-def _exchange(process: subprocess.Popen[bytes], request: Mapping[str, Any]) -> np.ndarray | Volume:
-    """Send a request and return the answer.
+def _read_answer(process: subprocess.Popen[bytes]) -> np.ndarray | Volume | BrokenSampleError:
+    """Return the next answer of the child.
 
     Raises:
-        BrokenSampleError: the child's.
-        EOFError, BrokenPipeError: the child died.
+        EOFError: it died.
     """
-    # Pipes; their declared type is None, or has no ``readinto``.
-    requests: Any = process.stdin
+    # A pipe; its declared type is None, or has no ``readinto``.
     answers: Any = process.stdout
-    requests.write(json.dumps(request).encode() + b"\n")
-    requests.flush()
     line = answers.readline()
     # The child may die within a line.
     if not line.endswith(b"\n"):
         raise EOFError
     answer = json.loads(line)
     if "broken" in answer:
-        raise BrokenSampleError(*answer["broken"])
+        return BrokenSampleError(*answer["broken"])
     values = np.empty(answer["shape"], answer["dtype"])
     if answers.readinto(values.reshape(-1).view(np.uint8).data) < values.nbytes:
         raise EOFError

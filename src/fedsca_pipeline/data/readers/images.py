@@ -18,6 +18,7 @@ from fedsca_pipeline.data.readers.common import (
     BrokenSampleError,
     check_not_empty,
     finite_values,
+    lossy_mask,
     no_reader,
     refuse_lossy_mask,
     split_name,
@@ -69,8 +70,8 @@ def read_mask(path: Path) -> np.ndarray:
     The Orientation tag is applied, as to an image.
 
     Raises:
-        BrokenSampleError: unreadable, JPEG (its compression alters labels), coloured, not of whole numbers, or with its
-            label in the alpha channel.
+        BrokenSampleError: unreadable, of a compression that alters labels (JPEG, whatever the suffix), coloured, not of
+            whole numbers, or with its label in the alpha channel.
     """
     refuse_lossy_mask(path)
     pixels = _read(path, labels=True)
@@ -88,9 +89,21 @@ def read_mask(path: Path) -> np.ndarray:
     return whole_numbers(pixels)
 
 
+def orientations_of(paths: Sequence[Path]) -> list[int]:
+    """Return the Orientation tags of readable images or masks, 1 to 8; 1, upright, without a tag."""
+    # Most files have no tag; to ask the child for it costs more than to look for the name of one.
+    return decode_orientations(paths).tolist() if any(map(_may_be_turned, paths)) else [1] * len(paths)
+
+
+def _may_be_turned(path: Path) -> bool:
+    content = path.read_bytes()
+    marks = next((marks for start, marks in _TAG_MARKS.items() if content.startswith(start)), (b"",))
+    return any(mark in content for mark in marks)
+
+
 @in_child
-def orientations_of(paths: Sequence[Path]) -> np.ndarray:
-    """Return the Orientation tags of readable images or masks, uint8 [N] of 1 to 8; 1, upright, without a tag."""
+def decode_orientations(paths: Sequence[Path]) -> np.ndarray:
+    """Return ``orientations_of`` as uint8 [N]."""
     return np.array([_orientation_of(path) for path in paths], np.uint8)
 
 
@@ -100,11 +113,6 @@ def _orientation_of(path: Path) -> int:
 
         with tifffile.TiffFile(path) as file:
             return _tiff_orientation(file.pages.first)
-    # Pillow decodes a PNG to look for tags behind its pixels, which is slow.
-    if path.suffix.lower() == ".png":
-        content = path.read_bytes()
-        if not any(mark in content for mark in (b"eXIf", b"Raw profile type exif", b"com.adobe.xmp")):
-            return 1
     with Image.open(path) as image:
         return _valid(image.getexif().get(ExifTags.Base.Orientation))
 
@@ -148,6 +156,9 @@ def _read_pillow(path: Path, labels: bool) -> np.ndarray:
             )
         if image.mode in ("RGB", "RGBA") and len(image.tile) == 1 and "16B" in str(image.tile[0].args):
             return _read_png_16bit_colour(path)
+        # Whatever its suffix says.
+        if labels and image.format in ("JPEG", "MPO"):
+            raise lossy_mask("JPEG")
         if image.format == "TIFF":
             # Without a name it is not mapped into memory, where Pillow exchanges the sides of a turned CMYK image.
             image.filename = ""
@@ -214,6 +225,8 @@ def _read_tiff(path: Path, labels: bool) -> np.ndarray:
             raise _bomb()
         if page.axes not in ("YX", "YXS", "SYX"):
             raise BrokenSampleError(f"a TIFF with axes {page.axes}", "save a two-dimensional grey or RGB image")
+        if labels and any(name in _codec(page) for name in _LOSSY_CODECS):
+            raise lossy_mask(_codec(page))
         plain = page.photometric in _PLAIN_SPACES
         if not (plain or _pillow_converts(page)) or (page.photometric == _WHITE_IS_ZERO and page.sampleformat != 1):
             raise _unnamed(page)
@@ -224,9 +237,9 @@ def _read_tiff(path: Path, labels: bool) -> np.ndarray:
 def _by_pillow(path: Path, page: TiffPage, labels: bool) -> np.ndarray:
     """Return the pixels of a page that Pillow decodes, or converts to RGB."""
     if page.samplesperpixel > 1 and page.bitspersample > 8:
-        codec = page.compression.name  # type: ignore[attr-defined]  # tifffile declares int, sets COMPRESSION
         raise BrokenSampleError(
-            f"a {page.bitspersample} bit colour TIFF compressed with {codec}", "save it uncompressed or with deflate"
+            f"a {page.bitspersample} bit colour TIFF compressed with {_codec(page)}",
+            "save it uncompressed or with deflate",
         )
     # Of grey planes Pillow would read the first.
     if page.photometric in _ONE_CHANNEL and page.samplesperpixel > 2:
@@ -287,10 +300,15 @@ def _space(page: TiffPage) -> str:
     return str(getattr(page.photometric, "name", page.photometric))
 
 
+def _codec(page: TiffPage) -> str:
+    """Return the name of a page's compression; its number if tifffile knows none."""
+    return str(getattr(page.compression, "name", page.compression))
+
+
 def _unnamed(page: TiffPage) -> BrokenSampleError:
     return BrokenSampleError(
         f"a TIFF that is not read: colour space {_space(page)}, {page.samplesperpixel} samples of {page.bitspersample} "
-        f"bit, compression {getattr(page.compression, 'name', page.compression)}",
+        f"bit, compression {_codec(page)}",
         "save it as grey or RGB of 8 bit, uncompressed or with deflate",
     )
 
@@ -339,9 +357,18 @@ def _bomb() -> BrokenSampleError:
 
 _ARRAY_MODES = ("1", "L", "RGB", "RGBA", "LA", "I", "F", "I;16", "I;16L", "I;16B")
 _UNNAMED_CHANNELS: Mapping[object, str] = MappingProxyType({"RGBX": "RGBA", "LX": "LA", "PX": "PA"})
+# How a PNG and a JPEG begin, and what precedes their tags, in EXIF or XMP.
+_TAG_MARKS: Mapping[bytes, tuple[bytes, ...]] = MappingProxyType(
+    {
+        b"\x89PNG": (b"eXIf", b"Raw profile type exif", b"com.adobe.xmp"),
+        b"\xff\xd8": (b"Exif", b"ns.adobe.com/xap"),
+    }
+)
 # Values of PhotometricInterpretation: white is zero, black is zero, RGB, palette.
 _PLAIN_SPACES = (0, 1, 2, 3)
 _WHITE_IS_ZERO, _ONE_CHANNEL = 0, (0, 1, 3)
+# In tifffile's names of TIFF compressions that alter values, or may.
+_LOSSY_CODECS = ("JPEG", "JP2", "WEBP")
 # TIFF compressions that tifffile decodes by itself (none, deflate twice, PackBits); Pillow reads the others.
 _TIFF_OWN = (1, 8, 32946, 32773)
 
