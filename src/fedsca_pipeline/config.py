@@ -326,6 +326,17 @@ class EvaluationConfig(_Config):
     surface_tolerance: Positive = Field(2.0, description="mm; surfaces of volumes closer than this agree (NSD)")
 
 
+class PredictConfig(_Config):
+    """``predict``: new images, segmented by a site's finished model."""
+
+    model: str | None = Field(None, description="name of a site, or the folder of a model")
+    source: str | None = Field(None, description="an image, or a folder of images, which is searched to the bottom")
+    output: str | None = Field(None, description="folder of the results; null: 07_model_output/predicted/<model>")
+    batch_size: int = Field(8, ge=1, le=1024, description="images, or slices of a volume, per forward pass")
+    overlays: bool = Field(True, description="also write each image with the outlines of its mask")
+    probabilities: bool = Field(False, description="also write the probability of each class")
+
+
 class MethodConfig(_Config):
     """``comparison.methods.<name>``: one row of the comparison, a strategy or a variant of one."""
 
@@ -452,6 +463,7 @@ class Parameters(Settings):
     demo_sites: DemoSitesConfig = DemoSitesConfig()
     data_report: DataReportConfig = DataReportConfig()
     comparison: ComparisonConfig | None = None
+    predict: PredictConfig = PredictConfig()
     force: bool = False
     importer: str | None = None
     source: str | None = None

@@ -20,6 +20,7 @@ from fedsca_pipeline.pipelines.forget_site import pipeline as forget_pipeline
 from fedsca_pipeline.pipelines.foundation import pipeline as foundation_pipeline
 from fedsca_pipeline.pipelines.import_sites import pipeline as import_pipeline
 from fedsca_pipeline.pipelines.in_force import pipeline as in_force_pipeline
+from fedsca_pipeline.pipelines.predict import pipeline as predict_pipeline
 from fedsca_pipeline.pipelines.preprocessing import pipeline as preprocessing_pipeline
 
 # Kedro does not tell the registry which data it asks for; a hook that sees the context sets both of these.
@@ -52,6 +53,7 @@ def register_pipelines() -> dict[str, Pipeline]:
         whole = pipeline([federated, figures])
     return {
         "import_sites": import_pipeline.create_pipeline(),
+        "predict": predict_pipeline.create_pipeline(),
         "forget_site": forget_pipeline.create_pipeline(),
         "in_force": in_force_pipeline.create_pipeline(),
         "demo_sites": demo,

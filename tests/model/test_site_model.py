@@ -18,57 +18,20 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from site_models import SIZE, make_model
 
 from fedsca_pipeline import load_site_model
-from fedsca_pipeline.config import AdaptersConfig, FoundationConfig, NormaliseConfig
+from fedsca_pipeline.config import AdaptersConfig, FoundationConfig
 from fedsca_pipeline.data.readers.common import BrokenSampleError
 from fedsca_pipeline.data.readers.volume import Volume, write_nifti
 from fedsca_pipeline.errors import WeightsError
 from fedsca_pipeline.files import read_json, sealed, sha256_file, unsealed, write_json
 from fedsca_pipeline.model import site_model
-from fedsca_pipeline.model.adapters.attach import attach_adapters, tensor_layout
+from fedsca_pipeline.model.adapters.attach import attach_adapters
 from fedsca_pipeline.model.foundation import load_foundation, prepare_foundation
 from fedsca_pipeline.model.site_model import CARD, DECODER, ENCODER, save_site_model
 
-SIZE = 32
 GREY, COLOUR = (40, 28), (28, 40, 3)
-
-
-def make_model(
-    folder: Path,
-    root: Path,
-    classes: int = 1,
-    head: str = "sigmoid",
-    adapters: AdaptersConfig | None = None,
-    **card_fields: Any,
-) -> Path:
-    """Save a tiny random model whose tensors look trained; return its folder."""
-    config = FoundationConfig(name="random", head=head)
-    network = load_foundation(config, root, image_size=SIZE, classes=classes)
-    attach_adapters(network, adapters or AdaptersConfig(width=4))
-    draw = torch.Generator().manual_seed(3)
-    parameters = dict(network.named_parameters())
-    tensors = {
-        name: parameters[name].detach() + 0.3 * torch.randn(parameters[name].shape, generator=draw)
-        for name in tensor_layout(network).efficient
-    }
-    card = {
-        "site": "north",
-        "strategy": "fedsca",
-        "round": 3,
-        "dice_validation": 0.5,
-        "run": "0123456789abcdef",
-        "foundation": config,
-        "foundation_sha256": prepare_foundation(config, root).sha256,
-        "foundation_root": root,
-        "image_size": SIZE,
-        "classes": classes,
-        "normalise": NormaliseConfig(),
-        "threshold": 0.5,
-        **card_fields,
-    }
-    save_site_model(folder, network, tensors, card)
-    return folder
 
 
 @pytest.fixture(scope="module")

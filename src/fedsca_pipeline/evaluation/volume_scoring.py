@@ -86,7 +86,7 @@ class _TestVolumes:
         """Return the scores of each volume; write the predicted label maps to the folder ``predictions`` if given."""
         from fedsca_pipeline.data.readers.volume import write_nifti
         from fedsca_pipeline.metrics.volumes import score_volume
-        from fedsca_pipeline.model.site_model import segment_slices
+        from fedsca_pipeline.model.segmentation import segment_slices
 
         found = {}
         for stem, files in self._files.items():

@@ -53,6 +53,17 @@ def known_logits(logits: Tensor, head: str, known: Sequence[int]) -> Tensor:
     return logits.index_fill(1, torch.tensor(unknown, device=logits.device), -torch.inf)
 
 
+def class_probabilities(logits: Tensor, head: str, known: Sequence[int] | None = None) -> Tensor:
+    """Return the probability of each foreground class, [B, K, H, W] in 0..1; arguments as of ``predict_masks``.
+
+    >>> class_probabilities(torch.tensor([0.0, 0.0]).view(1, 2, 1, 1), "softmax").flatten().tolist()
+    [0.5]
+    """
+    if known is not None:
+        logits = known_logits(logits, head, known)
+    return logits.softmax(dim=1)[:, 1:] if head == "softmax" else logits.sigmoid()
+
+
 def truth_masks(masks: Tensor, classes: int) -> Tensor:
     """Return bool [B, K, H, W], class 1 first, for label maps uint8 [B, H, W] of 0 = background, 1..K.
 

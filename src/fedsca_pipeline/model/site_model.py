@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,8 +41,8 @@ from fedsca_pipeline.files import (
 from fedsca_pipeline.model.adapters.attach import EXPORT_AGAIN, load_adapters, read_object
 from fedsca_pipeline.model.foundation import load_foundation, prepare_foundation
 from fedsca_pipeline.model.foundation.model import SegmentationModel
-from fedsca_pipeline.model.heads import predict_masks
 from fedsca_pipeline.model.layout import faults
+from fedsca_pipeline.model.segmentation import full_logits, labels_of, segment_slices
 
 GENERAL_MODEL = "_general_model"
 CARD, DECODER, ENCODER = "site_model.json", "decoder.safetensors", "encoder.safetensors"
@@ -126,13 +126,13 @@ class SiteModel(nn.Module):
             WeightsError: the model computes values that are not finite.
         """
         image = _image(source)
+        (logits,) = full_logits(self.network, [self.fit(image)], [image.shape[:2]], self.card.image_size)
+        return labels_of(logits, self.network.head, self.card.threshold, self.card.known_classes)
+
+    def fit(self, image: np.ndarray) -> np.ndarray:
+        """Return an image [H, W] or [H, W, 3] as training prepares it: uint8 [3, h, w], its longer side S pixels."""
         levels, _ = normalise(image, self.card.normalise)
-        height, width = image.shape[:2]
-        fitted = fit_image(levels, self.card.image_size)[None]
-        labels: np.ndarray = _segment(
-            self.network, fitted, (height, width), self.card.image_size, self.card.threshold, self.card.known_classes
-        )[0]
-        return labels
+        return fit_image(levels, self.card.image_size)
 
     def segment_volume(self, source: Volume | str | Path, batch_size: int = 8) -> np.ndarray:
         """Return the label map of a volume in any orientation, on the volume's own grid.
@@ -207,65 +207,6 @@ def _named(source: str | Path) -> Iterator[None]:
         yield
     except BrokenSampleError as error:
         raise BrokenSampleError(f"{source}: {error.reason}", error.cure) from error
-
-
-def segment_slices(
-    network: SegmentationModel,
-    slices: VolumeSlices,
-    side: int,
-    threshold: float,
-    known: Sequence[int] | None = None,
-    batch_size: int = 8,
-) -> np.ndarray:
-    """Return the label map of a volume, segmented slice by slice. Where classes overlap, the highest number wins.
-
-    Args:
-        network: on any device.
-        slices: the volume's slices, resized to ``side``.
-        side: S, the network's image size.
-        threshold: as in ``heads.predict_masks``.
-        known: classes that may be predicted; None: all.
-        batch_size: slices at a time.
-
-    Returns:
-        uint8 [X, Y, Z], 0 = background, 1..K, on the volume's own grid.
-
-    Raises:
-        WeightsError: the network computes values that are not finite.
-    """
-    planes: list[np.ndarray] = []
-    for start in range(0, len(slices), batch_size):
-        fitted = np.stack([slices.image(index) for index in range(start, min(start + batch_size, len(slices)))])
-        planes.extend(_segment(network, fitted, slices.size, side, threshold, known))
-    return slices.restack(planes)
-
-
-@torch.inference_mode()
-def _segment(
-    network: SegmentationModel,
-    fitted: np.ndarray,
-    size: tuple[int, int],
-    side: int,
-    threshold: float,
-    known: Sequence[int] | None,
-) -> np.ndarray:
-    """Return label maps uint8 [B, *size] of resized images uint8 [B, 3, h, w]; logits, not masks, are resized."""
-    count, _, height, width = fitted.shape
-    device = next(network.parameters()).device
-    pixels = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device)
-    pixels[..., :height, :width] = torch.from_numpy(fitted.copy())
-    valid = torch.zeros(count, 1, side, side, dtype=torch.bool, device=device)
-    valid[..., :height, :width] = True
-    logits = network(network.normalise(pixels, valid))[..., :height, :width]
-    if not logits.isfinite().all():
-        raise WeightsError(
-            "the model computes NaN or infinity, which would look like an empty mask; its weights or its foundation "
-            "are damaged: load another copy, or train again"
-        )
-    full = nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-    masks = predict_masks(full, network.head, threshold, known)
-    labels = torch.arange(1, masks.shape[1] + 1, device=device, dtype=torch.uint8).view(-1, 1, 1)
-    return (masks * labels).amax(dim=1).cpu().numpy()
 
 
 def save_site_model(

@@ -53,6 +53,20 @@ def read_header(path: Path) -> DicomHeader | None:
         return None
 
 
+def read_pixel_spacing(path: Path) -> tuple[float, float] | None:
+    """Return the mm from row to row and from column to column in a file of one frame; None if it does not tell.
+
+    The spacing on the detector of a projection (ImagerPixelSpacing) is not that in the patient, and is not used.
+
+    Raises:
+        BrokenSampleError: the file cannot be read as DICOM.
+    """
+    with _discreet():
+        spacing = _dataset(path, pixels=False).get("PixelSpacing") or ()
+        known = [float(step) for step in spacing]
+        return (known[0], known[1]) if len(known) == 2 and all(0 < step < math.inf for step in known) else None
+
+
 @dataclass(frozen=True)
 class Relations:
     """A file's identifiers, and those of the files that it refers to.

@@ -15,28 +15,24 @@ import logging
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from fedsca_pipeline.data.importers.dicom_export import Export, images_of
 from fedsca_pipeline.data.importers.layout import Importer, Patterns, Watch
 from fedsca_pipeline.data.importers.layouts import site_folder
 from fedsca_pipeline.data.importers.masks import Label, stored_values, two_values
 from fedsca_pipeline.data.importers.pictures import Picture, UnusableError, blaming, read_dicom
 from fedsca_pipeline.data.importers.sample import Sample
 from fedsca_pipeline.data.importers.tables import visible_files
-from fedsca_pipeline.data.readers.common import LITTER, BrokenSampleError, split_name
-from fedsca_pipeline.data.readers.dicom import (
-    Relations,
-    read_frame_segmentation,
-    read_relations,
-    read_segmentation,
-)
+from fedsca_pipeline.data.readers.common import BrokenSampleError, split_name
+from fedsca_pipeline.data.readers.dicom import read_frame_segmentation, read_segmentation
 from fedsca_pipeline.data.readers.volume import Volume
 from fedsca_pipeline.data.site_folder.discovery import is_own_file
-from fedsca_pipeline.data.site_folder.identifiers import KINDS, is_dicom
+from fedsca_pipeline.data.site_folder.identifiers import KINDS
 from fedsca_pipeline.errors import ConfigError, DataError, counted
 
 logger = logging.getLogger(__name__)
@@ -53,39 +49,6 @@ _NO_PATIENT = BrokenSampleError(
 )
 
 
-@dataclass(frozen=True)
-class _Export:
-    """The DICOM files of a source: the readable ones, one of each instance, and the others with what is wrong."""
-
-    files: Mapping[Path, Relations]
-    unreadable: Mapping[Path, BrokenSampleError]
-
-    @classmethod
-    def of(cls, source: Path, watch: Watch) -> _Export:
-        files: dict[Path, Relations] = {}
-        unreadable: dict[Path, BrokenSampleError] = {}
-        instances = set()
-        for path in watch(visible_files(source)):
-            # A DICOMDIR lists what lies beside it.
-            if path.name.lower() in LITTER or not is_own_file(path, source) or not is_dicom(path, source):
-                continue
-            try:
-                found = read_relations(path)
-            except BrokenSampleError as error:
-                unreadable[path] = error
-                continue
-            # Exports have copies of one instance in several folders.
-            if found.instance not in instances:
-                instances.add(found.instance)
-                files[path] = found
-        return cls(files, unreadable)
-
-    @property
-    def segments(self) -> Counter[str]:
-        """Number of segmentations that have a segment of this label."""
-        return Counter(label for found in self.files.values() for label in set(found.segments.values()))
-
-
 def configure(source: Path, options: Mapping[str, str], watch: Watch) -> Importer:
     """Return the importer of the segments that the headers of the source's files name.
 
@@ -97,7 +60,7 @@ def configure(source: Path, options: Mapping[str, str], watch: Watch) -> Importe
     """
     if all((source / kind).is_dir() for kind in KINDS):
         return site_folder.importer_of(source, options, names="segments")
-    export = _Export.of(source, watch)
+    export = Export.of(source, watch)
     there, drawn = export.segments, _drawn(source)
     if not there and drawn:
         return _with_nifti(export, drawn, options)
@@ -144,7 +107,7 @@ def _drawn(source: Path) -> dict[Path, list[Path]]:
     return found
 
 
-def _with_nifti(export: _Export, drawn: Mapping[Path, list[Path]], options: Mapping[str, str]) -> Importer:
+def _with_nifti(export: Export, drawn: Mapping[Path, list[Path]], options: Mapping[str, str]) -> Importer:
     """Return the importer of series with NIfTI masks: ``segments`` name their numbers from 1 on. Default: one class."""
     names = str(options["segments"]).split(_DIVIDER) if "segments" in options else ["foreground"]
     label = stored_values({number: number for number in range(len(names) + 1)}) if len(names) > 1 else two_values()
@@ -159,10 +122,10 @@ def _with_nifti(export: _Export, drawn: Mapping[Path, list[Path]], options: Mapp
 
 
 def _beside(
-    _: Path, __: list[Sample], *, export: _Export, drawn: Mapping[Path, list[Path]], site: str
+    _: Path, __: list[Sample], *, export: Export, drawn: Mapping[Path, list[Path]], site: str
 ) -> Iterator[Sample]:
     """Yield an image per series, or file, with the NIfTI of its folder, which holds no other image."""
-    images = list(_images(export.files))
+    images = list(images_of(export.files))
     inhabitants = Counter(folder for _, _, files in images for folder in {file.parent for file in files})
     taken: set[Path] = set()
     for uid, _identifiers, files in images:
@@ -189,19 +152,19 @@ def _beside(
     yield from _unreadable(export, site)
 
 
-def _unreadable(export: _Export, site: str) -> Iterator[Sample]:
+def _unreadable(export: Export, site: str) -> Iterator[Sample]:
     for path, error in export.unreadable.items():
         yield Sample(site, str(path), "", (path,), (), error)
 
 
-def _related(_: Path, __: list[Sample], *, export: _Export, site: str) -> Iterator[Sample]:
+def _related(_: Path, __: list[Sample], *, export: Export, site: str) -> Iterator[Sample]:
     """Yield an image per series of placed frames, or file, with the segmentations that refer to it."""
     masks: dict[str, list[Path]] = defaultdict(list)
     for path, found in export.files.items():
         for uid in found.sources if found.segments else ():
             masks[uid].append(path)
     taken: set[Path] = set()
-    for uid, known_as, files in _images(export.files):
+    for uid, known_as, files in images_of(export.files):
         own = list(dict.fromkeys(mask for key in known_as for mask in masks.get(key, ())))
         taken.update(own)
         patient = export.files[files[0]].patient
@@ -212,24 +175,6 @@ def _related(_: Path, __: list[Sample], *, export: _Export, site: str) -> Iterat
             fault = BrokenSampleError("a segmentation of an image that is not there", "export that series too")
             yield Sample(site, found.instance, "", (path,), (), fault)
     yield from _unreadable(export, site)
-
-
-def _images(files: Mapping[Path, Relations]) -> Iterator[tuple[str, tuple[str, ...], list[Path]]]:
-    """Yield each image's identifier, the identifiers by which a segmentation may refer to it, and its files.
-
-    An image is a series of several placed single frames, or a file. The only file of a series has two identifiers.
-    """
-    series: dict[str, list[Path]] = defaultdict(list)
-    for path, found in files.items():
-        if found.is_image:
-            series[found.series].append(path)
-    for uid, members in series.items():
-        if len(members) > 1 and all(files[path].frames == 1 and files[path].placed for path in members):
-            yield uid, (uid,), members
-            continue
-        for path in members:
-            own = files[path].instance
-            yield own, (own, uid) if len(members) == 1 else (own,), [path]
 
 
 def _read(sample: Sample, _: Label | None, *, segments: Mapping[Path, Mapping[int, int]], ordered: bool) -> Picture:

@@ -1,0 +1,1 @@
+"""New images, segmented by a finished model."""

@@ -1,0 +1,1 @@
+"""A finished model on new images: masks, overlays and a table."""
