@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from site_models import make_model
 
 from fedsca_pipeline.errors import AuditError, ConfigError, UnavailableError
 from fedsca_pipeline.files import open_locked, write_bytes
@@ -54,6 +55,27 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
 
 def test_valid_data_pass_the_check(site_file) -> None:
     assert main([str(site_file()), "--check"]) == 0
+
+
+def test_new_images_are_segmented_with_the_site_s_own_model_and_nothing_else_is_asked_for(
+    site_file, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = site_file()
+    config = read_site_config(file)
+    make_model(config.work / "06_models" / config.site, config.foundation_root)
+
+    assert main([str(file), "--predict", str(tmp_path / "data" / "images")]) == 0
+
+    masks = config.work / "07_model_output" / "predicted" / config.site / "masks"
+    images = {path.stem for path in (tmp_path / "data" / "images").iterdir()}
+    assert {path.stem for path in masks.iterdir()} == images
+    assert "predictions.csv" in capsys.readouterr().out
+    assert not (config.work / "audit.jsonl").exists()
+
+
+def test_without_a_model_a_prediction_says_when_there_will_be_one(site_file, tmp_path: Path, caplog) -> None:
+    assert main([str(site_file()), "--predict", str(tmp_path / "data" / "images")]) == os.EX_CONFIG
+    assert "a run writes it when it ends" in caplog.text
 
 
 def test_the_signal_handlers_are_restored_when_the_command_has_ended(site_file) -> None:

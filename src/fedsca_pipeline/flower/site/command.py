@@ -72,6 +72,32 @@ def _unavailable(folder: Path) -> str | None:
         return f"the folder cannot be read ({error.strerror}); give read access to the user that runs this"
 
 
+def predict_images(config: SiteConfig, source: Path) -> None:
+    """Segment the images of a file or folder with the model that this site took from its last run; nothing leaves.
+
+    Raises:
+        ConfigError: the site has no model yet, or there is no such file or folder.
+        DataError: no image is there; or some could not be segmented, after all others were.
+        WeightsError: the model is damaged.
+    """
+    from fedsca_pipeline.config import DecodeConfig, PredictConfig, RunConfig
+    from fedsca_pipeline.flower.site.work_folder import WorkFolder
+    from fedsca_pipeline.prediction.run import predict_folder
+
+    folder = WorkFolder.of(config)
+    if not (folder.models / config.site / "site_model.json").is_file():
+        raise ConfigError(f"{config.site}: no model in {folder.models}; a run writes it when it ends")
+    predict_folder(
+        folder.models / config.site,
+        folder.predicted / config.site,
+        PredictConfig(source=str(source)),
+        run=RunConfig(device=config.resources.device),
+        threads=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        decode=DecodeConfig(),
+        foundations=config.foundation_root,
+    )
+
+
 def run_site(config: SiteConfig, worker: Sequence[str], stopped: threading.Event) -> None:
     """Take part in the federation until ``stopped``. All child processes end with this one, even if it is killed.
 
@@ -164,6 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             show_audit(given.file if is_log else read_site_config(given.file).audit, given.known)
             return 0
         config = read_site_config(given.file)
+        if given.predict:
+            predict_images(config, given.predict)
+            return 0
         check_certificates(config.certificates)
         # The check of many images takes longer than systemd waits for a stop, and it can be interrupted at any point.
         with _on_signals(signal.default_int_handler):
@@ -191,6 +220,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--check", action="store_true", help="check configuration and data, then stop")
     only.add_argument("--audit", action="store_true", help="check the audit log, show what came and left, then stop")
+    only.add_argument(
+        "--predict",
+        metavar="SOURCE",
+        type=Path,
+        help="segment an image, or a folder of them, with the site's own model",
+    )
     parser.add_argument(
         "--known",
         metavar="HASH",

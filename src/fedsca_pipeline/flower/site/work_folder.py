@@ -16,7 +16,8 @@ from fedsca_pipeline.flower.config import SiteConfig
 class WorkFolder:
     """Paths below the work folder of a site.
 
-    ``raw``, ``private``, ``models``, ``checkpoints`` and ``predictions`` are folders, the others are files.
+    ``raw``, ``private``, ``models``, ``checkpoints``, ``predictions`` (of test images) and ``predicted`` (of new ones)
+    are folders, the others are files.
     """
 
     site: str
@@ -32,6 +33,7 @@ class WorkFolder:
     scores: Path
     volume_scores: Path
     predictions: Path
+    predicted: Path
     overlays: Path
 
     @classmethod
@@ -52,6 +54,7 @@ class WorkFolder:
             scores=root / "07_model_output" / "test_scores.csv",
             volume_scores=root / "07_model_output" / "volume_scores.csv",
             predictions=root / "07_model_output" / "predictions",
+            predicted=root / "07_model_output" / "predicted",
             overlays=root / "08_reporting" / "overlays.png",
         )
 
