@@ -38,7 +38,10 @@ def _model_folder(model: str | None, models: Path) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    sites = sorted(card.parent.name for card in models.glob("*/site_model.json"))
+    # The general model of a run has a name with an underscore; sites come first.
+    sites = sorted(
+        (card.parent.name for card in models.glob("*/site_model.json")), key=lambda name: (name[0] == "_", name)
+    )
     if model is None:
         raise ConfigError(f"predict.model: not named; name a site ({', '.join(sites) or 'none has a model yet'})")
     for folder in (models / model, Path(model).expanduser()):
