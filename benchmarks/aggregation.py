@@ -21,8 +21,11 @@ from measure import Ratio, in_turn, ratios, report, seconds
 from fedsca_pipeline.federation.run import resolve_threads
 from fedsca_pipeline.federation.server.arrays import RoundMemory, mapped
 from fedsca_pipeline.federation.strategies import build_strategy
-from fedsca_pipeline.federation.strategies.server_step import Replies, ServerState
+from fedsca_pipeline.federation.strategies.server_step import Replies, ServerState, SiteLimits
 from fedsca_pipeline.model.layout import TensorLayout
+
+# The defaults of ``federation``.
+LIMITS = SiteLimits(max_norm_ratio=10.0, max_share=0.5, clip_to_median=False)
 
 
 class PeakMemory:
@@ -66,7 +69,7 @@ def main() -> None:
         initial = torch.zeros(values)
 
         def step() -> None:
-            strategy.aggregate(state, replies, sites=sites, initial=initial, max_norm_ratio=10.0, out=memory.results)
+            strategy.aggregate(state, replies, sites=sites, initial=initial, limits=LIMITS, out=memory.results)
 
         def copy() -> None:
             memory.results.aggregates.copy_(memory.updates)

@@ -285,6 +285,12 @@ class FederationConfig(_Config):
     wire_dtype: Literal["fp32", "fp16", "int8"] = "fp16"
     compression: Literal["zstd", "none"] = Field("zstd", description="of every message; both kinds can be read")
     max_norm_ratio: float = Field(10.0, gt=1.0, description="an update this many times the median norm is rejected")
+    clip_to_median: bool = Field(
+        False, description="whether longer updates are shortened to the median norm of their round"
+    )
+    max_share: float = Field(
+        0.5, gt=0.0, le=1.0, description="largest share of one site in the prior of any mix; of K sites at least 1/K"
+    )
     server_memory: float = Field(
         4.0, ge=0.0, description="GiB for the server's arrays [sites, values]; the rest is on disk"
     )

@@ -10,10 +10,14 @@ from torch import Tensor
 
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.federation.strategies.base import Strategy
-from fedsca_pipeline.federation.strategies.server_step import Aggregation, Replies, ServerState
+from fedsca_pipeline.federation.strategies.server_step import Aggregation, Replies, ServerState, SiteLimits
 from fedsca_pipeline.model.layout import TensorLayout
 
 SITES = ("a", "b", "c", "d")
+# The defaults of ``federation``.
+LIMITS = SiteLimits(max_norm_ratio=10.0, max_share=0.5, clip_to_median=False)
+# No limit on one site: the formulas of the papers know none.
+FREE = SiteLimits(max_norm_ratio=1e9, max_share=1.0, clip_to_median=False)
 
 
 def double(*values: Any) -> Tensor:
@@ -53,7 +57,7 @@ def step(
     """Return the state and result of one step for ``SITES``; start values are -7, ``more`` goes to ``aggregate``."""
     values = replies.updates.shape[1]
     state = state or ServerState.initial(len(SITES), values, len(strategy.groups()))
-    given = {"initial": torch.full((values,), -7.0), "max_norm_ratio": 10.0, **more}
+    given = {"initial": torch.full((values,), -7.0), "limits": LIMITS, **more}
     return strategy.aggregate(state, replies, sites=SITES, **given)
 
 

@@ -247,7 +247,8 @@ class _Training:
         latest = CheckpointFolder(self.folder / "server", self.cell.fingerprint).latest()
         if not shapes or latest is None:
             return dict(self.worker.initial)
-        mixed = unflatten(self.strategy.general_model(latest.state), tuple(shapes), shapes)
+        general = self.strategy.general_model(latest.state, self.federation.max_share)
+        mixed = unflatten(general, tuple(shapes), shapes)
         return {name: mixed.get(name, start) for name, start in self.worker.initial.items()}
 
     def _private(self) -> tuple[str, ...]:

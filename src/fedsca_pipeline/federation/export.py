@@ -113,5 +113,6 @@ def _general_tensors(setup: Setup, start: Mapping[str, Tensor], folder: RunFolde
     latest, shapes = CheckpointFolder(folder.server, folder.fingerprint).latest(), setup.strategy.wire_shapes()
     if latest is None or not shapes:
         return None
-    shared = unflatten(setup.strategy.general_model(latest.state), tuple(shapes), shapes)
+    general = setup.strategy.general_model(latest.state, setup.settings.federation.max_share)
+    shared = unflatten(general, tuple(shapes), shapes)
     return {name: shared.get(name, tensor) for name, tensor in start.items()}

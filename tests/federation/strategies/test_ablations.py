@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from server_steps import flat_layout
+from server_steps import FREE, flat_layout
 
 from fedsca_pipeline.federation.strategies import build_strategy, kernels
 from fedsca_pipeline.federation.strategies.rules import Phase
@@ -23,7 +23,7 @@ def aggregate(options, seed=0):
         Replies(1, SITES, bases, updates.clone(), torch.ones(3).double()),
         sites=SITES,
         initial=torch.randn(20, generator=draw),
-        max_norm_ratio=1e9,
+        limits=FREE,
     )
     return found, bases, updates
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from server_steps import SITES, fedsca, flat_layout, replies_of, step
+from server_steps import FREE, SITES, fedsca, flat_layout, replies_of, step
 
 from fedsca_pipeline.errors import NoValidSite
 from fedsca_pipeline.federation.strategies import build_strategy, kernels
@@ -50,10 +50,10 @@ class TestMemory:
             patch.setattr(kernels, "_CACHED", columns * len(SITES))
             patch.setattr(kernels, "_KERNEL", band)
             strategy = fedsca(values, weighting="uniform")
-            after, found = step(strategy, state, replies, max_norm_ratio=1e6)
+            after, found = step(strategy, state, replies, limits=FREE)
             products = gram(updates, (slice(0, values),))[0]
             weights = strategy.site_weights(
-                after, torch.tensor([SITES.index(site) for site in sites]), torch.ones(1, len(sites)) > 0
+                after, torch.tensor([SITES.index(site) for site in sites]), torch.ones(1, len(sites)) > 0, 1.0
             )[0]
 
         exact, local_models, aggregates, apart = dense(state, replies, weights)
@@ -154,10 +154,10 @@ class TestCatchUp:
         strategy = fedsca(1)
         samples = {"a": 10, "b": 30}
 
-        state, found = step(strategy, None, replies_of({"a": [4.0], "b": [8.0]}, samples=samples))
+        state, found = step(strategy, None, replies_of({"a": [4.0], "b": [8.0]}, samples=samples), limits=FREE)
 
         assert found.aggregates[2].tolist() == [7.0]
-        assert found.aggregates[2:].equal(strategy.general_model(state).expand(2, 1))
+        assert found.aggregates[2:].equal(strategy.general_model(state, 1.0).expand(2, 1))
 
     def test_without_memory_every_absent_site_receives_the_general_model(self):
         strategy = fedsca(1, memory=False, prior="uniform")
@@ -193,13 +193,16 @@ class TestGeneralModel:
     state, _ = step(fedsca(1), None, replies_of({"a": [4.0], "c": [8.0]}, samples={"c": 30}))
 
     def test_it_is_the_mean_by_prior_of_all_sites_that_ever_trained(self):
-        assert fedsca(1).general_model(self.state).tolist() == [7.0]
-        assert fedsca(1).general_model(self.state, "uniform").tolist() == [6.0]
-        assert fedsca(1, prior="uniform").general_model(self.state).tolist() == [6.0]
+        assert fedsca(1).general_model(self.state, 1.0).tolist() == [7.0]
+        assert fedsca(1).general_model(self.state, 1.0, "uniform").tolist() == [6.0]
+        assert fedsca(1, prior="uniform").general_model(self.state, 1.0).tolist() == [6.0]
+
+    def test_no_site_has_more_of_it_than_the_largest_share(self):
+        assert fedsca(1).general_model(self.state, 0.7).tolist() == pytest.approx([0.3 * 4 + 0.7 * 8])
 
     def test_before_any_training_it_is_refused(self):
         with pytest.raises(NoValidSite, match="no general model"):
-            build_strategy("local", {}, flat_layout(3)).general_model(ServerState.initial(2, 3, 1))
+            build_strategy("local", {}, flat_layout(3)).general_model(ServerState.initial(2, 3, 1), 1.0)
 
 
 class TestDefaults:
@@ -228,7 +231,7 @@ class TestDefaults:
         assert found.spread.tolist() == [0, 0]
         assert again.accepted == ("b", "c")
         assert not caplog.records
-        assert built.general_model(state).shape == (0,)
+        assert built.general_model(state, 1.0).shape == (0,)
 
 
 class TestWarning:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
-from server_steps import flat_layout
+from server_steps import FREE, flat_layout
 
 from fedsca_pipeline.federation.strategies import build_strategy, kernels
 from fedsca_pipeline.federation.strategies.rules import Phase
@@ -41,7 +41,7 @@ def aggregate(name, replies, initial, sites=None, options=None):
         replies,
         sites=sites,
         initial=initial,
-        max_norm_ratio=1e9,
+        limits=FREE,
     )[1]
 
 

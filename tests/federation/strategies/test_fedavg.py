@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from server_steps import flat_layout
+from server_steps import FREE, flat_layout
 
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.federation.strategies.server_step import Replies, ServerState
@@ -15,7 +15,7 @@ SITES = ("a", "b", "c")
 def aggregate(strategy, state, sites, updates, samples):
     updates = torch.tensor(updates)
     replies = Replies(1, sites, torch.ones(len(SITES), 2), updates, torch.tensor(samples, dtype=torch.float64))
-    return strategy.aggregate(state, replies, sites=SITES, initial=torch.zeros(2), max_norm_ratio=10.0)
+    return strategy.aggregate(state, replies, sites=SITES, initial=torch.zeros(2), limits=FREE)
 
 
 def test_every_site_receives_the_average_weighted_by_training_images():
@@ -34,7 +34,7 @@ def test_absent_sites_receive_this_rounds_average_without_being_in_it():
     state, found = aggregate(fedavg, state, ("b", "c"), [[2.0, 2.0], [4.0, 4.0]], [1, 9])
 
     assert found.aggregates.tolist() == [[4.0, 4.0]] * 3
-    torch.testing.assert_close(fedavg.general_model(state), state.local_models.mean(dim=0))
+    torch.testing.assert_close(fedavg.general_model(state, 1.0), state.local_models.mean(dim=0))
 
 
 def test_a_zero_update_counts_like_any_other():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from server_steps import flat_layout
+from server_steps import FREE, flat_layout
 
 from fedsca_pipeline.data.arrays import SiteArrays
 from fedsca_pipeline.federation.strategies import build_strategy
@@ -33,7 +33,7 @@ def aggregate(strategy, steps, samples, seed=0, sites=SITES, updates=None):
         replies,
         sites=SITES,
         initial=torch.zeros(5),
-        max_norm_ratio=1e9,
+        limits=FREE,
     )
     return found, replies
 
@@ -92,18 +92,19 @@ def test_a_site_with_an_unusable_number_of_steps_is_rejected_alone(steps):
 
 
 def test_a_run_of_sites_with_unequal_images_follows_the_closed_form(federate, write_site):
-    data = {name: SiteArrays(*write_site(name, seed, count)) for seed, (name, count) in enumerate((("a", 3), ("b", 8)))}
+    counts = {"a": 3, "b": 8, "c": 5}
+    data = {name: SiteArrays(*write_site(name, seed, count)) for seed, (name, count) in enumerate(counts.items())}
 
     run = federate("fednova", data=data, rounds=1)
 
-    replies = [run.replies[1, site] for site in "ab"]
-    (tau_a, tau_b), (n_a, n_b) = ([r.manifest.metrics["steps"] for r in replies], [r.manifest.samples for r in replies])
-    assert (tau_a, tau_b, n_a, n_b) == (2, 4, 3, 8)
-    p_a, p_b = n_a / (n_a + n_b), n_b / (n_a + n_b)
-    tau = p_a * tau_a + p_b * tau_b
+    replies = [run.replies[1, site] for site in counts]
+    steps, samples = ([r.manifest.metrics["steps"] for r in replies], [r.manifest.samples for r in replies])
+    assert (steps, samples) == ([2, 4, 3], [3, 8, 5])
+    shares = [count / sum(samples) for count in samples]
+    tau = sum(share * number for share, number in zip(shares, steps, strict=True))
     for name, received in run.sent[2, "a"].tensors.items():
         expected = run.sent[1, "a"].tensors[name] + sum(
-            p * tau / steps * reply.tensors[name]
-            for p, steps, reply in zip((p_a, p_b), (tau_a, tau_b), replies, strict=True)
+            share * tau / number * reply.tensors[name]
+            for share, number, reply in zip(shares, steps, replies, strict=True)
         )
         torch.testing.assert_close(received, expected, rtol=1e-5, atol=1e-7)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from server_steps import FREE
 
 from fedsca_pipeline.config import AdaptersConfig
 from fedsca_pipeline.errors import ConfigError
@@ -30,7 +31,7 @@ def aggregate(name, thetas, samples):
         replies,
         sites=SITES,
         initial=torch.zeros(thetas.shape[1]),
-        max_norm_ratio=1e9,
+        limits=FREE,
     )
     torch.testing.assert_close(found.aggregates, found.aggregates[:1].expand(3, -1))
     return found.aggregates[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from server_steps import LIMITS
 
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.federation.strategies.merge import is_lora_b, lora_pairs, merge_products
@@ -116,7 +117,7 @@ class TestThroughAStrategy:
             self.replies,
             sites=("a", "b"),
             initial=torch.zeros(21),
-            max_norm_ratio=10.0,
+            limits=LIMITS,
         )
 
     def test_a_only_sends_no_b(self):
@@ -130,7 +131,7 @@ class TestThroughAStrategy:
 
         expected = best_fit(torch.full((1, 2, 2), 0.5), state.local_models)
         torch.testing.assert_close(product(found.aggregates), expected, atol=1e-5, rtol=1e-5)
-        general = fedavg.general_model(state)
+        general = fedavg.general_model(state, 1.0)
         torch.testing.assert_close(product(general[None]), expected[:1], atol=1e-5, rtol=1e-5)
 
     def test_naive_mixes_the_factors(self):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from server_steps import flat_layout, replies_of, step
+from server_steps import FREE, flat_layout, replies_of, step
 
 from fedsca_pipeline.errors import ConfigError
 from fedsca_pipeline.federation.strategies import build_strategy
@@ -21,7 +21,7 @@ four = st.fixed_dictionaries(dict.fromkeys("abcd", updates))
 
 def aggregate_of(name: str, sent: dict[str, list[float]], samples: dict[str, float] | None = None, **options: object):
     strategy = build_strategy(name, options, LAYOUT)
-    _, found = step(strategy, None, replies_of(sent, samples=samples), max_norm_ratio=1e9)
+    _, found = step(strategy, None, replies_of(sent, samples=samples), limits=FREE)
     # Every site receives the same, absent ones too.
     assert torch.equal(found.aggregates, found.aggregates[:1].expand_as(found.aggregates))
     return found.aggregates[0]

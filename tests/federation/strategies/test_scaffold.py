@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from server_steps import FREE
 
 from fedsca_pipeline.federation.messages.codec import decode, encode
 from fedsca_pipeline.federation.messages.manifest import Manifest
@@ -44,7 +45,7 @@ def aggregate(state, updates, bases, sites=SITES, chosen=strategy):
         replies,
         sites=SITES,
         initial=torch.zeros(4),
-        max_norm_ratio=1e9,
+        limits=FREE,
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
-from server_steps import flat_layout
+from server_steps import FREE, flat_layout
 
 from fedsca_pipeline.errors import ConfigError
 from fedsca_pipeline.federation.strategies import build_strategy, strategy_options
@@ -57,7 +57,7 @@ def run(options, replies, state=None, groups=None, sites=None):
     options = {"granularity": "block", "shared_blocks": "all", **options}
     layout = flat_layout(*(group.stop - group.start for group in groups))
     return build_strategy("fedsca", options, layout).aggregate(
-        state, replies, sites=sites, initial=torch.zeros(values), max_norm_ratio=1e9
+        state, replies, sites=sites, initial=torch.zeros(values), limits=FREE
     )
 
 

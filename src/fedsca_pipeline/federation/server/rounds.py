@@ -23,7 +23,7 @@ from fedsca_pipeline.federation.server.checkpoint import Checkpoint, CheckpointF
 from fedsca_pipeline.federation.server.records import RoundRecord, SiteRecord
 from fedsca_pipeline.federation.server.replies import RoundReplies, Sent
 from fedsca_pipeline.federation.strategies.base import Strategy
-from fedsca_pipeline.federation.strategies.server_step import Aggregation, ServerState
+from fedsca_pipeline.federation.strategies.server_step import Aggregation, ServerState, SiteLimits
 from fedsca_pipeline.model.layout import flatten, hash_tensors, unflatten
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class Server:
     ) -> None:
         self.fleet, self.strategy, self.config = fleet, strategy, config
         self.run, self.seed, self.folder, self.samples = run, seed, folder, samples
+        self.limits = SiteLimits(config.max_norm_ratio, config.max_share, config.clip_to_median)
         self.sites = tuple(fleet.sites())
         self.shapes = strategy.wire_shapes()
         self.names = tuple(self.shapes)
@@ -118,7 +119,7 @@ class Server:
             replies.stack(self.memory.bases),
             sites=self.sites,
             initial=self.initial,
-            max_norm_ratio=self.config.max_norm_ratio,
+            limits=self.limits,
             out=self.memory.results,
         )
         if len(aggregation.accepted) < self.config.quorum:

@@ -22,11 +22,28 @@ from fedsca_pipeline.errors import ConfigError, NoValidSite
 from fedsca_pipeline.federation.strategies import server_step
 from fedsca_pipeline.federation.strategies.kernels import ZERO_NORM, Groups, LocalModels, Results, cosines, gram
 from fedsca_pipeline.federation.strategies.rules import LocalRule, Phase
-from fedsca_pipeline.federation.strategies.server_step import Aggregation, Prior, Replies, ServerState, block
+from fedsca_pipeline.federation.strategies.server_step import (
+    Aggregation,
+    Prior,
+    Replies,
+    ServerState,
+    SiteLimits,
+    block,
+)
 from fedsca_pipeline.federation.strategies.weighting import prior_weights
 from fedsca_pipeline.model.layout import TensorLayout
 
-__all__ = ["Groups", "LocalModels", "LocalRule", "Phase", "Prior", "Replies", "Strategy", "StrategyOptions"]
+__all__ = [
+    "Groups",
+    "LocalModels",
+    "LocalRule",
+    "Phase",
+    "Prior",
+    "Replies",
+    "SiteLimits",
+    "Strategy",
+    "StrategyOptions",
+]
 
 
 class StrategyOptions(BaseModel):
@@ -52,13 +69,14 @@ class Strategy:
     >>> class Half(Strategy):
     ...     name = "half"
     ...     def weights(self, similarity, partners, prior):
-    ...         return (torch.eye(len(prior)) + super().weights(similarity, partners, prior)) / 2
+    ...         return (torch.eye(len(partners)) + super().weights(similarity, partners, prior)) / 2
     >>> half = Half(StrategyOptions(), TensorLayout(blocks=(("adapter",),), decoder=(), shapes={"adapter": (2,)}))
     >>> updates = torch.tensor([[4.0, 0.0], [0.0, 4.0]])
     >>> replies = Replies(1, ("north", "south"), torch.zeros(2, 2), updates, samples=torch.ones(2).double())
     >>> state, result = half.aggregate(
     ...     ServerState.initial(n_sites=2, n_values=2, n_groups=1), replies,
-    ...     sites=("north", "south"), initial=torch.zeros(2), max_norm_ratio=10.0,
+    ...     sites=("north", "south"), initial=torch.zeros(2),
+    ...     limits=SiteLimits(max_norm_ratio=10.0, max_share=0.5, clip_to_median=False),
     ... )
     >>> result.aggregates
     tensor([[3., 1.],
@@ -129,7 +147,7 @@ class Strategy:
         *,
         sites: tuple[str, ...],
         initial: Tensor,
-        max_norm_ratio: float,
+        limits: SiteLimits,
         out: Results | None = None,
     ) -> tuple[ServerState, Aggregation]:
         """Return the new state and what each site receives (docs/method.md). No argument changes, except ``out``.
@@ -139,7 +157,7 @@ class Strategy:
             replies: of some of ``sites``; their messages are already checked (names, shapes, base hash, round).
             sites: all known sites.
             initial: [V] fp32, for a site without any known model.
-            max_norm_ratio: above 1; an update longer than this many median norms is rejected.
+            limits: on what one site contributes.
             out: memory for local models and aggregates; the local models may overwrite the updates. None: new memory.
 
         Raises:
@@ -148,18 +166,22 @@ class Strategy:
         groups = self.groups()
         grams = gram(replies.updates, groups)
         norms = grams.diagonal(dim1=1, dim2=2).sum(dim=0).sqrt()
-        rejected = self.validate(replies, norms, state.norms, max_norm_ratio)
+        rejected = self.validate(replies, norms, state.norms, limits.max_norm_ratio)
         rows = server_step.accepted_rows(replies, rejected)
         grams, norms, accepted = block(grams, rows), norms[rows], tuple(replies.sites[row] for row in rows)
         site_rows = torch.tensor([sites.index(site) for site in accepted])
-        models = LocalModels(replies.bases, replies.updates, site_rows, rows, initial, groups)
+        factors = server_step.clip_factors(norms) if limits.clip_to_median else None
+        if factors is not None:
+            grams = grams * factors[:, None] * factors
+        models = LocalModels(replies.bases, replies.updates, site_rows, rows, initial, groups, factors)
         memory = self.remember(state.memory, self.compare(grams, models), site_rows)
-        scales = self.scales(replies, rows, len(sites))
+        prior = server_step.shares_of(replies.samples[rows], self.prior, limits.max_share)
+        scales = self.scales(replies, rows, len(sites), prior)
 
         out = out or Results.fresh(len(sites), len(initial))
         previous, state = state.local_models, state.after(replies, models, norms, memory, out.local_models)
         moved = grams.diagonal(dim1=1, dim2=2).sqrt() >= ZERO_NORM
-        weights = self.site_weights(state, site_rows, moved)
+        weights = self.site_weights(state, site_rows, moved, limits.max_share)
         distances = models.mix(previous, weights, out, scales)
         aggregates = self.merge(out.aggregates, weights, state.local_models)
 
@@ -168,7 +190,8 @@ class Strategy:
             server_step.warn_if_almost_local(self.name, replies.round, mutual)
         else:
             similarity, mutual = torch.zeros(1, len(rows), len(rows)).double(), torch.eye(len(rows)).double()[None]
-        spread = torch.where(norms >= ZERO_NORM, distances / norms, 0.0)
+        lengths = norms if factors is None else norms * factors
+        spread = torch.where(norms >= ZERO_NORM, distances / lengths, 0.0)
         return state, Aggregation(aggregates, accepted, rejected, similarity, mutual, norms, spread)
 
     def validate(self, replies: Replies, norms: Tensor, earlier: Tensor, max_norm_ratio: float) -> Mapping[str, str]:
@@ -194,23 +217,29 @@ class Strategy:
         """
         return server_step.with_block(torch.full_like(memory, torch.nan), similarity, rows)
 
-    def scales(self, replies: Replies, rows: Tensor, n_sites: int) -> Tensor | None:
-        """Return the factor of each accepted update, [B, A] float64, ``rows`` [A] being its reply. Default: all 1."""
+    def scales(self, replies: Replies, rows: Tensor, n_sites: int, prior: Tensor) -> Tensor | None:
+        """Return the factor of each accepted update, [B, A] float64, ``rows`` [A] being its reply. Default: all 1.
+
+        ``prior`` [A] is that of the accepted sites, summing to 1.
+        """
         return None
 
-    def site_weights(self, state: ServerState, rows: Tensor, moved: Tensor) -> Tensor:
+    def site_weights(self, state: ServerState, rows: Tensor, moved: Tensor, max_share: float) -> Tensor:
         """Return the weights of all sites, [B, N, N] float64, rows receive, from ``partners`` and ``weights``.
 
         ``rows`` [A]: the accepted sites; ``moved`` [B, A]: whether their update is not zero. A site without partners
-        receives the general model.
+        receives the general model. Each row's prior is limited by ``max_share`` over the sites that it may be mixed of:
+        with others absent, a limit over all known sites would leave one site more.
         """
-        general = server_step.site_prior(state, self.prior)
+        prior = server_step.site_prior(state, self.prior)
+        general = server_step.capped(prior[None], max_share)
         present = torch.zeros_like(state.trained).index_fill(0, rows, True)
         moved_sites = torch.zeros(len(moved), len(present), dtype=torch.bool).index_copy(1, rows, moved)
         weights = torch.zeros_like(state.memory)
         for group, memory in enumerate(state.memory):
             partners = self.partners(present, moved_sites[group], ~memory.isnan())
-            found = self.weights(memory.nan_to_num(nan=0.0), partners, general)
+            priors = server_step.capped(partners * prior, max_share)
+            found = self.weights(memory.nan_to_num(nan=0.0), partners, priors)
             weights[group] = torch.where(partners.any(dim=1, keepdim=True), found, general)
         return weights
 
@@ -225,8 +254,8 @@ class Strategy:
     def weights(self, similarity: Tensor, partners: Tensor, prior: Tensor) -> Tensor:
         """Return the weights of one group, [N, N] float64, rows receive. Default: the prior over each row's partners.
 
-        ``similarity`` [N, N] is 0 if unknown; ``partners`` [N, N] bool; ``prior`` [N] sums to 1. The caller overwrites
-        rows without partners, which may hold any values.
+        ``similarity`` [N, N] is 0 if unknown; ``partners`` [N, N] bool; ``prior`` [N, N] is above 0 for each row's
+        partners only. The caller overwrites rows without partners, which may hold any values.
         """
         return prior_weights(partners, prior)
 
@@ -238,13 +267,13 @@ class Strategy:
         """
         return mixed
 
-    def general_model(self, state: ServerState, prior: Prior | None = None) -> Tensor:
+    def general_model(self, state: ServerState, max_share: float, prior: Prior | None = None) -> Tensor:
         """Return ``sum_j p_j theta_j`` [V], the mean of the latest local models of all sites that ever trained.
 
-        ``prior`` None: the strategy's own. Raises NoValidSite if no site has trained yet.
+        ``max_share``: of one site; ``prior`` None: the strategy's own. Raises NoValidSite if no site has trained yet.
         """
         if not state.trained.any():
             raise NoValidSite("no site has trained yet, so there is no general model")
-        shares = server_step.site_prior(state, prior or self.prior)[None]
+        shares = server_step.capped(server_step.site_prior(state, prior or self.prior)[None], max_share)
         mixed = shares.to(state.local_models.dtype) @ state.local_models
         return self.merge(mixed, shares.expand(len(self.groups()), 1, -1), state.local_models)[0]

@@ -30,10 +30,9 @@ class FedNova(FedAvg):
                     rejected.setdefault(site, f"number of steps {steps:g} is not 1 or more")
         return dict(sorted(rejected.items()))
 
-    def scales(self, replies: Replies, rows: Tensor, n_sites: int) -> Tensor | None:
+    def scales(self, replies: Replies, rows: Tensor, n_sites: int, prior: Tensor) -> Tensor | None:
         """Return ``tau_eff / tau_i`` of each accepted site, the same in every group; the prior weights the mean."""
         if replies.steps is None:
             return None
-        steps, samples = replies.steps[rows], replies.samples[rows]
-        shares = samples / samples.sum() if self.prior == "samples" else samples.new_full(samples.shape, 1 / len(rows))
-        return ((shares @ steps) / steps).expand(len(self.groups()), len(rows))
+        steps = replies.steps[rows]
+        return ((prior @ steps) / steps).expand(len(self.groups()), len(rows))

@@ -59,7 +59,7 @@ class LocalModels:
 
     ``bases`` [N, V] and ``updates`` [S, V] fp32, as received. The A accepted sites are the rows ``site_rows`` [A] of
     ``bases`` and ``reply_rows`` [A] of ``updates``. ``initial`` [V] fp32: the start values. ``groups``: the B column
-    ranges with weights of their own.
+    ranges with weights of their own. ``factors`` [A] float64: what shortens each update; None: 1.
     """
 
     bases: Tensor
@@ -68,6 +68,7 @@ class LocalModels:
     reply_rows: Tensor
     initial: Tensor
     groups: Groups
+    factors: Tensor | None = None
 
     def cosines(self, *, from_start: bool) -> Tensor:
         """Return the cosines [B, A, A] float64 of the local models, or of their distances from the start values."""
@@ -76,7 +77,10 @@ class LocalModels:
         for total, group in zip(grams, self.groups, strict=True):
             for start in range(group.start, group.stop, _COLUMNS):
                 columns = slice(start, min(start + _COLUMNS, group.stop))
-                theta = self.bases[self.site_rows, columns] + self.updates[self.reply_rows, columns]
+                update = self.updates[self.reply_rows, columns]
+                if self.factors is not None:
+                    update = update * self.factors[:, None].to(update.dtype)
+                theta = self.bases[self.site_rows, columns] + update
                 if from_start:
                     theta -= self.initial[columns]
                 total += theta @ theta.T
@@ -94,7 +98,7 @@ class LocalModels:
             weights: [B, N, N] float64. The mix is ``weights[b] @ local_models``; a unit row returns its local model
                 bit for bit, an all-zero row returns ``initial``.
             out: receives the local models and the mixes.
-            scales: [B, A], multiplies each update before it is added to its base. None: 1.
+            scales: [B, A], multiplies each update, beside its factor, before it is added to its base. None: 1.
 
         Returns:
             ``|theta_i - mean|`` [A] float64 of the accepted sites.
@@ -104,6 +108,8 @@ class LocalModels:
         others = torch.ones(count, dtype=torch.bool).index_fill(0, self.site_rows, False).nonzero().flatten()
         mean = torch.zeros(1, count, dtype=torch.float64).index_fill(1, self.site_rows, 1 / max(len(self.site_rows), 1))
         squares = torch.zeros(count, dtype=torch.float64)
+        if self.factors is not None:
+            scales = self.factors.expand(len(self.groups), -1) if scales is None else scales * self.factors
         group_scales = scales.to(previous.dtype) if scales is not None else [None] * len(self.groups)
         width = out.workspace.shape[1]
         for matrix, group, scale in zip(weights, self.groups, group_scales, strict=True):

@@ -48,4 +48,4 @@ class Krum(Averaging, BlockStrategy):
         closest = min(max(count - self.options.hostile - 2, 1), count - 1)
         scores = distances[:, :closest].sum(dim=1).masked_fill(~present, torch.inf)
         chosen = scores.argsort(stable=True)[: min(self.options.chosen, count)]
-        return torch.zeros_like(prior).index_fill(0, chosen, 1 / len(chosen)).expand_as(similarity)
+        return similarity.new_zeros(len(present)).index_fill(0, chosen, 1 / len(chosen)).expand_as(similarity)

@@ -46,7 +46,7 @@ class Scaffold(FedAvg):
         """Return the correction of gradients."""
         return ControlRule(received, state)
 
-    def scales(self, replies: Replies, rows: Tensor, n_sites: int) -> Tensor | None:
+    def scales(self, replies: Replies, rows: Tensor, n_sites: int, prior: Tensor) -> Tensor | None:
         """Return 1 for weights and A / N for controls: ``c`` moves by the sum of changes divided by N, all sites."""
         return torch.tensor([[1.0], [len(rows) / n_sites]]).double().expand(2, len(rows)) if self.groups() else None
 

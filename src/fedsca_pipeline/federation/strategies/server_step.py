@@ -26,6 +26,8 @@ PRIORS: Mapping[Prior, Callable[[Tensor], Tensor]] = MappingProxyType(
     {"samples": torch.clone, "uniform": torch.ones_like}
 )
 
+_TINY = torch.finfo(torch.float64).tiny
+
 ALMOST_LOCAL = 0.95  # mean self weight above which a federation amounts to local training (docs/method.md)
 
 
@@ -44,6 +46,20 @@ class Replies:
     updates: Tensor
     samples: Tensor
     steps: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SiteLimits:
+    """What one site may contribute to a server step: the parameters of ``federation`` with these names.
+
+    ``max_norm_ratio``: above 1; an update longer than this many median norms is rejected. ``max_share``: above 0, to 1;
+    the largest share of a site in the prior of any mix. ``clip_to_median``: whether longer updates are shortened to the
+    median norm of their round.
+    """
+
+    max_norm_ratio: float
+    max_share: float
+    clip_to_median: bool
 
 
 @dataclass(frozen=True)
@@ -179,9 +195,52 @@ def partners(present: Tensor, moved: Tensor, known: Tensor) -> Tensor:
 
 
 def site_prior(state: ServerState, prior: Prior) -> Tensor:
-    """Return ``p`` [N] float64 over the sites that have ever trained, summing to 1; all zero if there are none."""
+    """Return ``p`` [N] float64 over the sites that have ever trained, summing to 1; all zero if there are none.
+
+    It rests on what the sites claim: :func:`capped` limits it for the sites of one mix.
+    """
     shares = PRIORS[prior](state.samples) * state.trained
-    return shares / shares.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    return shares / shares.sum().clamp(min=_TINY)
+
+
+def shares_of(samples: Tensor, prior: Prior, max_share: float) -> Tensor:
+    """Return the prior [A] float64 of sites that claim ``samples`` [A] images, summing to 1, none above the limit."""
+    shares = PRIORS[prior](samples)
+    return capped((shares / shares.sum())[None], max_share)[0]
+
+
+def capped(shares: Tensor, max_share: float) -> Tensor:
+    """Return ``shares`` [R, N] in which no site has more of its row than the limit, float64; row sums stay.
+
+    The limit of a row with K sites above 0 is ``max(max_share, 1 / K)``. Sites above it get the limit, and the others
+    share the rest in proportion, until none is above: the row keeps its order. A row without such a site stays as it is
+    bit for bit, and so does a row of zeros.
+    """
+    total = shares.sum(dim=1, keepdim=True)
+    limit = total * (shares > 0).double().sum(dim=1, keepdim=True).reciprocal().clamp(min=max_share, max=1.0)
+    held = torch.zeros_like(shares, dtype=torch.bool)
+    # Each pass holds at least one more site at the limit.
+    while (above := shares > limit).any():
+        held |= above
+        others = shares.masked_fill(held, 0.0)
+        rest = (total - limit * held.sum(dim=1, keepdim=True)).clamp(min=0)
+        shares = torch.where(held, limit, others * (rest / others.sum(dim=1, keepdim=True).clamp(min=_TINY)))
+    return shares
+
+
+def clip_factors(norms: Tensor) -> Tensor:
+    """Return the factors [A] that shorten the updates to at most the median of ``norms`` [A], float64, in (0, 1].
+
+    ``min(1, median / |u_i|)``: the bound that Geyer et al., *Differentially Private Federated Learning: A Client Level
+    Perspective*, NeurIPS workshop 2017, section 3, choose for the updates of a round. Without their noise it limits
+    what one site can do: Sun et al., *Can You Really Backdoor Federated Learning?*, NeurIPS workshop 2019. The median
+    is the one of :func:`unusable`: zero updates are left out, and of an even number the lower middle one counts, so
+    that half of the sites cannot raise it. All factors are 1 if no update moved.
+    """
+    moved = norms >= ZERO_NORM
+    if not moved.any():
+        return torch.ones_like(norms)
+    return torch.where(moved, norms[moved].median() / norms, 1.0).clamp(max=1)
 
 
 def block(matrices: Tensor, rows: Tensor) -> Tensor:

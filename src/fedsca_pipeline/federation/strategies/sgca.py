@@ -95,7 +95,7 @@ class FedSca(SharingStrategy):
         average = remember if self.options.memory else super().remember
         return average(memory, similarity, rows)
 
-    def scales(self, replies: Replies, rows: Tensor, n_sites: int) -> Tensor | None:
+    def scales(self, replies: Replies, rows: Tensor, n_sites: int, prior: Tensor) -> Tensor | None:
         """Return ``step`` for every update; None for 1. It makes up for a mix of different updates being shorter."""
         if self.options.step == 1:
             return None

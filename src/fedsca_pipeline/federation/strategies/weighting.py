@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def prior_weights(partners: Tensor, prior: Tensor) -> Tensor:
-    """Return ``prior`` [N] over each row's ``partners`` [N, N], rows summing to 1; NaN in a row without partners."""
+    """Return ``prior`` over each row's ``partners``, all [N, N], rows summing to 1; NaN in a row without partners."""
     shares = partners * prior
     return shares / shares.sum(dim=1, keepdim=True)
 
@@ -16,7 +16,7 @@ def simplex_weights(similarity: Tensor, partners: Tensor, prior: Tensor, *, pena
     """Return the projection of ``p + c_i / (2 penalty)`` on the simplex, [N, N]: pFedGraph's objective in closed form.
 
     Ye et al., *Personalized Federated Learning with Inferred Collaboration Graphs*, ICML 2023. ``similarity`` [N, N],
-    whose diagonal counts as 1, ``partners`` [N, N] bool, ``prior`` [N].
+    whose diagonal counts as 1, ``partners`` [N, N] bool, ``prior`` [N, N].
     """
     similarity = similarity.clone().fill_diagonal_(1.0)
     return project_on_simplex(prior_weights(partners, prior) + similarity / (2 * penalty), partners)
