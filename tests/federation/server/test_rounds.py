@@ -4,7 +4,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -185,6 +185,7 @@ BROKEN = {
     "replayed round": lambda r: encode(replace(r.manifest, round=1), r.tensors),
     "another site": lambda r: encode(replace(r.manifest, site="a"), r.tensors),
     "another run": lambda r: encode(replace(r.manifest, run="other"), r.tensors),
+    "more samples than before": lambda r: encode(replace(r.manifest, samples=11), r.tensors),
     "no samples": lambda r: encode(replace(r.manifest, samples=0), r.tensors),
     "huge norm": lambda r: encode(r.manifest, {"low": 1000 * r.tensors["low"]}),
     "not a message": lambda r: b"\x80\x04pickle",
@@ -202,6 +203,65 @@ def test_a_broken_reply_is_rejected_and_changes_nothing_for_the_others(fault: st
     assert broken[1].weights == absent[1].weights
     aggregates = [CheckpointFolder(tmp_path / name, "run").latest().aggregates for name in ("broken", "absent")]
     assert torch.equal(*aggregates)
+
+
+@pytest.mark.parametrize("samples", [9, 11, 2**31 - 1])
+def test_a_count_that_jumps_is_refused_also_in_a_resumed_run(samples: int, tmp_path: Path) -> None:
+    fleet = FakeFleet({("c", 3): lambda r: encode(replace(r.manifest, samples=samples), r.tensors)})
+    for record in server(fleet, tmp_path).rounds():
+        if record.round == 2:
+            break
+
+    records = list(server(fleet, tmp_path).rounds())
+
+    assert f"c, round 3, update: it claims {samples} training images, and 10 before" in records[2].sites["c"].absent
+    assert "--params=force=true" in records[2].sites["c"].absent
+    assert records[2].accepted == ("a", "b")
+
+
+class Claiming(FakeFleet):
+    """Site c claims so many training images, the others ten each."""
+
+    def __init__(self, samples: int, faults: Mapping[tuple[str, int], Callable[[Message], Failure]]) -> None:
+        super().__init__(faults)
+        self.samples = samples
+
+    def reply(self, round_: int, site: str, message: Message) -> Message:
+        honest = super().reply(round_, site, message)
+        return replace(honest, manifest=replace(honest.manifest, samples=self.samples)) if site == "c" else honest
+
+
+@pytest.mark.parametrize("absent", [(), ("b",)], ids=["all answer", "one is absent"])
+@pytest.mark.parametrize("strategy", ["fedavg", "fedsca"])
+def test_a_site_gains_nothing_by_claiming_more_than_the_largest_share(
+    strategy: str, absent: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Beside the ten images of each of the two others, 20 are half; with one absent 20 are more."""
+    faults = {(site, 2): lambda r: Failure("away") for site in absent}
+    for samples in (20, 2**31 - 1):
+        records = list(server(Claiming(samples, faults), tmp_path / str(samples), strategy=strategy).rounds())
+
+    honest, lied = (CheckpointFolder(tmp_path / str(claimed), "run").latest() for claimed in (20, 2**31 - 1))
+    torch.testing.assert_close(lied.aggregates, honest.aggregates)
+    if strategy == "fedavg":
+        assert max(row[-1] for record in records[:-1] for group in record.weights for row in group) == pytest.approx(
+            0.5
+        )
+
+
+def test_the_limits_on_a_site_are_those_of_the_federation(tmp_path: Path) -> None:
+    limits = {"max_norm_ratio": 4.0, "max_share": 0.8, "clip_to_median": True}
+    faults = {("c", 1): lambda r: encode(r.manifest, {"low": 3 * r.tensors["low"]})}
+
+    run = server(Claiming(2**31 - 1, faults), tmp_path, strategy="fedavg", rounds=1, **limits)
+    first, _ = run.rounds()
+
+    assert asdict(run.limits) == limits
+    assert [row[-1] for row in first.weights[0]] == pytest.approx([0.8] * 3)
+    norms = torch.stack([DIRECTIONS[site] * 1.1 for site in SITES]).norm(dim=1)
+    median = norms[:2].min()
+    expected = 0.1 * 1.1 * (DIRECTIONS["a"] + DIRECTIONS["b"]) + 0.8 * median * DIRECTIONS["c"] / norms[2] * 1.1
+    torch.testing.assert_close(CheckpointFolder(tmp_path, "run").latest().aggregates[0], expected)
 
 
 @pytest.mark.parametrize(

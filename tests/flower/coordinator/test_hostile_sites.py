@@ -57,7 +57,7 @@ FAULTS: Mapping[str, tuple[Callable[[Message], bytes], str]] = {
     "a metric that is no number": (lambda m: encoded(m, metrics={"loss": math.nan}), "not finite: loss"),
     "more images than a float holds": (lambda m: encoded(m, samples=10**400), "sample count is above"),
     "images for a weight of one": (lambda m: encoded(m, samples=10**18), "sample count is above"),
-    "more samples than it has": (lambda m: encoded(m, samples=11), "sample count is 11, expected 10"),
+    "more samples than it has": (lambda m: encoded(m, samples=11), "it claims 11 training images, and 10 before"),
     "a pickle": (lambda m: pickle.dumps(m.tensors), "not safetensors"),
     "too many bytes": (lambda _: bytes(2**20 + 1), "flower.max_message"),
     "more bytes than its tensors can have": (lambda _: bytes(2**19), "larger than"),

@@ -165,7 +165,12 @@ def _count_faults(count: int, known: int | None) -> list[str]:
         return ["sample count is below 1"]
     if count > _MOST_SAMPLES:
         return [f"sample count is above {_MOST_SAMPLES}"]
-    return [] if known in (None, count) else [f"sample count is {count}, expected {known}"]
+    if known in (None, count):
+        return []
+    return [
+        f"it claims {count} training images, and {known} before. A site's images stay the same during a run: restore "
+        "them there, or start the run anew with --params=force=true"
+    ]
 
 
 def as_decoded(tensors: Mapping[str, Tensor], dtype: WireDtype) -> dict[str, Tensor]:

@@ -40,7 +40,8 @@ class Server:
         run: the run's fingerprint, part of every message.
         seed: of the participation draw.
         folder: of the run's checkpoints.
-        samples: training images per site; a site that is missing here states its own number.
+        samples: training images per site; a site that is missing here states its own number, once: its first accepted
+            reply counts for the whole run.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class Server:
     def _train_round(self, checkpoint: Checkpoint) -> tuple[Checkpoint, RoundRecord]:
         round_ = checkpoint.round + 1
         sent = self._distribute(checkpoint, round_, self.participants(round_), kind="aggregate")
-        replies, records = self._exchange(round_, sent, kind="update")
+        replies, records = self._exchange(round_, sent, kind="update", state=checkpoint.state)
         for index, site in enumerate(self.sites):
             if site not in sent:
                 self.memory.bases[index] = checkpoint.bases[index]
@@ -151,7 +152,7 @@ class Server:
     def _final_round(self, checkpoint: Checkpoint) -> tuple[Checkpoint, RoundRecord]:
         round_ = checkpoint.round + 1
         sent = self._distribute(checkpoint, round_, self.sites, kind="final")
-        replies, records = self._exchange(round_, sent, kind="report")
+        replies, records = self._exchange(round_, sent, kind="report", state=checkpoint.state)
         if not replies.accepted:
             raise NoValidSite(_too_few(round_, 0, 1, records))
         return replace(checkpoint, round=round_), RoundRecord(round=round_, final=True, sites=records)
@@ -190,16 +191,18 @@ class Server:
         return Sent(encode(manifest, tensors, self.config.compression), self._hash(base), manifest.answered)
 
     def _exchange(
-        self, round_: int, sent: Mapping[str, Sent], kind: MessageKind
+        self, round_: int, sent: Mapping[str, Sent], kind: MessageKind, state: ServerState
     ) -> tuple[RoundReplies, dict[str, SiteRecord]]:
-        """Send the messages, and return the replies and every site's record."""
+        """Send the messages, and return the replies and every site's record; ``state`` is that before the round."""
+        counts = zip(self.sites, state.samples.tolist(), state.trained.tolist(), strict=True)
+        claimed = {site: int(count) for site, count, trained in counts if trained}
         replies = RoundReplies(
             round=round_,
             kind=kind,
             run=self.run,
             wire_dtype=self.config.wire_dtype,
             shapes=self.shapes if kind == "update" else {},
-            samples=self.samples,
+            samples={**self.samples, **claimed},
             sent=sent,
             updates=self.memory.updates,
         )
