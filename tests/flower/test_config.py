@@ -13,6 +13,7 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from pydantic import ValidationError
 
 from fedsca_pipeline.errors import ConfigError
 from fedsca_pipeline.flower.config import Certificates, FlowerConfig, check_certificates, read_site_config
@@ -41,6 +42,33 @@ def test_the_settings_of_the_coordinator_name_the_folders_of_the_systemd_units(p
     assert f"ExecStart={config.engine}/flower-superlink " in superlink
     # The relay that the SuperExec starts connects to a socket in this folder.
     assert str(config.home.parent) in writable("fedsca-superexec.service", project)
+
+
+def coordinator(**changed: Any) -> FlowerConfig:
+    return FlowerConfig.model_validate({"authority": "ca.crt", "home": "home", **changed})
+
+
+def test_sites_are_a_list_of_names_or_have_a_largest_number_of_images() -> None:
+    assert coordinator(sites=["b", "a"]).sites == {"a": None, "b": None}
+    assert list(coordinator(sites={"b": 40, "a": None}).sites.items()) == [("a", None), ("b", 40)]
+
+
+@pytest.mark.parametrize(
+    ("sites", "said"),
+    [
+        (["a", "a"], "a site is listed twice"),
+        ([], "at least 1"),
+        ({}, "at least 1"),
+        ({"a": 0}, "greater than or equal to 1"),
+        ({"a b": 4}, "match pattern"),
+        ([{"a": 40}], "give a list of names, or a mapping"),
+        ("a", "valid dictionary"),
+    ],
+    ids=str,
+)
+def test_a_wrong_list_of_sites_is_refused(sites: Any, said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        coordinator(sites=sites)
 
 
 def writable(unit: str, project: Path) -> list[str]:

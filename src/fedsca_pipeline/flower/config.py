@@ -25,8 +25,10 @@ class _Config(BaseModel):
 class FlowerConfig(_Config):
     """``flower``: how the coordinator reaches the sites. Paths are relative to the project."""
 
-    sites: list[SiteName] = Field(
-        min_length=1, description="names under which the keys of the hospitals are registered"
+    sites: dict[SiteName, Annotated[int, Field(ge=1)] | None] = Field(
+        min_length=1,
+        description="names under which the keys of the hospitals are registered; a list, or each name with the largest "
+        "number of training images and slices that the hospital may claim, null: any",
     )
     superlink: str = Field("127.0.0.1:8000", pattern=r"^.+:\d+$", description="host:port of the SuperLink, on loopback")
     authority: Path = Field(description="certificate of the authority that signed the SuperLink's certificate")
@@ -47,12 +49,21 @@ class FlowerConfig(_Config):
         """Path of the coordinator's audit log."""
         return self.home / "audit.jsonl"
 
-    @field_validator("sites")
+    @field_validator("sites", mode="before")
     @classmethod
-    def _sorted_without_duplicates(cls, value: list[str]) -> list[str]:
+    def _by_name(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        if not all(isinstance(name, str) for name in value):
+            raise ValueError("give a list of names, or a mapping of each name to a number of images or null")
         if len(set(value)) < len(value):
             raise ValueError("a site is listed twice")
-        return sorted(value)
+        return dict.fromkeys(value)
+
+    @field_validator("sites")
+    @classmethod
+    def _sorted(cls, value: dict[str, int | None]) -> dict[str, int | None]:
+        return dict(sorted(value.items()))
 
 
 class Certificates(_Config):

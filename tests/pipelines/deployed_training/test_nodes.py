@@ -45,10 +45,11 @@ def join(link, config, scripted, reply, settings, monkeypatch, tmp_path: Path) -
             return scripted(away=lambda now: True)
         return scripted(seconds=0.0, answer=lambda message: reply("", message.node, answer))
 
-    def asked(force: bool = False, **answers: bytes | None) -> dict:
+    def asked(force: bool = False, bounds: dict[str, int] | None = None, **answers: bytes | None) -> dict:
         monkeypatch.setattr(superlink, "open_link", opened)
         link.sites = {name: site(answer) for name, answer in answers.items()}
-        chosen = config.model_copy(update={"sites": sorted(answers), "poll": 0.01})
+        sites = {site: (bounds or {}).get(site) for site in sorted(answers)}
+        chosen = config.model_copy(update={"sites": sites, "poll": 0.01})
         return nodes.join(Settings(**settings), {"sha256": "ab" * 32}, force, chosen, tmp_path / "checkpoints")
 
     return asked
@@ -118,6 +119,23 @@ def test_a_site_joins_with_counts_and_hashes(join) -> None:
 def test_what_a_site_may_not_say_ends_the_run_and_names_the_site(join, changed, error, said) -> None:
     with pytest.raises(error, match=said):
         join(a=json.dumps({**PREPARED, **changed}).encode())
+
+
+def test_a_site_may_claim_as_many_images_as_the_coordinators_list_allows(join) -> None:
+    answer = documents.write(documents.Prepared(**PREPARED))
+
+    assert join(a=answer, bounds={"a": 3}) == {"a": PREPARED}
+    with pytest.raises(ConfigError, match=r"^a: it claims 3 training images and slices, and flower\.sites\.a allows 2"):
+        join(a=answer, bounds={"a": 2})
+
+
+def test_a_site_that_claims_another_number_of_the_same_images_does_not_resume(join, begun) -> None:
+    answers = {site: documents.write(documents.Prepared(**said)) for site, said in begun.items()}
+    lying = documents.write(documents.Prepared(**{**begun["b"], "samples": 2**31 - 1}))
+
+    assert join(**answers) == begun
+    with pytest.raises(ConfigError, match=r"^b: it claims 2147483647 .*, and 3 of the same data when the run began;"):
+        join(**{**answers, "b": lying})
 
 
 ROW = dict.fromkeys(documents.Means.model_fields, 0.5) | {"model": "chosen", "label": 0, "one_empty": 0, "images": 1}

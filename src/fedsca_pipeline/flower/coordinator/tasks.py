@@ -39,7 +39,8 @@ def join_sites(
     still holds. ``foundation`` is the SHA-256 of the coordinator's weights.
 
     Raises:
-        ConfigError: the SuperLink cannot be reached, ``run.threads`` is not given, or a site has another foundation.
+        ConfigError: the SuperLink cannot be reached, ``run.threads`` is not given, or a site has another foundation, or
+            claims more training images than ``flower.sites`` allows it or another number than at the run's start.
         MessageError: a site's answer has another form.
     """
     configuration, federation = configuration_of(settings), settings.federation
@@ -76,6 +77,7 @@ def join_sites(
                 f"{site}: its foundation is {prepared.foundation[:16]}, the coordinator's {foundation[:16]}; put the "
                 "same weights at both"
             )
+        _check_count(site, prepared, before.get(site), flower.sites[site])
         logger.info("%s: %d images to train on, %d to validate", site, prepared.train, prepared.validation)
     return {site: prepared.model_dump() for site, prepared in joined.items()}
 
@@ -119,6 +121,34 @@ def read_scores(site: str, run: str, answer: bytes | Failure, classes: int) -> d
         raise MessageError(f"scores of site {scores.site}, run {scores.run}")
     scores.check_classes(classes)
     return scores.model_dump()
+
+
+def _check_count(site: str, prepared: documents.Prepared, before: Mapping[str, Any] | None, most: int | None) -> None:
+    """Check the number of training images and slices that a site claims, by which its updates are weighted.
+
+    A claim above the coordinator's bound is refused and not cut to it: the weight would be a number that neither side
+    has stated, and nobody would see the lie.
+
+    Args:
+        site: the site.
+        prepared: its answer.
+        before: its answer at the start of the unfinished run that this one resumes; None: there is none.
+        most: the bound; None: no bound.
+
+    Raises:
+        ConfigError: the number is above the bound, or differs from the earlier one though the data are the same.
+    """
+    claimed = prepared.samples
+    if most is not None and claimed > most:
+        raise ConfigError(
+            f"{site}: it claims {claimed} training images and slices, and flower.sites.{site} allows {most}; raise "
+            "that number if the hospital has so many, else leave the site out"
+        )
+    if before and before["version"] == prepared.version and before["samples"] != claimed:
+        raise ConfigError(
+            f"{site}: it claims {claimed} training images and slices, and {before['samples']} of the same data when "
+            "the run began; have the hospital look why, or start the run anew with --params=force=true"
+        )
 
 
 def _joined_before(checkpoints: Path, configuration: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -61,7 +61,7 @@ def train(
         setup = set_up(settings, foundations, run=folder.fingerprint, sites=len(flower.sites))
         start = start_values(setup.model, setup.strategy.shared())
         with (
-            RoundProgress(flower.sites, federation.rounds) as progress,
+            RoundProgress(tuple(flower.sites), federation.rounds) as progress,
             open_flower_fleet(
                 flower, begun=folder.begun(), opening=opening, absent=federation.inject_failures
             ) as fleet,
