@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
+import torch
 from peft.utils import CONFIG_NAME
 
 from fedsca_pipeline.config import AdaptersConfig, FoundationConfig
@@ -29,6 +32,34 @@ def test_adapters_that_change_pretrained_values_are_refused(tmp_path):
 
     with pytest.raises(ConfigError, match="changes the foundation's own values"):
         attach_adapters(model, AdaptersConfig(method="lora", options={"r": 2, "init_lora_weights": "pissa"}))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method"),
+    [*product(("tiny_vit", "sam_vit"), ("oft", "gralora", "poly")), ("tiny_vit", "adamss")],
+)
+def test_a_method_that_attaches_but_cannot_run_is_refused_before_training(tmp_path, architecture, method):
+    foundation = FoundationConfig(name="random", architecture=architecture)
+    model = load_foundation(foundation, tmp_path, image_size=32, classes=1)
+
+    with pytest.raises(ConfigError, match=rf"adapters\.method: '{method}' cannot be .* on maps") as refused:
+        attach_adapters(model, AdaptersConfig(method=method))
+
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("method", ["lora", "boft", "hra", "loha", "lokr", "vera", "randlora", "delora", "ln_tuning"])
+@pytest.mark.parametrize("architecture", ["tiny_vit", "sam_vit"])
+def test_a_method_that_attaches_computes_a_gradient_of_its_tensors(tmp_path, architecture, method):
+    foundation = FoundationConfig(name="random", architecture=architecture)
+    model = load_foundation(foundation, tmp_path, image_size=32, classes=1)
+    names = tensor_layout(attach_adapters(model, AdaptersConfig(method=method))).adapters
+
+    model(torch.rand(1, 3, 32, 32)).sum().backward()
+
+    parameters = dict(model.named_parameters())
+    assert names
+    assert all(parameters[name].grad is not None for name in names)
 
 
 @pytest.mark.parametrize("option", [{"exclude_modules": "(a|a)*$"}, {"r": 2**20}, {"rank_pattern": {"(a|a)*$": 2}}])

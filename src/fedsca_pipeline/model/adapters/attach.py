@@ -61,7 +61,8 @@ def attach_adapters(model: SegmentationModel, config: AdaptersConfig) -> Segment
 
     Raises:
         ConfigError: PEFT does not know the method, or the method does not attach to linear layers, refuses an option,
-            or changes the foundation's pretrained values (as LoRA started by PiSSA does).
+            cannot compute on the encoder's maps, or changes the foundation's pretrained values (as LoRA started by
+            PiSSA does).
     """
     peft_config = _peft_config(model.blocks, config)
     try:
@@ -213,15 +214,39 @@ def build_trainable(
 
 
 def _wrap(model: SegmentationModel, config: PeftConfig) -> bool:
-    """Put adapters around the encoder's modules, and return whether that changed the foundation's own values."""
+    """Put adapters around the encoder's modules, and return whether that changed the foundation's own values.
+
+    Raises:
+        ValueError: the adapters cannot compute on the encoder's maps.
+    """
     pretrained = {} if isinstance(config, fel.FelConfig) else dict(model.encoder.named_parameters())
     before = sha256_tensors(pretrained)
     encoder: Any = get_peft_model(model.encoder, config)
     if isinstance(getattr(config, "target_modules", None), str):
         # A pattern is not read back, so the names that it matched are saved.
         config.target_modules = sorted(encoder.base_model.targeted_module_names)  # type: ignore[attr-defined]  # not of every tuner
+    _try_out(encoder, model.blocks[0])
     model.encoder = encoder
     return sha256_tensors(pretrained) != before
+
+
+def _try_out(encoder: PeftModel, block: BlockPaths) -> None:
+    """Check that a block with adapters computes on a map [batch, height, width, channels].
+
+    Several of PEFT's methods attach and fail when run: they take any input with four axes for a convolution's (OFT),
+    count on other axes (GraLoRA, AdaMSS), or need an argument in every call (Poly).
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        with torch.no_grad():
+            for path in (block.attention, block.mlp):
+                encoder.get_base_model().get_submodule(path)(torch.zeros(1, 2, 2, block.width))
+    except _PEFT_ERRORS as error:
+        raise ValueError(
+            f"it attaches, but cannot compute on maps [batch, height, width, channels] ({error})"
+        ) from error
 
 
 def _saved_config(folder: Path) -> PeftConfig:
