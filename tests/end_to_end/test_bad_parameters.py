@@ -10,6 +10,9 @@ import pytest
     [
         ("federation.rounds=0", ["federation", "rounds", "greater than or equal to 1"]),
         ("federation.participation=1.5", ["federation", "participation", "less than or equal to 1"]),
+        ("federation.max_share=0", ["federation", "max_share", "greater than 0"]),
+        ("federation.max_share=2", ["federation", "max_share", "less than or equal to 1"]),
+        ("federation.clip_to_median=2", ["federation", "clip_to_median", "valid boolean"]),
         ("federation.workers=0", ["federation", "workers", "greater than or equal to 1"]),
         ("federation.fleet=cluster", ["federation", "fleet", "'in_process', 'processes' or 'flower'"]),
         ("federation.rouns=3", ["federation", "rouns", "not permitted"]),

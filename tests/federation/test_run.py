@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsca_pipeline.config import Settings
+from fedsca_pipeline.config import FederationConfig, Settings
 from fedsca_pipeline.errors import ResumeError
 from fedsca_pipeline.federation import run as runs
 from fedsca_pipeline.federation.run import (
+    changes,
     code_version,
     configuration_of,
     describe_run,
@@ -76,6 +77,14 @@ class TestDescription:
     @pytest.mark.parametrize("change", [{"rounds": 5}, {"data": "d9"}, {"threads": 2}])
     def test_everything_that_decides_the_numbers_enters_the_fingerprint(self, change: dict[str, Any]) -> None:
         assert described(**change)["fingerprint"] != described()["fingerprint"]
+
+    @pytest.mark.parametrize("change", [{"max_share": 0.4}, {"clip_to_median": True}, {"max_norm_ratio": 5.0}], ids=str)
+    def test_the_limits_on_a_site_enter_the_fingerprint(self, change: dict[str, Any]) -> None:
+        ((key, value),) = change.items()
+        one, other = settled(4), settled(4, {"federation": change})
+
+        assert one["fingerprint"] != other["fingerprint"]
+        assert changes(one, other) == [f"federation.{key}: {FederationConfig().model_dump()[key]} -> {value}"]
 
     def test_changed_code_is_another_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
         before = described()

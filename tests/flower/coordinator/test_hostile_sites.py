@@ -66,13 +66,18 @@ FAULTS: Mapping[str, tuple[Callable[[Message], bytes], str]] = {
 
 
 def run(
-    link, config, clock, scripted, reply, folder: Path, fault=None, absent=None, seconds=None, **federation
+    link, config, clock, scripted, reply, folder: Path, fault=None, absent=None, seconds=None, claimed=10, **federation
 ) -> tuple[Checkpoint, list[RoundRecord]]:
-    """Run three rounds of three sites. ``fault`` makes the answer of site c in round 2; ``seconds`` is per site."""
+    """Run three rounds of three sites. ``fault`` makes the answer of site c in round 2; ``seconds`` is per site.
+
+    ``claimed``: images that site c claims when it joins and in every round; the others have ten.
+    """
+    samples = {**dict.fromkeys(DIRECTIONS, 10), "c": claimed}
 
     def answer(message):
         site, round_ = message.task["site"], message.task["round"]
         found = honest(decode(message.payload), site, round_)
+        found = Message(replace(found.manifest, samples=samples[site]), found.tensors)
         faulty = fault is not None and (site, round_) == ("c", 2)
         return reply("", message.node, fault(found) if faulty else encoded(found))
 
@@ -86,7 +91,7 @@ def run(
         run="run",
         seed=0,
         folder=CheckpointFolder(folder, "run"),
-        samples=dict.fromkeys(DIRECTIONS, 10),
+        samples=samples,
     )
     records = list(server.rounds())
     return CheckpointFolder(folder, "run").latest(), records
@@ -117,6 +122,19 @@ def test_an_invalid_message_is_rejected_with_the_reason_and_the_other_sites_end_
     states = (found.state.as_tensors() for found in (hostile, absent))
     assert all(torch.equal(one, other) for one, other in zip(*(s.values() for s in states), strict=True))
     assert [record.accepted for record in hostile_records] == [record.accepted for record in absent_records]
+
+
+@pytest.mark.parametrize("absent", [{}, {"b": [2, 3]}], ids=["all answer", "one is absent"])
+def test_a_site_that_claims_all_images_has_no_more_of_a_mix_than_one_with_half_of_them(
+    absent, link, config, clock, scripted, reply, tmp_path: Path
+) -> None:
+    half, all_ = (
+        run(link, config, clock, scripted, reply, tmp_path / str(claimed), absent=absent, claimed=claimed)[0]
+        for claimed in (20, 2**31 - 1)
+    )
+
+    torch.testing.assert_close(all_.aggregates, half.aggregates)
+    assert all_.state.samples.tolist() == [10, 10, 2**31 - 1]
 
 
 def test_below_the_quorum_the_command_ends_and_the_next_command_repeats_the_round(
