@@ -19,7 +19,15 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from safetensors.torch import save
 
 from fedsca_pipeline.errors import MessageError
-from fedsca_pipeline.federation.messages.codec import Message, as_decoded, check, decode, encode, most_bytes
+from fedsca_pipeline.federation.messages.codec import (
+    TRAVELLING,
+    Message,
+    as_decoded,
+    check,
+    decode,
+    encode,
+    most_bytes,
+)
 from fedsca_pipeline.federation.messages.manifest import Manifest, PrivacySpent, outline
 from fedsca_pipeline.model.layout import TensorLayout, flatten, hash_tensors, unflatten
 
@@ -197,6 +205,16 @@ class TestMostBytes:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
         assert len(encode(manifest, tensors)) <= most_bytes(shapes)
+        assert len(encode(manifest, tensors)) <= most_bytes(shapes, dtype)
+
+    @pytest.mark.parametrize("wire_dtype", ["fp32", "fp16", "int8"])
+    def test_no_message_of_a_run_is_larger(self, wire_dtype):
+        shapes = {"large": (2**20,)}
+        tensors = {"large": torch.rand(shapes["large"])}
+
+        for dtype in TRAVELLING[wire_dtype]:
+            sent = encode(replace(MANIFEST, dtype=dtype), tensors, "zstd")
+            assert len(sent) <= most_bytes(shapes, wire_dtype)
 
     def test_the_long_names_of_a_deep_model_fit(self):
         tensors = {f"encoder.{'base_model.model.' * 12}{index}": torch.zeros(0) for index in range(1000)}

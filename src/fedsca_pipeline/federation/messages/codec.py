@@ -39,6 +39,7 @@ TRAVELLING: Mapping[WireDtype, tuple[WireDtype, ...]] = MappingProxyType(
 _SCALE = "::scale"  # no module path holds a colon, so a scale never hides a tensor
 _FP16_MAX = 65504.0
 _MOST_SAMPLES = 2**31 - 1
+_VALUE_BYTES: Mapping[WireDtype, int] = {"fp32": 4, "fp16": 2, "int8": 1}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8}
 # zstd's default. On real updates no level from 1 to 19 saves 3 % more, and the high levels take 50 times as long.
 _ZSTD_LEVEL = 3
@@ -101,10 +102,14 @@ def decode(data: bytes, *, max_bytes: int = 2**30) -> Message:
     return Message(manifest, _CODECS[manifest.dtype].unpack(entries))
 
 
-def most_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Return an upper bound on the decompressed bytes of a valid message with tensors of ``shapes``."""
+def most_bytes(shapes: Mapping[str, tuple[int, ...]], wire_dtype: WireDtype = "fp32") -> int:
+    """Return an upper bound on the decompressed bytes of a valid message with tensors of ``shapes``.
+
+    ``wire_dtype`` is that of the run; the default bounds messages of every dtype.
+    """
     values = sum(math.prod(shape) for shape in shapes.values())
-    return _MANIFEST_BYTES + _ENTRY_BYTES * len(shapes) + 4 * values
+    widest = max(_VALUE_BYTES[dtype] for dtype in TRAVELLING[wire_dtype])
+    return _MANIFEST_BYTES + _ENTRY_BYTES * len(shapes) + widest * values
 
 
 def check(
