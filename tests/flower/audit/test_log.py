@@ -113,20 +113,22 @@ def test_a_line_records_content_and_time_and_a_restart_continues_the_chain(tmp_p
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_half_written_last_line_is_replaced_with_a_line_that_records_it(tmp_path: Path, caplog) -> None:
+@pytest.mark.parametrize(("torn", "size"), [(b'{"number": 2, "ti', "17 bytes"), (b"{", "1 byte")])
+def test_a_half_written_last_line_is_replaced_with_a_line_that_records_it(
+    tmp_path: Path, caplog, torn: bytes, size: str
+) -> None:
     path = tmp_path / "audit.jsonl"
     with AuditLog(path) as log:
         add(log)
-    torn = b'{"number": 2, "ti'
     with path.open("ab") as file:
         file.write(torn)
-    with pytest.raises(AuditError, match="line 2 is half-written"):
+    with pytest.raises(AuditError, match=rf"line 2 is half-written \({size}\)"):
         list(read_log(path))
 
     with AuditLog(path) as log:
         assert add(log) == 3
 
-    assert "half-written" in caplog.text
+    assert f"removed a half-written last line of {size}" in caplog.text
     _, replaced, _ = read_log(path)
     assert (replaced["kind"], replaced["direction"]) == (TORN_LINE, "none")
     assert (replaced["bytes"], replaced["sha256"]) == (len(torn), sha256(torn).hexdigest())

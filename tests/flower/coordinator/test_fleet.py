@@ -65,7 +65,7 @@ class TestAbsence:
         exchange(grace=20.0)
 
         waits = [record.getMessage() for record in caplog.records if "waiting" in record.getMessage()]
-        assert waits == ["round 1: 2 sites have answered, 2 must; waiting 20 s at most for c: not connected"]
+        assert waits == ["round 1: 2 answers so far, 2 needed; waiting 20 s at most for c: not connected"]
 
     def test_a_rejected_answer_counts_as_absent_and_not_for_the_quorum(self, exchange, link, clock, scripted) -> None:
         link.sites["a"], link.sites["b"] = scripted(seconds=10), scripted(seconds=40)
@@ -103,8 +103,8 @@ class TestAbsence:
         assert answers["b"] == b"b1"
         assert answers["c"] == Failure("not connected")
         waits = [record.getMessage() for record in caplog.records if "waiting for" in record.getMessage()]
-        assert waits[0] == "round 1: 0 sites have answered, 2 must; waiting for b: not connected; c: not connected"
-        assert waits[1:] == ["round 1: 1 sites have answered, 2 must; waiting for c: not connected"]
+        assert waits[0] == "round 1: 0 answers so far, 2 needed; waiting for b: not connected; c: not connected"
+        assert waits[1:] == ["round 1: 1 answer so far, 2 needed; waiting for c: not connected"]
 
     def test_below_the_quorum_a_failed_site_is_asked_again_after_a_pause(
         self, exchange, link, clock, scripted, reply
@@ -139,7 +139,7 @@ class TestAbsence:
 
         assert answers["c"] == b"c1"
         waits = [record.getMessage() for record in caplog.records if "waiting" in record.getMessage()]
-        assert waits == ["round 1: 2 sites have answered, 3 must; waiting for c: no answer in time"]
+        assert waits == ["round 1: 2 answers so far, 3 needed; waiting for c: no answer in time"]
 
     def test_below_the_quorum_a_site_that_returns_has_the_full_time_of_a_round(self, exchange, link, scripted) -> None:
         link.sites["c"] = scripted(away=lambda now: now < 199)

@@ -209,3 +209,12 @@ def test_a_signal_during_the_check_ends_the_command_at_once(site_file, monkeypat
 
     assert main([str(site_file()), "--check"]) == 130
     assert not continued
+
+
+@pytest.mark.parametrize(("images", "said"), [(1, "1 image, none broken"), (2, "2 images, none broken")])
+def test_the_check_says_how_many_images_it_has_read(site_file, monkeypatch, caplog, images: int, said: str) -> None:
+    monkeypatch.setattr(command, "check_data", lambda _: images)
+
+    assert main([str(site_file()), "--check"]) == 0
+
+    assert said in caplog.text

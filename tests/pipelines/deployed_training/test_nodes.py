@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,8 +105,14 @@ def test_damaged_answers_of_the_sites_are_named_with_the_cure(join, tmp_path: Pa
         join(a=documents.write(documents.Prepared(**PREPARED)))
 
 
-def test_a_site_joins_with_counts_and_hashes(join) -> None:
-    assert join(a=documents.write(documents.Prepared(**PREPARED))) == {"a": PREPARED}
+@pytest.mark.parametrize(("train", "said"), [(1, "1 image to train on"), (3, "3 images to train on")])
+def test_a_site_joins_with_counts_and_hashes(join, caplog, train: int, said: str) -> None:
+    prepared = {**PREPARED, "train": train}
+    caplog.set_level(logging.INFO)
+
+    assert join(a=documents.write(documents.Prepared(**prepared))) == {"a": prepared}
+
+    assert f"a: {said}, 1 to validate" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from fedsca_pipeline.errors import AuditError, UnwritableAuditError
+from fedsca_pipeline.errors import AuditError, UnwritableAuditError, counted
 from fedsca_pipeline.files import sync_to_disk
 
 logger = logging.getLogger(__name__)
@@ -56,8 +56,8 @@ class Chain:
         number = self.number + 1
         if not line.endswith(b"\n"):
             raise AuditError(
-                f"line {number} is half-written ({len(line)} bytes), as after a crash or on a full disk; its message "
-                "was not sent. The command that writes this log replaces the line when it is restarted"
+                f"line {number} is half-written ({counted(len(line), 'byte')}), as after a crash or on a full disk; "
+                "its message was not sent. The command that writes this log replaces the line when it is restarted"
             )
         body = line[: -_HASH_BYTES - 1] + b"}"
         digest = _sha256(body)
@@ -184,7 +184,7 @@ class AuditLog:
                 self._advance(line)
         if torn:
             os.ftruncate(self._file.fileno(), self._chain.length)
-            logger.warning("%s: removed a half-written last line of %d bytes", self._path, len(torn))
+            logger.warning("%s: removed a half-written last line of %s", self._path, counted(len(torn), "byte"))
             self.add("none", site="", kind=TORN_LINE, round_=0, sent=torn, content={})
         sync_to_disk(self._path.parent)
 

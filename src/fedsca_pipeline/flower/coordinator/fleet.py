@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedsca_pipeline.errors import MessageError
+from fedsca_pipeline.errors import MessageError, counted
 from fedsca_pipeline.federation.fleets.fleet import Failure, Fault, no_fault
 from fedsca_pipeline.flower.audit.log import AuditLog
 from fedsca_pipeline.flower.config import FlowerConfig
@@ -328,8 +328,8 @@ class FlowerFleet:
         if missing and text != self._last_warning:
             left = f" {exchange.end - now:.0f} s at most" if exchange.enough and exchange.end < math.inf else ""
             logger.warning(
-                "%s %d: %d sites have answered, %d must; waiting%s for %s",
-                exchange.kind, exchange.round, len(exchange.answers), exchange.quorum, left, text,
+                "%s %d: %s so far, %d needed; waiting%s for %s",
+                exchange.kind, exchange.round, counted(len(exchange.answers), "answer"), exchange.quorum, left, text,
             )  # fmt: skip
         self._last_warning = text
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsca_pipeline.config import FederationConfig, Settings
-from fedsca_pipeline.errors import ConfigError, MessageError, ResumeError
+from fedsca_pipeline.errors import ConfigError, MessageError, ResumeError, counted
 from fedsca_pipeline.federation.fleets.fleet import Failure
 from fedsca_pipeline.federation.run import RunFolder, code_version, configuration_of, unfinished_run
 from fedsca_pipeline.files import read_json
@@ -78,7 +78,7 @@ def join_sites(
                 "same weights at both"
             )
         _check_count(site, prepared, before.get(site), flower.sites[site])
-        logger.info("%s: %d images to train on, %d to validate", site, prepared.train, prepared.validation)
+        logger.info("%s: %s to train on, %d to validate", site, counted(prepared.train, "image"), prepared.validation)
     return {site: prepared.model_dump() for site, prepared in joined.items()}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from fedsca_pipeline.errors import MessageError
+from fedsca_pipeline.errors import MessageError, counted
 from fedsca_pipeline.federation.messages.manifest import METRICS, outline
 from fedsca_pipeline.flower.config import SITE_PATTERN
 from fedsca_pipeline.flower.messages import documents
@@ -85,7 +85,9 @@ def _round_content(payload: bytes, most: int) -> dict[str, Any]:
         raise MessageError("a metric is not finite")
     content = {"run": found["manifest"]["run"], **found, "values": dict(values)}
     if len(json.dumps(content)) > _MAX_LINE:
-        raise MessageError(f"names and shapes of {len(found['tensors'])} tensors take more than {_MAX_LINE} bytes")
+        raise MessageError(
+            f"names and shapes of {counted(len(found['tensors']), 'tensor')} take more than {_MAX_LINE} bytes"
+        )
     return content
 
 

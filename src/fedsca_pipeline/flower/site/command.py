@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from fedsca_pipeline.errors import ConfigError, FedscaError, UnavailableError, UnwritableAuditError
+from fedsca_pipeline.errors import ConfigError, FedscaError, UnavailableError, UnwritableAuditError, counted
 from fedsca_pipeline.files import LockHeld, open_locked
 from fedsca_pipeline.flower.audit.log import AuditLog
 from fedsca_pipeline.flower.audit.table import show_audit
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_certificates(config.certificates)
         # The check of many images takes longer than systemd waits for a stop, and it can be interrupted at any point.
         with _on_signals(signal.default_int_handler):
-            logger.info("%s: %d images, none broken", config.site, check_data(config))
+            logger.info("%s: %s, none broken", config.site, counted(check_data(config), "image"))
             if not given.check:
                 with _stopped_by_signal() as stopped:
                     run_site(config, worker_command(given.file), stopped)

@@ -27,7 +27,7 @@ from fedsca_pipeline.compute import deterministic
 from fedsca_pipeline.config import PrivacyBound, PrivacyConfig, RunConfig, Settings
 from fedsca_pipeline.data.arrays import SiteArrays
 from fedsca_pipeline.data.preprocessing.prepare import prepare_site
-from fedsca_pipeline.errors import ConfigError, DataError, FedscaError, MessageError, SiteError, WeightsError
+from fedsca_pipeline.errors import ConfigError, DataError, FedscaError, MessageError, SiteError, WeightsError, counted
 from fedsca_pipeline.evaluation.examples import draw_examples
 from fedsca_pipeline.evaluation.scoring import score_test_images
 from fedsca_pipeline.evaluation.tables import site_means
@@ -123,7 +123,7 @@ class SiteWork:
         write_bytes(self.folder.terms, documents.write(terms))
         write_bytes(self.folder.prepared, documents.write(prepared))
         logger.info(
-            "%s: %d images prepared, %d of them for training", self.config.site, counts["used"], counts["train"]
+            "%s: %s prepared, %d for training", self.config.site, counted(counts["used"], "image"), counts["train"]
         )
         return documents.write(prepared)
 
