@@ -34,7 +34,7 @@ class FlowerConfig(_Config):
     authority: Path = Field(description="certificate of the authority that signed the SuperLink's certificate")
     engine: Path | None = Field(None, description="bin folder of the environment that flwr is in; null: this one")
     home: Path = Field(description="folder for Flower's files, the relay's socket, the lock and the audit log")
-    max_message: int = Field(256, ge=1, le=2047, description="largest message, in MiB")
+    max_message: int = Field(8, ge=1, le=2047, description="largest message, in MiB")
     poll: float = Field(0.5, gt=0.0, le=60.0, description="seconds between two polls for answers")
     retry: float = Field(30.0, gt=0.0, description="seconds before a failed site or the SuperLink is tried again")
     connect: float = Field(120.0, gt=0.0, description="seconds that the SuperLink may take to start a run")

@@ -133,7 +133,7 @@ def deployed(works, tmp_path_factory) -> Deployed:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(superlink, "open_link", opened)
-        joined = nodes.join(settings, provenance, False, flower, root / "checkpoints")
+        joined = nodes.join(settings, provenance, False, flower, *places)
         description = nodes.describe(settings, provenance, joined)
         rounds = rounds_of(nodes.train(settings, description, joined, False, flower, *places))
         index, scores = nodes.finish(settings, description, rounds, flower, *places, root / "models")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,12 @@ from fedsca_pipeline.config import Settings
 from fedsca_pipeline.errors import ConfigError, MessageError, ResumeError
 from fedsca_pipeline.federation.fleets.fleet import Failure
 from fedsca_pipeline.federation.run import configuration_of, describe_run, finish_run, open_run
+from fedsca_pipeline.federation.strategies.base import Strategy
 from fedsca_pipeline.files import write_json
 from fedsca_pipeline.flower.coordinator import superlink
 from fedsca_pipeline.flower.coordinator.tasks import read_scores
 from fedsca_pipeline.flower.messages import documents
+from fedsca_pipeline.model.foundation import prepare_foundation
 from fedsca_pipeline.pipelines.deployed_training import nodes
 
 PREPARED = {
@@ -30,7 +33,12 @@ PREPARED = {
 @pytest.fixture
 def settings() -> dict[str, Any]:
     """Values of ``Settings``; a test may change them before it joins."""
-    return {"run": {"threads": 1}, "federation": {"quorum": 1, "grace": 0.02}}
+    return {
+        "run": {"threads": 1},
+        "federation": {"quorum": 1, "grace": 0.02},
+        "foundation": {"name": "random"},
+        "preprocessing": {"image_size": 32},
+    }
 
 
 @pytest.fixture
@@ -46,12 +54,16 @@ def join(link, config, scripted, reply, settings, monkeypatch, tmp_path: Path) -
             return scripted(away=lambda now: True)
         return scripted(seconds=0.0, answer=lambda message: reply("", message.node, answer))
 
-    def asked(force: bool = False, bounds: dict[str, int] | None = None, **answers: bytes | None) -> dict:
+    def asked(
+        force: bool = False, most: int = 1, bounds: dict[str, int] | None = None, **answers: bytes | None
+    ) -> dict:
         monkeypatch.setattr(superlink, "open_link", opened)
         link.sites = {name: site(answer) for name, answer in answers.items()}
         sites = {site: (bounds or {}).get(site) for site in sorted(answers)}
-        chosen = config.model_copy(update={"sites": sites, "poll": 0.01})
-        return nodes.join(Settings(**settings), {"sha256": "ab" * 32}, force, chosen, tmp_path / "checkpoints")
+        chosen = config.model_copy(update={"sites": sites, "poll": 0.01, "max_message": most})
+        given, places = Settings(**settings), (tmp_path / "foundations", tmp_path / "checkpoints")
+        prepare_foundation(given.foundation, places[0])
+        return nodes.join(given, {"sha256": "ab" * 32}, force, chosen, *places)
 
     return asked
 
@@ -162,3 +174,21 @@ def test_scores_of_another_site_run_or_number_of_classes_are_not_taken(changed) 
 def test_of_a_silent_site_there_are_no_scores() -> None:
     with pytest.raises(MessageError, match="not connected"):
         read_scores("a", "0" * 16, Failure("not connected"), 1)
+
+
+@pytest.mark.parametrize("wire_dtype", ["fp32", "fp16", "int8"])
+def test_a_run_whose_messages_are_too_large_is_refused_before_any_site_is_asked(
+    join, link, settings, monkeypatch, wire_dtype: str
+) -> None:
+    monkeypatch.setattr(Strategy, "wire_shapes", lambda _: {"large": (2**20,)})
+    settings["federation"]["wire_dtype"] = wire_dtype
+    there = documents.write(documents.Prepared(**PREPARED))
+
+    with pytest.raises(ConfigError, match=r"flower\.max_message allows 1 MiB") as refused:
+        join(a=there)
+    (needed,) = re.findall(r"set it to (\d+), and client_max_body_size in nginx\.conf to \d+m", str(refused.value))
+    with pytest.raises(ConfigError, match=f"client_max_body_size in nginx.conf to {needed}m"):
+        join(most=int(needed) - 1, a=there)
+
+    assert link.pushed == []
+    assert join(most=int(needed), a=there) == {"a": PREPARED}

@@ -12,7 +12,9 @@ from typing import Any
 from fedsca_pipeline.config import FederationConfig, Settings
 from fedsca_pipeline.errors import ConfigError, MessageError, ResumeError, counted
 from fedsca_pipeline.federation.fleets.fleet import Failure
+from fedsca_pipeline.federation.messages.codec import most_bytes
 from fedsca_pipeline.federation.run import RunFolder, code_version, configuration_of, unfinished_run
+from fedsca_pipeline.federation.setup import Setup
 from fedsca_pipeline.files import read_json
 from fedsca_pipeline.flower.audit.log import AuditLog
 from fedsca_pipeline.flower.config import FlowerConfig
@@ -28,6 +30,22 @@ def open_flower_fleet(flower: FlowerConfig, **options: Any) -> Iterator[FlowerFl
     """Open the fleet over the SuperLink. ``options`` are those of ``FlowerFleet``; leaving it ends the Flower run."""
     with superlink.open_link(flower) as link, AuditLog(flower.audit) as log:
         yield FlowerFleet(link, flower, log=log, **options)
+
+
+def check_message_size(setup: Setup, flower: FlowerConfig) -> None:
+    """Check that the messages of a run's rounds are no larger than ``flower.max_message``.
+
+    Raises:
+        ConfigError: they are; the message has the value that is large enough, and where else it belongs.
+    """
+    wire_dtype = setup.settings.federation.wire_dtype
+    needed = math.ceil(most_bytes(setup.strategy.wire_shapes(), wire_dtype) / 2**20)
+    if needed > flower.max_message:
+        raise ConfigError(
+            f"flower.max_message allows {flower.max_message} MiB, but messages of this run have up to {needed} MiB "
+            f"({setup.strategy.name}, {wire_dtype}); set it to {needed}, and client_max_body_size in nginx.conf to "
+            f"{needed}m"
+        )
 
 
 def join_sites(

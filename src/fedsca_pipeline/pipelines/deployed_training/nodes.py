@@ -16,11 +16,19 @@ from fedsca_pipeline.flower.config import FlowerConfig
 
 
 def join(
-    settings: Settings, foundation_provenance: Mapping[str, Any], force: bool, flower: FlowerConfig, checkpoints: Path
+    settings: Settings,
+    foundation_provenance: Mapping[str, Any],
+    force: bool,
+    flower: FlowerConfig,
+    foundations: Path,
+    checkpoints: Path,
 ) -> dict[str, dict[str, Any]]:
     """Ask every site to prepare its data, and return each site's counts and hashes."""
-    from fedsca_pipeline.flower.coordinator.tasks import join_sites
+    from fedsca_pipeline.federation.setup import set_up
+    from fedsca_pipeline.flower.coordinator.tasks import check_message_size, join_sites
 
+    # Before any site is asked: a message that nginx refuses would never arrive.
+    check_message_size(set_up(settings, foundations, run="", sites=len(flower.sites)), flower)
     return join_sites(settings, foundation_provenance["sha256"], flower, checkpoints, force=force)
 
 

@@ -14,7 +14,8 @@ def create_pipeline() -> Pipeline:
             node(
                 join,
                 inputs=[
-                    "settings", "foundation_provenance", "params:force", "params:flower", "checkpoints",
+                    "settings", "foundation_provenance", "params:force", "params:flower", "foundations",
+                    "checkpoints",
                 ],
                 outputs="joined_sites",
                 name="join",
