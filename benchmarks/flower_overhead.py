@@ -151,8 +151,8 @@ def _federation(
         with LocalFederation(folder, engine_folder(options.engine), free_port(), free_port()) as federation:
             federation.make_certificates(sites)
             federation.start_superlink()
-            federation.start_nginx()
             federation.register(sites)
+            federation.start_nginx()
             for site, own in zip(
                 sites, sorted(data.iterdir()) if data else [folder / "data"] * len(sites), strict=False
             ):

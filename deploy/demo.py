@@ -50,6 +50,7 @@ class LocalFederation:
         engine: bin folder of the environment that has flwr.
         superlink_port: port of the SuperLink on loopback.
         public_port: port of nginx on loopback, which the sites connect to.
+        max_message: largest message in MiB, for nginx and ``flower.max_message``.
         processes: running processes by name.
     """
 
@@ -57,6 +58,7 @@ class LocalFederation:
     engine: Path
     superlink_port: int = 8000
     public_port: int = 8443
+    max_message: int = 8
     processes: dict[str, LeashedProcess] = field(default_factory=dict)
 
     @property
@@ -79,6 +81,7 @@ class LocalFederation:
         conf = (PROJECT / "deploy" / "nginx.conf").read_text()
         conf = conf.replace("127.0.0.1:8000", f"127.0.0.1:{self.superlink_port}")
         conf = conf.replace("127.0.0.1:8443", f"127.0.0.1:{self.public_port}")
+        conf = conf.replace("client_max_body_size 8m", f"client_max_body_size {self.max_message}m")
         (self.certificates / "nginx.conf").write_text(conf)
 
     def start_superlink(self) -> None:
@@ -117,15 +120,16 @@ class LocalFederation:
         _until_listening(self.public_port)
 
     def register(self, sites: Sequence[str]) -> None:
-        """Register the public key of each site under its name."""
+        """Register the public key of each site under its name, at the SuperLink and in nginx."""
         connection = f'[superlink.coordinator]\naddress = "127.0.0.1:{self.superlink_port}"\n'
         connection += f'root-certificates = "{self.certificates / "ca.crt"}"\n'
         self.home.mkdir(parents=True, exist_ok=True)
         (self.home / "config.toml").write_text(connection)
+        script, env = PROJECT / "deploy" / "register.sh", environment(self.engine, self.home)
+        env["PATH"] += f"{os.pathsep}{_TOOLS}"
         for site in sites:
-            key = str(self.certificates / f"{site}.pub")
-            command = [str(self.engine / "flwr"), "supernode", "register", key, "coordinator", "--name", site]
-            _run([*command, "--format", "json"], environment(self.engine, self.home))
+            key = self.certificates / f"{site}.pub"
+            _run(["bash", str(script), str(self.certificates), site, str(key)], env)
 
     def site_file(self, site: str, data: Path, **resources: object) -> Path:
         """Write the YAML file of a site and return its path."""
@@ -161,6 +165,7 @@ class LocalFederation:
             "flower.authority": self.certificates / "ca.crt",
             "flower.home": self.home,
             "flower.engine": self.engine,
+            "flower.max_message": self.max_message,
         }
         given = ",".join(f"{key}={value}" for key, value in {**defaults, **parameters}.items())
         command = [sys.executable, "-m", "kedro", "run", "--pipeline=federated_training", f"--env={env}"]
@@ -309,17 +314,18 @@ def _demonstrate(folder: Path, engine: Path, params: str) -> int:
     sites = ("hospital_a", "hospital_b", "hospital_c")
     raw = folder / "raw"
     write_demo_sites(raw, DemoSitesConfig())
-    with LocalFederation(folder, engine, free_port(), free_port()) as federation:
+    parameters = dict(pair.split("=", 1) for pair in params.split(",") if pair)
+    max_message = int(parameters.get("flower.max_message", LocalFederation.max_message))
+    with LocalFederation(folder, engine, free_port(), free_port(), max_message) as federation:
         logger.info("Starting SuperLink, nginx and %s; their logs are in %s", ", ".join(sites), folder / "logs")
         federation.make_certificates(sites)
         federation.start_superlink()
-        federation.start_nginx()
         federation.register(sites)
+        federation.start_nginx()
         for site, data in zip(sites, sorted(raw.iterdir()), strict=False):
             federation.site_file(site, data)
             federation.start_site(site)
         logger.info("Starting the coordinator: kedro run --pipeline=federated_training --env=flower")
-        parameters = dict(pair.split("=", 1) for pair in params.split(",") if pair)
         # One thread each, because three hospitals share this machine.
         return federation.run(federation.coordinate({"run.threads": 1, **parameters}))
 

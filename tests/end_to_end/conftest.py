@@ -343,8 +343,8 @@ def new_deployed(
         if recorded:
             deployed.record_requests()
         federation.start_superlink()
-        federation.start_nginx()
         federation.register(SITES)
+        federation.start_nginx()
         for site, data in zip(SITES, sorted((folders[-1] / "raw").iterdir()), strict=False):
             federation.site_file(site, data, **resources)
             deployed.change_file(site, **own.get(site, {}))

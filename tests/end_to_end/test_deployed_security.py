@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import http.client
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stranger
 from deployed import until
 
 from demo import PROJECT, LocalFederation, free_port
@@ -32,25 +35,24 @@ def federation(engine: Path) -> Iterator[LocalFederation]:
     with LocalFederation(folder, engine, free_port(), free_port()) as federation:
         federation.make_certificates(["a"])
         federation.start_superlink()
-        federation.start_nginx()
         federation.register(["a"])
+        federation.start_nginx()
         yield federation
     shutil.rmtree(folder)
 
 
-def post(federation: LocalFederation, path: str) -> tuple[int, bytes]:
-    """Send a request with exactly this path to the public port; return status and body."""
-    trusted = ssl.create_default_context(cafile=str(federation.certificates / "ca.crt"))
-    connection = http.client.HTTPSConnection("localhost", federation.public_port, context=trusted, timeout=60)
-    connection.putrequest("POST", path)
-    connection.putheader("Content-Type", "application/protobuf")
-    connection.putheader("Content-Length", "0")
-    connection.endheaders()
+def post(federation: LocalFederation, path: str, key: str | None = None, length: int = 0) -> tuple[int, bytes]:
+    """Send a request with exactly this path to the public port; return status and body.
+
+    ``key`` is the public key in its header, by default the registered one. Of the body only the length is sent.
+    """
+    connection = stranger.connect(federation)
+    stranger.begin(connection, path, stranger.public_key(federation, "a") if key is None else key, length)
     response = connection.getresponse()
     return response.status, response.read()
 
 
-@pytest.mark.parametrize(
+PATHS = pytest.mark.parametrize(
     "path",
     [
         "/v1/control/start-run",
@@ -69,11 +71,112 @@ def post(federation: LocalFederation, path: str) -> tuple[int, bytes]:
         "/",
     ],
 )
+
+
+@PATHS
 def test_at_the_public_port_nginx_refuses_everything_except_the_fleet_interface(federation, path) -> None:
     status, body = post(federation, path)
 
     assert status == 404
     assert b"nginx" in body
+
+
+@PATHS
+@pytest.mark.parametrize("key", ["", "c3RyYW5nZXI="], ids=["no key", "unknown key"])
+def test_without_a_registered_key_nginx_refuses_every_request(federation, path: str, key: str) -> None:
+    status, body = post(federation, path, key)
+
+    assert status == 412
+    assert "deploy/register.sh" in json.loads(body)["extra"]
+
+
+SMALL, LARGEST = 64 * 2**10, 8 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("call", "most"), [("activate-node", SMALL), ("push-messages", SMALL), ("push-object", LARGEST)]
+)
+def test_nginx_refuses_larger_bodies_than_a_request_can_have(federation, call: str, most: int) -> None:
+    assert post(federation, f"/v1/fleet/{call}", length=most + 1)[0] == 413
+    assert post(federation, f"/v1/fleet/{call}", "", length=most + 1)[0] == 412
+
+
+def test_bodies_without_a_registered_key_never_reach_the_superlink(federation) -> None:
+    before = stranger.peak_memory(federation, "superlink")
+
+    with stranger.held([stranger.push(federation, "", LARGEST) for _ in range(32)]) as bodies:
+        answers = stranger.answers(bodies)
+
+    assert answers == [412] * 32
+    assert stranger.peak_memory(federation, "superlink") - before < LARGEST
+    assert stranger.peak_memory(federation, "nginx") < 2**27
+
+
+@pytest.mark.parametrize(("call", "length", "most"), [("push-object", LARGEST, 4), ("push-messages", SMALL, 8)])
+def test_a_slow_hospital_keeps_out_itself_and_no_other_at_its_address(
+    federation, keys, call: str, length: int, most: int
+) -> None:
+    with stranger.held([stranger.push(federation, keys[0], length, call) for _ in range(32)]) as bodies:
+        itself, other = (post(federation, f"/v1/fleet/{call}", key)[0] for key in keys[:2])
+        answers = stranger.answers(bodies)
+
+    assert (itself, other) == (503, 401)
+    assert answers.count(503) == 32 - most
+    assert coordinator_memory(federation) < 2**30
+
+
+@pytest.mark.slow
+def test_the_largest_bodies_of_all_hospitals_fit_in_the_memory_of_the_coordinator(federation, keys) -> None:
+    with stranger.held([stranger.push(federation, key, LARGEST) for key in keys[:8] for _ in range(4)]) as bodies:
+        one_more = post(federation, "/v1/fleet/push-object", keys[8])
+        answers = stranger.answers(bodies)
+
+    assert answers == [401] * 32
+    assert one_more[0] == 503
+    assert coordinator_memory(federation) < 2**30
+
+
+def coordinator_memory(federation: LocalFederation) -> int:
+    return stranger.peak_memory(federation, "superlink") + stranger.peak_memory(federation, "nginx")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_hospitals_finish_their_run_while_a_stranger_holds_connections_and_sends_bodies(new_deployed) -> None:
+    deployed, stop = new_deployed(), threading.Event()
+    federation = deployed.federation
+
+    with ThreadPoolExecutor() as threads:
+        connections = threads.submit(stranger.besiege, federation, stop)
+        bodies = threads.submit(stranger.bombard, federation, "", LARGEST, stop)
+        try:
+            output = deployed.run(federation__rounds=4)
+        finally:
+            stop.set()
+
+    # Each time lasts 9 s.
+    assert connections.result() > 60 / 9
+    assert bodies.result().keys() == {412}
+    assert re.findall(r"round (\d)/4: loss .*? 3 of 3 sites", output) == ["1", "2", "3", "4"]
+    assert coordinator_memory(federation) < 2**30
+
+
+@pytest.fixture(scope="module")
+def keys(federation) -> list[str]:
+    """Nine keys that nginx knows; the SuperLink does not."""
+    names = [f"hospital-{index}" for index in range(9)]
+    for name in names:
+        (federation.certificates / "hospitals" / f"{name}.map").write_text(f'"{name}" "{name}";\n')
+    federation.processes["nginx"].send(signal.SIGHUP)
+    until(lambda: post(federation, "/v1/fleet/pull-messages", names[-1])[0] != 412)
+    return names
+
+
+def test_idle_connections_keep_nobody_out(federation) -> None:
+    with stranger.held([stranger.connect(federation) for _ in range(200)]):
+        status, _ = post(federation, "/v1/fleet/pull-messages")
+
+    assert status == 401
 
 
 @pytest.mark.parametrize(("suite", "accepted"), [("ECDHE+AESGCM", True), ("ECDHE+AES:!AESGCM", False)])
@@ -120,17 +223,26 @@ def failing(federation: LocalFederation, command: Sequence[str]) -> str:
 def test_a_node_without_a_key_is_refused(federation) -> None:
     output = supernode(federation, federation.certificates / "ca.crt", None)
 
-    assert "SuperNode authentication is enabled" in output
+    assert "The key is not registered in nginx" in output
 
 
-def test_a_node_with_an_unregistered_key_is_refused(federation, tmp_path: Path) -> None:
+@pytest.mark.parametrize("known", [False, True], ids=["unknown", "known to nginx only"])
+def test_a_node_with_an_unregistered_key_is_refused(federation, tmp_path: Path, known: bool) -> None:
     key = tmp_path / "stranger.key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(key)], check=True)
+    if known:
+        # Without flwr in PATH the script ends before the SuperLink.
+        script = ["bash", str(PROJECT / "deploy" / "register.sh"), str(federation.certificates)]
+        script += ["stranger", str(key.with_suffix(".key.pub"))]
+        assert subprocess.run(script, env={"PATH": os.defpath}, check=False).returncode == 127
+        header = stranger.public_key(federation, "stranger")
+        until(lambda: post(federation, "/v1/fleet/pull-messages", header)[0] != 412)
 
     output = supernode(federation, federation.certificates / "ca.crt", key)
 
     assert "Failed to activate SuperNode" in output
-    assert "No SuperNode found with the given public key" in federation.log("superlink")
+    assert ("The key is not registered in nginx" in output) != known
+    assert ("No SuperNode found with the given public key" in federation.log("superlink")) == known
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from pydantic import ValidationError
 
+from demo import LocalFederation
 from fedsca_pipeline.errors import ConfigError
 from fedsca_pipeline.flower.config import Certificates, FlowerConfig, check_certificates, read_site_config
 
@@ -69,6 +70,15 @@ def test_sites_are_a_list_of_names_or_have_a_largest_number_of_images() -> None:
 def test_a_wrong_list_of_sites_is_refused(sites: Any, said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         coordinator(sites=sites)
+
+
+def test_nginx_and_the_demonstration_allow_the_largest_message(project: Path) -> None:
+    values = yaml.safe_load((project / "conf" / "flower" / "parameters.yml").read_text())
+    shipped = FlowerConfig.model_validate(values["flower"]).max_message
+    sizes = re.findall(r"^ +client_max_body_size (.+);$", (project / "deploy" / "nginx.conf").read_text(), re.MULTILINE)
+
+    assert sizes == ["64k", f"{shipped}m"]
+    assert shipped == FlowerConfig.model_fields["max_message"].default == LocalFederation.max_message
 
 
 def writable(unit: str, project: Path) -> list[str]:
