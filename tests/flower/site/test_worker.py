@@ -21,8 +21,8 @@ from fedsca_pipeline.federation.messages.manifest import Manifest
 from fedsca_pipeline.federation.run import code_version, describe_run
 from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
 from fedsca_pipeline.federation.server.rounds import Server
+from fedsca_pipeline.federation.site.privacy.accountant import epsilon_of
 from fedsca_pipeline.federation.site.privacy.ledger import KEY, LEDGER, Entry, PrivacyLedger
-from fedsca_pipeline.federation.site.privacy.steps import epsilon_of
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.files import read_tensors, write_bytes
 from fedsca_pipeline.flower.config import read_site_config

@@ -25,6 +25,8 @@ from fedsca_pipeline.federation.messages.manifest import Manifest
 from fedsca_pipeline.federation.site import worker as local
 from fedsca_pipeline.federation.site.batches import plain_batches
 from fedsca_pipeline.federation.site.losses import build_loss
+from fedsca_pipeline.federation.site.privacy import steps as private
+from fedsca_pipeline.federation.site.privacy.accountant import epsilon_of
 from fedsca_pipeline.federation.site.privacy.ledger import KEY, LEDGER, Entry, PrivacyLedger
 from fedsca_pipeline.federation.site.privacy.optimizer import NoisyOptimizer
 from fedsca_pipeline.federation.site.privacy.steps import (
@@ -32,8 +34,6 @@ from fedsca_pipeline.federation.site.privacy.steps import (
     RoundPlan,
     Units,
     draw,
-    epsilon_of,
-    noise_multiplier,
     unit_gradient,
 )
 from fedsca_pipeline.federation.site.steps import ignore_step, phase_lengths
@@ -266,38 +266,6 @@ def test_a_private_step_without_clipping_and_noise_is_the_plain_step(make_worker
         torch.testing.assert_close(start - parameter.detach(), gradient / 5, rtol=1e-3, atol=1e-6)
 
 
-# The accountant
-
-
-@pytest.mark.parametrize(
-    ("epsilon", "rate", "steps"), [(0.5, 0.25, 64), (2.0, 0.05, 8), (8.0, 1.0, 1), (30.0, 1.0, 64)]
-)
-def test_a_run_spends_its_epsilon_and_not_much_less(epsilon: float, rate: float, steps: int) -> None:
-    noise = noise_multiplier(epsilon, 1e-5, rate, steps)
-
-    spent = epsilon_of([replace(ENTRY, steps=steps, rate=rate, noise=noise)], 1e-5)
-
-    assert 0.9 * epsilon <= spent <= epsilon
-
-
-def test_rounds_cost_as_much_as_their_steps_in_one_round() -> None:
-    rounds = [replace(ENTRY, round=number) for number in range(1, 5)]
-
-    assert epsilon_of(rounds, 1e-5) == pytest.approx(epsilon_of([replace(ENTRY, steps=16)], 1e-5))
-    assert epsilon_of(rounds, 1e-5) > epsilon_of(rounds[:3], 1e-5) > epsilon_of([], 1e-5) == 0
-
-
-def test_without_sampling_it_is_the_gaussian_mechanism() -> None:
-    """RDP of order a is a / (2 sigma^2); Mironov's conversion (2017) is an upper bound of Opacus'."""
-    sigma, delta = 3.0, 1e-5
-    orders = np.linspace(1.1, 60, 2000)
-    classic = (orders / (2 * sigma**2) + math.log(1 / delta) / (orders - 1)).min()
-
-    spent = epsilon_of([replace(ENTRY, steps=1, rate=1.0, noise=sigma)], delta)
-
-    assert 0.7 * classic < spent <= classic
-
-
 # The ledger
 
 
@@ -375,7 +343,7 @@ def test_a_round_answered_again_with_another_secret_counts_again(answer, make_wo
     assert second.manifest.privacy.epsilon > first.manifest.privacy.epsilon
 
 
-@pytest.mark.parametrize("changed", ["seed", "clip", "secret", "data", "private tensors", "processor"])
+@pytest.mark.parametrize("changed", ["seed", "clip", "secret", "data", "private tensors", "processor", "noise"])
 def test_any_other_difference_gets_other_noise(
     answer, make_worker, make_site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
@@ -393,6 +361,8 @@ def test_any_other_difference_gets_other_noise(
             training = {"privacy": PrivacyConfig(epsilon=8.0, clip=1.0001)}
         case "processor":
             monkeypatch.setattr(local, "get_cpu_capability", lambda: "another")
+        case "noise":
+            monkeypatch.setattr(private, "noise_multiplier", lambda *_: 3.0)
         case "private tensors":
             answer(worker, payload(worker, 1), 1, ledger=options["ledger"])
     other = make_worker(settings={"rounds": 9}, **training)

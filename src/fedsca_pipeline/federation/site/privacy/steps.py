@@ -10,12 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
@@ -28,6 +25,7 @@ from fedsca_pipeline.errors import SiteError
 from fedsca_pipeline.federation.messages.manifest import PrivacyLevel, PrivacySpent
 from fedsca_pipeline.federation.site.batches import SiteBatches
 from fedsca_pipeline.federation.site.losses import SegmentationLoss
+from fedsca_pipeline.federation.site.privacy.accountant import epsilon_of, noise_multiplier
 from fedsca_pipeline.federation.site.privacy.ledger import Entry, PrivacyLedger, with_entry
 from fedsca_pipeline.federation.site.steps import Correction, Penalty, Step
 from fedsca_pipeline.model.batch import Batch
@@ -65,41 +63,6 @@ def draw(units: Sequence[Sequence[int]], rate: float, draws: np.random.Generator
     return [units[unit][int(draws.integers(len(units[unit])))] for unit in drawn]
 
 
-@cache
-def noise_multiplier(epsilon: float, delta: float, rate: float, steps: int) -> float:
-    """Return the smallest noise, in clip norms, whose ``steps`` cost at most ``epsilon`` at ``delta``, from Opacus."""
-    from opacus.accountants.utils import get_noise_multiplier
-
-    with _default_orders():
-        noise = get_noise_multiplier(
-            target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps, accountant="rdp"
-        )
-    return float(noise)
-
-
-def epsilon_of(entries: Sequence[Entry], delta: float) -> float:
-    """Return the epsilon of these answers together, by Opacus' Renyi accountant; 0 for no answer."""
-    from opacus.accountants import RDPAccountant
-
-    if not entries:
-        return 0.0
-    steps: Counter[tuple[float, float]] = Counter()
-    for entry in entries:
-        steps[entry.noise, entry.rate] += entry.steps
-    accountant = RDPAccountant()
-    accountant.history = [(noise, rate, count) for (noise, rate), count in steps.items()]
-    with _default_orders():
-        return float(accountant.get_epsilon(delta))
-
-
-@contextmanager
-def _default_orders() -> Iterator[None]:
-    """Silence Opacus' warning that an order outside its defaults might give a lower epsilon; its value is a bound."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Optimal order is the")
-        yield
-
-
 def data_digest(data: Arrays) -> str:
     """Return 64 hex digits over the training images, masks and subjects."""
     digest = hashlib.sha256(json.dumps(data.subjects("train")).encode())
@@ -131,11 +94,13 @@ class PrivateSteps:
         data: of the site.
         ledger: of the site.
         plan: the round's size.
-        inputs: everything that decides the round's answer except data and noise: equal inputs give equal noise.
+        inputs: everything that decides the round's answer except data and noise multiplier: equal inputs give equal
+            noise.
         device: of the model.
 
     Raises:
         SiteError: the round would cost more than the run or the site's owner allows, or the ledger is damaged.
+        ConfigError: the run's epsilon is too small for any noise.
     """
 
     def __init__(
@@ -153,7 +118,9 @@ class PrivateSteps:
         self.units = Units.of(data)
         self.rate = min(1.0, plan.batch_size / len(self.units.rows))
         noise = noise_multiplier(config.epsilon, config.delta, self.rate, plan.rounds * plan.steps)
-        start = hashlib.sha256(json.dumps([dict(inputs), data_digest(data)], sort_keys=True).encode()).hexdigest()
+        # With the same draws and another multiplier, the difference of two answers would reveal the gradients.
+        decided = [dict(inputs), data_digest(data), noise]
+        start = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
         self.entry = Entry(plan.run, plan.round, ledger.keyed(start), plan.steps, self.rate, noise)
         self.epsilon = self._affordable_epsilon()
         self._sampling, self._noise = (ledger.draws(start, purpose) for purpose in ("sampling", "noise"))
