@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedsca_pipeline import __version__
 from fedsca_pipeline.data.readers.volume import Volume
 from fedsca_pipeline.files import atomic_path
+
+if TYPE_CHECKING:
+    import highdicom
 
 _MAKER = "fedsca_pipeline"
 
@@ -74,7 +78,7 @@ def write_segmentation(
         written.save_as(temporary)
 
 
-def _on_grid(labels: np.ndarray, volume: Volume) -> object:
+def _on_grid(labels: np.ndarray, volume: Volume) -> highdicom.Volume:
     """Return the labels as highdicom's volume: axes from slices to columns, DICOM's directions left, back and up."""
     import highdicom
 

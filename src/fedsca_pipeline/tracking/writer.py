@@ -118,7 +118,8 @@ class MlflowWriter:
 
     def _search(self, experiments: Sequence[str], tag: str, value: str, **options: Any) -> list[Run]:
         """Return every run whose tag has a value. MLflow gives them page by page, a thousand at most."""
-        client, runs, token = self._require(), [], None
+        client, token = self._require(), None
+        runs: list[Run] = []
         while True:
             page = client.search_runs(
                 list(experiments), f"tags.`{tag}` = '{value}'", max_results=_PAGE, page_token=token, **options
