@@ -1,4 +1,4 @@
-"""The real command line, in folders of its own: every test here starts ``kedro run`` as a user does."""
+"""The real command line, in folders of its own: every test here starts ``kedro run`` as a user does, in a process."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ import pytest
 from deployed import SITES, Deployed
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from warm import Command, Server
 
 from demo import LocalFederation, free_port
 from fedsca_pipeline.config import DemoSitesConfig
 from fedsca_pipeline.data.demo.sites import write_demo_sites
 
 ROUNDS = 4
+
+Started = Command | subprocess.Popen[str]
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Workplace:
 
     root: Path
     project: Path
+    server: Server | None
     conf: Path | None = None
 
     @property
@@ -108,11 +112,20 @@ class Workplace:
         environment: Mapping[str, str] | None = None,
         largest_file: int | None = None,
         options: Sequence[str] = (),
-    ) -> subprocess.Popen[str]:
+        cold: bool = False,
+    ) -> Started:
         """Start ``kedro run`` in a process group of its own; no file may outgrow ``largest_file`` bytes.
 
-        ``options``: further ones of the command line.
+        ``cold``: in a new interpreter, which imports all. ``options``: further ones of the command line.
         """
+        roots = f"data_root={self.data},foundation_root={self.foundations}"
+        words = ["kedro", "run", f"--pipeline={pipeline}", f"--env={env}"]
+        words += [f"--params={roots},{params}" if params else f"--params={roots}"]
+        words += [*options, *([f"--conf-source={self.conf}"] if self.conf else [])]
+        variables = {**os.environ, "MLFLOW_TRACKING_URI": self._uri, "OMP_WAIT_POLICY": "passive"}
+        variables |= environment or {}
+        if self.server and not cold:
+            return self.server.start(words, cwd=self.project, env=variables, largest_file=largest_file)
 
         def prepare() -> None:
             # Started in the background, a test run ignores Ctrl-C and would hand that down.
@@ -120,14 +133,10 @@ class Workplace:
             if largest_file is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
-        roots = f"data_root={self.data},foundation_root={self.foundations}"
-        command = [sys.executable, "-m", "kedro", "run", f"--pipeline={pipeline}", f"--env={env}"]
-        command += [f"--params={roots},{params}" if params else f"--params={roots}"]
-        command += [*options, *([f"--conf-source={self.conf}"] if self.conf else [])]
         return subprocess.Popen(
-            command,
+            [sys.executable, "-m", *words],
             cwd=self.project,
-            env={**os.environ, "MLFLOW_TRACKING_URI": self._uri, "OMP_WAIT_POLICY": "passive", **(environment or {})},
+            env=variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -146,7 +155,7 @@ class Workplace:
         return self.signalled(self.start(params=params, **options), ready, number, after=after)
 
     def signalled(
-        self, process: subprocess.Popen[str], ready: Callable[[], bool], number: signal.Signals, *, after: float = 0.0
+        self, process: Started, ready: Callable[[], bool], number: signal.Signals, *, after: float = 0.0
     ) -> Finished:
         """Send a started run's process group a signal, as ``signal_when`` does."""
         while not ready() and process.poll() is None:
@@ -189,7 +198,7 @@ class Workplace:
         return [path for path in self.root.rglob("*") if ".partial" in path.name or path.name.startswith(".demo")]
 
 
-def ended(process: subprocess.Popen[str]) -> Finished:
+def ended(process: Started) -> Finished:
     """Wait for a command."""
     try:
         stdout, stderr = process.communicate(timeout=500)
@@ -208,15 +217,26 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def server(project: Path) -> Iterator[Server | None]:
+    """The process that commands are forked from; none on macOS, where imported frameworks break in a forked process."""
+    if sys.platform != "linux":
+        yield None
+        return
+    started = Server(project)
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
 def new_workplace(
-    project: Path, empty_database: Path, tmp_path_factory: pytest.TempPathFactory
+    project: Path, server: Server | None, empty_database: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[], Workplace]:
     """Makes workplaces without data."""
 
     def make() -> Workplace:
         root = tmp_path_factory.mktemp("workplace")
         shutil.copy(empty_database, root / "mlflow.db")
-        return Workplace(root, project)
+        return Workplace(root, project, server)
 
     return make
 
@@ -229,9 +249,12 @@ def workplace(new_workplace: Callable[[], Workplace]) -> Workplace:
 
 @pytest.fixture(scope="session")
 def finished_run(new_workplace: Callable[[], Workplace]) -> tuple[Workplace, Finished]:
-    """A whole ``__default__`` run of the smoke preset over ``ROUNDS`` rounds, not to be written to, and its output."""
+    """A whole ``__default__`` run of the smoke preset over ``ROUNDS`` rounds, not to be written to, and its output.
+
+    It is a new interpreter's, so that what commands forked from the server write is compared with what a user gets.
+    """
     place = new_workplace()
-    done = place.run(params=f"federation.rounds={ROUNDS}")
+    done = place.run(params=f"federation.rounds={ROUNDS}", cold=True)
     assert done.code == 0, done.output
     return place, done
 

@@ -184,7 +184,8 @@ def test_looking_at_the_headers_of_a_pacs_shows_how_far_it_is(new_workplace, tmp
     dicom_files.series(tmp_path / "export", slices)
 
     terminal = {"FORCE_COLOR": "1", "COLUMNS": "120"}
-    refused = new_workplace().run("import_sites", f"importer=dicom,source={tmp_path / 'export'}", environment=terminal)
+    params = f"importer=dicom,source={tmp_path / 'export'}"
+    refused = new_workplace().run("import_sites", params, environment=terminal, cold=True)
 
     assert refused.code == 1
     assert "reading headers" in refused.output

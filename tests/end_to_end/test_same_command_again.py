@@ -33,7 +33,7 @@ def test_an_up_to_date_run_prints_its_table_again_and_starts_nothing(finished_ru
 
 
 def test_an_up_to_date_run_imports_nothing_heavy(used, rounds) -> None:
-    again = used.run(params=f"federation.rounds={rounds}", environment={"PYTHONPROFILEIMPORTTIME": "1"})
+    again = used.run(params=f"federation.rounds={rounds}", environment={"PYTHONPROFILEIMPORTTIME": "1"}, cold=True)
 
     imported = {
         line.rpartition("|")[2].strip() for line in again.output.splitlines() if line.startswith("import time:")
