@@ -90,3 +90,10 @@ def test_commands_run_side_by_side(started) -> None:
     first.stdout.close()
     os.killpg(first.pid, signal.SIGKILL)
     assert first.wait(60) == -signal.SIGKILL
+
+
+def test_kedro_prints_the_same(workplace) -> None:
+    warm, cold = (workplace.run(params="federation.rounds=0", cold=cold) for cold in (False, True))
+
+    assert warm.code == 1
+    assert warm == cold

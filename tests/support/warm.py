@@ -26,7 +26,7 @@ from typing import Any
 
 # What a run, a report and a comparison import, by the modules that import the most.
 _IMPORTED = (
-    "kedro.__main__",
+    "kedro.framework.cli",
     "kedro.framework.cli.project",
     "kedro.framework.session",
     "kedro.runner",
