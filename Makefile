@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# One worker process per core; each test file runs in one worker, because some files share costly fixtures.
-BY_FILE := -n auto --dist loadfile
+# One worker process per core; each test file runs in one worker, because some files share costly fixtures. By default
+# files with few tests come last: those are the longest, and the last one would leave the other cores idle.
+BY_FILE := -n auto --dist loadfile --no-loadscope-reorder
 # Flower has its own environment, because it pins other versions of protobuf, rich and typer than this project.
 ENGINE := .flower-venv
 ENGINE_INSTALLED := $(ENGINE)/.installed
