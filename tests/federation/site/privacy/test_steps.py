@@ -266,6 +266,27 @@ def test_a_private_step_without_clipping_and_noise_is_the_plain_step(make_worker
         torch.testing.assert_close(start - parameter.detach(), gradient / 5, rtol=1e-3, atol=1e-6)
 
 
+def test_a_private_step_clips_an_image_s_gradient_to_the_configured_norm(
+    make_worker, make_site, tmp_path: Path
+) -> None:
+    data, clip = make_site("a"), 1e-3
+    worker = make_worker(batch_size=5)
+    private = PrivateSteps(
+        PrivacyConfig(epsilon=8.0, clip=clip), data, PrivacyLedger(tmp_path), ONE_STEP, {}, torch.device("cpu")
+    )
+    private.entry = replace(private.entry, noise=0.0)
+    parameters = list(worker.parameters.values())
+    before = [parameter.detach().clone() for parameter in parameters]
+    step = private.stepper(torch.optim.SGD(parameters, lr=1.0))
+    forward = lambda batch: worker.model(worker.model.normalise(batch.inputs, batch.valid.unsqueeze(1)))  # noqa: E731
+
+    step(forward, list(plain_batches(data, "train", 1))[:1], build_loss("sigmoid", 0.5), lambda: None, lambda: None)
+
+    moved = torch.cat([(start - new.detach()).reshape(-1) for start, new in zip(before, parameters, strict=True)])
+    expected_images = private.rate * len(private.units.rows)
+    assert moved.norm().item() == pytest.approx(clip / expected_images, rel=1e-2)
+
+
 # The ledger
 
 
