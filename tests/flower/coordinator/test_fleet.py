@@ -234,6 +234,18 @@ class TestFaultyAnswers:
         assert answers["b"] == Failure("install the same version at both ends")
         assert caplog.text.count("round 1: no answer from b: install the same version at both ends") == 1
 
+    def test_the_reason_of_an_answer_that_never_arrives_is_logged_in_a_later_round(
+        self, exchange, link, scripted, reply, caplog
+    ) -> None:
+        link.sites["c"] = scripted(seconds=110, answer=lambda m: reply("", "1", error="arrived in part"))
+
+        assert exchange(1)["c"] == Failure("no answer in time")
+        link.sites["a"] = link.sites["b"] = scripted(seconds=60)
+        second = exchange(2, grace=20.0)
+
+        assert second == {"a": b"a2", "b": b"b2", "c": Failure("no answer in time")}
+        assert caplog.text.count("round 1: no answer from c: arrived in part") == 1
+
 
 class TestOpening:
     @pytest.fixture

@@ -247,11 +247,11 @@ class FlowerFleet:
 
     def _record_error(self, exchange: _Exchange, flight: _InFlight, error: str) -> None:
         """Store why Flower has no answer. The site is asked again; without an answer this is why it is absent."""
-        if flight.kind != "open" and (flight.kind, flight.round) != (exchange.kind, exchange.round):
-            return
-        if exchange.reasons.get(flight.site) != error:
+        late = flight.kind != "open" and (flight.kind, flight.round) != (exchange.kind, exchange.round)
+        if late or exchange.reasons.get(flight.site) != error:
             logger.warning("%s %d: no answer from %s: %s", flight.kind, flight.round, flight.site, error)
-        exchange.reasons[flight.site] = error
+        if not late:
+            exchange.reasons[flight.site] = error
 
     def _log_request(self, site: str, kind: str, round_: int, payload: bytes) -> int | None:
         if self._log is None:
