@@ -127,6 +127,27 @@ def test_a_killed_supernode_misses_rounds_and_rejoins_the_same_run(new_deployed,
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+def test_sites_whose_answers_arrive_only_in_part_are_absent_and_delay_no_other_site(new_deployed) -> None:
+    deployed = new_deployed()
+    deployed.block_large_answers(refused="hospital_b", stalled="hospital_c")
+    coordinator = deployed.start(federation__rounds=3, federation__quorum=1, federation__grace=10, adapters__width=32)
+    until(lambda: "hospital_c: absent" in deployed.output())
+    # It has announced its answer, and is still sending.
+    deployed.process("hospital_c", "flower-supernode").kill()
+
+    assert coordinator.wait(900) == 0, deployed.output()
+
+    assert "the link to the sites is lost" not in deployed.output()
+    assert deployed.rounds_missed("hospital_a") == []
+    assert deployed.rounds_missed("hospital_b") == [1, 2, 3]
+    assert deployed.rounds_missed("hospital_c")[:3] == [1, 2, 3]
+    # The last message asks for no update, so its answer is small.
+    assert deployed.rounds_received("hospital_b") == [1, 2, 3, 4]
+    assert "413 Request Entity Too Large" in deployed.output("hospital_b")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_site_whose_worker_hangs_or_dies_is_absent_and_recovers(new_deployed, tmp_path: Path) -> None:
     deployed = new_deployed()
     coordinator = deployed.start(federation__rounds=5, federation__deadline=20, federation__grace=15)

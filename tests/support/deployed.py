@@ -60,6 +60,27 @@ class Deployed:
         # If root starts nginx, it writes as a user without access to the folder.
         file.write_text(f"user {pwd.getpwuid(os.getuid()).pw_name} {grp.getgrgid(os.getgid()).gr_name};\n{text}")
 
+    def block_large_answers(self, *, refused: str, stalled: str) -> None:
+        """Let objects of more than 4 KiB of two sites never arrive: nginx refuses the one's with 413, the other's wait.
+
+        Messages have small objects too, which arrive. A SuperNode sends again after 503, for as long as it runs.
+        """
+        file, port = self.federation.certificates / "nginx.conf", self.federation.superlink_port
+        opening = "location = /v1/fleet/push-object {"
+        head, rest = file.read_text().split(opening)
+        forward = f"client_max_body_size 4k; proxy_pass https://127.0.0.1:{port}/v1/fleet/push-object;"
+        locations = f"""
+            location = /refused {{ {forward} }}
+            location = /stalled {{ {forward} error_page 413 =503 /busy; }}
+            location = /busy {{ return 503; }}
+            {opening}
+                if ($hospital = "{refused}") {{ rewrite ^ /refused last; }}
+                if ($hospital = "{stalled}") {{ rewrite ^ /stalled last; }}
+        """
+        file.write_text(f"{head}{locations}{rest}")
+        self.federation.stop("nginx")
+        self.federation.start_nginx()
+
     def recorded_requests(self) -> list[Path]:
         """Return the bodies that the hospitals have sent, one file per request."""
         return [path for path in (self.federation.certificates / "body").rglob("*") if path.is_file()]
