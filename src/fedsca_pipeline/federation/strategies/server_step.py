@@ -231,11 +231,11 @@ def capped(shares: Tensor, max_share: float) -> Tensor:
 def clip_factors(norms: Tensor) -> Tensor:
     """Return the factors [A] that shorten the updates to at most the median of ``norms`` [A], float64, in (0, 1].
 
-    ``min(1, median / |u_i|)``: the bound that Geyer et al., *Differentially Private Federated Learning: A Client Level
-    Perspective*, NeurIPS workshop 2017, section 3, choose for the updates of a round. Without their noise it limits
-    what one site can do: Sun et al., *Can You Really Backdoor Federated Learning?*, NeurIPS workshop 2019. The median
-    is the one of :func:`unusable`: zero updates are left out, and of an even number the lower middle one counts, so
-    that half of the sites cannot raise it. All factors are 1 if no update moved.
+    ``min(1, median / |u_i|)``: the bound that Geyer, Klein and Nabi (NeurIPS workshop 2017, arXiv 1712.07557, section
+    3) choose for the updates of a round. Without their noise it limits what one site can do (Sun et al., *Can You
+    Really Backdoor Federated Learning?*, NeurIPS workshop 2019). The median is the one of :func:`unusable`: zero
+    updates are left out, and of an even number the lower middle one counts, so that half of the sites cannot raise it.
+    All factors are 1 if no update moved.
     """
     moved = norms >= ZERO_NORM
     if not moved.any():
