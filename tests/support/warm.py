@@ -119,7 +119,7 @@ class Command:
                 for key, _ in ready:
                     if not (piece := os.read(key.fd, 2**16)):
                         selector.unregister(key.fileobj)
-                    written[key.fileobj] += piece  # type: ignore[index]
+                    written[key.fileobj] += piece  # type: ignore[index]  # one of the two streams
         self.wait(timeout)
         for stream in written:
             stream.close()
@@ -166,12 +166,13 @@ def _command(request: dict[str, Any], stdout: int, stderr: int, status: int) -> 
     if pid:
         for descriptor in (stdout, stderr):
             os.close(descriptor)
-        os.write(status, f"{pid}\n".encode())
         _, ended = os.waitpid(pid, 0)
         os.write(status, f"{os.waitstatus_to_exitcode(ended)}\n".encode())
         os._exit(0)
-    os.close(status)
     os.setsid()
+    # Who knows the number may send the group a signal, so there has to be one.
+    os.write(status, f"{os.getpid()}\n".encode())
+    os.close(status)
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
     for descriptor in (stdout, stderr):

@@ -39,6 +39,8 @@ from fedsca_pipeline.federation.site.privacy.steps import (
 from fedsca_pipeline.federation.site.steps import ignore_step, phase_lengths
 from fedsca_pipeline.federation.site.store import SiteStore
 from fedsca_pipeline.federation.site.worker import LocalWorker
+from fedsca_pipeline.model.batch import Batch
+from fedsca_pipeline.model.inference import image_forward
 from fedsca_pipeline.model.layout import hash_tensors
 
 PRIVATE = {"privacy": PrivacyConfig(epsilon=8.0)}
@@ -160,7 +162,7 @@ def test_a_step_can_draw_no_unit_and_rate_one_draws_all() -> None:
 def gradients_of(worker: LocalWorker, data: SiteArrays) -> tuple[list[list[Tensor]], list[Tensor]]:
     """Return the gradients of each image, and those of the summed losses from one pass over the whole batch."""
     loss, parameters = build_loss("sigmoid", 0.5), list(worker.parameters.values())
-    forward = lambda batch: worker.model(worker.model.normalise(batch.inputs, batch.valid.unsqueeze(1)))  # noqa: E731
+    forward = image_forward(worker.model)
     images = list(plain_batches(data, "train", 1))
     each = [unit_gradient(forward, image, loss, parameters) for image in images]
     (batch,) = plain_batches(data, "train", 99)
@@ -237,7 +239,9 @@ def test_a_tensor_that_does_not_train_is_left_out_of_the_norm() -> None:
 def test_an_image_that_overflows_has_a_zero_gradient(make_worker, make_site) -> None:
     worker, (image, *_) = make_worker(), plain_batches(make_site("a"), "train", 1)
     parameters = list(worker.parameters.values())
-    forward = lambda batch: worker.model(batch.inputs.float()) * math.inf  # noqa: E731
+
+    def forward(batch: Batch) -> Tensor:
+        return worker.model(batch.inputs.float()) * math.inf
 
     found = unit_gradient(forward, image, build_loss("sigmoid", 0.5), parameters)
 
@@ -257,7 +261,7 @@ def test_a_private_step_without_clipping_and_noise_is_the_plain_step(make_worker
     parameters = list(worker.parameters.values())
     before = [parameter.detach().clone() for parameter in parameters]
     step = private.stepper(torch.optim.SGD(parameters, lr=1.0))
-    forward = lambda batch: worker.model(worker.model.normalise(batch.inputs, batch.valid.unsqueeze(1)))  # noqa: E731
+    forward = image_forward(worker.model)
 
     step(forward, images, build_loss("sigmoid", 0.5), lambda: None, lambda: None)
 
@@ -278,7 +282,7 @@ def test_a_private_step_clips_an_image_s_gradient_to_the_configured_norm(
     parameters = list(worker.parameters.values())
     before = [parameter.detach().clone() for parameter in parameters]
     step = private.stepper(torch.optim.SGD(parameters, lr=1.0))
-    forward = lambda batch: worker.model(worker.model.normalise(batch.inputs, batch.valid.unsqueeze(1)))  # noqa: E731
+    forward = image_forward(worker.model)
 
     step(forward, list(plain_batches(data, "train", 1))[:1], build_loss("sigmoid", 0.5), lambda: None, lambda: None)
 
