@@ -11,6 +11,7 @@ import atexit
 import gc
 import inspect
 import json
+import math
 import os
 import resource
 import runpy
@@ -20,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,11 +112,13 @@ class Command:
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for the end of both streams and of the command; return what it wrote to each."""
         written = {self.stdout: b"", self.stderr: b""}
+        end = time.monotonic() + (math.inf if timeout is None else timeout)
         with selectors.DefaultSelector() as selector:
             for stream in written:
                 selector.register(stream, selectors.EVENT_READ)
             while selector.get_map():
-                if not (ready := selector.select(timeout)):
+                left = None if timeout is None else max(end - time.monotonic(), 0.0)
+                if not (ready := selector.select(left)):
                     raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
                 for key, _ in ready:
                     if not (piece := os.read(key.fd, 2**16)):
