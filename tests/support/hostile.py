@@ -520,9 +520,10 @@ def main() -> None:
     A file that takes longer than ``HANG_SECONDS`` ends the process with a trace of all threads; ``slowest`` are in
     seconds of the processor.
     """
+    from importing import import_sites
+
     from fedsca_pipeline.config import PreprocessingConfig, SplitConfig
     from fedsca_pipeline.data.importers import find_importer
-    from fedsca_pipeline.data.importers.write import import_sites
     from fedsca_pipeline.data.preprocessing.prepare import prepare_site
 
     raw, scratch, outside = (Path(argument) for argument in sys.argv[1:4])

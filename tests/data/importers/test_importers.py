@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from importing import import_sites
 from PIL import Image
 
 from fedsca_pipeline.config import PreprocessingConfig
 from fedsca_pipeline.data.importers import find_importer, importer_names
 from fedsca_pipeline.data.importers.layout import match_files
 from fedsca_pipeline.data.importers.layouts.dsb2018 import acquisition
-from fedsca_pipeline.data.importers.write import import_sites
 from fedsca_pipeline.data.preprocessing.prepare import prepare_site
 from fedsca_pipeline.data.site_folder.discovery import discover_sites
 from fedsca_pipeline.errors import ConfigError, DataError

@@ -13,12 +13,12 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from importing import import_sites
 
 from fedsca_pipeline.config import PreprocessingConfig
 from fedsca_pipeline.data.importers import find_importer
 from fedsca_pipeline.data.importers.layouts.fets2022 import MODALITIES
 from fedsca_pipeline.data.importers.tables import listed_file
-from fedsca_pipeline.data.importers.write import import_sites
 from fedsca_pipeline.data.preprocessing.prepare import prepare_site
 from fedsca_pipeline.data.readers.volumes import read_volume, read_volume_mask
 from fedsca_pipeline.errors import ConfigError, DataError

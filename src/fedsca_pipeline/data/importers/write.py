@@ -1,4 +1,4 @@
-"""Samples of a source to site folders: all of them, or none."""
+"""Samples of a source to site folders: all of them, or none (``build_sites``, then ``place_built_sites``)."""
 
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ logger = logging.getLogger(__name__)
 
 # Most folders named of those that are passed over.
 _FOLDERS_LISTED = 20
+# Hidden, so no command takes it for a site.
+_WORKSHOP = ".import_sites.partial"
 
 
-def import_sites(
+def build_sites(
     raw: Path,
     importer: Importer,
     source: Path,
@@ -43,13 +45,13 @@ def import_sites(
     private: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, dict[str, Any]]:
-    """Write the samples of ``source`` as site folders below ``raw``.
+    """Write the samples of ``source`` as site folders, which ``place_built_sites`` then moves to ``raw``.
 
     Image files are copied, masks become PNG or NIfTI of classes, and each site gets a ``site.yml`` of subjects and
     notes. An importer that hides names writes images anew, without what a file holds beside its pixels, and gives
-    images and subjects salted-hash names. One sample at a time is in memory. The sites are built in a hidden folder and
-    renamed, so a killed call leaves no half site. The source is only read, and nothing outside it is. The log names the
-    folders with images that are passed over.
+    images and subjects salted-hash names. One sample at a time is in memory. The sites are built in a hidden folder
+    below ``raw``, so a killed call leaves no half site. The source is only read, and nothing outside it is. The log
+    names the folders with images that are passed over.
 
     Args:
         raw: the folder of the sites.
@@ -71,10 +73,10 @@ def import_sites(
     """
     samples = _find(raw, importer, source)
     private = private or raw.parent / "private"
-    workshop = raw / ".import_sites.partial"
+    workshop = raw / _WORKSHOP
+    # A killed command may have left its workshop behind.
+    shutil.rmtree(workshop, ignore_errors=True)
     try:
-        # A killed command may have left its workshop behind.
-        shutil.rmtree(workshop, ignore_errors=True)
         sites = _write(workshop, importer, samples, source, private, progress)
         for name, site in sites.items():
             if site.names is not None and not (raw / name).exists():
@@ -85,11 +87,16 @@ def import_sites(
         ):
             raise RefusedImportError(_refusal(importer, source, sites, private, quarantine), summary)
         _refuse_existing(raw, {path.name for path in workshop.iterdir()})
-        workshop.rename(raw / SITES_READY)
-    finally:
+    except BaseException:
         shutil.rmtree(workshop, ignore_errors=True)
-    place_finished_sites(raw)
+        raise
     return summary
+
+
+def place_built_sites(raw: Path) -> None:
+    """Move the sites of ``build_sites`` to ``raw``: all of them, even if the call is killed (at the next command)."""
+    (raw / _WORKSHOP).rename(raw / SITES_READY)
+    place_finished_sites(raw)
 
 
 def _passed_over(source: Path, samples: Sequence[Sample], *, name: bool) -> list[str]:
@@ -162,7 +169,7 @@ class _Site:
             self.broken.append(Broken(f"image {self.stem(sample, source)}", error.unquoted, error.cure))
 
     def summary(self, classes: Sequence[str]) -> dict[str, Any]:
-        """Return the site's entry in what ``import_sites`` returns."""
+        """Return the site's entry in what ``build_sites`` returns."""
         return {
             "images": len(self.subjects),
             "subjects": len(set(self.subjects.values())),

@@ -1,4 +1,4 @@
-"""Node of the import."""
+"""Nodes of the import."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def import_sites(
+def build_sites(
     raw_sites: Path,
     private_sites: Path,
     importer: str | None,
@@ -24,7 +24,7 @@ def import_sites(
     hide_names: bool,
     preprocessing: PreprocessingConfig,
 ) -> dict[str, Any]:
-    """Write the source's images as site folders, log what was imported, and print the parameters to train it.
+    """Write the source's images as site folders, log what is in them, and print the parameters to train them.
 
     Broken files follow ``preprocessing.on_bad_sample``.
 
@@ -35,7 +35,7 @@ def import_sites(
     from rich.progress import Progress
 
     from fedsca_pipeline.data.importers import find_importer, importer_names
-    from fedsca_pipeline.data.importers.write import import_sites
+    from fedsca_pipeline.data.importers.write import build_sites
     from fedsca_pipeline.data.readers.decoding import decode_limits
     from fedsca_pipeline.data.site_folder.discovery import demonstration_sites
 
@@ -54,7 +54,7 @@ def import_sites(
             hide_names=hide_names,
         )
         task = progress.add_task("importing")
-        summary = import_sites(
+        summary = build_sites(
             raw_sites,
             layout,
             folder,
@@ -64,6 +64,13 @@ def import_sites(
         )
     _report(layout, summary, demonstration_sites(raw_sites))
     return summary
+
+
+def place_sites(raw_sites: Path, _import_summary: dict[str, Any]) -> None:
+    """Move the written sites into place once their summary is saved: a killed import leaves no site without it."""
+    from fedsca_pipeline.data.importers.write import place_built_sites
+
+    place_built_sites(raw_sites)
 
 
 def _report(layout: Importer, summary: dict[str, Any], demonstration: list[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kedro.pipeline import Pipeline, node, pipeline
 
-from fedsca_pipeline.pipelines.import_sites.nodes import import_sites
+from fedsca_pipeline.pipelines.import_sites.nodes import build_sites, place_sites
 
 
 def create_pipeline() -> Pipeline:
@@ -12,7 +12,7 @@ def create_pipeline() -> Pipeline:
     return pipeline(
         [
             node(
-                import_sites,
+                build_sites,
                 inputs=[
                     "raw_sites",
                     "private_sites",
@@ -23,7 +23,8 @@ def create_pipeline() -> Pipeline:
                     "params:preprocessing",
                 ],
                 outputs="import_summary",
-                name="import_sites",
-            )
+                name="build_sites",
+            ),
+            node(place_sites, inputs=["raw_sites", "import_summary"], outputs=None, name="place_sites"),
         ]
     )

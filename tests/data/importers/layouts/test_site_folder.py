@@ -14,11 +14,11 @@ import nibabel
 import numpy as np
 import pytest
 import yaml
+from importing import import_sites
 from PIL import Image
 
 from fedsca_pipeline.config import PreprocessingConfig
 from fedsca_pipeline.data.importers import find_importer
-from fedsca_pipeline.data.importers.write import import_sites
 from fedsca_pipeline.data.preprocessing.prepare import prepare_site
 from fedsca_pipeline.data.readers.dicom import read_frame, read_multiframe, read_series
 from fedsca_pipeline.data.readers.images import read_image
