@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
-from scipy.interpolate import splev, splprep
 
 _BACKGROUND, _PARENCHYMA, _RIM, _CYST, _VESSEL, _LESION = 0.02, 0.40, 0.54, 0.15, 0.68, 0.80
 
@@ -123,8 +122,7 @@ class _Canvas:
         start = 0.8 * np.array([np.cos(heading), np.sin(heading)])
         steps = np.linspace(0.0, 1.0, 6)[:, None]
         way = start * (1.0 - 1.7 * steps) + np.vstack([np.zeros(2), rng.normal(0.0, 0.17, (5, 2))])
-        spline, _ = splprep(way.T, s=0.0)
-        points = np.array(splev(np.linspace(0.0, 1.0, 2000), spline))
+        points = spline_through(way, 2000).T
         side = self._x.shape[0]
         column, row = np.floor(points * self._pixels + side / 2).astype(int)
         seen = (row >= 0) & (row < side) & (column >= 0) & (column < side)
@@ -134,6 +132,21 @@ class _Canvas:
             return np.zeros(self._x.shape)
         distance = ndimage.distance_transform_edt(line) / self._pixels
         return np.asarray(np.clip((radius - distance) * self._pixels + 0.5, 0.0, 1.0))
+
+
+def spline_through(points: np.ndarray, count: int) -> np.ndarray:
+    """Return ``count`` points [count, 2] of the cubic spline through six points [6, 2].
+
+    It is that of ``scipy.interpolate.splprep``, without the seconds that importing it takes: its parameter is the way
+    along the points, and it bends freely at the first and last but one ("not a knot").
+    """
+    way = np.cumsum(np.hypot(*np.diff(points, axis=0).T))
+    at = np.array([0.0, *way / way[-1]])
+
+    def basis(u: np.ndarray) -> np.ndarray:
+        return np.stack([np.ones_like(u), u, u**2, u**3, *(np.maximum(u - at[knot], 0.0) ** 3 for knot in (2, 3))], 1)
+
+    return np.asarray(basis(np.linspace(0.0, 1.0, count)) @ np.linalg.solve(basis(at), points))
 
 
 def _paint(tissue: np.ndarray, opacity: np.ndarray, level: np.ndarray | float) -> np.ndarray:
