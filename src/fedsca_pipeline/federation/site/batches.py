@@ -38,6 +38,7 @@ class SiteBatches:
 
     def __init__(self, data: Arrays, embed: Embed, augment: AugmentConfig, cache: FeatureCache) -> None:
         self._data, self._embed, self._augment, self._cache = data, embed, augment, cache
+        self._generator = np.random.RandomState()
 
     def count(self, batch_size: int) -> int:
         """Return the number of batches in one epoch of training."""
@@ -51,7 +52,7 @@ class SiteBatches:
 
     def augmented(self, row: int, seed: int) -> Batch:
         """Return one training image as a batch, flipped, turned and jittered by ``seed``."""
-        draws = Augmentation.draw(self._augment, seed)
+        draws = Augmentation.draw(self._augment, seed, self._generator)
         image, mask, valid = _read(self._data, [row])
         mask, valid = draws.move(mask), draws.move(valid)
 
