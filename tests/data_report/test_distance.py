@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsca_pipeline.data_report.distance import FEWEST, plane, site_distances
+from fedsca_pipeline.data_report.distance import FEWEST, MOST, plane, site_distances
 
 
 def features(seed: int, count: int, shift: float = 0.0) -> np.ndarray:
@@ -75,6 +75,17 @@ def test_sites_with_too_few_images_are_left_out() -> None:
     assert site_distances(sites, 0) == []
     assert plane(sites) == ({}, 0.0)
     assert site_distances({}, 0) == []
+
+
+def test_of_many_sites_a_sample_is_compared() -> None:
+    sites = {f"s{number:03d}": features(number, FEWEST) for number in range(MOST + 10)}
+
+    pairs = site_distances(sites, 0)
+
+    compared = sorted({site for pair in pairs for site in pair["sites"]})
+    assert len(compared) == MOST
+    assert [tuple(pair["sites"]) for pair in pairs] == list(combinations(compared, 2))
+    assert compared != sorted({site for pair in site_distances(sites, 1) for site in pair["sites"]})
 
 
 def test_a_constant_feature_does_not_count() -> None:

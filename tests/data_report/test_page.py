@@ -173,6 +173,16 @@ def test_distances_are_a_symmetric_table_and_a_map(raw: Path) -> None:
     assert len(page.values("srcset")) == 1
 
 
+def test_a_sample_of_many_sites_is_called_one(raw: Path) -> None:
+    found = inspect(raw, "north", "south")
+    pairs = [{"sites": ["north", "south"], "distance": 1.0, "p": 0.5}]
+    points = {site: np.zeros((2, 2)) for site in ("north", "south", "west")}
+
+    page = Page(render_index([s.facts for s in found], across(found), Distances(pairs, points, 0.5, 8)))
+
+    assert "Of 3 sites, 2 were drawn at random." in page.text
+
+
 def test_the_same_data_give_the_same_page(raw: Path) -> None:
     (one,), (other,) = inspect(raw, "north"), inspect(raw, "north")
 

@@ -12,6 +12,8 @@ from sklearn.metrics.pairwise import polynomial_kernel
 
 FEWEST = 4
 """Sites with fewer images are left out."""
+MOST = 50
+"""Of more sites a sample is compared: their pairs, and the table of them, grow with the square of the sites."""
 
 _PERMUTATIONS = 199
 
@@ -24,8 +26,9 @@ def site_distances(features: Mapping[str, np.ndarray], seed: int) -> list[dict[s
     scaled to zero mean and unit variance over all sites' images, each site weighing the same.
 
     Args:
-        features: float [n, D] by site; sites with fewer than ``FEWEST`` images are left out.
-        seed: seed of the permutations.
+        features: float [n, D] by site; sites with fewer than ``FEWEST`` images are left out. Of more than ``MOST``
+            sites as many are drawn.
+        seed: seed of the permutations and of the draw.
 
     Returns:
         ``sites``, ``distance`` and ``p`` of every two sites, in the given order. ``p`` is the share of random
@@ -34,8 +37,11 @@ def site_distances(features: Mapping[str, np.ndarray], seed: int) -> list[dict[s
     """
     scaled = _scaled({site: rows for site, rows in features.items() if len(rows) >= FEWEST})
     rng = np.random.default_rng(seed)
+    sites = list(scaled)
+    if len(sites) > MOST:
+        sites = [sites[place] for place in sorted(rng.choice(len(sites), MOST, replace=False))]
     found = []
-    for one, other in combinations(scaled, 2):
+    for one, other in combinations(sites, 2):
         kernel = polynomial_kernel(np.concatenate([scaled[one], scaled[other]]))
         distance, p = _mmd(kernel, len(scaled[one]), rng)
         found.append({"sites": [one, other], "distance": distance, "p": p})

@@ -35,7 +35,7 @@ class Distances:
     """Distances between sites, from ``distance.py``.
 
     Attributes:
-        pairs: the distance of every two sites.
+        pairs: the distance of every two sites, or of every two in a sample of many.
         points: [n, 2] by site, the images on the plane.
         explained: share of variance that the plane shows.
         images: most images embedded per site.
@@ -103,6 +103,7 @@ def render_index(facts: Sequence[Mapping[str, Any]], across: Mapping[str, Any], 
             map=site_map(distances.points) if distances.points else None,
             explained=distances.explained,
             embedded_images=distances.images,
+            embedded_sites=len(distances.points),
             no_matrix=distances.missing,
             most_listed=_MOST_LISTED,
             fewer_listed=_FEWER_LISTED,
