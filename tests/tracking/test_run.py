@@ -4,6 +4,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,41 @@ class TestTracker:
         for run in found:
             assert run.data.metrics
             assert all(len(steps) == 1 for steps in all_steps(client, run.info.run_id).values())
+
+    def test_a_thousand_sites_are_logged_in_a_tenth_of_the_time_of_a_hundred_rounds(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The clock counts the seconds of rounds and calls; no run takes them."""
+        clock, calls, points = [0.0], [], Counter[tuple[str, str]]()
+
+        class Client:
+            def log_batch(self, run_id: str, metrics: Sequence[Any]) -> None:
+                assert 0 < len(metrics) <= 1000
+                clock[0] += 0.008
+                calls.append(run_id)
+                points.update((run_id, metric.key) for metric in metrics)
+
+            def set_terminated(self, run_id: str, status: str) -> None:
+                """Do nothing."""
+
+        sites = [f"site_{number}" for number in range(1000)]
+        entry = record(1)["run/round_1"]["sites"]["site_a"]
+        tracker = Tracker(TrackingConfig(), tmp_path, "")
+        monkeypatch.setattr(tracker, "_client", Client())
+        monkeypatch.setattr(tracker, "_runs", {site: site for site in ("", *sites)})
+        monkeypatch.setattr("fedsca_pipeline.tracking.run.time.monotonic", lambda: clock[0])
+
+        for round_ in range(1, 101):
+            clock[0] += 1.0
+            chunk = {"round": round_, "final": False, "sites": dict.fromkeys(sites, entry), "weights": []}
+            tracker.saved("round_metrics", {f"run/round_{round_}": chunk}, None)
+        # What is there is seen: the last rounds do not wait for the run's end.
+        seen = points["site_7", "loss"]
+        tracker.close("FINISHED")
+
+        assert 80 <= seen < 100
+        assert {points[site, "loss"] for site in sites} == {points["", "loss_mean"]} == {100}
+        assert len(calls) <= 4 * 1001
 
     def test_after_an_interrupt_within_a_transaction_the_run_can_still_end(
         self, tracker: Tracker, config: TrackingConfig
