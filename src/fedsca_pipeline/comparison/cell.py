@@ -324,7 +324,7 @@ def _round(record: RoundRecord) -> Result:
         for site, entry in record.sites.items()
     }
     matrices = {
-        name: np.round(np.mean(getattr(record, name), axis=0), 4).tolist()
+        name: np.round(getattr(record, name).array.mean(axis=0, dtype=np.float64), 4).tolist()
         for name in ("similarity", "weights")
         if len(getattr(record, name))
     }

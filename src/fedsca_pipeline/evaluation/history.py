@@ -48,13 +48,10 @@ def aggregation_weights(records: Sequence[Any]) -> dict[int, pd.DataFrame]:
 
     Rounds without weights are left out; most strategies have none.
     """
-    import numpy as np
     import pandas as pd
 
     return {
-        record.round: pd.DataFrame(
-            np.asarray(record.weights).mean(axis=0), index=record.accepted, columns=record.accepted
-        )
+        record.round: pd.DataFrame(record.weights.array.mean(axis=0), index=record.accepted, columns=record.accepted)
         for record in records
         if record.weights
     }

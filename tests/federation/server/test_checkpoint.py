@@ -9,7 +9,7 @@ import torch
 
 from fedsca_pipeline.errors import ResumeError
 from fedsca_pipeline.federation.server.checkpoint import Checkpoint, CheckpointFolder
-from fedsca_pipeline.federation.server.records import RoundRecord, SiteRecord
+from fedsca_pipeline.federation.server.records import Matrices, RoundRecord, SiteRecord
 from fedsca_pipeline.federation.strategies.server_step import ServerState
 from fedsca_pipeline.files import read_json, read_tensors, sealed, unsealed, write_sealed
 
@@ -20,8 +20,8 @@ def record(round_: int) -> RoundRecord:
         final=False,
         sites={"a": SiteRecord(bytes_up=7, loss=0.5), "b": SiteRecord(absent="holiday")},
         accepted=("a",),
-        similarity=[[[1.0]]],
-        weights=[[[1.0]]],
+        similarity=Matrices.of([[[1.0]]]),
+        weights=Matrices.of([[[1.0]]]),
     )
 
 

@@ -20,7 +20,7 @@ from fedsca_pipeline.federation.messages.codec import as_decoded, encode
 from fedsca_pipeline.federation.messages.manifest import Manifest, MessageKind
 from fedsca_pipeline.federation.server.arrays import RoundMemory
 from fedsca_pipeline.federation.server.checkpoint import Checkpoint, CheckpointFolder
-from fedsca_pipeline.federation.server.records import RoundRecord, SiteRecord
+from fedsca_pipeline.federation.server.records import Matrices, RoundRecord, SiteRecord
 from fedsca_pipeline.federation.server.replies import RoundReplies, Sent
 from fedsca_pipeline.federation.strategies.base import Strategy
 from fedsca_pipeline.federation.strategies.server_step import Aggregation, ServerState, SiteLimits
@@ -133,8 +133,8 @@ class Server:
             final=False,
             sites=_with_aggregation(records, aggregation),
             accepted=aggregation.accepted,
-            similarity=aggregation.similarity.tolist(),
-            weights=aggregation.weights.tolist(),
+            similarity=Matrices.of(aggregation.similarity),
+            weights=Matrices.of(aggregation.weights),
         )
         # A site whose update was not accepted resumes from its last accepted one; the base it holds is unknown.
         asked = torch.tensor([site in sent for site in self.sites])

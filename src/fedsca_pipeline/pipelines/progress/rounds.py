@@ -71,7 +71,7 @@ class RoundProgress:
             f"round {record.round - 1}/{self._rounds}: validation Dice {dice}"
             if record.final
             else f"round {record.round}/{self._rounds}: loss {loss}, Dice of round {record.round - 1} {dice}, "
-            f"{len(present)} of {len(record.sites)} sites, {traffic:.2f} MB up",
+            f"{len(present)} of {counted(len(record.sites), 'site')}, {traffic:.2f} MB up",
             highlight=False,
         )
         for site, entry in record.sites.items():
