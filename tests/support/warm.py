@@ -211,8 +211,10 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for module in _IMPORTED:
         __import__(module)
-    # Dynaconf asks for it, and the first call goes through all modules.
-    inspect.stack()
+    # Dynaconf asks for the stack, and of a frame whose file is no known module's, as runpy's is, Python goes through
+    # all modules. So it knows them all, and runpy's.
+    inspect.getmodule(inspect.currentframe(), "unknown")
+    inspect.modulesbyfile["<frozen runpy>"] = "runpy"  # type: ignore[attr-defined]  # a plain dictionary, undocumented
     # Memory that the collector does not visit stays shared.
     gc.freeze()
     words = _serve(socket.socket(fileno=int(sys.argv[1])))
