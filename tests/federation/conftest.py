@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,39 @@ from fedsca_pipeline.model.foundation.model import SegmentationModel
 from fedsca_pipeline.model.layout import TensorLayout
 
 SIDE = 32
+ADAPTERS = AdaptersConfig(width=4)
+
+
+def _write_site(
+    folder: Path, name: str, seed: int = 0, training: int = 5, labels: Sequence[int] = (1,)
+) -> tuple[Path, pd.DataFrame]:
+    draw = np.random.default_rng(seed)
+    count = training + 3
+    images = draw.integers(0, 100, (count, 3, SIDE, SIDE), dtype=np.uint8)
+    masks = np.zeros((count, SIDE, SIDE), np.uint8)
+    for index in range(count):
+        top, left = draw.integers(0, SIDE // 2, 2)
+        masks[index, top : top + 10, left : left + 10] = labels[index % len(labels)]
+        images[index, :, masks[index] > 0] += 120
+    sizes = np.full((count, 2), SIDE, np.int32)
+    path = folder / f"{name}.safetensors"
+    splits = ["train"] * training + ["validation"] * 2 + ["test"]
+    stems = [f"{index:03d}" for index in range(count)]
+    manifest = pd.DataFrame(
+        {
+            "site": name,
+            "subject": stems,
+            "image": [f"images/{stem}.png" for stem in stems],
+            "split": splits,
+            "classes": [f"[{labels[index % len(labels)] or ''}]" for index in range(count)],
+            "height": SIDE,
+            "width": SIDE,
+            "row": range(count),
+        }
+    )
+    arrays = {"images": images, "masks": masks, "sizes": sizes, "manifest": manifest_digest(manifest)}
+    save_file(arrays, path)
+    return path, manifest
 
 
 @pytest.fixture
@@ -40,37 +74,7 @@ def write_site(tmp_path: Path) -> Callable[..., tuple[Path, pd.DataFrame]]:
 
     The squares are of the classes ``labels``, in turn.
     """
-
-    def write(name: str, seed: int = 0, training: int = 5, labels: Sequence[int] = (1,)) -> tuple[Path, pd.DataFrame]:
-        draw = np.random.default_rng(seed)
-        count = training + 3
-        images = draw.integers(0, 100, (count, 3, SIDE, SIDE), dtype=np.uint8)
-        masks = np.zeros((count, SIDE, SIDE), np.uint8)
-        for index in range(count):
-            top, left = draw.integers(0, SIDE // 2, 2)
-            masks[index, top : top + 10, left : left + 10] = labels[index % len(labels)]
-            images[index, :, masks[index] > 0] += 120
-        sizes = np.full((count, 2), SIDE, np.int32)
-        path = tmp_path / f"{name}.safetensors"
-        splits = ["train"] * training + ["validation"] * 2 + ["test"]
-        stems = [f"{index:03d}" for index in range(count)]
-        manifest = pd.DataFrame(
-            {
-                "site": name,
-                "subject": stems,
-                "image": [f"images/{stem}.png" for stem in stems],
-                "split": splits,
-                "classes": [f"[{labels[index % len(labels)] or ''}]" for index in range(count)],
-                "height": SIDE,
-                "width": SIDE,
-                "row": range(count),
-            }
-        )
-        arrays = {"images": images, "masks": masks, "sizes": sizes, "manifest": manifest_digest(manifest)}
-        save_file(arrays, path)
-        return path, manifest
-
-    return write
+    return partial(_write_site, tmp_path)
 
 
 @pytest.fixture
@@ -79,7 +83,7 @@ def make_site(write_site: Callable[..., tuple[Path, pd.DataFrame]]) -> Callable[
     return lambda name, seed=0, **options: SiteArrays(*write_site(name, seed, **options))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_worker() -> Callable[..., LocalWorker]:
     """Build a worker on a fresh random foundation; keyword arguments go to the training parameters."""
 
@@ -116,13 +120,18 @@ def make_worker() -> Callable[..., LocalWorker]:
 def _model(adapters: AdaptersConfig | None, classes: int = 1, head: str = "sigmoid") -> SegmentationModel:
     foundation = FoundationConfig(name="random", head=head)
     model = load_foundation(foundation, Path("unused"), image_size=SIDE, classes=classes)
-    return attach_adapters(model, adapters or AdaptersConfig(width=4))
+    return attach_adapters(model, adapters or ADAPTERS)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_layout() -> Callable[..., TensorLayout]:
     """Return the layout of a fresh model; a worker's own model may have frozen tensors."""
-    return lambda adapters=None: tensor_layout(_model(adapters))
+
+    @cache
+    def layout(adapters: str) -> TensorLayout:
+        return tensor_layout(_model(AdaptersConfig.model_validate_json(adapters)))
+
+    return lambda adapters=None: layout((adapters or ADAPTERS).model_dump_json())
 
 
 @dataclass
@@ -172,14 +181,10 @@ class Federation:
         return {**said, **kept, "aggregates": checkpoint.aggregates, "local_models": checkpoint.state.local_models}
 
 
-@pytest.fixture
-def federate(make_worker, make_layout, make_site, tmp_path: Path) -> Callable[..., Federation]:
-    """Return a function that runs a federation of tiny sites in this process, or resumes that of ``folder``.
-
-    Sites do no work in the rounds in which they are ``absent``; in those in which they are ``lost`` they work, and
-    their answer does not arrive.
-    Other keywords are ``make_worker``'s.
-    """
+def _federation(
+    make_worker: Callable[..., LocalWorker], make_layout: Callable[..., TensorLayout], root: Path
+) -> Callable[..., Federation]:
+    """Return ``federate``; its sites and runs are in ``root`` unless a call says otherwise."""
 
     def federated(
         strategy: str,
@@ -198,8 +203,8 @@ def federate(make_worker, make_layout, make_site, tmp_path: Path) -> Callable[..
     ) -> Federation:
         worker = make_worker(strategy, wire_dtype, adapters=adapters, options=options, run=run, **worker_options)
         change(worker)
-        data = data or {name: make_site(name, seed) for seed, name in enumerate(("a", "b"))}
-        folder = folder or tmp_path / f"run_{len(list(tmp_path.glob('run_*')))}"
+        data = data or {name: SiteArrays(*_write_site(root, name, seed)) for seed, name in enumerate(("a", "b"))}
+        folder = folder or root / f"run_{len(list(root.glob('run_*')))}"
         folder.mkdir(exist_ok=True)
         fleet = InProcessFleet(worker, data, folder / "sites", absent or {})
         found = Federation(worker, make_layout(adapters), fleet, folder, lost or {})
@@ -210,3 +215,27 @@ def federate(make_worker, make_layout, make_site, tmp_path: Path) -> Callable[..
         return found
 
     return federated
+
+
+@pytest.fixture
+def federate(make_worker, make_layout, tmp_path: Path) -> Callable[..., Federation]:
+    """Return a function that runs a federation of tiny sites in this process, or resumes that of ``folder``.
+
+    Sites do no work in the rounds in which they are ``absent``; in those in which they are ``lost`` they work, and
+    their answer does not arrive.
+    Other keywords are ``make_worker``'s.
+    """
+    return _federation(make_worker, make_layout, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def federate_once(make_worker, make_layout, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Federation]:
+    """Return ``federate`` for runs that several tests of a file only read."""
+    return _federation(make_worker, make_layout, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def three_sites(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SiteArrays]:
+    """Sites a, b and c, which several tests of a file only read."""
+    root = tmp_path_factory.mktemp("sites")
+    return {name: SiteArrays(*_write_site(root, name, seed)) for seed, name in enumerate("abc")}

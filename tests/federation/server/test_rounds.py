@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from fedsca_pipeline.federation.server import checkpoint
 from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
 from fedsca_pipeline.federation.server.records import RoundRecord
 from fedsca_pipeline.federation.server.rounds import Server
+from fedsca_pipeline.federation.site.worker import LocalWorker
 from fedsca_pipeline.federation.strategies import build_strategy
 from fedsca_pipeline.files import read_sealed, write_sealed
 from fedsca_pipeline.model.layout import TensorLayout, hash_tensors
@@ -262,14 +264,23 @@ def test_the_limits_on_a_site_are_those_of_the_federation(tmp_path: Path) -> Non
     torch.testing.assert_close(CheckpointFolder(tmp_path, "run").latest().aggregates[0], expected)
 
 
+# What a site and the server remember changes with every step; the number of steps in a round changes nothing about it.
+ONE_STEP_A_ROUND = {"steps_per_round": 1}
+
+
 @pytest.mark.parametrize(
     ("strategy", "wire_dtype"), [("fedsca", "int8"), ("fedsca", "fp16"), ("scaffold", "fp32"), ("ditto", "fp16")]
 )
 def test_a_lost_answer_leaves_no_trace_at_the_server_or_its_site(
-    strategy: str, wire_dtype: str, federate, make_site
+    strategy: str, wire_dtype: str, federate, three_sites
 ) -> None:
-    data = {name: make_site(name, seed) for seed, name in enumerate(SITES)}
-    alike = {"rounds": 4, "wire_dtype": wire_dtype, "data": data, "keep_optimizer": strategy != "ditto"}
+    alike = {
+        **ONE_STEP_A_ROUND,
+        "rounds": 4,
+        "wire_dtype": wire_dtype,
+        "data": three_sites,
+        "keep_optimizer": strategy != "ditto",
+    }
 
     lost = federate(strategy, lost={"c": [2, 3]}, **alike)
     absent = federate(strategy, absent={"c": [2, 3]}, **alike)
@@ -282,20 +293,20 @@ def test_a_lost_answer_leaves_no_trace_at_the_server_or_its_site(
             assert same(one, other)
 
 
-def test_a_run_resumed_from_an_older_checkpoint_ignores_later_rounds(federate, make_site, tmp_path: Path) -> None:
-    data = {name: make_site(name, seed) for seed, name in enumerate(SITES)}
-    expected = federate("fedsca", rounds=5, data=data, absent={"c": [3, 4]})
-    first = federate("fedsca", rounds=2, data=data)
+def test_a_run_resumed_from_an_older_checkpoint_ignores_later_rounds(federate, three_sites) -> None:
+    alike = {**ONE_STEP_A_ROUND, "data": three_sites}
+    expected = federate("fedsca", rounds=5, **alike, absent={"c": [3, 4]})
+    first = federate("fedsca", rounds=2, **alike)
     (older,) = (first.folder / "server").glob("round_00002*")
     kept = older.read_bytes()
     older.unlink()
     (first.folder / "server" / "round_00003.safetensors").unlink()
-    federate("fedsca", rounds=4, data=data, folder=first.folder)
+    federate("fedsca", rounds=4, **alike, folder=first.folder)
     for path in (first.folder / "server").glob("*.safetensors"):
         path.unlink()
     older.write_bytes(kept)
 
-    again = federate("fedsca", rounds=5, data=data, absent={"c": [3, 4]}, folder=first.folder)
+    again = federate("fedsca", rounds=5, **alike, absent={"c": [3, 4]}, folder=first.folder)
 
     assert same(again.checkpoint().state.as_tensors(), expected.checkpoint().state.as_tensors())
     assert all(same(again.last(site), expected.last(site)) for site in SITES)
@@ -303,14 +314,24 @@ def test_a_run_resumed_from_an_older_checkpoint_ignores_later_rounds(federate, m
     assert [record.accepted for record in again.records] == [record.accepted for record in expected.records]
 
 
+@pytest.fixture(scope="module")
+def two_rounds(three_sites) -> dict[str, Any]:
+    """Options of a run of two rounds."""
+    return {**ONE_STEP_A_ROUND, "rounds": 2, "data": three_sites}
+
+
+@pytest.fixture(scope="module")
+def unbroken(federate_once, two_rounds) -> Any:
+    """A run of two rounds without a stop."""
+    return federate_once("fedsca", **two_rounds)
+
+
 @pytest.mark.parametrize("writer", ["write_bytes", "write_sealed"])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_run_killed_before_or_after_a_record_and_resumed_ends_in_the_same_state(
-    federate, make_site, monkeypatch, writer: str, count: int
+    federate, two_rounds, unbroken, tmp_path: Path, monkeypatch, writer: str, count: int
 ) -> None:
-    data = {name: make_site(name, seed) for seed, name in enumerate(SITES)}
-    unbroken = federate("fedsca", rounds=2, data=data)
-    again = unbroken.folder.with_name("killed")
+    again = tmp_path / "killed"
     real, calls = getattr(checkpoint, writer), []
 
     def killed(*arguments) -> None:
@@ -322,8 +343,8 @@ def test_a_run_killed_before_or_after_a_record_and_resumed_ends_in_the_same_stat
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, writer, killed)
         with pytest.raises(KeyboardInterrupt):
-            federate("fedsca", rounds=2, data=data, folder=again)
-    resumed = federate("fedsca", rounds=2, data=data, folder=again)
+            federate("fedsca", **two_rounds, folder=again)
+    resumed = federate("fedsca", **two_rounds, folder=again)
 
     assert same(resumed.checkpoint().state.as_tensors(), unbroken.checkpoint().state.as_tensors())
     assert all(same(resumed.last(site), unbroken.last(site)) for site in SITES)
@@ -332,6 +353,23 @@ def test_a_run_killed_before_or_after_a_record_and_resumed_ends_in_the_same_stat
 
 # By round: each model of site a is better than the one before, of site b the second is the best.
 DICE = {"a": (0.1, 0.2, 0.3, 0.4, 0.5), "b": (0.2, 0.3, 0.5, 0.4, 0.4)}
+
+
+def scripted_dice(worker: LocalWorker) -> None:
+    worker._validate = lambda this: DICE[this.site][this.round - 1]
+
+
+@pytest.fixture(scope="module")
+def four_rounds(three_sites) -> dict[str, Any]:
+    """Options of a run of four rounds of two sites, whose validation Dice is ``DICE``."""
+    two = {site: three_sites[site] for site in "ab"}
+    return {**ONE_STEP_A_ROUND, "rounds": 4, "change": scripted_dice, "data": two}
+
+
+@pytest.fixture(scope="module")
+def whole(federate_once, four_rounds) -> Any:
+    """A finished run of four rounds."""
+    return federate_once("fedsca", **four_rounds)
 
 
 def tamper(folder: Path, draw: random.Random) -> None:
@@ -361,16 +399,10 @@ def tamper(folder: Path, draw: random.Random) -> None:
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize("count", [15, pytest.param(100, marks=pytest.mark.slow)])
 def test_tampered_files_of_a_run_give_the_same_bits_or_a_refusal_with_a_cure(
-    federate, make_site, monkeypatch, caplog, tmp_path: Path, count: int, finished: bool
+    federate, four_rounds, whole, monkeypatch, caplog, tmp_path: Path, count: int, finished: bool
 ) -> None:
     draw = random.Random(15 + finished)
-    alike = {
-        "rounds": 4,
-        "change": lambda worker: setattr(worker, "_validate", lambda this: DICE[this.site][this.round - 1]),
-        "data": {name: make_site(name, seed) for seed, name in enumerate("ab")},
-    }
-    unbroken = federate("fedsca", **alike)
-    stopped = unbroken.folder if finished else tmp_path / "stopped"
+    stopped = whole.folder if finished else tmp_path / "stopped"
     if not finished:
         real = checkpoint.write_sealed
 
@@ -381,7 +413,7 @@ def test_tampered_files_of_a_run_give_the_same_bits_or_a_refusal_with_a_cure(
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(checkpoint, "write_sealed", killed)
-            federate("fedsca", **alike, folder=stopped)
+            federate("fedsca", **four_rounds, folder=stopped)
 
     refused: list[str] = []
     for number in range(count):
@@ -389,36 +421,34 @@ def test_tampered_files_of_a_run_give_the_same_bits_or_a_refusal_with_a_cure(
         shutil.copytree(stopped, folder)
         tamper(folder, draw)
         try:
-            again = federate("fedsca", **alike, folder=folder)
+            again = federate("fedsca", **four_rounds, folder=folder)
         except ResumeError as error:
             refused.append(str(error))
         else:
-            assert same(again.checkpoint().state.as_tensors(), unbroken.checkpoint().state.as_tensors())
+            assert same(again.checkpoint().state.as_tensors(), whole.checkpoint().state.as_tensors())
             for site in "ab":
                 for name in ("best", "last"):
-                    found, expected = (run.store(site).snapshot(name) for run in (again, unbroken))
+                    found, expected = (run.store(site).snapshot(name) for run in (again, whole))
                     assert (found.round, found.dice) == (expected.round, expected.dice)
                     assert same(found.tensors, expected.tensors)
-            assert [timeless(record) for record in again.records] == [timeless(record) for record in unbroken.records]
+            assert [timeless(record) for record in again.records] == [timeless(record) for record in whole.records]
         shutil.rmtree(folder)
     assert all("Restore these files from a copy" in said for said in refused)
     assert len(refused) < count / 2
 
 
 @pytest.mark.parametrize("wire_dtype", ["fp32", "int8"])
-def test_a_prolonged_run_ends_as_one_of_all_rounds_from_the_start(federate, make_site, tmp_path, wire_dtype) -> None:
-    alike = {
-        "wire_dtype": wire_dtype,
-        "data": {name: make_site(name, seed) for seed, name in enumerate("ab")},
-        "change": lambda worker: setattr(worker, "_validate", lambda this: DICE[this.site][this.round - 1]),
-    }
-    whole = federate("fedsca", rounds=4, **alike)
-    finished = federate("fedsca", rounds=2, run="shorter", **alike)
+def test_a_prolonged_run_ends_as_one_of_all_rounds_from_the_start(
+    federate, four_rounds, tmp_path: Path, wire_dtype: str
+) -> None:
+    alike = {**four_rounds, "wire_dtype": wire_dtype}
+    whole = federate("fedsca", **alike)
+    finished = federate("fedsca", **{**alike, "rounds": 2}, run="shorter")
     folder = tmp_path / "prolonged"
     shorter = CheckpointFolder(finished.folder / "server", "shorter", finished.folder / "sites")
     CheckpointFolder(folder / "server", "run", folder / "sites").prolong(shorter, 2)
 
-    trained = federate("fedsca", rounds=4, **alike, folder=folder)
+    trained = federate("fedsca", **alike, folder=folder)
 
     assert {round_ for round_, _ in trained.sent} == {3, 4, 5}
     assert same(trained.checkpoint().state.as_tensors(), whole.checkpoint().state.as_tensors())
@@ -504,14 +534,16 @@ def test_local_sends_no_tensor_at_all(tmp_path: Path) -> None:
 
 
 def test_sites_on_one_model_give_the_same_bits_as_sites_on_models_of_their_own(
-    make_worker, make_site, tmp_path: Path
+    make_worker, three_sites, tmp_path: Path
 ) -> None:
-    data = {name: make_site(name, seed) for seed, name in enumerate(SITES)}
-    together = make_worker()
+    together = make_worker(**ONE_STEP_A_ROUND)
 
     class OneModelEach:
         def __init__(self, folder: Path) -> None:
-            self.fleets = {site: InProcessFleet(make_worker(), {site: arrays}, folder) for site, arrays in data.items()}
+            self.fleets = {
+                site: InProcessFleet(make_worker(**ONE_STEP_A_ROUND), {site: arrays}, folder)
+                for site, arrays in three_sites.items()
+            }
 
         def sites(self):
             return SITES
@@ -521,7 +553,7 @@ def test_sites_on_one_model_give_the_same_bits_as_sites_on_models_of_their_own(
 
     results = []
     for name, fleet in (
-        ("one", InProcessFleet(together, data, tmp_path / "one")),
+        ("one", InProcessFleet(together, three_sites, tmp_path / "one")),
         ("each", OneModelEach(tmp_path / "each")),
     ):
         run = Server(
