@@ -13,8 +13,8 @@ from multiprocessing.context import BaseContext
 # On macOS imported frameworks break in a forked process.
 METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 
-# They import torch, MONAI, PEFT and transformers: about ten CPU seconds.
-_PRELOADED = ("fedsca_pipeline.federation.fleets.processes", "fedsca_pipeline.model.foundation.build")
+# They import torch, PEFT and transformers: some CPU seconds. A worker's first message holds pandas tables.
+_PRELOADED = ("fedsca_pipeline.federation.fleets.processes", "fedsca_pipeline.model.foundation.build", "pandas")
 
 # A training step allocates and frees activations of many MB. By default glibc returns each block to the system and
 # allocates it again, page by page; steps are faster if it reuses the memory, in huge pages if the system allows them
