@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from fedsca_pipeline.flower.site import worker
 from fedsca_pipeline.flower.site.worker import SiteWork
 from fedsca_pipeline.flower.site.worker_process import WorkerProcess, worker_command
 from fedsca_pipeline.model.adapters.attach import build_trainable, start_values
+from fedsca_pipeline.model.foundation.model import SegmentationModel
 from fedsca_pipeline.model.layout import hash_tensors
 
 
@@ -53,83 +53,62 @@ def configuration() -> Callable[..., dict[str, Any]]:
     return make
 
 
-COUNTING = """
-import sys
-from fedsca_pipeline.model.foundation import model
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[SegmentationModel]:
+    """Every foundation that has been loaded so far."""
+    found: list[SegmentationModel] = []
+    build = SegmentationModel.__init__
 
-build = model.SegmentationModel.__init__
+    def counted(model: SegmentationModel, *given: Any, **named: Any) -> None:
+        found.append(model)
+        build(model, *given, **named)
 
-def counted(*given, **named):
-    with open(sys.argv[1] + ".loads", "a") as notes:
-        notes.write("one\\n")
-    build(*given, **named)
-
-model.SegmentationModel.__init__ = counted
-from fedsca_pipeline.flower.site import worker
-worker.main()
-"""
-"""A worker that writes a line next to the site's YAML file for each foundation that it loads."""
-
-
-def counting_command(file: Path) -> list[str]:
-    return [sys.executable, "-c", COUNTING, str(file)]
-
-
-def loads(file: Path) -> int:
-    return len(Path(f"{file}.loads").read_text().split())
+    monkeypatch.setattr(SegmentationModel, "__init__", counted)
+    return found
 
 
 def test_the_foundation_is_loaded_once_for_training_export_and_test_of_a_run(
-    site_file, configuration, config, link, scripted, reply, clock, tmp_path: Path
+    site_file, configuration, config, link, scripted, reply, clock, loads, tmp_path: Path
 ) -> None:
-    file = site_file()
-    process = WorkerProcess(counting_command(file), read_site_config(file).resources)
-
-    def ask(kind: str, round_: int, payload: bytes) -> bytes:
-        header, answer = process.ask({"kind": kind, "round": round_, "begun": ""}, payload, 300)
-        assert header == {}
-        return answer
-
+    work = SiteWork(read_site_config(site_file()))
     wanted = configuration()
-    try:
-        terms = documents.write(documents.PrepareRequest(configuration=wanted, code=code_version()))
-        prepared = documents.read(documents.Prepared, ask("prepare", 0, terms))
-        description = describe_run(wanted, {"a": prepared.version}, prepared.foundation, 1)
-        settings = documents.settings(wanted)
-        model, layout = build_trainable(
-            settings.foundation, settings.adapters, tmp_path / "foundations", settings.preprocessing
-        )
-        link.sites = {
-            "a": scripted(answer=lambda m: reply("", m.node, ask(m.task["kind"], m.task["round"], m.payload)))
-        }
-        opening = documents.write(documents.Description(**description))
-        strategy = build_strategy("fedsca", {}, layout)
-        server = Server(
-            FlowerFleet(
-                link, config.model_copy(update={"sites": ["a"]}), opening=opening, clock=clock, sleep=clock.sleep
-            ),
-            strategy,
-            start_values(model, strategy.shared()),
-            FederationConfig(rounds=3),
-            run=description["fingerprint"],
-            seed=0,
-            folder=CheckpointFolder(tmp_path / "server", description["fingerprint"]),
-        )
-        finished = documents.write(documents.FinishRequest(run=description["fingerprint"]))
+    terms = documents.write(documents.PrepareRequest(configuration=wanted, code=code_version()))
+    prepared = documents.read(documents.Prepared, work.answer("prepare", 0, terms))
+    description = describe_run(wanted, {"a": prepared.version}, prepared.foundation, 1)
+    settings = documents.settings(wanted)
+    model, layout = build_trainable(
+        settings.foundation, settings.adapters, tmp_path / "foundations", settings.preprocessing
+    )
+    # The coordinator's own.
+    loads.clear()
 
-        records = list(server.rounds())
-        scores = ask("finish", 5, finished)
+    def answer(message: Any) -> Any:
+        return reply("", message.node, work.answer(message.task["kind"], message.task["round"], message.payload))
 
-        assert [record.sites["a"].absent for record in records] == [None] * 4
-        assert {row.model for row in documents.read(documents.Scores, scores).means} == {"before", "after", "chosen"}
-        assert loads(file) == 1
+    link.sites = {"a": scripted(answer=answer)}
+    opening = documents.write(documents.Description(**description))
+    strategy = build_strategy("fedsca", {}, layout)
+    server = Server(
+        FlowerFleet(link, config.model_copy(update={"sites": ["a"]}), opening=opening, clock=clock, sleep=clock.sleep),
+        strategy,
+        start_values(model, strategy.shared()),
+        FederationConfig(rounds=3),
+        run=description["fingerprint"],
+        seed=0,
+        folder=CheckpointFolder(tmp_path / "server", description["fingerprint"]),
+    )
+    finished = documents.write(documents.FinishRequest(run=description["fingerprint"]))
 
-        # Another worker, which trained nothing, gives the same answer and loads the foundation again.
-        process.end()
-        assert ask("finish", 5, finished) == scores
-        assert loads(file) == 2
-    finally:
-        process.end()
+    records = list(server.rounds())
+    scores = work.answer("finish", 5, finished)
+
+    assert [record.sites["a"].absent for record in records] == [None] * 4
+    assert {row.model for row in documents.read(documents.Scores, scores).means} == {"before", "after", "chosen"}
+    assert len(loads) == 1
+
+    # Another worker, which trained nothing, gives the same answer and loads the foundation again.
+    assert SiteWork(work.config).answer("finish", 5, finished) == scores
+    assert len(loads) == 2
 
 
 def test_a_round_has_the_same_answer_before_and_after_the_test_of_the_models(site_file, configuration) -> None:
