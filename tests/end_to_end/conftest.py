@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import json
 import os
 import resource
 import shutil
@@ -12,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -209,11 +211,39 @@ def ended(process: Started) -> Finished:
 
 
 @pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[..., tuple[Path, Any]]:
+    """Makes a folder that all of pytest's processes share, the first that asks for it.
+
+    It takes the folder's name and a function that fills it and returns what can be written as JSON. It returns the
+    folder and that.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        root = root.parent
+
+    def make(name: str, fill: Callable[[Path], Any]) -> tuple[Path, Any]:
+        folder, result = root / f"shared-{name}", root / f"shared-{name}.json"
+        with (root / f"shared-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not result.exists():
+                # Another process may have failed.
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                result.write_text(json.dumps(fill(folder)))
+        return folder, json.loads(result.read_text())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def empty_database(made_once: Callable[..., tuple[Path, Any]]) -> Path:
     """An MLflow database without runs: making one takes seconds, copying it none."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
+
+    def fill(folder: Path) -> None:
+        MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+
+    folder, _ = made_once("database", fill)
+    return folder / "mlflow.db"
 
 
 @pytest.fixture(scope="session")
@@ -248,15 +278,22 @@ def workplace(new_workplace: Callable[[], Workplace]) -> Workplace:
 
 
 @pytest.fixture(scope="session")
-def finished_run(new_workplace: Callable[[], Workplace]) -> tuple[Workplace, Finished]:
+def finished_run(
+    project: Path, server: Server | None, empty_database: Path, made_once: Callable[..., tuple[Path, Any]]
+) -> tuple[Workplace, Finished]:
     """A whole ``__default__`` run of the smoke preset over ``ROUNDS`` rounds, not to be written to, and its output.
 
     It is a new interpreter's, so that what commands forked from the server write is compared with what a user gets.
     """
-    place = new_workplace()
-    done = place.run(params=f"federation.rounds={ROUNDS}", cold=True)
-    assert done.code == 0, done.output
-    return place, done
+
+    def fill(folder: Path) -> dict[str, Any]:
+        shutil.copy(empty_database, folder / "mlflow.db")
+        done = Workplace(folder, project, server).run(params=f"federation.rounds={ROUNDS}", cold=True)
+        assert done.code == 0, done.output
+        return asdict(done)
+
+    folder, done = made_once("finished-run", fill)
+    return Workplace(folder, project, server), Finished(**done)
 
 
 @pytest.fixture(scope="session")
