@@ -16,6 +16,9 @@ from hypothesis import settings
 settings.register_profile("project", deadline=None)
 settings.load_profile("project")
 
+# cuBLAS reads it when CUDA starts, which a test may do before a run would set it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 PROJECT = Path(__file__).resolve().parents[1]
 
 

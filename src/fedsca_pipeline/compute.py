@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedsca_pipeline.config import RunConfig
 from fedsca_pipeline.errors import ConfigError
@@ -33,34 +34,83 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+# With strict determinism the backward passes of these three repeat to the bit; cuDNN's does not.
+_REPEATABLE_ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+_CUBLAS, _CUBLAS_REPEATABLE = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+
+
 @contextmanager
-def deterministic(config: RunConfig, threads: int) -> Iterator[torch.device]:
+def deterministic(config: RunConfig, threads: int, number: int | None = None) -> Iterator[torch.device]:
     """Yield the configured device and run the block with ``threads`` torch threads and deterministic kernels.
 
-    Both settings are restored after the block.
+    On the CPU and on CUDA an operation without a deterministic kernel raises; on MPS it warns. Every setting but
+    ``CUBLAS_WORKSPACE_CONFIG`` is restored after the block.
+
+    Args:
+        config: its ``device``.
+        threads: torch threads.
+        number: of the CUDA device, as ``CUDA_VISIBLE_DEVICES`` leaves them; None: the current one. Other kinds of
+            device have no number.
+
+    Raises:
+        ConfigError: the device is not available, or matrix products on CUDA would not be repeatable.
     """
     device = resolve_device(config.device)
-    # cuBLAS reads this variable at its first use; without it deterministic matrix products raise.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    threads_before, deterministic_before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    threads_before = torch.get_num_threads()
+    before, warned_before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     # Any: torch sets the attribute up at run time.
     memory: Any = torch.utils.deterministic
     fills_before = memory.fill_uninitialized_memory
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
+    # Not a warning on CUDA: with it, flash and memory-efficient attention keep a backward pass that does not repeat.
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "mps")
     # Filling new memory with NaN would only help programs that read memory before they write it.
     memory.fill_uninitialized_memory = False
     try:
-        yield device
+        with _on_cuda(number) if device.type == "cuda" else nullcontext(device) as chosen:
+            yield chosen
     finally:
         torch.set_num_threads(threads_before)
-        torch.use_deterministic_algorithms(deterministic_before)
+        torch.use_deterministic_algorithms(before, warn_only=warned_before)
         memory.fill_uninitialized_memory = fills_before
 
 
+@contextmanager
+def _on_cuda(number: int | None) -> Iterator[torch.device]:
+    """Run a block on one CUDA device, with matrix products and attention that repeat to the bit."""
+    _make_cublas_repeatable()
+    current = nullcontext() if number is None else torch.cuda.device(number)
+    with current, sdpa_kernel(list(_REPEATABLE_ATTENTION)):
+        yield torch.device("cuda") if number is None else torch.device("cuda", number)
+
+
+def _make_cublas_repeatable() -> None:
+    """Set the workspace with which cuBLAS repeats its products. It reads the variable once, when CUDA starts."""
+    wanted = " or ".join(_CUBLAS_REPEATABLE)
+    found = os.environ.get(_CUBLAS)
+    if found is None and torch.cuda.is_initialized():
+        raise ConfigError(
+            f"run.device: CUDA started before {_CUBLAS} was set, so matrix products may differ from run to run; set "
+            f"it to {wanted} before the command starts, or use run.device: cpu"
+        )
+    if found is not None and found not in _CUBLAS_REPEATABLE:
+        raise ConfigError(
+            f"run.device: with {_CUBLAS}={found} matrix products on CUDA may differ from run to run; set it to "
+            f"{wanted}, or unset it"
+        )
+    os.environ.setdefault(_CUBLAS, _CUBLAS_REPEATABLE[0])
+
+
 def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return bf16 autocast for a CUDA device with bf16, else an empty context: CPUs without AMX are slower with it."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+    """Return bf16 autocast for a CUDA device that computes in bf16, else an empty context, which is fp32.
+
+    A GPU older than Ampere emulates bf16, which is slower than fp32. fp16 is no substitute: its gradients underflow
+    without a loss scaler, and a scaler leaves out steps. CPUs without AMX are slower with bf16.
+    """
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.autocast("cuda", dtype=torch.bfloat16)
     return nullcontext()
 

@@ -128,8 +128,13 @@ class ProcessFleet:
 @contextmanager
 def _start(equipment: _Equipment, device: torch.device) -> Iterator[Work[_Visit, bytes | Failure]]:
     """Yield the function that answers a task, by an in-process fleet; reports are the arguments of ``on_step``."""
-    sites, inject_failures = _unpacked(equipment, device)
-    with deterministic(RunConfig.model_validate({"device": device.type}), sites.threads):
+    # PEFT can only unpickle methods that are registered.
+    fel.register()
+    sites, inject_failures = ForkingPickler.loads(equipment.pickled)
+    # Before the model moves: cuBLAS reads its settings when CUDA starts.
+    with deterministic(RunConfig.model_validate({"device": device.type}), sites.threads, device.index):
+        model = with_values(sites.model, equipment.values, device, own=frozenset(sites.strategy.trained()))
+        sites = replace(sites, model=model)
         fleet = InProcessFleet(sites.worker(device), sites.data, sites.folder, inject_failures, private=sites.private)
 
         def answer(visit: _Visit, report: Report) -> bytes | Failure:
@@ -138,16 +143,6 @@ def _start(equipment: _Equipment, device: torch.device) -> Iterator[Work[_Visit,
             return reporting.exchange(visit.round, payloads)[visit.site]
 
         yield answer
-
-
-def _unpacked(equipment: _Equipment, device: torch.device) -> tuple[LocalSites, Mapping[str, Sequence[int]]]:
-    # PEFT can only unpickle methods that are registered.
-    fel.register()
-    sites, inject_failures = ForkingPickler.loads(equipment.pickled)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    model = with_values(sites.model, equipment.values, device, own=frozenset(sites.strategy.trained()))
-    return replace(sites, model=model), inject_failures
 
 
 def worker_devices(
