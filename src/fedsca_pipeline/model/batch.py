@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -23,8 +25,12 @@ class Batch:
     valid: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on ``device``. Copies to CUDA go through pinned memory and do not block."""
-        tensors = [self.inputs, self.masks, self.valid]
-        if device.type == "cuda":
-            tensors = [tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors]
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+        """Return the batch on ``device``; see :func:`to_device`."""
+        return Batch(*(to_device(tensor, device) for tensor in (self.inputs, self.masks, self.valid)))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return ``tensor`` on ``device``. A copy to CUDA goes through pinned memory and does not block."""
+    if device.type == "cuda" and tensor.is_cpu:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

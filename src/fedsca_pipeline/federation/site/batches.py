@@ -13,7 +13,7 @@ from fedsca_pipeline.config import AugmentConfig
 from fedsca_pipeline.data.arrays import Arrays
 from fedsca_pipeline.federation.site.augmentation import Augmentation
 from fedsca_pipeline.federation.site.prefix import FeatureCache, Key
-from fedsca_pipeline.model.batch import Batch
+from fedsca_pipeline.model.batch import CPU, Batch
 
 Embed = Callable[[Tensor, Tensor], Tensor]
 
@@ -34,10 +34,13 @@ class SiteBatches:
         augment: how training images are augmented.
         cache: features of the site's (row, view) pairs. It may hold views of training images only if ``augment`` only
             flips and turns.
+        device: of whole batches. Features that are not cached never leave it.
     """
 
-    def __init__(self, data: Arrays, embed: Embed, augment: AugmentConfig, cache: FeatureCache) -> None:
-        self._data, self._embed, self._augment, self._cache = data, embed, augment, cache
+    def __init__(
+        self, data: Arrays, embed: Embed, augment: AugmentConfig, cache: FeatureCache, device: torch.device = CPU
+    ) -> None:
+        self._data, self._embed, self._augment, self._cache, self._device = data, embed, augment, cache, device
         self._generator = np.random.RandomState()
 
     def count(self, batch_size: int) -> int:
@@ -48,7 +51,7 @@ class SiteBatches:
         """Yield one epoch of augmented batches; the last may be smaller. The same arguments give the same batches."""
         order = np.random.default_rng(stream_seed(seed, site, round_, epoch)).permutation(self._data.rows("train"))
         for rows in _chunks(order, batch_size):
-            yield _stack([self.augmented(row, stream_seed(seed, site, round_, epoch, row)) for row in rows])
+            yield self._stack([self.augmented(row, stream_seed(seed, site, round_, epoch, row)) for row in rows])
 
     def augmented(self, row: int, seed: int) -> Batch:
         """Return one training image as a batch, flipped, turned and jittered by ``seed``."""
@@ -64,7 +67,7 @@ class SiteBatches:
     def plain(self, split: str, batch_size: int) -> Iterator[Batch]:
         """Yield a split in manifest order, unaugmented; the last batch may be smaller, an empty split yields none."""
         for rows in _chunks(self._data.rows(split), batch_size):
-            yield _stack([self._unchanged(row) for row in rows])
+            yield self._stack([self._unchanged(row) for row in rows])
 
     def _unchanged(self, row: int) -> Batch:
         image, mask, valid = _read(self._data, [row])
@@ -75,6 +78,10 @@ class SiteBatches:
         if features is None:
             features = self._cache.store(key, self._embed(image(), valid)[0])
         return features.unsqueeze(0)
+
+    def _stack(self, samples: Sequence[Batch]) -> Batch:
+        moved = [sample.to(self._device) for sample in samples]
+        return Batch(*(torch.cat(parts) for parts in zip(*((s.inputs, s.masks, s.valid) for s in moved), strict=True)))
 
 
 def plain_batches(data: Arrays, split: str, batch_size: int) -> Iterator[Batch]:
@@ -95,7 +102,3 @@ def _chunks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
 def _read(data: Arrays, rows: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     images, masks, valid = map(torch.from_numpy, data.batch(rows))
     return images, masks, valid
-
-
-def _stack(samples: Sequence[Batch]) -> Batch:
-    return Batch(*(torch.cat(parts) for parts in zip(*((s.inputs, s.masks, s.valid) for s in samples), strict=True)))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedsca_pipeline.model.batch import CPU
+
 
 class SegmentationLoss(Protocol):
     """``(logits [B,C,H,W], masks [B,H,W] integer, valid [B,H,W] bool) -> scalar``."""
@@ -39,22 +41,26 @@ def build_loss(head: str, dice_weight: float) -> SegmentationLoss:
     return loss
 
 
-def over_known_classes(loss: SegmentationLoss, head: str, known: Sequence[int], classes: int) -> SegmentationLoss:
+def over_known_classes(
+    loss: SegmentationLoss, head: str, known: Sequence[int], classes: int, device: torch.device = CPU
+) -> SegmentationLoss:
     """Return the loss of a site whose masks annotate only the ``known`` of the classes 1..``classes``.
 
     It is the loss of a model that has only the known classes: softmax, Dice and cross-entropy leave out the other
     channels, and the gradient of their logits is exactly 0. Masks must hold known classes only. If all classes are
-    known, it is ``loss`` itself.
+    known, it is ``loss`` itself. It takes tensors on ``device``.
     """
     if len(known) == classes:
         return loss
     background = [0] if head == "softmax" else []
-    channels = [*background, *(label - 1 + len(background) for label in known)]
+    # On the device from the start: a step that copied them would wait for the copy.
+    channels = torch.tensor([*background, *(label - 1 + len(background) for label in known)], device=device)
     numbers = torch.zeros(classes + 1, dtype=torch.long)
     numbers[list(known)] = torch.arange(1, len(known) + 1)
+    numbers = numbers.to(device)
 
     def partial(logits: Tensor, masks: Tensor, valid: Tensor) -> Tensor:
-        return loss(logits[:, channels], numbers.to(masks.device)[masks.long()], valid)
+        return loss(logits.index_select(1, channels), numbers[masks.long()], valid)
 
     return partial
 
@@ -77,7 +83,8 @@ def _sigmoid_parts(logits: Tensor, masks: Tensor, valid: Tensor) -> tuple[Tensor
 
 
 def _softmax_parts(logits: Tensor, masks: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    truth = F.one_hot(masks, logits.shape[1]).movedim(-1, 1).to(logits.dtype)
+    # Not F.one_hot, which reads the largest label first.
+    truth = (masks.unsqueeze(-1) == torch.arange(logits.shape[1], device=masks.device)).movedim(-1, 1).to(logits.dtype)
     per_pixel = F.cross_entropy(logits, masks, reduction="none")
     return logits.softmax(dim=1), truth, (per_pixel * valid).sum() / valid.sum().clamp(min=1)
 

@@ -113,15 +113,15 @@ class FeatureCache:
     def store(self, key: Key, features: Tensor) -> Tensor:
         """Store features if their key has a slot, and return them on the CPU, rounded as ``read`` returns them.
 
-        Features without a slot, or too large for fp16, are returned as they are. If the disk is full, the run continues
-        without the cache: features are still rounded, and are computed again at each use.
+        Features without a slot, or too large for fp16, are returned as they are, on their device. If the disk is full,
+        the run continues without the cache: features are still rounded, and are computed again at each use.
         """
         slot = self._slots.get(key)
         if slot is None:
-            return features.cpu()
+            return features
         rounded = features.to(dtype=torch.float16, device="cpu").contiguous()
         if not rounded.isfinite().all():
-            return features.cpu()
+            return features
         if not self._disk_is_full:
             try:
                 self._write(slot, rounded.numpy().tobytes() + _FILLED)

@@ -39,7 +39,7 @@ from fedsca_pipeline.federation.site.store import SiteState, SiteStore, Snapshot
 from fedsca_pipeline.federation.strategies.base import Strategy
 from fedsca_pipeline.federation.strategies.rules import LocalRule, Phase
 from fedsca_pipeline.metrics.images import dice_per_image
-from fedsca_pipeline.model.batch import Batch
+from fedsca_pipeline.model.batch import Batch, to_device
 from fedsca_pipeline.model.foundation.model import SegmentationModel
 from fedsca_pipeline.model.heads import predict_masks, truth_masks
 from fedsca_pipeline.model.inference import Forward, predict_logits
@@ -137,7 +137,7 @@ class LocalWorker:
         self.install(tensors)
         phase = Phase(tuple(name for name in self.parameters if name in names))
         no_cache = FeatureCache(Path("unused"), (), (), 0)
-        batches = SiteBatches(data, self._embed, self.settings.training.augment, no_cache)
+        batches = SiteBatches(data, self._embed, self.settings.training.augment, no_cache, self.device)
         plain = PlainSteps(self.settings, site, round_=0, device=self.device)
         loss = self._loss_over(known_classes(data, self.settings.classes))
         with self._training(plain.seed):
@@ -204,10 +204,10 @@ class LocalWorker:
         training = [(int(row), view) for row in data.rows("train") for view in views]
         max_bytes = self.settings.cache_bytes if self.split.has_prefix else 0
         cache = FeatureCache(store.feature_cache, [*validation, *training], self.split.feature_shape, max_bytes)
-        return SiteBatches(data, self._embed, self.settings.training.augment, cache)
+        return SiteBatches(data, self._embed, self.settings.training.augment, cache, self.device)
 
     def _embed(self, images: Tensor, valid: Tensor) -> Tensor:
-        return self.split.features(images.to(self.device), valid.to(self.device))
+        return self.split.features(to_device(images, self.device), to_device(valid, self.device))
 
     # Validate
 
@@ -350,7 +350,7 @@ class LocalWorker:
         return build_optimiser(parameters, self.decoder, self.settings.training, moments)
 
     def _loss_over(self, known: Sequence[int]) -> SegmentationLoss:
-        return over_known_classes(self.loss, self.model.head, known, self.settings.classes)
+        return over_known_classes(self.loss, self.model.head, known, self.settings.classes, self.device)
 
     def _tensors(self) -> dict[str, Tensor]:
         return _on_cpu(self.parameters)
@@ -405,12 +405,12 @@ def mean_dice(
 ) -> float:
     """Return the mean over images of the mean Dice over the known classes, in [0, 1]; 0 if there is no image."""
     device = next(iter(model.parameters())).device
-    channels = [label - 1 for label in known]
+    channels = torch.tensor([label - 1 for label in known], device=device)
     scores = []
     for batch, logits in predict_logits(model, forward, (batch.to(device) for batch in batches)):
         predicted = predict_masks(logits, model.head, threshold, known)
         dice = dice_per_image(predicted, truth_masks(batch.masks, predicted.shape[1]), batch.valid)
-        scores.append(dice[:, channels].mean(dim=1))
+        scores.append(dice.index_select(1, channels).mean(dim=1))
     return float(torch.cat(scores).mean()) if scores else 0.0
 
 

@@ -7,11 +7,29 @@ segment-anything and MedSAM do.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionLayer
+from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionLayer, SamVisionSdpaAttention
 
 from fedsca_pipeline.model.foundation.blocks import BlockPaths, block_paths
+
+
+class RelativeAttention(SamVisionSdpaAttention):
+    """transformers' attention with relative positions that are found on the device.
+
+    transformers computes their indices on the CPU in every pass, and a GPU that needs them waits for the copy.
+    """
+
+    offsets: Tensor
+
+    def get_rel_pos(self, q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
+        """Return the relative positions [q_size, k_size, C] of a table [L, C]."""
+        if (q_size, k_size) == self.offsets.shape:
+            return rel_pos[self.offsets]
+        # A map of another size, as of a block that is tried out alone.
+        positions: Tensor = super().get_rel_pos(q_size, k_size, rel_pos)
+        return positions
 
 
 class SamViT(nn.Module):
@@ -32,6 +50,7 @@ class SamViT(nn.Module):
         for layer in self.layers:
             if isinstance(layer, SamVisionLayer):
                 _resize_relative(layer, side)
+                _find_offsets(layer, side)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return embeddings [B, output, S/16, S/16] of normalised pixels [B, 3, S, S]."""
@@ -65,6 +84,13 @@ def _resize_relative(layer: SamVisionLayer, side: int) -> None:
     if layer.window_size == 0 and layer.attn.use_rel_pos:
         layer.attn.rel_pos_h = _resized_table(layer.attn.rel_pos_h, 2 * side - 1)
         layer.attn.rel_pos_w = _resized_table(layer.attn.rel_pos_w, 2 * side - 1)
+
+
+def _find_offsets(layer: SamVisionLayer, side: int) -> None:
+    # A windowed block attends within its window at any image size.
+    places = torch.arange(layer.window_size or side)
+    layer.attn.register_buffer("offsets", places[:, None] - places + len(places) - 1, persistent=False)
+    layer.attn.__class__ = RelativeAttention
 
 
 def _resized_map(positions: nn.Parameter, side: int) -> nn.Parameter:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
 
+from fedsca_pipeline.model.batch import to_device
+
 
 # Opacus has no types, so mypy sees its class as Any.
 class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
@@ -30,8 +32,11 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
     def add_noise(self) -> None:
         """Set each parameter's ``grad`` to the noised sum of the clipped gradients."""
         scale = self.noise_multiplier * self.max_grad_norm
-        for parameter in self.params:
-            noise = self._draws.standard_normal(parameter.shape, dtype=np.float32) * np.float32(scale)
+        sizes = [parameter.numel() for parameter in self.params]
+        # All at once, for a single copy to the device; the values are those of one draw per parameter.
+        drawn = self._draws.standard_normal(sum(sizes), dtype=np.float32) * np.float32(scale)
+        noise = to_device(torch.from_numpy(drawn), self.params[0].device)
+        for parameter, own in zip(self.params, torch.split(noise, sizes), strict=True):
             # Opacus adds summed_grad to parameters.
             summed: torch.Tensor = parameter.summed_grad  # type: ignore[attr-defined]
-            parameter.grad = summed + torch.from_numpy(np.asarray(noise)).to(summed)
+            parameter.grad = summed + own.view_as(summed)

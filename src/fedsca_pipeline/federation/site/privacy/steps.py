@@ -209,10 +209,10 @@ def unit_gradient(
     with autocast(image.inputs.device):
         logits = forward(image)
     gradients = torch.autograd.grad(loss_of(logits, image.masks, image.valid), parameters, materialize_grads=True)
-    # An image that overflows would make the whole sum NaN, and so reveal that it is there.
-    if all(gradient.isfinite().all() for gradient in gradients):
-        return list(gradients)
-    return [torch.zeros_like(gradient) for gradient in gradients]
+    # An image that overflows would make the whole sum NaN, and so reveal that it is there. The host does not read
+    # whether it does: it would wait for the device at every image.
+    finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+    return [torch.where(finite, gradient, 0.0) for gradient in gradients]
 
 
 def _add_gradient(penalty: Tensor | None, parameters: Sequence[Tensor]) -> None:
