@@ -34,6 +34,24 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def device_of_worker(name: str, worker: int) -> torch.device:
+    """Return the device of a worker process under ``run.device``.
+
+    On CUDA workers 0, 1, ... are dealt over the visible devices, over and over; ``CUDA_VISIBLE_DEVICES`` chooses and
+    numbers them. Elsewhere all workers have the one device.
+
+    Raises:
+        ConfigError: the named device is not available.
+    """
+    device = resolve_device(name)
+    return torch.device("cuda", worker % torch.cuda.device_count()) if device.type == "cuda" else device
+
+
+def processor_of(device: torch.device) -> str:
+    """Return the model of a GPU, such as ``NVIDIA H200``, or the kind of another device; equal GPUs round equally."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
 # With strict determinism the backward passes of these three repeat to the bit; cuDNN's does not.
 _REPEATABLE_ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 _CUBLAS, _CUBLAS_REPEATABLE = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedsca_pipeline.comparison.peak_memory import PeakMemory
 from fedsca_pipeline.comparison.plan import THREADS, Cell
-from fedsca_pipeline.compute import deterministic, stream_seed
+from fedsca_pipeline.compute import deterministic, device_of_worker, stream_seed
 from fedsca_pipeline.config import RunConfig, Settings
 from fedsca_pipeline.data.arrays import Arrays, PooledArrays, SiteArrays, known_classes, scored_classes
 from fedsca_pipeline.errors import DataError, counted
@@ -48,12 +48,16 @@ _DIGITS = 5
 
 @dataclass(frozen=True)
 class CellInputs:
-    """Inputs of every cell: the sites' arrays, the folders of foundations and of checkpoints, and the code version."""
+    """Inputs of every cell: the sites' arrays, the folders of foundations and of checkpoints, and the code version.
+
+    ``worker`` is the number of the process among those that run cells; it decides on which GPU they run.
+    """
 
     arrays: Mapping[str, SiteArrays]
     foundations: Path
     scratch: Path
     code: str
+    worker: int = 0
 
 
 def run_cell(cell: Cell, inputs: CellInputs, on_round: OnRound) -> Result:
@@ -73,7 +77,8 @@ def run_cell(cell: Cell, inputs: CellInputs, on_round: OnRound) -> Result:
     # A cell never resumes from another code version's checkpoint: its numbers would belong to neither version.
     folder = inputs.scratch / cell.fingerprint / inputs.code
     run = RunConfig(device=cell.description["device"])
-    with _tidy(folder), PeakMemory() as peak, deterministic(run, THREADS) as device:
+    number = device_of_worker(run.device, inputs.worker).index
+    with _tidy(folder), PeakMemory() as peak, deterministic(run, THREADS, number) as device:
         trained = _Training(cell, inputs, folder, device)
         records = trained.run(on_round)
         result: Result = {

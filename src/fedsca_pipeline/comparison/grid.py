@@ -180,7 +180,7 @@ def _with_notes(error: Exception) -> str:
 
 
 @contextmanager
-def _start(source: Source, _place: int) -> Iterator[Callable[[Cell, Callable[[RoundDone], None]], Result]]:
+def _start(source: Source, worker: int) -> Iterator[Callable[[Cell, Callable[[RoundDone], None]], Result]]:
     arrays = {site: SiteArrays(*parts) for site, parts in source.sites.items()}
-    inputs = CellInputs(arrays, source.foundations, source.scratch, source.code)
+    inputs = CellInputs(arrays, source.foundations, source.scratch, source.code, worker)
     yield lambda cell, report: run_cell(cell, inputs, lambda done, rounds: report(RoundDone(cell, done, rounds)))

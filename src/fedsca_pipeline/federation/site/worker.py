@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.backends.cpu import get_cpu_capability
 
+from fedsca_pipeline.compute import processor_of
 from fedsca_pipeline.data.arrays import Arrays, known_classes
 from fedsca_pipeline.errors import SiteError
 from fedsca_pipeline.federation.messages.codec import TRAVELLING, as_decoded, check, decode, encode, most_bytes
@@ -260,7 +261,9 @@ class LocalWorker:
             "settings": repr(self.settings),
             "strategy": f"{self.strategy.name} {self.strategy.options!r}",
             # Another processor rounds differently: with equal noise, the difference of two answers would be noiseless.
-            "machine": f"{torch.__version__} {get_cpu_capability()} {self.device} {torch.get_num_threads()}",
+            "machine": " ".join(
+                [torch.__version__, get_cpu_capability(), processor_of(self.device), str(torch.get_num_threads())]
+            ),
             "frozen": self._frozen_hash,
             "classes": repr(this.known_classes),
             **{name: sha256_tensors(tensors) for name, tensors in start.items()},
