@@ -83,9 +83,11 @@ class SegmentationModel(nn.Module):
         channels: number of classes (head ``sigmoid``), or of classes and background (head ``softmax``).
         head: ``sigmoid`` or ``softmax``.
         blocks: the encoder's transformer blocks, from the input.
+        upsampling: the weights of bilinear interpolation from S/4 to S along one axis, [S, S/4].
         pixel_mean, pixel_std: of red, green and blue in 0..255, [1, 3, 1, 1].
     """
 
+    upsampling: Tensor
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -106,6 +108,7 @@ class SegmentationModel(nn.Module):
         self.channels = channels
         self.head = head
         self.blocks = blocks
+        self.register_buffer("upsampling", interpolation_weights(image_size // 4, image_size), persistent=False)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
 
@@ -123,7 +126,10 @@ class SegmentationModel(nn.Module):
 
     def decode(self, embeddings: Tensor) -> Tensor:
         """Return logits [B, channels, S, S] of embeddings; the decoder's logits are resized bilinearly from S/4."""
-        logits = self.decoder(embeddings)
+        logits: Tensor = self.decoder(embeddings)
+        if logits.is_cuda:
+            # F.interpolate is right, too, but its gradient that repeats on CUDA is a slow decomposition.
+            return upsampled(logits, self.upsampling)
         return F.interpolate(logits, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -133,6 +139,17 @@ class SegmentationModel(nn.Module):
     def normalise(self, images: Tensor, valid: Tensor) -> Tensor:
         """Return float32 pixels of images uint8 [B, 3, S, S], exactly 0 where ``valid`` bool [B, 1, S, S] is False."""
         return torch.where(valid, (images.float() - self.pixel_mean) / self.pixel_std, 0.0)
+
+
+def interpolation_weights(length: int, longer: int) -> Tensor:
+    """Return the weights of linear interpolation, float32 [longer, length], as ``F.interpolate`` uses them."""
+    return F.interpolate(torch.eye(length)[None], size=longer, mode="linear", align_corners=False)[0].T.contiguous()
+
+
+def upsampled(maps: Tensor, weights: Tensor) -> Tensor:
+    """Return square maps [B, C, s, s] resized bilinearly, float32 [B, C, S, S], by two products with weights [S, s]."""
+    with torch.autocast(maps.device.type, enabled=False):
+        return weights @ maps.float() @ weights.T
 
 
 def position_map(matrix: Tensor, side: int) -> Tensor:
