@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsca_pipeline.compute import autocast
 from fedsca_pipeline.model.foundation.model import SegmentationModel
@@ -19,6 +19,10 @@ Key = tuple[int, int]
 logger = logging.getLogger(__name__)
 
 _FEATURE_BYTES = 2  # fp16
+# Operations that a device does in the time in which a byte of features is read from its file, made fp32 and brought to
+# the device, about a nanosecond. Estimates: a CPU does 10 to 100, a GPU more than ten thousand (docs/performance.md).
+_CPU_OPERATIONS_PER_BYTE = 100
+_OPERATIONS_PER_BYTE = 10_000
 _FILLED = b"\1"  # last byte of a slot, so that a partial write leaves it empty
 
 
@@ -42,13 +46,39 @@ class SplitModel:
         cut = (*frozen, False).index(False) if self.has_prefix else 0
         self._before, self._after = trunk[:cut], trunk[cut:]
 
-    @cached_property
+    @property
     def feature_shape(self) -> tuple[int, ...]:
         """Shape of one image's features."""
-        parameter = next(self.model.parameters())
-        side = self.model.image_size
-        blank = torch.zeros(1, 3, side, side, device=parameter.device)
-        return tuple(self.features(blank, blank[:, 0] > 0).shape[1:])
+        return self._probed[0]
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions in the linear and convolutional layers that compute one image's features."""
+        return self._probed[1]
+
+    @property
+    def worth_caching(self) -> bool:
+        """Whether to read an image's features back is cheaper than to compute them again; never without a prefix."""
+        kept = _FEATURE_BYTES * math.prod(self.feature_shape)
+        return self.has_prefix and cheaper_to_read(kept, self.operations, next(self.model.parameters()).device)
+
+    @cached_property
+    def _probed(self) -> tuple[tuple[int, ...], int]:
+        device, side = next(self.model.parameters()).device, self.model.image_size
+        blank = torch.zeros(1, 3, side, side, device=device)
+        counts: list[int] = []
+
+        def count(layer: nn.Module, _: object, output: Tensor) -> None:
+            weight: Tensor = layer.weight  # type: ignore[assignment]  # both kinds of layer have one
+            counts.append(2 * weight.numel() * (output.numel() // len(weight)))
+
+        layers = [module for module in self.model.encoder.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+        hooks = [layer.register_forward_hook(count) for layer in layers]
+        try:
+            return tuple(self.features(blank, blank[:, 0] > 0).shape[1:]), sum(counts)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def features(self, images: Tensor, valid: Tensor) -> Tensor:
@@ -76,6 +106,11 @@ class SplitModel:
         for module in self._before:
             x = module(x)
         return x
+
+
+def cheaper_to_read(kept: int, operations: int, device: torch.device) -> bool:
+    """Return whether ``device`` takes longer for ``operations`` than to get ``kept`` bytes of features from a file."""
+    return operations > kept * (_CPU_OPERATIONS_PER_BYTE if device.type == "cpu" else _OPERATIONS_PER_BYTE)
 
 
 class FeatureCache:

@@ -203,7 +203,7 @@ class LocalWorker:
         # Jittered intensities are drawn for each use, so there is nothing to cache.
         views = () if self.settings.training.augment.intensity else VIEWS
         training = [(int(row), view) for row in data.rows("train") for view in views]
-        max_bytes = self.settings.cache_bytes if self.split.has_prefix else 0
+        max_bytes = self.settings.cache_bytes if self.split.worth_caching else 0
         cache = FeatureCache(store.feature_cache, [*validation, *training], self.split.feature_shape, max_bytes)
         return SiteBatches(data, self._embed, self.settings.training.augment, cache, self.device)
 
