@@ -20,7 +20,15 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 def demonstration_sites(folder: Path, *, images: int, validation: int, side: int) -> dict[str, SiteArrays]:
-    """Write the demonstration sites below ``folder`` and return them by name.
+    """Return the sites of :func:`demonstration_files`, opened."""
+    files = demonstration_files(folder, images=images, validation=validation, side=side)
+    return {site: SiteArrays(*file) for site, file in files.items()}
+
+
+def demonstration_files(
+    folder: Path, *, images: int, validation: int, side: int
+) -> dict[str, tuple[Path, pd.DataFrame]]:
+    """Write the demonstration sites below ``folder`` and return path of arrays and manifest by site.
 
     Each has ``images`` training images of side x side pixels, and ``validation`` validation images (0: none).
     """
@@ -57,11 +65,13 @@ def nuclei_sites(data: Path, sites: Sequence[str], root: Path, *, images: int) -
     }
 
 
-def _prepared(folder: Path, raw: Path, site: str, config: PreprocessingConfig, validation: int) -> SiteArrays:
+def _prepared(
+    folder: Path, raw: Path, site: str, config: PreprocessingConfig, validation: int
+) -> tuple[Path, pd.DataFrame]:
     prepared = prepare_site(raw, site, config, seed=0)
     manifest = prepared.manifest
     if not validation:
         manifest = manifest.replace({"split": {"validation": "unused"}})
     path = folder / f"{site}.safetensors"
     save_file({**prepared.arrays, "manifest": manifest_digest(manifest)}, path)
-    return SiteArrays(path, manifest)
+    return path, manifest
