@@ -26,6 +26,12 @@ def test_a_round_leaves_one_line_with_loss_dice_sites_and_bytes() -> None:
     assert "round 1/2: loss 0.500, Dice of round 0 0.250, 2 of 2 sites, 3.00 MB up" in text
 
 
+def test_a_run_of_one_site_says_site() -> None:
+    record = RoundRecord(round=1, final=False, sites={"a": SiteRecord(loss=0.5, dice_validation=0.25)})
+
+    assert "1 of 1 site, 0.00 MB up" in shown(record)
+
+
 def test_an_absent_site_is_shown_with_the_reason() -> None:
     sites = {"a": SiteRecord(loss=0.5, dice_validation=0.25), "b": SiteRecord(absent="power cut")}
 
