@@ -30,14 +30,20 @@ from typing import Any
 _IMPORTED = (
     "kedro.framework.cli",
     "kedro.framework.cli.project",
+    "kedro.framework.context",
     "kedro.framework.session",
     "kedro.runner",
+    "kedro_datasets.json",
+    "kedro_datasets.matplotlib",
     "kedro_datasets.pandas",
     "kedro_datasets.plotly",
+    "kedro_datasets.text",
+    "kedro_viz.integrations.kedro.hooks",
     "kedro_viz.launchers.cli.main",
     "fedsca_pipeline.comparison.grid",
     "fedsca_pipeline.comparison.report",
     "fedsca_pipeline.data.importers",
+    "fedsca_pipeline.data_report.distance",
     "fedsca_pipeline.data_report.page",
     "fedsca_pipeline.evaluation.tables",
     "fedsca_pipeline.federation.export",
@@ -46,9 +52,11 @@ _IMPORTED = (
     "fedsca_pipeline.model.foundation.build",
     "fedsca_pipeline.model.in_turn",
     "fedsca_pipeline.pipeline_registry",
+    "matplotlib.pyplot",
     "mlflow.store.tracking.sqlalchemy_store",
     "plotly.express",
     "plotly.graph_objects",
+    "rich.progress",
 )
 
 

@@ -87,16 +87,18 @@ def test_without_a_pull_the_personal_copy_trains_like_a_local_model(federate):
         assert all(torch.equal(tensor, own[name]) for name, tensor in personal.items())
 
 
-def test_a_strong_pull_keeps_the_personal_copy_near_the_received_model(federate):
+def test_a_strong_pull_keeps_the_personal_copy_near_the_received_model(federate, make_site):
+    data = {"a": make_site("a")}
+
     def gap(pull):
-        run = federate("ditto", {"pull": pull}, rounds=1, local_epochs=10)
+        run = federate("ditto", {"pull": pull}, rounds=1, local_epochs=10, data=data)
         return distance(run.store("a").state_at(1).personal, run.sent[1, "a"].tensors)
 
     assert 0 < gap(1e4) < gap(0.0) / 3
 
 
-def test_the_reported_steps_are_those_of_the_global_model(federate):
-    metrics = federate("ditto", rounds=1).replies[1, "a"].manifest.metrics
+def test_the_reported_steps_are_those_of_the_global_model(federate, make_site):
+    metrics = federate("ditto", rounds=1, data={"a": make_site("a")}).replies[1, "a"].manifest.metrics
 
     assert metrics["steps"] == STEPS
 
