@@ -9,8 +9,9 @@ Every ratio has its baseline in the same run. The sites are generated phantoms. 
 1. two runs of two rounds, which must end in the same bits without a warning about determinism, and the first round's
    loss on the CPU;
 2. rounds of ``fleet: processes`` with several workers on the GPU, and of ``in_process`` with and without feature cache;
-3. one step by batch size as the product makes it, and made otherwise: without deterministic algorithms, with attention
-   by matrix products, with ``F.interpolate``, in fp32, as a CUDA graph, by torch.compile; and the frozen prefix alone.
+3. one step by batch size as the product makes it, and made otherwise: without deterministic algorithms, with frozen
+   weights cast by autocast, with attention by matrix products, with ``F.interpolate``, in fp32, as a CUDA graph, by
+   torch.compile; and the frozen prefix alone.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from site_data import demonstration_files
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedsca_pipeline.compute import deterministic
+from fedsca_pipeline.compute import autocast_dtype, deterministic
 from fedsca_pipeline.config import AdaptersConfig, FederationConfig, FoundationConfig, RunConfig, TrainingConfig
 from fedsca_pipeline.federation.fleets.data import SiteData
 from fedsca_pipeline.federation.fleets.in_process import LocalSites
@@ -50,6 +51,7 @@ from fedsca_pipeline.model.batch import Batch
 from fedsca_pipeline.model.foundation import load_foundation, prepare_foundation
 from fedsca_pipeline.model.foundation import model as foundation
 from fedsca_pipeline.model.foundation.model import SegmentationModel
+from fedsca_pipeline.model.half import HalfWeights
 
 SIDES = {"mobile_sam": 256, "random": 64}
 TRAINING = TrainingConfig()
@@ -181,9 +183,12 @@ def _model(options: argparse.Namespace) -> SegmentationModel:
 class Trial:
     """One model, optimiser and batch of images on the GPU, whose features are known; ``step`` trains on it."""
 
-    def __init__(self, options: argparse.Namespace, device: torch.device, images: int, **adamw: bool) -> None:
+    def __init__(
+        self, options: argparse.Namespace, device: torch.device, images: int, *, half: bool = True, **adamw: bool
+    ) -> None:
         self.model = _model(options).to(device).train()
-        self.split = SplitModel(self.model, frozenset(tensor_layout(self.model).efficient))
+        trained = frozenset(tensor_layout(self.model).efficient)
+        self.split = SplitModel(self.model, trained)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.AdamW(self.parameters, lr=TRAINING.learning_rate, fused=True, **adamw)
         self.loss_of = build_loss(self.model.head, TRAINING.dice_weight)
@@ -193,6 +198,9 @@ class Trial:
         masks = torch.zeros(images, side, side, dtype=torch.uint8, device=device)
         masks[:, side // 4 : side // 2, side // 4 : side // 2] = 1
         self.batch = Batch(self.split.features(self.images, self.valid), masks, self.valid)
+        # A round enters this block once, for all of its steps.
+        self.frozen = HalfWeights(self.model, trained, autocast_dtype(device) if half else None).in_use()
+        self.frozen.__enter__()
         self.forward: Callable[[Tensor], Tensor] = self.split.logits
 
     def step(self) -> None:
@@ -214,9 +222,10 @@ def _steps(options: argparse.Namespace, device: torch.device, images: int, detai
         "product": lambda: product.step,
         _PREFIX: lambda: product.features,
         "not deterministic": lambda: _within(_not_deterministic, Trial(options, device, images).step),
+        "frozen weights cast by autocast": lambda: Trial(options, device, images, half=False).step,
         "attention by matrix products": lambda: _within(_by_products, Trial(options, device, images).step),
         "F.interpolate": lambda: _within(_interpolating, Trial(options, device, images).step),
-        "fp32": lambda: _within(_without_bf16, Trial(options, device, images).step),
+        "fp32": lambda: _within(_without_bf16, Trial(options, device, images, half=False).step),
         "a CUDA graph": lambda: _graph(Trial(options, device, images, capturable=True)),
     }
     if options.compile:

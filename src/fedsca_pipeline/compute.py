@@ -122,15 +122,20 @@ def _make_cublas_repeatable() -> None:
     os.environ.setdefault(_CUBLAS, _CUBLAS_REPEATABLE[0])
 
 
-def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return bf16 autocast for a CUDA device that computes in bf16, else an empty context, which is fp32.
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return bf16 for a CUDA device that computes in it, else None, which is fp32.
 
     A GPU older than Ampere emulates bf16, which is slower than fp32. fp16 is no substitute: its gradients underflow
     without a loss scaler, and a scaler leaves out steps. CPUs without AMX are slower with bf16.
     """
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.autocast("cuda", dtype=torch.bfloat16)
-    return nullcontext()
+    real = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if real else None
+
+
+def autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return autocast to ``autocast_dtype``, or an empty context if that is None."""
+    dtype = autocast_dtype(device)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def stream_seed(*place: object) -> int:

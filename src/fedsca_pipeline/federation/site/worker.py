@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.backends.cpu import get_cpu_capability
 
-from fedsca_pipeline.compute import processor_of
+from fedsca_pipeline.compute import autocast_dtype, processor_of
 from fedsca_pipeline.data.arrays import Arrays, known_classes
 from fedsca_pipeline.errors import SiteError
 from fedsca_pipeline.federation.messages.codec import TRAVELLING, as_decoded, check, decode, encode, most_bytes
@@ -42,6 +42,7 @@ from fedsca_pipeline.federation.strategies.rules import LocalRule, Phase
 from fedsca_pipeline.metrics.images import dice_per_image
 from fedsca_pipeline.model.batch import Batch, to_device
 from fedsca_pipeline.model.foundation.model import SegmentationModel
+from fedsca_pipeline.model.half import HalfWeights
 from fedsca_pipeline.model.heads import predict_masks, truth_masks
 from fedsca_pipeline.model.inference import Forward, predict_logits
 from fedsca_pipeline.model.layout import hash_tensors, sha256_tensors
@@ -92,6 +93,7 @@ class LocalWorker:
         self.loss: SegmentationLoss = build_loss(model.head, settings.training.dice_weight)
         self.device = next(iter(model.parameters())).device
         self.split = SplitModel(model, trained)
+        self._half = HalfWeights(model, trained, autocast_dtype(self.device))
 
     def work(
         self, payload: bytes, round_: int, site: str, data: Arrays, store: SiteStore, on_step: StepCallback
@@ -232,7 +234,8 @@ class LocalWorker:
 
     def _validate(self, this: SiteRound) -> float:
         batches = this.batches.plain("validation", self.settings.evaluation_batch)
-        return mean_dice(self.model, self._forward, batches, this.known_classes, self.settings.threshold)
+        with self._half.in_use():
+            return mean_dice(self.model, self._forward, batches, this.known_classes, self.settings.threshold)
 
     def _forward(self, batch: Batch) -> Tensor:
         return self.split.logits(batch.inputs)
@@ -325,7 +328,8 @@ class LocalWorker:
         self.model.train()
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
-            yield
+            with self._half.in_use():
+                yield
 
     def _run_phase(
         self,
