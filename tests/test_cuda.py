@@ -12,8 +12,9 @@ import torch
 
 from fedsca_pipeline import compute
 from fedsca_pipeline.compute import autocast, deterministic
-from fedsca_pipeline.config import AdaptersConfig, FoundationConfig, RunConfig
+from fedsca_pipeline.config import AdaptersConfig, FederationConfig, FoundationConfig, RunConfig
 from fedsca_pipeline.errors import ConfigError
+from fedsca_pipeline.federation.fleets.processes import worker_devices
 from fedsca_pipeline.federation.site.losses import build_loss
 from fedsca_pipeline.federation.site.steps import local_step
 from fedsca_pipeline.model.adapters.attach import attach_adapters
@@ -116,6 +117,14 @@ def test_no_device_is_made_current_without_a_number(pretend_cuda) -> None:
 
     # To make one current would start CUDA, also in a process whose workers alone compute.
     assert pretend_cuda == []
+
+
+def test_several_workers_share_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    found = worker_devices(torch.device("cuda"), FederationConfig(workers=4), threads=1, cores=1, sites=9)
+
+    assert found == (torch.device("cuda", 0),) * 4
 
 
 @pytest.mark.parametrize(("emulated", "real"), [(True, False), (False, False)])

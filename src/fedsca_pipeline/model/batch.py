@@ -31,6 +31,6 @@ class Batch:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return ``tensor`` on ``device``. A copy to CUDA goes through pinned memory and does not block."""
-    if device.type == "cuda" and tensor.is_cpu:
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return (tensor.pin_memory() if tensor.is_cpu else tensor).to(device, non_blocking=True)

@@ -161,14 +161,17 @@ def test_a_batch_of_cached_and_other_features_is_whole_on_the_device(make_site, 
 
 
 def test_copies_to_cuda_go_through_pinned_memory_and_do_not_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[object] = []
+    done: list[str] = []
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: done.append("pinned") or tensor)
-    monkeypatch.setattr(Tensor, "to", lambda tensor, device, non_blocking: done.append(non_blocking) or tensor)
+    monkeypatch.setattr(
+        Tensor, "to", lambda tensor, device, non_blocking=False: done.append(f"{device}, {non_blocking}") or tensor
+    )
 
-    batches.to_device(torch.zeros(2), torch.device("cuda"))
-    batches.to_device(torch.zeros(2), CPU)
+    for device in ("cuda", "cpu", "mps"):
+        batches.to_device(torch.zeros(2), torch.device(device))
 
-    assert done == ["pinned", True, True]
+    # Elsewhere a copy that does not block would read memory that may be free again.
+    assert done == ["pinned", "cuda, True", "cpu, False", "mps, False"]
 
 
 @pytest.mark.parametrize(("size", "window"), [(5, 0), (3, 3)])
