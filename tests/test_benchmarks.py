@@ -1,9 +1,10 @@
-"""What all benchmarks share: their clock."""
+"""What all benchmarks share, their clock, and the one that needs a GPU."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -12,13 +13,21 @@ import torch
 
 
 @pytest.fixture
-def measure(project: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Return benchmarks/measure.py, which is in no package."""
-    spec = importlib.util.spec_from_file_location("measure", project / "benchmarks" / "measure.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "measure", module)
-    spec.loader.exec_module(module)
-    return module
+def load(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Import a benchmark by name; benchmarks are scripts, in no package."""
+    monkeypatch.syspath_prepend(project / "benchmarks")
+
+    def imported(name: str) -> ModuleType:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return importlib.import_module(name)
+
+    return imported
+
+
+@pytest.fixture
+def measure(load: Callable[[str], ModuleType]) -> ModuleType:
+    """Return benchmarks/measure.py."""
+    return load("measure")
 
 
 @pytest.mark.parametrize(
@@ -41,3 +50,14 @@ def test_work_on_cuda_is_finished_when_the_clock_is_read(measure) -> None:
     measure.seconds(lambda: [matrix @ matrix for _ in range(9)])
 
     assert torch.cuda.current_stream().query()
+
+
+def test_the_benchmark_of_a_gpu_refuses_a_machine_without_one_in_one_line(load, monkeypatch) -> None:
+    gpu = load("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["benchmarks/gpu.py"])
+
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+
+    assert ended.value.code == "benchmarks/gpu.py needs a CUDA GPU, and torch finds none here"
