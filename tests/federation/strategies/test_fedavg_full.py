@@ -36,7 +36,7 @@ def test_the_whole_foundation_trains_and_crosses_the_wire(make_layout):
 
 @pytest.mark.parametrize("adapters", [None, LORA], ids=["fel", "lora"])
 def test_after_a_run_the_foundation_has_moved_and_adapters_have_no_effect(adapters, federate, make_worker):
-    run = federate("fedavg_full", adapters=adapters)
+    run = federate("fedavg_full", rounds=1, adapters=adapters)
     fresh = dict(make_worker("fedavg", adapters=adapters).model.named_parameters())
     now = dict(run.worker.model.named_parameters())
 

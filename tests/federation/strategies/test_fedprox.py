@@ -58,9 +58,11 @@ def test_mu_zero_is_fedavg_bit_for_bit(wire_dtype, federate):
     assert all(torch.equal(prox[key], plain[key]) for key in prox)
 
 
-def test_a_large_mu_keeps_updates_small(federate):
+def test_a_large_mu_keeps_updates_small(federate, make_site):
+    data = {"a": make_site("a")}
+
     def length(mu):
-        run = federate("fedprox", {"mu": mu}, rounds=1, local_epochs=10)
+        run = federate("fedprox", {"mu": mu}, rounds=1, local_epochs=10, data=data)
         return sum(record.update_norm for record in run.records[0].sites.values())
 
     plain, held = length(0.0), length(1e4)
@@ -68,8 +70,10 @@ def test_a_large_mu_keeps_updates_small(federate):
     assert 0 < held < plain / 3
 
 
-def test_the_logged_loss_is_finite_and_includes_the_term(federate):
+def test_the_logged_loss_is_finite_and_includes_the_term(federate, make_site):
+    data = {"a": make_site("a")}
+
     def loss(mu):
-        return federate("fedprox", {"mu": mu}, rounds=1).records[0].sites["a"].loss
+        return federate("fedprox", {"mu": mu}, rounds=1, data=data).records[0].sites["a"].loss
 
     assert loss(0.0) < loss(1e4) < float("inf")
