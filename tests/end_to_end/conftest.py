@@ -367,7 +367,7 @@ def engine(project: Path) -> Path:
 
 @pytest.fixture
 def new_deployed(
-    engine: Path, empty_database: Path, write_volume_site: Callable[..., None]
+    engine: Path, server: Server | None, empty_database: Path, write_volume_site: Callable[..., None]
 ) -> Iterator[Callable[..., Deployed]]:
     """Starts federations of three hospitals; keywords are resources of each.
 
@@ -398,7 +398,7 @@ def new_deployed(
             write_volume_site(last, count=6)
         started.append(LocalFederation(folders[-1], engine, free_port(), free_port()))
         federation = started[-1]
-        deployed = Deployed(federation, folders[-1] / "mlflow.db")
+        deployed = Deployed(federation, folders[-1] / "mlflow.db", server)
         federation.make_certificates(SITES)
         if recorded:
             deployed.record_requests()

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import torch
 import yaml
+from warm import Server
 
 from demo import PROJECT, LocalFederation
 from fedsca_pipeline.federation.server.checkpoint import CheckpointFolder
@@ -36,6 +37,7 @@ class Deployed:
 
     federation: LocalFederation
     database: Path
+    commands: Server | None
 
     @property
     def folder(self) -> Path:
@@ -153,7 +155,7 @@ def in_process(
         shutil.copytree(data, raw / site)
     given = {**SMALL, "federation.rounds": 2, "federation.quorum": 2, "data_root": root, **parameters}
     given["foundation_root"] = deployed.folder / "foundations"
-    command = [sys.executable, "-m", "kedro", "run", "--pipeline=federated_training"]
+    command = ["kedro", "run", "--pipeline=federated_training"]
     if absent:
         # --params cannot hold a list.
         conf = Path(shutil.copytree(PROJECT / "conf", root.with_name("conf")))
@@ -164,7 +166,14 @@ def in_process(
         command += ["--conf-source", str(conf)]
     command += ["--params=" + ",".join(f"{key}={value}" for key, value in given.items())]
     env = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{deployed.database}"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    if deployed.commands:
+        started: Any = deployed.commands.start(command, cwd=PROJECT, env=env)
+    else:
+        pipe = subprocess.PIPE
+        started = subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=PROJECT, env=env, stdout=pipe, stderr=pipe, text=True
+        )
+    stdout, stderr = started.communicate(timeout=500)
+    assert started.returncode == 0, stdout + stderr
     (run,) = (root / "07_model_output" / "checkpoints").glob("*/")
     return run
