@@ -78,5 +78,5 @@ def test_test_folders_mirror_the_package(project: Path) -> None:
 
 
 def _mirrors(test: Path, package: Path) -> bool:
-    about_the_project = {"test_architecture.py", "test_docs.py", "test_docstrings.py", "test_lock_files.py"}
-    return test.name in about_the_project or (package / test.name.removeprefix("test_")).is_file()
+    about_the_project = {"architecture", "benchmarks", "docs", "docstrings", "lock_files"}
+    return test.stem.removeprefix("test_") in about_the_project or (package / test.name.removeprefix("test_")).is_file()

@@ -8,7 +8,7 @@ from functools import partial
 import pandas as pd
 
 from fedsca_pipeline.evaluation.history import aggregation_weights, history_table, records_of
-from fedsca_pipeline.federation.server.records import RoundRecord, SiteRecord
+from fedsca_pipeline.federation.server.records import Matrices, RoundRecord, SiteRecord
 
 
 def record(round_: int, *, final: bool = False, **dice: float | None) -> RoundRecord:
@@ -78,7 +78,7 @@ class TestRecordsOf:
 
 class TestAggregationWeights:
     def test_weights_are_averaged_over_groups_and_rounds_without_weights_are_left_out(self) -> None:
-        groups = [[[1.0, 0.0], [0.5, 0.5]], [[0.5, 0.5], [0.0, 1.0]]]
+        groups = Matrices.of([[[1.0, 0.0], [0.5, 0.5]], [[0.5, 0.5], [0.0, 1.0]]])
 
         weights = aggregation_weights([record(1, a=0.1, b=0.2), replace(record(2, a=0.3, b=0.4), weights=groups)])
 
