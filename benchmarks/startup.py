@@ -92,7 +92,9 @@ def _cpu_seconds(project: Path, command: Sequence[str], *, idle: bool = True) ->
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     output = _run(project, command, preset="smoke")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if idle and "registry" not in command and "up to date" not in output:
+    # DVC always asks which parameters are in force, and has nothing to do if no stage after that runs.
+    busy = output.count("Running stage") > 1 if "dvc" in command else "up to date" not in output
+    if idle and "registry" not in command and busy:
         raise RuntimeError(f"{' '.join(command)} had something to do:\n{output}")
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 

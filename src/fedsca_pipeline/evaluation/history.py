@@ -51,7 +51,9 @@ def aggregation_weights(records: Sequence[Any]) -> dict[int, pd.DataFrame]:
     import pandas as pd
 
     return {
-        record.round: pd.DataFrame(record.weights.array.mean(axis=0), index=record.accepted, columns=record.accepted)
+        record.round: pd.DataFrame(
+            record.weights.array.mean(axis=0, dtype=float), index=record.accepted, columns=record.accepted
+        )
         for record in records
         if record.weights
     }
