@@ -8,6 +8,7 @@ import shutil
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -76,7 +77,8 @@ def build_sites(
     workshop = raw / _WORKSHOP
     # A killed command may have left its workshop behind.
     shutil.rmtree(workshop, ignore_errors=True)
-    try:
+    with ExitStack() as on_failure:
+        on_failure.callback(shutil.rmtree, workshop, ignore_errors=True)
         sites = _write(workshop, importer, samples, source, private, progress)
         for name, site in sites.items():
             if site.names is not None and not (raw / name).exists():
@@ -87,9 +89,7 @@ def build_sites(
         ):
             raise RefusedImportError(_refusal(importer, source, sites, private, quarantine), summary)
         _refuse_existing(raw, {path.name for path in workshop.iterdir()})
-    except BaseException:
-        shutil.rmtree(workshop, ignore_errors=True)
-        raise
+        on_failure.pop_all()
     return summary
 
 
