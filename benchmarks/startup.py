@@ -26,10 +26,10 @@ BIN = Path(sys.executable).parent
 
 # Each command that has nothing to do, and its limit as a share of the imports.
 LIMITS: Mapping[tuple[str, ...], float] = {
-    ("kedro", "registry", "list"): 0.25,
+    ("kedro", "registry", "list"): 0.2,
     ("kedro", "run"): 0.35,
     ("kedro", "run", "--pipeline=federated_training"): 0.35,
-    ("dvc", "repro"): 0.7,
+    ("dvc", "repro"): 0.3,
 }
 TRAIN_LIMIT = 240.0
 # Most of it is start-up.
