@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from fedsca_pipeline.config import PreprocessingConfig
+from fedsca_pipeline.errors import DataError
 from fedsca_pipeline.pipelines.import_sites.nodes import build_sites, place_sites
 
 
@@ -32,3 +33,8 @@ def test_the_summary_can_be_saved_before_the_sites_are_there(tmp_path: Path, sou
     assert not (raw / "Kvasir-SEG").exists()
     place_sites(raw, summary)
     assert (raw / "Kvasir-SEG" / "images" / "one.jpg").exists()
+
+
+def test_without_built_sites_there_is_nothing_to_place(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no imported sites to move into place; run the whole pipeline import_sites"):
+        place_sites(tmp_path, {})

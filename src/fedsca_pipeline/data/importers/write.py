@@ -94,8 +94,15 @@ def build_sites(
 
 
 def place_built_sites(raw: Path) -> None:
-    """Move the sites of ``build_sites`` to ``raw``: all of them, even if the call is killed (at the next command)."""
-    (raw / _WORKSHOP).rename(raw / SITES_READY)
+    """Move the sites of ``build_sites`` to ``raw``: all of them, even if the call is killed (at the next command).
+
+    Raises:
+        DataError: no sites were built.
+    """
+    workshop = raw / _WORKSHOP
+    if not workshop.is_dir():
+        raise DataError(f"{raw}: there are no imported sites to move into place; run the whole pipeline import_sites")
+    workshop.rename(raw / SITES_READY)
     place_finished_sites(raw)
 
 
