@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from server_steps import FREE, flat_layout
@@ -29,9 +29,6 @@ VARIANTS = [
     {"weighting": "uniform"},
 ]
 every_weighting = pytest.mark.parametrize("options", VARIANTS, ids=lambda options: "-".join(map(str, options.values())))
-# An example takes longer to compute than in other tests. The six weightings share most of the arithmetic, so that a law
-# sees 240 examples of it.
-few = settings(max_examples=40)
 every_gate = pytest.mark.parametrize("gate", ["continuous", "hard"])
 
 
@@ -79,7 +76,6 @@ def rounds(draw, least=1, most=5):
 
 class TestLawsOfEveryWeighting:
     @every_weighting
-    @few
     @given(replies=rounds())
     def test_rows_sum_to_one_and_none_is_negative(self, options, replies):
         weights = weights_of(options, replies)
@@ -88,7 +84,6 @@ class TestLawsOfEveryWeighting:
         torch.testing.assert_close(weights.sum(dim=1), torch.ones(len(weights)).double())
 
     @every_weighting
-    @few
     @given(replies=rounds(), data=st.data())
     def test_permuting_sites_permutes_the_result(self, options, replies, data):
         order = torch.tensor(data.draw(st.permutations(range(len(replies.sites)))))
@@ -101,7 +96,6 @@ class TestLawsOfEveryWeighting:
         torch.testing.assert_close(after.aggregates, before.aggregates[order], atol=1e-5, rtol=1e-5)
 
     @every_weighting
-    @few
     @given(replies=rounds(), power=st.integers(-20, 20))
     def test_scaling_all_updates_changes_no_weight(self, options, replies, power):
         scaled = make(replies.updates * 2.0**power, replies.samples, replies.bases)
@@ -109,7 +103,6 @@ class TestLawsOfEveryWeighting:
         torch.testing.assert_close(weights_of(options, scaled), weights_of(options, replies))
 
     @every_weighting
-    @few
     @given(replies=rounds())
     def test_a_site_with_a_zero_update_keeps_its_model_and_is_mixed_into_no_other(self, options, replies):
         zero = ~replies.updates.any(dim=1)
@@ -120,7 +113,6 @@ class TestLawsOfEveryWeighting:
         assert not weights[~zero][:, zero].any()
 
     @every_weighting
-    @few
     @given(replies=rounds(), later=st.data())
     def test_the_laws_hold_with_a_memory(self, options, replies, later):
         count = len(replies.sites)
@@ -138,7 +130,6 @@ class TestLawsOfEveryWeighting:
         assert not weights[~zero][:, zero].any()
 
     @every_weighting
-    @few
     @given(replies=rounds(least=2), later=st.data())
     def test_a_zero_update_is_not_mixed_into_absent_sites(self, options, replies, later):
         count = len(replies.sites)
@@ -354,7 +345,6 @@ class TestGranularity:
         assert build_strategy("fedsca", {"granularity": "block", "shared_blocks": "none"}, self.layout).groups() == ()
 
     @every_weighting
-    @few
     @given(replies=rounds(), split=st.integers(1, 3))
     def test_each_block_has_the_weights_of_a_model_of_that_block(self, options, replies, split):
         values = replies.updates.shape[1]
